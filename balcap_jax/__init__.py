@@ -1,0 +1,8 @@
+"""BalCapRL in JAX: image captioners trained for correctness, coverage and language together.
+
+Shape letters used in every signature: B prompts (images) per step, G samples per prompt, P prompt tokens (image
+tokens included), I image tokens, R response tokens, K objectives, V vocabulary, D width, N query heads, M key/value
+heads, H head size, L layers.
+"""
+
+__version__ = "0.1.0"
