@@ -1,0 +1,75 @@
+"""Packaging of balcap_jax. The commands need no entry points: they run as `python -m balcap_jax.<name>`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+# One range serves jax and its extras. 0.10.2 is the newest jax for Python 3.11; 3.12 and later may take a newer one.
+JAX = ">=0.10.2,<0.13"
+
+# What training, captioning and reporting need. Neither torch nor TensorFlow is here or comes in through these:
+# TFDS is used only through `as_data_source`, transformers only for its tokenizers, image processors and configs.
+INSTALL_REQUIRES = [
+    f"jax{JAX}",  # the arrays, the compiler, the mesh
+    "flax>=0.12.8,<0.13",  # Linen modules of the policy; scan over layers, rematerialisation
+    "optax>=0.2.8,<0.3",  # AdamW, schedules, clipping, exact gradient accumulation
+    "orbax-checkpoint>=0.12.8,<0.13",  # async, atomic checkpoints that restore onto another mesh
+    "transformers>=5.23,<6",  # tokenizers and image processors of the published models
+    "tokenizers>=0.23.1,<0.24",  # trains the small tokenizer of the scenes world
+    "tensorflow-datasets>=4.9.10,<4.10",  # data set builders, and `as_data_source` to read them without TensorFlow
+    "array_record>=0.8.3,<0.9",  # the record format that gives random access to prepared data
+    "grain>=0.2.18,<0.3",  # batching with an iterator whose state is checkpointed
+    "ml-collections>=1.1.0,<2",  # ConfigDict recipes with command line overrides
+    "absl-py>=2.1,<3",  # flags and `app.run` of the commands
+    "numpy>=2.0,<3",  # host arrays
+    "pillow>=11,<14",  # draws the scenes, decodes and encodes images
+    "pydantic>=2.10,<3",  # checks what a judge answers, and the config
+    "jinja2>=3.1,<4",  # report page and judge prompts; escapes untrusted text
+    "matplotlib>=3.9,<4",  # curves of the report
+    "rich>=13.9,<16",  # progress line and tables
+    "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
+]
+
+EXTRAS_REQUIRE = {
+    # jax names the matching CUDA wheels and libtpu itself, so that they always fit the jax that is installed.
+    "cuda": [f"jax[cuda13]{JAX}"],
+    "tpu": [f"jax[tpu]{JAX}"],
+    # Compiling for a TPU topology on a CPU host takes the same libtpu; run with JAX_PLATFORMS=cpu.
+    "aot": [f"jax[tpu]{JAX}"],
+    "dev": [
+        "pytest>=8.3,<10",  # the tests
+        "ruff>=0.12,<0.18",  # linter and formatter, settings in pyproject.toml
+        "nbclient>=0.10,<0.12",  # executes the notebook in the tests
+        "nbformat>=5.10,<6",  # reads the notebook
+        "ipykernel>=6.29,<8",  # the notebook's kernel
+        "torch==2.13.0",  # reference checks only; nothing outside tests/ may import it
+    ],
+}
+
+
+def version() -> str:
+    """The one place that names the version is `balcap_jax.__version__`; read, not imported, since jax may be absent."""
+    match = re.search(r'^__version__ = "([^"]+)"$', (HERE / "balcap_jax" / "__init__.py").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError('balcap_jax/__init__.py holds no line of the form __version__ = "..."')
+    return match.group(1)
+
+
+setup(
+    name="balcap-jax",
+    version=version(),
+    description="Balanced multi-objective reinforcement learning (BalCapRL) for image captioners, in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The balcap_jax authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["balcap_jax", "balcap_jax.*"]),
+    package_data={"balcap_jax": ["templates/*.j2"], "balcap_jax.judges": ["prompts/*"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)

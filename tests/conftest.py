@@ -1,0 +1,37 @@
+"""Every test runs on the CPU, in float32, without a network, and sees the same 8 devices wherever it runs."""
+
+import os
+import shutil
+import tempfile
+import time
+
+# Tests that start commands of their own pass the environment on, so what must hold for them too is set here, and
+# before anything imports jax.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_X64"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# One compilation cache for this run of the tests, commands that they start included, and never one of an earlier run:
+# a resumed training run would otherwise compile again what the interrupted one had compiled.
+_own_cache = None
+if "BALCAP_TEST_CACHE" not in os.environ:
+    _own_cache = tempfile.mkdtemp(prefix="balcap-test-cache-")
+    os.environ["BALCAP_TEST_CACHE"] = _own_cache
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["BALCAP_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says above pytest's closing line what launch/test.sh knows besides: the whole time, and what ruff found."""
+    if os.environ.get("LAUNCH_TEST_LINT", "0") != "0":
+        terminalreporter.write_line("ruff: findings, listed above the tests; the whole fails", red=True)
+    if started := os.environ.get("LAUNCH_TEST_STARTED"):
+        seconds = int(time.time() - float(started))
+        terminalreporter.write_line(f"launch/test.sh: {seconds} s in all, installation and ruff included")
+
+
+def pytest_unconfigure():
+    if _own_cache is not None:
+        shutil.rmtree(_own_cache, ignore_errors=True)
