@@ -1,0 +1,472 @@
+"""Metrics from the compiled step to the disk and the terminal: exact accumulation, writers, phase clock, progress line.
+
+Scales: `reward/<name>`, `gate/in_band`, `judge/failure_rate` and `length/truncated_frac` are fractions in [0, 1];
+`b_capscore` is in points, 0 to 100; `length/mean` counts whitespace words; `time/*` are seconds. `step` counts over
+all stages of a run, so that it orders the lines of metrics.jsonl.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balcap_jax.errors import UserError
+
+# --- (sum, count) metrics ---------------------------------------------------------------------------------------------
+
+
+class Mean(NamedTuple):
+    """A mean that is still a sum: `total` over `count` items, so that uneven micro-batches add up exactly."""
+
+    total: Any
+    count: Any
+
+
+class Max(NamedTuple):
+    """The largest value seen, -inf when nothing was: for drift-like metrics, where a mean would hide one outlier."""
+
+    value: Any
+
+
+Metrics = dict[str, Mean | Max]
+
+
+def combine(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two micro-batches (or hosts) together; a name that only one side has is kept. Works under jit."""
+    combined = dict(a)
+    for name, right in b.items():
+        left = combined.get(name)
+        if left is None:
+            combined[name] = right
+        elif type(left) is not type(right):
+            raise TypeError(f"metric {name}: {type(left).__name__} and {type(right).__name__} do not combine")
+        elif isinstance(left, Mean):
+            combined[name] = Mean(left.total + right.total, left.count + right.count)
+        else:
+            on_device = isinstance(left.value, jax.Array) or isinstance(right.value, jax.Array)
+            combined[name] = Max((jnp if on_device else np).maximum(left.value, right.value))
+    return combined
+
+
+def finalise(metrics: Metrics) -> dict[str, float]:
+    """Host floats of `metrics`, fetched in one explicit transfer; NaN where nothing was counted (null in the JSON)."""
+    values = {}
+    for name, metric in jax.device_get(metrics).items():
+        if isinstance(metric, Mean):
+            # The division is done in double, so that the value does not depend on where it was computed.
+            total, count = float(metric.total), float(metric.count)
+            values[name] = total / count if count else math.nan
+        else:
+            value = float(metric.value)
+            values[name] = math.nan if value == -math.inf else value
+    return values
+
+
+# --- writers ----------------------------------------------------------------------------------------------------------
+
+# TensorBoard events are flushed (and synced) at most this often: a flush each step would cost fast SFT steps dearly.
+TENSORBOARD_FLUSH_SECONDS = 10.0
+
+
+class MetricsWriter:
+    """Writes each step's values to `workdir`/metrics.jsonl, to TensorBoard events and, if asked, to Weights & Biases.
+
+    `wandb` is a project name; the rest of W&B (entity, run id, mode) is set by its own WANDB_* environment variables.
+    A writer that is not `enabled` (every process but 0) touches no file. Opening drops a torn last line, which a killed
+    process may have left. Call `truncate` with the restored step before the first `write` of a resumed run.
+    Raises UserError when the disk is full or not writable, or when wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        enabled: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self.enabled = enabled
+        self._file: IO[bytes] | None = None
+        self._events = None
+        self._wandb = None
+        if not enabled:
+            return
+        with _disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: each line is one write, whole on disk when `write` returns, whatever kills the process next.
+            self._file = self._reopen(lambda record: True)
+        if tensorboard:
+            self._events = _EventFile(self.path.parent / "tensorboard")
+        if wandb:
+            try:
+                module = importlib.import_module("wandb")
+            except ImportError as error:
+                raise UserError(
+                    "log.wandb is set but wandb is not installed; run `pip install wandb` or unset it"
+                ) from error
+            self._wandb = module.init(project=wandb, dir=str(self.path.parent), config=dict(config or {}))
+
+    def truncate(self, after_step: int) -> int:
+        """Drops the lines with step > `after_step` and returns their number; -1 empties the file.
+
+        The lines of a run that was killed and resumed are then those of an uninterrupted run.
+        """
+        if not self.enabled:
+            return 0
+        before = _count_lines(self.path)
+        with _disk_errors(self.path):
+            self._file.close()
+            self._file = self._reopen(lambda record: record["step"] <= after_step)
+        if self._events is not None:
+            self._events.purge(after_step + 1)
+        return before - _count_lines(self.path)
+
+    def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        """Appends one line; NaN and infinities become null, since JSON has no word for them."""
+        if not self.enabled:
+            return
+        numbers = {name: _json_number(value) for name, value in values.items()}
+        line = json.dumps({"step": int(step), "stage": stage, **numbers}, allow_nan=False) + "\n"
+        with _disk_errors(self.path):
+            rest = memoryview(line.encode())
+            while rest:  # a disk that fills up takes a part first and fails on the next write
+                rest = rest[self._file.write(rest) :]
+        finite = {name: value for name, value in numbers.items() if value is not None}
+        if self._events is not None:
+            self._events.add(step, finite)
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/{name}": value for name, value in finite.items()}, step=int(step))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._events = self._wandb = None
+        self.enabled = False
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _reopen(self, keep: Callable[[dict], bool]) -> IO[bytes]:
+        """Rewrites the file without torn lines and lines that are not to `keep`, and opens it for appending."""
+        if self.path.exists():
+            old = self.path.read_bytes()
+            kept = b"".join(line for line in old.splitlines(keepends=True) if _is_kept(line, keep))
+            if kept != old:
+                aside = self.path.with_name(self.path.name + ".tmp")
+                with aside.open("wb") as file:
+                    file.write(kept)
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.replace(self.path)
+        return self.path.open("ab", buffering=0)
+
+
+def _is_kept(line: bytes, keep: Callable[[dict], bool]) -> bool:
+    """A line without its newline, or that is no object with a step, was torn by a crash."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    whole = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
+    return whole and keep(record)
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def _json_number(value: Any) -> int | float | None:
+    if value is None:
+        return None
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        number = float(number)
+    return number if math.isfinite(number) else None
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot write ({reason}); free space there or choose another --workdir") from error
+
+
+class _EventFile:
+    """One TensorBoard event file, written in the calling thread.
+
+    tensorboardX's SummaryWriter writes from a thread behind a bounded queue: when the disk fills up that thread dies
+    and the next `add_scalar` blocks for ever. Its event writer below is the same format without the queue.
+    """
+
+    def __init__(self, directory: Path):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self.directory = directory
+        self._event, self._summary = event_pb2, summary_pb2
+        with _disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # File names have a resolution of one second; with the process id a quick restart does not overwrite.
+            self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{id(self):x}")
+        self._flushed = time.monotonic()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = self._summary.Summary(value=scalars)
+        with _disk_errors(self.directory):
+            self._writer.write_event(self._event.Event(wall_time=time.time(), step=int(step), summary=summary))
+            if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+    def purge(self, from_step: int) -> None:
+        """Tells TensorBoard to hide what earlier files logged at `from_step` or later (its purge_step)."""
+        start = self._event.SessionLog(status=self._event.SessionLog.START)
+        with _disk_errors(self.directory):
+            event = self._event.Event(wall_time=time.time(), step=max(int(from_step), 0), session_log=start)
+            self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        with _disk_errors(self.directory):
+            self._writer.close()
+
+
+# --- phase clock ------------------------------------------------------------------------------------------------------
+
+STEP_PHASES = ("rollout", "judge", "update")
+
+
+class PhaseClock:
+    """Says where the seconds go, by step and over the whole run, restarts included.
+
+    Every second belongs to exactly one phase: the innermost open one, or "other" outside any. So compiling inside
+    `phase("rollout")` can be told apart by `phase("compile")`, and the totals add up to the wall time. One thread only.
+    """
+
+    def __init__(self, step_phases: tuple[str, ...] = STEP_PHASES, *, now: Callable[[], float] = time.perf_counter):
+        self._step_phases = step_phases
+        self._now = now
+        self._mark = now()
+        self._open: list[str] = []
+        self._step: dict[str, float] = {}
+        self._total: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._attribute()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._attribute()
+            self._open.pop()
+
+    def step(self) -> dict[str, float]:
+        """Seconds since the last call as `time/<phase>` for the step's phases and `time/other`.
+
+        "other" is the time outside any phase; phases beyond the step's own (compile, save, evaluate) count in the
+        totals only, so that they do not distort the time of a step. Call it once before the loop to leave set-up out.
+        """
+        self._attribute()
+        seconds = {f"time/{name}": self._step.get(name, 0.0) for name in (*self._step_phases, "other")}
+        self._step = {}
+        return seconds
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by phase and their sum "wall" since the run began, over restarts."""
+        self._attribute()
+        return {"wall": sum(self._total.values()), **self._total}
+
+    def state(self) -> dict[str, float]:
+        """JSON-able totals for the checkpoint."""
+        self._attribute()
+        return dict(self._total)
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Adds the totals of the run so far to this process's own; call once, after a restart."""
+        for name, seconds in state.items():
+            self._total[name] = self._total.get(name, 0.0) + float(seconds)
+
+    def _attribute(self) -> None:
+        now = self._now()
+        elapsed, self._mark = now - self._mark, now
+        name = self._open[-1] if self._open else "other"
+        self._step[name] = self._step.get(name, 0.0) + elapsed
+        self._total[name] = self._total.get(name, 0.0) + elapsed
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+LINE_WIDTH = 140
+PLAIN_LINES = 20  # lines over a run, when the output is no terminal
+_RECENT_STEPS = 20  # steps whose mean time gives s/step and the ETA
+
+
+class Progress:
+    """The progress line of one stage: redrawn in place on a terminal, else a plain line every `every` steps.
+
+    `first_step` and `total_steps` count as `update`'s step does: a stage of the steps 101..300 has first_step 100 and
+    total_steps 300. A line of at most 140 characters shows step, ETA, s/step with the share of each phase, tokens/s,
+    and for RL each reward (x100), b-CapScore, mean words and in-band share, for SFT the loss.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        stage: str = "rl",
+        *,
+        first_step: int = 0,
+        every: int | None = None,
+        stream: IO[str] | None = None,
+        enabled: bool = True,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self.total_steps, self.stage, self.first_step = total_steps, stage, first_step
+        self.every = every or max(1, math.ceil((total_steps - first_step) / PLAIN_LINES))
+        self._stream = sys.stdout if stream is None else stream
+        self._enabled = enabled
+        self._now = now
+        self._last: float | None = None
+        self._last_step = first_step
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._live = None
+
+    def __enter__(self) -> "Progress":
+        # isatty decides, not rich: FORCE_COLOR and the like must not put control codes into a log file.
+        if self._enabled and self._stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            # Redrawn on update only: a refreshing thread would take time from the step on a small machine.
+            self._live = Live(console=Console(file=self._stream), auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows that `step` is done, with the values that go to metrics.jsonl."""
+        if not self._enabled:
+            return
+        self._time_step(step, values)
+        if self._live is not None:
+            from rich.text import Text
+
+            width = min(LINE_WIDTH, self._live.console.width - 1)
+            self._live.update(Text(self.line(step, values, width), no_wrap=True), refresh=True)
+        elif step == self.first_step + 1 or step % self.every == 0 or step == self.total_steps:
+            print(self.line(step, values), file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Prints one line beside the progress (above it on a terminal)."""
+        if not self._enabled:
+            return
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def line(self, step: int, values: Mapping[str, float], width: int = LINE_WIDTH) -> str:
+        """The text of one progress line; reward names are shortened before anything is cut."""
+        line = ""
+        for letters in (None, 6, 4, 1):
+            line = "  ".join(part for part in self._parts(step, values, letters) if part)
+            if len(line) <= width:
+                return line
+        return line[: max(width - 1, 0)] + "…"
+
+    def _parts(self, step: int, values: Mapping[str, float], letters: int | None) -> list[str]:
+        parts = [f"{self.stage} {step}/{self.total_steps}"]
+        if self._recent:
+            seconds = statistics.fmean(self._recent)
+            left = self.total_steps - step
+            parts.append(f"eta {_duration(seconds * left)}" if left > 0 else "done")
+            parts.append(f"{_short(seconds)} s/step{_shares(values)}")
+        if _known(values.get("tokens_per_second")):
+            parts.append(f"{_short(values['tokens_per_second'])} tok/s")
+        if _known(values.get("loss")) and self.stage != "rl":
+            parts.append(f"loss {values['loss']:.4f}")
+        rewards = {name.removeprefix("reward/"): value for name, value in values.items() if _is_reward(name)}
+        parts.append(" ".join(f"{name[:letters]} {_points(value)}" for name, value in rewards.items()))
+        if _known(values.get("b_capscore")):
+            parts.append(f"b-cap {values['b_capscore']:.1f}")
+        if _known(values.get("length/mean")):
+            parts.append(f"{values['length/mean']:.0f} words")
+        if _known(values.get("gate/in_band")):
+            parts.append(f"in band {100 * values['gate/in_band']:.0f}%")
+        return parts
+
+    def _time_step(self, step: int, values: Mapping[str, float]) -> None:
+        """The clock's seconds where given (they leave compiling out), else the wall time between updates."""
+        now = self._now()
+        phases = [value for name, value in values.items() if name.startswith("time/") and _known(value)]
+        if phases:
+            self._recent.append(sum(phases))
+        elif self._last is not None and step > self._last_step:
+            self._recent.append((now - self._last) / (step - self._last_step))
+        self._last, self._last_step = now, step
+
+
+def _is_reward(name: str) -> bool:
+    return name.startswith("reward/") and not name.endswith("_std")
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _points(value: float | None) -> str:
+    return f"{100 * value:.1f}" if _known(value) else "-"
+
+
+def _shares(values: Mapping[str, float]) -> str:
+    """Shares of the step's phases, such as " (rollout 61 judge 4 update 33%)"; what is missing to 100 is "other"."""
+    seconds = {
+        name.removeprefix("time/"): value
+        for name, value in values.items()
+        if name.startswith("time/") and _known(value)
+    }
+    total = sum(seconds.values())
+    shares = [f"{name} {100 * value / total:.0f}" for name, value in seconds.items() if name != "other" and value > 0]
+    return f" ({' '.join(shares)}%)" if shares else ""
+
+
+def _short(value: float) -> str:
+    """Three significant digits, such as 0.123, 12.3, 12.3k."""
+    for scale, suffix in ((1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
