@@ -273,7 +273,7 @@ def test_plain_lines_when_not_a_terminal():
     assert len(lines) == 22  # the first, every tenth, the note
     assert lines[1] == (  # the reward names are shortened to fit
         "rl 10/200  eta 3:10  1 s/step (rollout 61 judge 5 update 33%)  5.23k tok/s  "
-        "precis 71.2 recall 60.0 lingui -  b-cap 64.2  34 words  in band 93%"
+        "prec 71.2 reca 60.0 ling -  b-cap 64.2  34 words  in band 93%"
     )
     assert lines[-2].startswith("rl 200/200  done")
     assert lines[-1] == "saved [bold]checkpoint[/bold] 200"
