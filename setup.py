@@ -34,8 +34,9 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    # jax names the matching CUDA wheels and libtpu itself, so that they always fit the jax that is installed.
-    "cuda": [f"jax[cuda13]{JAX}"],
+    # jax names the matching CUDA wheels and libtpu itself, so that they always fit the jax that is installed. CUDA 12
+    # because it runs on older drivers too; for 13: pip install "jax[cuda13]".
+    "cuda": [f"jax[cuda12]{JAX}"],
     "tpu": [f"jax[tpu]{JAX}"],
     # Compiling for a TPU topology on a CPU host takes the same libtpu; run with JAX_PLATFORMS=cpu.
     "aot": [f"jax[tpu]{JAX}"],

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv in the repository root and installs the project into it, once.
 #
-#   prepare_environment        what training, captioning and reporting need
+#   prepare_environment base   what training, captioning and reporting need
 #   prepare_environment dev    and what the tests need
 #
 # Afterwards VENV_PYTHON is the interpreter to run. PYTHON=/path/to/python chooses the one .venv is made from.
@@ -55,7 +55,7 @@ is_installed() {
 }
 
 prepare_environment() {
-  local extra="${1:-base}" python installer
+  local extra="$1" python installer
   if [[ -f "$VENV/installing" ]]; then
     installer="$(<"$VENV/installing")"
     if [[ -n "$installer" ]] && kill -0 "$installer" 2>/dev/null; then
@@ -83,7 +83,7 @@ prepare_environment() {
   fi
   echo "installing the project and its dependencies into .venv (first run only, a minute or two) ..."
   local target="$ROOT"
-  [[ "$extra" == base ]] || target="$ROOT[$extra]"
+  [[ "$extra" == base ]] || target="${ROOT}[$extra]"
   if ! "$VENV_PYTHON" -m pip install -qq --disable-pip-version-check --editable "$target"; then
     # pip ended in good order, so what it did install is whole: keep it, and only try again next time.
     rm -f "$VENV/installing"

@@ -27,7 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 workdir="${workdir:-$ROOT/runs/quickstart}"
 
-prepare_environment
+prepare_environment base
 
 # The trainer saves and ends in good order on SIGTERM. The shell would not pass the signal on to a program in the
 # foreground, so the program runs beside it. Ctrl-C asks for the same; a second one ends the trainer at once.

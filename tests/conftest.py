@@ -23,6 +23,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["BALCAP_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 
+import jax  # noqa: E402
+
+# Through jax's own setting and not XLA_FLAGS: commands that the tests start see one device, as on a user's machine.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says above pytest's closing line what launch/test.sh knows besides: the whole time, and what ruff found."""
     if os.environ.get("LAUNCH_TEST_LINT", "0") != "0":
