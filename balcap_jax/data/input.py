@@ -1,0 +1,109 @@
+"""Batches for any random-access data set of dict examples: shuffled, sharded, checkpointable, without TensorFlow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import grain
+import numpy as np
+
+from balcap_jax.errors import UserError
+
+Batch = dict[str, Any]
+
+
+def make_dataset(
+    source: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    shuffle: bool = True,
+    repeat: bool = True,
+    threads: int = 2,
+    prefetch: int | None = None,
+) -> grain.DatasetIterator:
+    """Returns an iterator over batches of `source`, as columns (see `as_columns`).
+
+    All shards draw from one order, shuffled anew in each epoch from (`seed`, epoch); shard `shard_index` of
+    `shard_count` takes every `shard_count`-th example of it, so that in an epoch no example is seen twice, and every
+    shard has the same number of batches. What does not fill a batch is left out, other examples in each epoch.
+    The order does not depend on `threads` (0 reads in the calling thread) or `prefetch` (batches read ahead).
+
+    The iterator's `get_state()` is JSON-able, and `set_state` goes on with exactly the batch that would have followed.
+
+    Raises UserError when a shard cannot fill one batch.
+    """
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index {shard_index} is not in [0, {shard_count})")
+    length = len(source) // shard_count
+    if length < batch_size:
+        raise UserError(
+            f"a batch of {batch_size} needs more examples than there are: {len(source)} in the data set"
+            f" over {shard_count} shard(s); lower the batch size or enlarge the split"
+        )
+    dataset = grain.MapDataset.source(_AsText(source)).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset[: length * shard_count][shard_index::shard_count]
+    # Batches are cut before the repetition: one never holds examples of two epochs, so never the same example twice.
+    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=as_columns)
+    if repeat:
+        dataset = dataset.repeat()
+    # Read ahead only a little: a batch of images is large, and the update is slower than the reading.
+    buffer = max(2, threads) if prefetch is None else prefetch
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def examples(source: Sequence[Mapping[str, Any]], limit: int | None = None, *, start: int = 0) -> list[dict[str, Any]]:
+    """The first `limit` examples from `start` on (all if None), in the order of the split, text as `str`."""
+    stop = len(source) if limit is None else min(len(source), start + limit)
+    text = _AsText(source)
+    return [text[i] for i in range(start, stop)]
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> Batch:
+    """Turns examples with the same fields into one dict of columns.
+
+    Numbers and arrays of equal shape are stacked ([B, ...], images stay uint8); everything else, such as text, ragged
+    arrays and lists, becomes a list of length B.
+    """
+    fields = rows[0].keys()
+    for row in rows:
+        if row.keys() != fields:
+            raise ValueError(f"examples of a batch differ in their fields: {sorted(fields)} and {sorted(row)}")
+    return {field: _column([row[field] for row in rows]) for field in fields}
+
+
+def _column(values: list) -> Any:
+    numeric = all(isinstance(value, np.ndarray | np.number | int | float | bool) for value in values)
+    if numeric and len({np.shape(value) for value in values}) == 1:
+        return np.stack(values)
+    return values
+
+
+class _AsText:
+    """A view of a source whose text is `str`: data sets hand out UTF-8 bytes and arrays of them."""
+
+    def __init__(self, source: Sequence[Mapping[str, Any]]):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        return _decode(self._source[index])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} examples)"
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, Mapping):
+        return {key: _decode(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype.kind in "OSU"):
+        return [_decode(inner) for inner in value]
+    return value

@@ -1,0 +1,211 @@
+"""The embedded data set `scenes` as a TFDS builder, generated on this machine and read without TensorFlow."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from balcap_jax.data.scenes import faults, language, questions, render, world
+from balcap_jax.errors import UserError
+
+PROMPT = "Describe the picture."
+# Splits draw their scenes from ranges of seeds that cannot meet: each range is far longer than any split.
+FIRST_SEED = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000}
+# Streams of random numbers of one scene; apart from each other, so that one more question changes no caption.
+_REFERENCE, _CAPTIONS, _QUESTIONS = 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScenesSettings:
+    """What the examples depend on, apart from the code. `image_size` in pixels, splits in numbers of examples."""
+
+    train: int = 4096
+    validation: int = 256
+    test: int = 256
+    image_size: int = 96
+    captions_per_image: int = 4
+    questions_per_image: int = 5
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = {"image_size": 24, "captions_per_image": 0, "questions_per_image": 0}.get(field.name, 1)
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"scenes: {field.name} must be an integer of at least {least}, not {value!r}")
+            if field.name in FIRST_SEED and value > 1_000_000_000:
+                raise UserError(f"scenes: {field.name} can have at most 1000000000 examples, not {value}")
+
+    @property
+    def name(self) -> str:
+        """The directory name: every setting, and a digest of the code that makes the examples."""
+        return (
+            f"{self.image_size}px-{self.train}-{self.validation}-{self.test}"
+            f"-{self.captions_per_image}c-{self.questions_per_image}q-{code_digest()}"
+        )
+
+
+@functools.cache
+def code_digest() -> str:
+    """Eight hex digits over the source of the generating modules: changed code never meets data of the old."""
+    digest = hashlib.sha256()
+    for module in (world, language, faults, questions, render, sys.modules[__name__]):
+        digest.update(pathlib.Path(module.__file__).read_bytes())
+    return digest.hexdigest()[:8]
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScenesConfig(tfds.core.BuilderConfig):
+    settings: ScenesSettings = dataclasses.field(default_factory=ScenesSettings)
+
+
+def make_config(**settings: int) -> ScenesConfig:
+    """A builder config from fields of `ScenesSettings`; raises UserError on a value out of range."""
+    chosen = ScenesSettings(**settings)
+    return ScenesConfig(name=chosen.name, description="Rendered scenes of a few objects.", settings=chosen)
+
+
+class Scenes(tfds.core.GeneratorBasedBuilder):
+    """Rendered scenes with reference captions, faulty captions, reference units and questions."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # No download, no checksums; to look for some, TFDS would need importlib_resources, which it does not install.
+    url_infos: ClassVar[dict] = {}
+    BUILDER_CONFIGS: ClassVar[list[ScenesConfig]] = [make_config()]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.settings.image_size
+        texts = tfds.features.Sequence(tfds.features.Text())
+        features = tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                "scene": tfds.features.Text(),
+                "prompt": tfds.features.Text(),
+                "reference": tfds.features.Text(),
+                "reference_units": texts,
+                "captions": texts,
+                "questions": tfds.features.Text(),
+            }
+        )
+        # Stored in the order of generation, so that "the first n of the test split" means the same everywhere.
+        return self.dataset_info_from_configs(features=features, disable_shuffling=True, supervised_keys=None)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        del dl_manager  # nothing is downloaded
+        settings = self.builder_config.settings
+        return {split: self._generate_examples(split, getattr(settings, split)) for split in FIRST_SEED}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
+        for index in range(count):
+            yield index, make_example(split, index, self.builder_config.settings)
+
+
+def make_example(split: str, index: int, settings: ScenesSettings) -> dict:
+    """Example `index` of `split`; the image is an encoded PNG in a file object, which TFDS stores as it is."""
+    seed = FIRST_SEED[split] + index
+    scene = world.sample_scene(seed)
+    streams = {stream: np.random.default_rng([0xCA9710, stream, seed]) for stream in range(1, 4)}
+    return {
+        "id": f"scenes-{split}-{index:06d}",
+        "image": _png(render.render(scene, settings.image_size)),
+        "scene": scene.to_json(),
+        "prompt": PROMPT,
+        "reference": language.reference_caption(scene, streams[_REFERENCE]),
+        "reference_units": list(language.reference_units(scene)),
+        "captions": [faults.faulty_caption(scene, streams[_CAPTIONS])[0] for _ in range(settings.captions_per_image)],
+        "questions": json.dumps(questions.questions(scene, streams[_QUESTIONS], settings.questions_per_image)),
+    }
+
+
+def _png(picture: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    # Level 1: a third of the time of the default level for a few percent of the size.
+    Image.fromarray(picture).save(file, format="PNG", compress_level=1)
+    file.seek(0)
+    return file
+
+
+def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
+    """Generates the data set under `data_dir` unless it is there, and returns its builder.
+
+    `settings` are the fields of `ScenesSettings`; other settings, or other code, get a directory of their own. TFDS
+    writes aside and renames, so a preparation that was killed leaves nothing that a later one would pick up. Read a
+    split with `builder.as_data_source("train")`.
+
+    Raises UserError on a setting out of range or a directory that cannot be written.
+    """
+    config = make_config(**settings)
+    data_dir = pathlib.Path(data_dir).expanduser()
+    try:
+        # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
+        data_dir.mkdir(parents=True, exist_ok=True)
+        builder = Scenes(data_dir=data_dir, config=config)
+        if builder.is_prepared():
+            return builder
+        with tempfile.TemporaryFile(dir=data_dir):
+            pass
+        return _generate(builder, data_dir, config)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot prepare the data set scenes in {data_dir}: {reason}; choose another data dir"
+        ) from error
+
+
+def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
+    total = sum(getattr(config.settings, split) for split in FIRST_SEED)
+    print(f"scenes: generating {total} examples in {builder.data_dir}", flush=True)
+    start = time.perf_counter()
+    try:
+        with _quiet_tfds():
+            builder.download_and_prepare(
+                # Everything is made here: do not look for a prepared copy in TFDS's public bucket.
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+                file_format=tfds.core.FileFormat.ARRAY_RECORD,
+            )
+    except OSError:
+        # Another process may have finished the same directory in the meantime; its result is as good as ours.
+        other = Scenes(data_dir=data_dir, config=config)
+        if not other.is_prepared():
+            raise
+        return other
+    print(f"scenes: {total} examples in {time.perf_counter() - start:.1f} s", flush=True)
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS's own announcements off the terminal, and its progress bars on terminals only.
+
+    It draws its bars also into files, where each update becomes a line.
+    """
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Drops TFDS's warnings of what is meant to be so: a config of ours, a directory not there yet, no OpenCV."""
+    expected = ("Using custom data configuration", "Variant folder", "OpenCV is not installed")
+    return not str(record.msg).startswith(expected)
+
+
+logging.getLogger("absl").addFilter(_worth_reading)
