@@ -1,0 +1,64 @@
+"""The LLaVA-1.5 family. `build` makes the policy and its processor from the config group `model`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from balcap_jax.models.decoder import DecoderConfig
+from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava.processing import LlavaProcessor
+from balcap_jax.models.llava.vision import VisionConfig
+
+# The tiny world's tokenizer has no chat words, so its prompt is the image and the instruction alone.
+PLAIN_TEMPLATE = "{image} {prompt}"
+
+
+def build(
+    model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str = PLAIN_TEMPLATE
+) -> tuple[Llava, LlavaProcessor]:
+    """Builds policy and processor; `model` holds the fields of the config group `model`."""
+    tower = VisionConfig(
+        image_size=model["image_size"],
+        patch_size=model["patch_size"],
+        width=model["vision_width"],
+        layers=model["vision_layers"],
+        heads=model["vision_heads"],
+        mlp=model["vision_mlp"],
+        feature_layer=model["feature_layer"],
+        norm_eps=model["norm_eps"],
+        dtype=model["dtype"],
+    )
+    language = DecoderConfig(
+        vocab=len(tokenizer),
+        width=model["width"],
+        layers=model["layers"],
+        heads=model["heads"],
+        kv_heads=model["kv_heads"],
+        head_size=model["head_size"],
+        mlp=model["mlp"],
+        rope_theta=model["rope_theta"],
+        norm_eps=model["norm_eps"],
+        tied_embeddings=model["tied_embeddings"],
+        dtype=model["dtype"],
+        remat=model["remat"],
+    )
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    special = set(tokenizer.all_special_ids) | {image_token, tokenizer.pad_token_id}
+    policy = Llava(
+        vision=tower,
+        decoder=language,
+        image_token=image_token,
+        pad_token=tokenizer.pad_token_id,
+        eos_token=tokenizer.eos_token_id,
+        forbidden=tuple(sorted(special - {tokenizer.eos_token_id})),
+        logits_chunk=model["logits_chunk"],
+    )
+    processor = LlavaProcessor(
+        tokenizer=tokenizer,
+        image_size=tower.image_size,
+        image_tokens=tower.image_tokens,
+        prompt_tokens=model["prompt_tokens"],
+        template=template,
+    )
+    return policy, processor

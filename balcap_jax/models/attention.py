@@ -1,0 +1,74 @@
+"""Attention of a group's responses over one shared prompt: softmax over (prefix keys, own earlier branch keys).
+
+Keys and values are kept head-major ([..., heads, positions, head size]), so that the matmul of each head reads
+contiguous memory in the decode loop.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row without any allowed key (a padding query) stays finite instead of becoming NaN.
+MASKED = -1e30
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Causal attention inside the prompt.
+
+    Args:
+      q: [B, P, N, H]; k, v: [B, M, P, H] with N a multiple of M.
+      mask: [B, P] bool, False for padding keys.
+
+    Returns:
+      [B, P, N, H].
+    """
+    batch, length, heads, size = q.shape
+    groups = k.shape[1]
+    q = q.reshape(batch, length, groups, heads // groups, size)
+    logits = jnp.einsum("bqmrh,bmkh->bmrqk", q, k, preferred_element_type=jnp.float32) * size**-0.5
+    allowed = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, :]
+    logits = jnp.where(allowed[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bmrqk,bmkh->bqmrh", weights, v).reshape(batch, length, heads, size)
+
+
+def prefix_and_branch(
+    q: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    prefix_mask: jax.Array,
+    branch_k: jax.Array,
+    branch_v: jax.Array,
+    branch_mask: jax.Array,
+) -> jax.Array:
+    """Attention of T response tokens per branch; the prefix is never repeated over G.
+
+    The two parts share one maximum and one normaliser, so the result is the softmax over their concatenation without
+    building it.
+
+    Args:
+      q: [B, G, T, N, H], T = 1 while decoding and R in the update.
+      prefix_k, prefix_v: [B, M, P, H]; prefix_mask: [B, P] bool.
+      branch_k, branch_v: [B, G, M, S, H]; branch_mask: [T, S] bool, True where the key may be seen.
+
+    Returns:
+      [B, G, T, N, H].
+    """
+    batch, group, length, heads, size = q.shape
+    kv_heads = prefix_k.shape[1]
+    q = (q * size**-0.5).reshape(batch, group, length, kv_heads, heads // kv_heads, size)
+    over_prefix = jnp.einsum("bgtmrh,bmph->bmgtrp", q, prefix_k, preferred_element_type=jnp.float32)
+    over_prefix = jnp.where(prefix_mask[:, None, None, None, None, :], over_prefix, MASKED)
+    over_branch = jnp.einsum("bgtmrh,bgmsh->bgmtrs", q, branch_k, preferred_element_type=jnp.float32)
+    over_branch = jnp.where(branch_mask[:, None, :], over_branch, MASKED)
+
+    # [B, M, G, T, rep] and [B, G, M, T, rep]; the maximum only guards against overflow, so no gradient goes through it.
+    top = jnp.maximum(over_prefix.max(-1).swapaxes(1, 2), over_branch.max(-1))
+    top = jax.lax.stop_gradient(top)
+    from_prefix = jnp.exp(over_prefix - top.swapaxes(1, 2)[..., None])
+    from_branch = jnp.exp(over_branch - top[..., None])
+    total = from_prefix.sum(-1).swapaxes(1, 2) + from_branch.sum(-1)
+
+    read_prefix = jnp.einsum("bmgtrp,bmph->bgmtrh", from_prefix.astype(prefix_v.dtype), prefix_v)
+    read_branch = jnp.einsum("bgmtrs,bgmsh->bgmtrh", from_branch.astype(branch_v.dtype), branch_v)
+    read = (read_prefix + read_branch) / total[..., None].astype(prefix_v.dtype)
+    return read.transpose(0, 1, 3, 2, 4, 5).reshape(batch, group, length, heads, size)

@@ -1,0 +1,113 @@
+"""CLIP's vision transformer and LLaVA's projector: uint8 pixels in, image embeddings of the decoder's width out."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = dict[str, Any]
+
+# Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower. `feature_layer` counts hidden states as LLaVA does: -2 is the input of the last layer."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    feature_layer: int = -2
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def used_layers(self) -> int:
+        """Layers that the features depend on; later ones are neither built nor run."""
+        return self.layers + 1 + self.feature_layer if self.feature_layer < 0 else self.feature_layer
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer layer with CLIP's quick GELU."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        size = c.width // c.heads
+        h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="attention_norm")(x)
+        q, k, v = (nn.DenseGeneral((c.heads, size), dtype=dtype, name=name)(h) for name in ("q", "k", "v"))
+        logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * size**-0.5
+        read = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits).astype(dtype), v)
+        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(read)
+        h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="mlp_norm")(x)
+        h = nn.Dense(c.mlp, dtype=dtype, name="up")(h)
+        return x + nn.Dense(c.width, dtype=dtype, name="down")(h * nn.sigmoid(1.702 * h))
+
+
+class Patches(nn.Module):
+    """Patch embedding, class token, positions and the first norm: uint8 [B, S, S, 3] -> [B, 1 + I, width]."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        pixels = (images.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
+        side = c.image_size // c.patch_size
+        grid = pixels.reshape(-1, side, c.patch_size, side, c.patch_size, 3)
+        grid = grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side * side, c.patch_size**2 * 3)
+        x = nn.Dense(c.width, use_bias=False, dtype=dtype, name="patch")(grid.astype(dtype))
+        token = self.param("class_token", nn.initializers.normal(c.width**-0.5), (c.width,))
+        x = jnp.concatenate([jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width)), x], axis=1)
+        positions = self.param("positions", nn.initializers.normal(0.02), (side * side + 1, c.width))
+        return nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm")(x + positions.astype(dtype))
+
+
+class Projector(nn.Module):
+    """LLaVA-1.5's two-layer GELU projector to the decoder's width."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.dtype)
+        x = nn.gelu(nn.Dense(self.width, dtype=dtype, name="first")(x), approximate=False)
+        return nn.Dense(self.width, dtype=dtype, name="second")(x)
+
+
+def init(config: VisionConfig, rng: jax.Array) -> Params:
+    """Random parameters of the tower: `patches` and `layers` stacked over the used layers."""
+    patch_key, layer_key = jax.random.split(rng)
+    images = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8)
+    x = jnp.zeros((1, config.image_tokens + 1, config.width), jnp.dtype(config.dtype))
+    block = VisionBlock(config)
+    keys = jax.random.split(layer_key, config.used_layers)
+    return {
+        "patches": Patches(config).init(patch_key, images)["params"],
+        "layers": jax.vmap(lambda key: block.init(key, x)["params"])(keys),
+    }
+
+
+def encode(config: VisionConfig, params: Params, images: jax.Array) -> jax.Array:
+    """Image features of `feature_layer` without the class token: uint8 [B, S, S, 3] -> [B, I, width]."""
+    x = Patches(config).apply({"params": params["patches"]}, images)
+    block = VisionBlock(config)
+    x, _ = jax.lax.scan(lambda x, weights: (block.apply({"params": weights}, x), None), x, params["layers"])
+    return x[:, 1:]

@@ -1,0 +1,152 @@
+"""Sampling of G captions per image: encode the image once, prefill the prompt once, decode G branches.
+
+One compiled program; the loop ends when every branch has ended. `sample` is the loop, `make_rollout` its face.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balcap_jax.models.policy import Params, Policy, Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `greedy` ignores the other three."""
+
+    group_size: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+
+
+class Rollout(NamedTuple):
+    """G responses per prompt.
+
+    tokens [B, G, R] int32, padding after the end token; mask [B, G, R] bool, end token included.
+    log_probs [B, G, R]: under the distribution that was sampled from (temperature, top-p and top-k applied).
+    policy_log_probs [B, G, R]: under the temperature alone, which is what the trainer recomputes; the surrogate's
+    ratio is taken against these. Both are 0 outside the mask, and equal when nothing is truncated.
+    lengths [B, G] int32 tokens, end token included; truncated [B, G] bool, no end token within R.
+    image_embeds [B, I, D]: so that a frozen vision tower need not run again in the update.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    log_probs: jax.Array
+    policy_log_probs: jax.Array
+    lengths: jax.Array
+    truncated: jax.Array
+    image_embeds: jax.Array
+
+
+def example_keys(ids: Sequence[str]) -> np.ndarray:
+    """Stable 32-bit keys [B] of example ids: a sample depends on what is captioned, not on where in the batch it is."""
+    return np.array([zlib.crc32(name.encode()) for name in ids], np.uint32)
+
+
+def make_rollout(policy: Policy, sampling: Sampling) -> Callable[..., Rollout]:
+    """The compiled rollout: `rollout(params, prompt, keys [B] uint32, seed uint32, step uint32) -> Rollout`.
+
+    Sample g of an example draws from a key made of (seed, step, example key, g) only, so it is the same on any mesh,
+    in any batch and at any batch size.
+    """
+
+    @jax.jit
+    def rollout(params: Params, prompt: Prompt, keys: jax.Array, seed: jax.Array, step: jax.Array) -> Rollout:
+        base = jax.random.fold_in(jax.random.key(seed), step)
+        of_prompt = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
+        members = jnp.arange(sampling.group_size)
+        branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(of_prompt)
+        return sample(policy, params, prompt, branch_keys, sampling)
+
+    return rollout
+
+
+def sample(policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, sampling: Sampling) -> Rollout:
+    """The decoding loop; `keys` [B, G] are PRNG keys, one per branch."""
+    batch, group = keys.shape
+    image_embeds = policy.encode(params, prompt.images)
+    prefix, logits = policy.prefill(params, prompt, image_embeds)
+    branch = policy.empty_branch(batch, group, sampling.max_tokens)
+
+    def draw(logits: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if sampling.greedy:
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            scaled = kept = logits
+        else:
+            scaled = logits / sampling.temperature
+            kept = truncate(scaled, sampling.top_p, sampling.top_k)
+            step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(keys)
+            tokens = jax.vmap(jax.vmap(jax.random.categorical))(step_keys, kept).astype(jnp.int32)
+        return tokens, _log_prob(kept, tokens), _log_prob(scaled, tokens)
+
+    def record(buffers, t, tokens, sampled, full, done):
+        """Writes index t of the branches that are still going; returns which of them have ended now."""
+        out_tokens, mask, log_probs, policy_log_probs = buffers
+        tokens = jnp.where(done, policy.pad_token, tokens)
+        buffers = (
+            out_tokens.at[:, :, t].set(tokens),
+            mask.at[:, :, t].set(~done),
+            log_probs.at[:, :, t].set(jnp.where(done, 0.0, sampled)),
+            policy_log_probs.at[:, :, t].set(jnp.where(done, 0.0, full)),
+        )
+        return buffers, tokens, done | (tokens == policy.eos_token)
+
+    shape = (batch, group, sampling.max_tokens)
+    buffers = (
+        jnp.full(shape, policy.pad_token, jnp.int32),
+        jnp.zeros(shape, bool),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    # A copy per branch rather than a broadcast, so that the first draw costs the same as any other.
+    first = jnp.repeat(logits[:, None], group, axis=1)
+    start = jnp.zeros((), jnp.int32)
+    buffers, tokens, done = record(buffers, start, *draw(first, start), jnp.zeros((batch, group), bool))
+
+    def unfinished(carry):
+        t, _, _, done, _ = carry
+        return (t < sampling.max_tokens) & ~jnp.all(done)
+
+    def extend(carry):
+        t, branch, tokens, done, buffers = carry
+        branch, logits = policy.decode(params, prefix, branch, tokens, t - 1)
+        buffers, tokens, done = record(buffers, t, *draw(logits, t), done)
+        return t + 1, branch, tokens, done, buffers
+
+    _, _, _, done, buffers = jax.lax.while_loop(unfinished, extend, (start + 1, branch, tokens, done, buffers))
+    out_tokens, mask, log_probs, policy_log_probs = buffers
+    lengths = mask.sum(-1, dtype=jnp.int32)
+    return Rollout(out_tokens, mask, log_probs, policy_log_probs, lengths, ~done, image_embeds)
+
+
+def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
+    """Keeps the `top_k` likeliest tokens (0: all), then the smallest set of them that holds mass `top_p`.
+
+    The token that crosses `top_p` is kept (nucleus sampling, Holtzman et al., arXiv 1904.09751). Ties at the border
+    are kept. Others become -inf.
+    """
+    if top_k:
+        border = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < border, -jnp.inf, logits)
+    if top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        inside = jnp.cumsum(probs, axis=-1) - probs < top_p
+        border = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < border, -jnp.inf, logits)
+    return logits
+
+
+def _log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probability [...] of `tokens` [...] under softmax of `logits` [..., V]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,0 +1,328 @@
+"""THE compiled step: rewards in, gates, per-objective advantages, loss, gradients, update; one jit, donated state.
+
+SFT is the same step with another loss. Everything the method says about an update is here, in `advantages` and in
+`losses`; `train.py` only feeds it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from balcap_jax import advantages, losses
+from balcap_jax.metrics import Max, Mean
+from balcap_jax.models.policy import Params, Policy, Prompt
+
+Metrics = dict[str, Mean | Max]
+
+
+class TrainState(NamedTuple):
+    """Everything an update changes. `params` are the fp32 master weights, nested dicts.
+
+    step: int32, updates done in this stage. opt_state covers the trainable parameters only.
+    nonfinite: int32, updates in a row that were skipped because their gradient was not finite.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    nonfinite: jax.Array
+
+
+class RLBatch(NamedTuple):
+    """One rollout batch with its rewards.
+
+    responses, mask, old_log_probs [B, G, R]; image_embeds [B, I, D] from the rollout (used while the vision side is
+    frozen); rewards, valid [B, G, K]; words [B, G] and reference_words [B] int32; truncated [B, G] bool.
+    """
+
+    prompt: Prompt
+    image_embeds: jax.Array
+    responses: jax.Array
+    mask: jax.Array
+    old_log_probs: jax.Array
+    rewards: jax.Array
+    valid: jax.Array
+    words: jax.Array
+    reference_words: jax.Array
+    truncated: jax.Array
+
+
+class SFTBatch(NamedTuple):
+    """Target captions [B, G, R], G per image, and their mask."""
+
+    prompt: Prompt
+    responses: jax.Array
+    mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RLObjective:
+    """The method's settings; the fields are those of the config groups `advantage`, `loss` and `rewards`.
+
+    names, weights, gated: one entry per objective. `temperature` is the rollout's, so that the recomputed
+    log-probabilities are those of the distribution that was sampled from.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    gated: tuple[bool, ...]
+    max_tokens: int
+    gate_low: float = 0.5
+    gate_high: float = 2.0
+    gate: bool = True
+    estimator: str = "c_gdpo"
+    batch_norm: str = "sequence"
+    eps_group: float = 1e-4
+    eps_batch: float = 1e-4
+    ddof: int = 1
+    exclude_truncated: bool = False
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normaliser: str = "sequence"
+    kl_coef: float = 0.0
+    log_ratio_clamp: float = 20.0
+    temperature: float = 1.0
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+def split(params: Params, freeze: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Splits nested `params` into flat (trainable, frozen) dicts by path.
+
+    `freeze` is a regular expression searched for in paths such as "decoder/layers/q/kernel"; empty freezes nothing.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    frozen = {path for path in flat if freeze and re.search(freeze, path)}
+    return {p: a for p, a in flat.items() if p not in frozen}, {p: flat[p] for p in frozen}
+
+
+def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
+    return flax.traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
+
+
+def vision_is_frozen(params: Params, freeze: str) -> bool:
+    """Whether no parameter behind `policy.encode` is trained, so that its output may be reused."""
+    trainable, _ = split(params, freeze)
+    return not any(path.startswith(("vision/", "projector/")) for path in trainable)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, freeze: str) -> TrainState:
+    trainable, _ = split(params, freeze)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
+# ------------------------------------------------------------------------------------------------- the RL step
+
+
+def make_rl_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    objective: RLObjective,
+    *,
+    freeze: str = "",
+    micro_batches: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled RL update `step(state, batch: RLBatch, reference: Params | None) -> (state, metrics)`.
+
+    `reference` are the frozen parameters of the KL term and must be given when `kl_coef` > 0.
+    The batch is cut into `micro_batches` along B; their gradients add up to the whole batch's exactly, because every
+    normaliser is computed before the cut.
+    """
+
+    def step(state: TrainState, batch: RLBatch, reference: Params | None = None) -> tuple[TrainState, Metrics]:
+        # 1. Length gate: only the gated objectives lose their reward outside the band (method, section 1).
+        in_band = advantages.length_gate(batch.words, batch.reference_words, objective.gate_low, objective.gate_high)
+        gated = jnp.asarray(objective.gated) & objective.gate
+        gate = jnp.where(gated, in_band[..., None], 1.0)
+
+        # 2. Per-objective advantages, normalised within the group before they are combined (c-GDPO).
+        member_valid = ~batch.truncated if objective.exclude_truncated else jnp.ones_like(batch.truncated)
+        advantage = advantages.compute(
+            batch.rewards,
+            weights=jnp.asarray(objective.weights),
+            valid=batch.valid,
+            gate=gate,
+            member_valid=member_valid,
+            estimator=objective.estimator,
+            batch_norm=objective.batch_norm,
+            eps_group=objective.eps_group,
+            eps_batch=objective.eps_batch,
+            ddof=objective.ddof,
+            names=objective.names,
+        )
+
+        # 3. Clipped surrogate on shared-prefix log-probabilities, plus an optional KL term to the reference.
+        scored = member_valid & batch.valid.any(-1)
+        weights = losses.token_weights(batch.mask, scored, objective.normaliser, objective.max_tokens)
+        reuse = vision_is_frozen(state.params, freeze)
+
+        def loss_fn(params: Params, part) -> tuple[jax.Array, dict[str, jax.Array]]:
+            batch, combined, weights = part
+            image_embeds = batch.image_embeds if reuse else policy.encode(params, batch.prompt.images)
+            log_probs = policy.log_probs(
+                params, batch.prompt, image_embeds, batch.responses, temperature=objective.temperature
+            )
+            surrogate, _, _ = losses.clipped_surrogate(
+                log_probs,
+                batch.old_log_probs,
+                combined,
+                objective.clip_low,
+                objective.clip_high,
+                objective.log_ratio_clamp,
+            )
+            saved = {"log_probs": log_probs}
+            if objective.kl_coef:
+                embeds = policy.encode(reference, batch.prompt.images)
+                anchor = policy.log_probs(
+                    reference, batch.prompt, embeds, batch.responses, temperature=objective.temperature
+                )
+                saved["kl"] = losses.kl_k3(log_probs, jax.lax.stop_gradient(anchor))
+                surrogate = surrogate + objective.kl_coef * saved["kl"]
+            return jnp.sum(weights * surrogate), saved
+
+        part = (batch, advantage.combined, weights)
+        loss, saved, gradient = _accumulate(loss_fn, state.params, part, freeze, micro_batches)
+        state, update_metrics = _apply(optimizer, state, gradient, freeze)
+        metrics = _rl_metrics(objective, batch, advantage, in_band, scored, saved)
+        return state, {"loss": _once(loss), **metrics, **update_metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _rl_metrics(objective, batch: RLBatch, advantage, in_band, scored, saved) -> Metrics:
+    """(sum, count) metrics of a rollout batch; entropy is estimated by -log p of the sampled tokens."""
+    mask = batch.mask & scored[..., None]
+    _, ratio, clipped = losses.clipped_surrogate(
+        saved["log_probs"],
+        batch.old_log_probs,
+        advantage.combined,
+        objective.clip_low,
+        objective.clip_high,
+        objective.log_ratio_clamp,
+    )
+    drift = jnp.where(batch.mask, jnp.abs(saved["log_probs"] - batch.old_log_probs), 0.0)
+    metrics = {name: Mean(*pair) for name, pair in advantage.stats.items()}
+    for k, name in enumerate(objective.names):
+        valid = batch.valid[..., k]
+        rewards = jnp.where(valid, batch.rewards[..., k], 0.0)
+        metrics[f"reward/{name}"] = _mean(rewards, valid)
+        metrics[f"reward/{name}_std"] = _group_std(rewards, valid)
+    every = jnp.ones_like(in_band)
+    return metrics | {
+        "judge/failure_rate": _mean(1.0 - batch.valid, jnp.ones_like(batch.valid)),
+        "gate/in_band": _mean(in_band, every),
+        "length/mean": _mean(batch.words, every),
+        "length/tokens_mean": _mean(batch.mask.sum(-1), every),
+        "length/ratio_mean": _mean(batch.words / jnp.maximum(batch.reference_words, 1)[:, None], every),
+        "length/truncated_frac": _mean(batch.truncated, every),
+        "entropy": _mean(-saved["log_probs"], batch.mask),
+        "kl": _mean(saved["kl"], mask) if "kl" in saved else Mean(jnp.zeros(()), jnp.zeros(())),
+        "ratio/mean": _mean(ratio, mask),
+        "ratio/clipped_frac": _mean(clipped, mask),
+        "drift/max_abs_logp": Max(drift.max()),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the SFT step
+
+
+def make_sft_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    freeze: str = "",
+    micro_batches: int = 1,
+) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
+    """The compiled SFT update `step(state, batch: SFTBatch) -> (state, metrics)`: mean cross-entropy of target tokens.
+
+    The G targets of an image share its encoding and its prompt, as samples do.
+    """
+
+    def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
+        every = jnp.ones(batch.mask.shape[:2], bool)
+        weights = losses.token_weights(batch.mask, every, "token", batch.mask.shape[-1])
+
+        def loss_fn(params: Params, part) -> tuple[jax.Array, dict[str, jax.Array]]:
+            batch, weights = part
+            image_embeds = policy.encode(params, batch.prompt.images)
+            log_probs = policy.log_probs(params, batch.prompt, image_embeds, batch.responses)
+            return -jnp.sum(weights * log_probs), {}
+
+        loss, _, gradient = _accumulate(loss_fn, state.params, (batch, weights), freeze, micro_batches)
+        state, update_metrics = _apply(optimizer, state, gradient, freeze)
+        tokens = _mean(batch.mask.sum(-1), every)
+        return state, {"loss": _once(loss), "length/tokens_mean": tokens, **update_metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+# ------------------------------------------------------------------------------------------------- shared parts
+
+
+def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
+    """Sums loss and gradient of `loss_fn(params, part)` over equal parts of `batch` along B.
+
+    Returns the loss, the arrays that loss_fn saved (joined again along B), and the flat gradient of the trainable
+    parameters in fp32.
+    """
+    trainable, frozen = split(params, freeze)
+    differentiate = jax.value_and_grad(lambda t, part: loss_fn(join(t, frozen), part), has_aux=True)
+    if micro_batches == 1:
+        (loss, saved), gradient = differentiate(trainable, batch)
+        return loss, saved, gradient
+
+    def cut(x):
+        if x.shape[0] % micro_batches:
+            raise ValueError(f"batch of {x.shape[0]} prompts does not divide into {micro_batches} micro-batches")
+        return x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:])
+
+    def add(carry, part):
+        loss, gradient = carry
+        (part_loss, saved), part_gradient = differentiate(trainable, part)
+        return (loss + part_loss, jax.tree.map(jnp.add, gradient, part_gradient)), saved
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    (loss, gradient), saved = jax.lax.scan(add, zero, jax.tree.map(cut, batch))
+    return loss, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), saved), gradient
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Mapping[str, jax.Array], freeze: str
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step; an update whose gradient is not finite is skipped and counted."""
+    trainable, frozen = split(state.params, freeze)
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+    stepped = optax.apply_updates(trainable, updates)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    trainable = jax.tree.map(keep, stepped, trainable)
+    opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+    nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+    state = TrainState(state.step + 1, join(trainable, frozen), opt_state, nonfinite)
+    metrics = {"grad_norm": _once(norm), "nonfinite": Max(nonfinite)}
+    return state, metrics
+
+
+def _once(value: jax.Array) -> Mean:
+    return Mean(value, jnp.ones(()))
+
+
+def _mean(values: jax.Array, where: jax.Array) -> Mean:
+    where = where.astype(jnp.float32)
+    return Mean(jnp.sum(values * where), jnp.sum(where))
+
+
+def _group_std(values: jax.Array, valid: jax.Array) -> Mean:
+    """Mean over groups of the standard deviation (ddof 1) of the valid members; groups of fewer than 2 are left out."""
+    count = valid.sum(-1)
+    centred = jnp.where(valid, values - jnp.sum(values, -1, keepdims=True) / jnp.maximum(count, 1)[:, None], 0.0)
+    std = jnp.sqrt(jnp.sum(centred**2, -1) / jnp.maximum(count - 1, 1))
+    return _mean(std, count >= 2)
