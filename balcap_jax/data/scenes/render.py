@@ -135,7 +135,7 @@ _ARM, _TIP = 0.34, 0.98
 # In units of the radius, y downwards; every corner stays within 1.08 of the centre in x and y at any allowed tilt.
 _OUTLINES = {
     "square": ((-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)),
-    "triangle": _regular(3, (1.12,), rise=0.18),
+    "triangle": _regular(3, (1.1,), rise=0.18),
     "star": _regular(10, (1.08, 0.54), rise=0.06),
     "cross": (
         (-_ARM, -_TIP), (_ARM, -_TIP), (_ARM, -_ARM), (_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM),
