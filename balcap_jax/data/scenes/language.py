@@ -631,7 +631,7 @@ def vocabulary() -> list[str]:
     slots = [*SHAPES, *COLOURS, *SIZES, "striped", "dotted", *PLACES, *GROUNDS, *PATTERNS, *NUMBERS[2:7], *INVERSE]
     words = set(_TOKEN.findall(text)) | set(_TOKEN.findall(" ".join(slots))) | {"an", ","}
     # Words that a sentence may begin with, also when a fault has dropped its article.
-    starts = ["a", "an", "background", *SIZES, *COLOURS, *GROUNDS, *PATTERNS, *NUMBERS[2:7], *_ROWS, "centre"]
+    starts = ["a", "an", "background", *SHAPES, *SIZES, *COLOURS, *GROUNDS, *PATTERNS, *NUMBERS[2:7], *_ROWS, "centre"]
     starts += [_TOKEN.match(form)[0] for form in (*OPENINGS, *REMARKS, UNPLACED, RELATION) if form[0] != "{"]
     # The pronoun is never lower-case; every other start also is, by the lower-case fault.
     words |= {sentence(word) for word in starts} | {word.lower() for word in starts} - {"i"}

@@ -1,0 +1,288 @@
+"""Captions with realistic faults: what the base policy is trained on, so that every objective has room to rise.
+
+Each fault is an independent draw, per caption, per object or per sentence, so that each can be unlearned by itself.
+A caption-level draw makes some captions nearly faultless: the behaviour that RL amplifies must be in the
+distribution it samples from. Nothing here is visible to the judge.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from balcap_jax.data.scenes.language import (
+    BACKGROUNDS,
+    GROUND_ONLY,
+    INVERSE,
+    NUMBERS,
+    OPENINGS,
+    PLACED,
+    REMARK_TAILS,
+    REMARKS,
+    UNPLACED,
+    noun_phrase,
+    pick,
+    relation_sentence,
+    sentence,
+    stated_relation,
+)
+from balcap_jax.data.scenes.world import (
+    COLOURS,
+    GROUNDS,
+    MAX_OBJECTS,
+    MIN_OBJECTS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+)
+
+MAX_WORDS, MAX_TOKENS = 88, 96
+# Share of nearly faultless captions, and how much rarer each fault is in them.
+CLEAN_SHARE, CLEAN_FACTOR = 0.15, 0.06
+
+# Probability of each fault where it can occur: per caption, per object (o) or per sentence (s).
+RATES: dict[str, float] = {
+    # content that is not there
+    "invented object": 0.07,  # o
+    "wrong colour": 0.04,  # o
+    "wrong shape": 0.04,  # o
+    "wrong size": 0.06,  # o
+    "wrong texture": 0.06,  # o
+    "wrong place": 0.07,  # o
+    "wrong count": 0.12,
+    "wrong relation": 0.25,
+    "wrong background": 0.15,
+    # content left out
+    "stops early": 0.45,
+    "too short": 0.14,
+    "omitted object": 0.08,  # o
+    "omitted size": 0.58,  # o
+    "omitted texture": 0.58,  # o
+    "omitted place": 0.12,  # o
+    "omitted opening": 0.18,
+    "omitted relation": 0.5,
+    "omitted background": 0.55,
+    "omitted pattern": 0.2,
+    # statements that point at nothing
+    "remark": 0.1,  # s
+    "remark tail": 0.12,  # o
+    "closing remark": 0.65,
+    # language
+    "repetition": 0.11,  # s
+    "list": 0.14,  # s
+    "dropped verb": 0.12,  # s
+    "dropped article": 0.1,  # s
+    "word order": 0.1,  # s
+    "lower case": 0.05,  # s
+    "shuffled": 0.15,
+    "no final stop": 0.1,
+    "too long": 0.08,
+}
+_VERBS = ("is", "are", "holds", "occupies", "lies", "appear", "see")
+
+
+def faulty_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
+    """A caption of the scene and the names of the faults put into it; at most 88 words and 96 tokens long."""
+    factor = CLEAN_FACTOR if rng.random() < CLEAN_SHARE else 1.0
+    return write_caption(scene, {name: rate * factor for name, rate in RATES.items()}, rng)
+
+
+@dataclasses.dataclass
+class _Draft:
+    """What a sentence about one object will say; "" leaves an attribute out."""
+
+    shape: str
+    colour: str
+    size: str
+    texture: str
+    place: str
+
+
+class _Dice:
+    """Draws faults and remembers which came up."""
+
+    def __init__(self, rates: Mapping[str, float], rng: np.random.Generator):
+        self.rates, self.rng, self.faults = rates, rng, {}
+
+    def __call__(self, name: str) -> bool:
+        hit = self.rng.random() < self.rates.get(name, 0.0)
+        if hit:
+            self.faults[name] = None
+        return hit
+
+
+def _other(value: str, options, rng: np.random.Generator) -> str:
+    return pick([option for option in options if option != value], rng)
+
+
+def _absent_kind(scene: Scene, rng: np.random.Generator, colour: str = "", shape: str = "") -> tuple[str, str]:
+    """A (colour, shape) that no object of the scene has, keeping the one that is given."""
+    present = {(one.colour, one.shape) for one in scene.objects}
+    colours, shapes = (colour,) if colour else COLOURS, (shape,) if shape else SHAPES
+    absent = [(c, s) for c in colours for s in shapes if (c, s) not in present]
+    return pick(absent, rng) if absent else (colour, shape)
+
+
+def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[_Draft]:
+    objects = list(scene.objects)
+    if dice("too short"):
+        objects = objects[:1]
+    elif dice("stops early"):
+        objects = objects[: (len(objects) + 1) // 2]
+    drafts = []
+    for one in objects:
+        if len(objects) > 1 and dice("omitted object"):
+            continue
+        draft = _Draft(one.shape, one.colour, one.size, one.texture, one.place)
+        if dice("wrong colour"):
+            draft.colour, _ = _absent_kind(scene, rng, shape=one.shape)
+        elif dice("wrong shape"):
+            _, draft.shape = _absent_kind(scene, rng, colour=one.colour)
+        if dice("wrong size"):
+            draft.size = _other(one.size, SIZES, rng)
+        if dice("wrong texture"):
+            draft.texture = _other(one.texture, TEXTURES[1:], rng)
+        if dice("wrong place"):
+            draft.place = _other(one.place, PLACES, rng)
+        if dice("omitted size"):
+            draft.size = ""
+        if draft.texture != "plain" and dice("omitted texture"):
+            draft.texture = ""
+        if dice("omitted place"):
+            draft.place = ""
+        drafts.append(draft)
+        if dice("invented object"):
+            drafts.append(_invented(scene, rng))
+    if dice("shuffled") and len(drafts) > 1:
+        order = rng.permutation(len(drafts))
+        drafts = [drafts[i] for i in order]
+    return drafts
+
+
+def _invented(scene: Scene, rng: np.random.Generator) -> _Draft:
+    colour, shape = _absent_kind(scene, rng)
+    return _Draft(shape, colour, pick(SIZES, rng), pick(TEXTURES, rng), pick(PLACES, rng))
+
+
+def _object_text(draft: _Draft, dice: _Dice, rng: np.random.Generator) -> str:
+    """One sentence about the object, or list-like fragments."""
+    if dice("list"):
+        if rng.random() < 0.5:
+            noun = noun_phrase(draft.shape, draft.colour, draft.size, draft.texture, article="")
+            return f"{noun}. {draft.place}." if draft.place else f"{noun}."
+        noun = noun_phrase(draft.shape, draft.colour, article="")
+        texture = "" if draft.texture == "plain" else draft.texture
+        return ", ".join(word for word in (noun, draft.size, texture, draft.place) if word) + "."
+    noun = noun_phrase(draft.shape, draft.colour, draft.size, draft.texture)
+    if dice("word order"):
+        words = noun.split()
+        noun = " ".join([words[0], words[-1], *words[1:-1]])
+    text = pick(PLACED, rng).format(noun=noun, place=draft.place) if draft.place else UNPLACED.format(noun=noun)
+    if dice("remark tail"):
+        text = f"{text[:-1]}, {pick(REMARK_TAILS, rng)}."
+    return text
+
+
+def _background_text(scene: Scene, dice: _Dice, rng: np.random.Generator) -> str:
+    ground, pattern = scene.ground, scene.pattern
+    if dice("wrong background"):
+        if rng.random() < 0.5:
+            ground = _other(ground, GROUNDS, rng)
+        else:
+            pattern = _other(pattern, PATTERNS, rng)
+    form = GROUND_ONLY if dice("omitted pattern") else pick(BACKGROUNDS, rng)
+    return form.format(ground=ground, pattern=pattern)
+
+
+def _break(text: str, dice: _Dice) -> str:
+    """Drops the verb or the first article of a sentence."""
+    words = text.split()
+    if dice("dropped verb"):
+        words = [word for word in words if word.strip(".") not in _VERBS]
+    if words[0] in ("a", "an", "the") and dice("dropped article"):
+        words = words[1:]
+    text = " ".join(words)
+    return text if text.endswith((".", "!")) else text + "."
+
+
+def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
+    """Writes a caption in which each named fault occurs with its rate; no rates give a faultless caption."""
+    dice = _Dice(rates, rng)
+    body: list[str] = []  # sentences, lower-case starts, each with its stop
+    if not dice("omitted opening"):
+        count = len(scene.objects)
+        if dice("wrong count"):
+            count = int(_other(str(count), map(str, range(MIN_OBJECTS, MAX_OBJECTS + 1)), rng))
+        body.append(_break(pick(OPENINGS, rng).format(count=NUMBERS[count]), dice))
+    for draft in _draft_objects(scene, dice, rng):
+        body.append(_break(_object_text(draft, dice, rng), dice))
+        if dice("remark"):
+            body.append(pick(REMARKS, rng))
+    related = stated_relation(scene)
+    if related and not dice("omitted relation"):
+        first, relation, second = related
+        if dice("wrong relation"):
+            relation = INVERSE[relation]
+        body.append(_break(relation_sentence(first, relation, second), dice))
+    if not dice("omitted background"):
+        body.append(_break(_background_text(scene, dice, rng), dice))
+    if dice("closing remark"):
+        body.append(pick(REMARKS, rng))
+    body = _repeat(body, dice, rng)
+    if dice("too long"):
+        body += _padding(scene, body, rng)
+    text = " ".join(_start(one, dice) for one in _capped(body))
+    if dice("no final stop"):
+        text = text[:-1]
+    return text, tuple(dice.faults)
+
+
+def _repeat(body: list[str], dice: _Dice, rng: np.random.Generator) -> list[str]:
+    """Says some sentences again, at once or as the last sentence."""
+    out, later = [], []
+    for text in body:
+        out.append(text)
+        if dice("repetition"):
+            (out if rng.random() < 0.5 else later).append(text)
+    return out + later
+
+
+def _padding(scene: Scene, body: list[str], rng: np.random.Generator) -> list[str]:
+    """Sentences that carry a caption past twice its reference's length: repeats, remarks, invented objects."""
+    words = sum(len(text.split()) for text in body)
+    reference_words = 11 + 9 * len(scene.objects)
+    padding = []
+    while words <= 2 * reference_words + 4 and words < MAX_WORDS:
+        kind = rng.random()
+        if kind < 0.4:
+            padding.append(pick(body, rng))
+        elif kind < 0.7:
+            padding.append(pick(REMARKS, rng))
+        else:
+            draft = _invented(scene, rng)
+            noun = noun_phrase(draft.shape, draft.colour, draft.size, draft.texture)
+            padding.append(pick(PLACED, rng).format(noun=noun, place=draft.place))
+        words += len(padding[-1].split())
+    return padding
+
+
+def _start(text: str, dice: _Dice) -> str:
+    # A list entry such as "red star. top left." holds several sentences: each gets its capital.
+    parts = text.split(". ")
+    if not dice("lower case"):
+        parts = [sentence(part) for part in parts]
+    return ". ".join(parts)
+
+
+def _capped(body: list[str]) -> list[str]:
+    """The sentences that fit into the caption's hard limits."""
+    words = tokens = 0
+    for at, text in enumerate(body):
+        words += len(text.split())
+        tokens += len(text.split()) + sum(text.count(mark) for mark in ".,!")
+        if words > MAX_WORDS or tokens > MAX_TOKENS:
+            return body[:at]
+    return body

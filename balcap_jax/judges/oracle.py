@@ -1,0 +1,203 @@
+"""The exact judge of the scenes world: checks each claim of a caption against the scene graph, marks language by rule.
+
+It never sees which faults were put into a caption; recall and language are judged from text alone.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from balcap_jax.data.scenes.language import NUMBERS, Claim, Parsed, Subject, covers, parse
+from balcap_jax.data.scenes.world import Scene, SceneObject
+from balcap_jax.errors import UserError
+from balcap_jax.judges.schema import (
+    Assertion,
+    Failure,
+    LinguisticQuestion,
+    LinguisticVerdict,
+    PrecisionQuestion,
+    PrecisionVerdict,
+    RecallQuestion,
+    RecallVerdict,
+)
+
+CRITERIA = ("clarity", "fluency", "coherency")
+# What one slip of language costs each mark, in sentences: a caption whose every sentence holds a slip of weight 1 gets
+# the mark 1. One slip is never free, and the costs add up slowly enough that mending each one shows.
+SLIPS: dict[str, tuple[float, float, float]] = {
+    "fragment": (0, 1, 0),
+    "broken": (0, 1, 0),
+    "run-on": (0, 1, 0),
+    "missing stop": (0, 1, 0),
+    "lower-case start": (0, 0.5, 0),
+    "article": (0, 0.5, 0),
+    "stray mark": (0, 0.5, 0),
+    "unparsable": (1, 1, 1),
+    "repeated sentence": (1, 0, 0.5),
+    "repeated claim": (0.5, 0, 0),
+    "contradiction": (1, 0, 0),
+    "vague object": (1, 0, 0),
+    "unplaced object": (0.5, 0, 0),
+    "extra relation": (0.5, 0, 0),
+    "remark in between": (0.5, 0, 1),
+    "remark at the end": (0.5, 0, 0.5),
+    "order jump": (0, 0, 1),
+    "no opening": (0, 0, 1),
+    "late opening": (0, 0, 1),
+    "no background": (0, 0, 0.5),
+    "misplaced background": (0, 0, 1),
+}
+
+
+class OracleJudge:
+    """Implements `judges.schema.Judge` for scenes.
+
+    `failure_rate` in [0, 1] makes that share of calls fail, chosen by a hash of `seed` and the question, so that the
+    same question fails in every run: a stand-in for a judge that is unreachable or answers nonsense.
+    """
+
+    def __init__(self, failure_rate: float = 0.0, seed: int = 0):
+        if not 0.0 <= failure_rate <= 1.0:
+            raise ValueError(f"failure_rate must be within [0, 1], got {failure_rate}")
+        self.failure_rate, self.seed = failure_rate, seed
+
+    def precision(self, questions: Sequence[PrecisionQuestion]) -> list[PrecisionVerdict | Failure]:
+        """Needs `metadata["scene"]`: a Scene, or its JSON text. Raises UserError where it is missing or unreadable."""
+        answers = []
+        for question in questions:
+            scene = _scene_of(question.metadata)
+            failure = self._failure("precision", question.caption, str(scene.seed))
+            answers.append(failure or judge_precision(question.caption, scene))
+        return answers
+
+    def recall(self, questions: Sequence[RecallQuestion]) -> list[RecallVerdict | Failure]:
+        return [
+            self._failure("recall", question.caption, *question.units) or judge_recall(question.caption, question.units)
+            for question in questions
+        ]
+
+    def linguistic(self, questions: Sequence[LinguisticQuestion]) -> list[LinguisticVerdict | Failure]:
+        return [
+            self._failure("linguistic", question.caption) or judge_linguistic(question.caption)
+            for question in questions
+        ]
+
+    def _failure(self, *content: str) -> Failure | None:
+        if not self.failure_rate:
+            return None
+        digest = hashlib.blake2b("\x1f".join((str(self.seed), *content)).encode(errors="replace"), digest_size=8)
+        if int.from_bytes(digest.digest(), "big") / 2**64 < self.failure_rate:
+            return Failure(f"simulated failure of the {content[0]} judge (failure_rate {self.failure_rate:g})")
+        return None
+
+
+def judge_precision(caption: str, scene: Scene) -> PrecisionVerdict:
+    """One assertion per unique claim of the caption."""
+    facts = _facts(scene)
+    assertions = []
+    for claim in parse(caption).claims:
+        why = _refutation(claim, facts)
+        assertions.append(
+            Assertion(text=claim.text, why=why, verified=not why, pointable=claim.kind not in ("remark", "unparsable"))
+        )
+    return PrecisionVerdict(assertions=assertions)
+
+
+def judge_recall(caption: str, units: Sequence[str]) -> RecallVerdict:
+    parsed = parse(caption)
+    return RecallVerdict(covered=[covers(parsed, unit) for unit in units])
+
+
+def judge_linguistic(caption: str) -> LinguisticVerdict:
+    return LinguisticVerdict(**dict(zip(CRITERIA, _marks(parse(caption)), strict=True)))
+
+
+def _marks(parsed: Parsed) -> list[int]:
+    """Clarity, fluency, coherency: 5 less four times the share of sentences lost to slips, rounded against the text."""
+    if not parsed.sentences:
+        return [1, 1, 1]
+    lost = [0.0, 0.0, 0.0]
+    for finding in parsed.findings:
+        for i, cost in enumerate(SLIPS[finding.name]):
+            lost[i] += cost
+    return [5 - min(4, math.ceil(4 * one / len(parsed.sentences))) for one in lost]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking claims against the graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Facts:
+    """A scene made ready for look-ups: objects by (colour, shape), and by shape alone under colour ""."""
+
+    def __init__(self, scene: Scene):
+        self.scene = scene
+        self.objects: dict[Subject, list[SceneObject]] = {}
+        for one in scene.objects:
+            self.objects.setdefault((one.colour, one.shape), []).append(one)
+            self.objects.setdefault(("", one.shape), []).append(one)
+
+
+@functools.lru_cache(maxsize=4096)
+def _facts(scene: Scene) -> _Facts:
+    return _Facts(scene)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_scene(text: str) -> Scene:
+    return Scene.from_json(text)
+
+
+def _scene_of(metadata: Mapping[str, Any]) -> Scene:
+    scene = metadata.get("scene")
+    if isinstance(scene, Scene):
+        return scene
+    if isinstance(scene, bytes):
+        scene = scene.decode()
+    if not isinstance(scene, str):
+        raise UserError(
+            'the oracle judge needs the scene graph in metadata["scene"], which this data set does not store: '
+            "use it with the scenes data set, or choose another judge (judge.name)"
+        )
+    try:
+        return _read_scene(scene)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f'the scene graph in metadata["scene"] cannot be read ({error}): rebuild the data set'
+        ) from error
+
+
+def _refutation(claim: Claim, facts: _Facts) -> str:
+    """Why the claim does not hold; empty when it does."""
+    scene = facts.scene
+    match claim.kind:
+        case "remark":
+            return "points at nothing that can be seen"
+        case "unparsable":
+            return "says nothing that can be understood"
+        case "count":
+            return "" if claim.value == NUMBERS[len(scene.objects)] else f"there are {NUMBERS[len(scene.objects)]}"
+        case "ground":
+            return "" if claim.value == scene.ground else f"it is {scene.ground}"
+        case "pattern":
+            return "" if claim.value == scene.pattern else f"it is {scene.pattern}"
+        case "relation":
+            first, second = (facts.objects.get(subject, ()) for subject in claim.subject)
+            if not first or not second:
+                return "no such object"
+            holds = any(_related(a, claim.value, b) for a in first for b in second)
+            return "" if holds else "they are placed otherwise"
+    candidates = facts.objects.get(claim.subject, ())
+    if not candidates:
+        return "no such object"
+    if claim.kind == "object":
+        return ""
+    actual = [getattr(one, claim.kind) for one in candidates]  # size, texture or place
+    return "" if claim.value in actual else f"it is {' or '.join(actual)}"
+
+
+def _related(first: SceneObject, relation: str, second: SceneObject) -> bool:
+    return first.row < second.row if relation == "above" else first.column < second.column
