@@ -1,0 +1,217 @@
+"""Advantages of a rollout group: c-GDPO, GDPO, GRPO, Dr.GRPO, RLOO and the length gate, in pure jnp.
+
+For prompt i, sample j, objective k, with means and standard deviations over the group's valid members:
+
+    GDPO family   A_k(i,j) = (r_k(i,j) - mean_j r_k(i,.)) / (std_j r_k(i,.) + eps_group)       GDPO eq 4
+                  A(i,j)   = sum_k w_k A_k(i,j)                                                eqs 5 and 7
+                  Â(i,j)   = (A(i,j) - mean A) / (std A + eps_batch)     over the global batch eq 6
+    GRPO          A(i,j)   = (R(i,j) - mean_j R(i,.)) / (std_j R(i,.) + eps_group),  R = sum_k w_k r_k
+    Dr.GRPO       A(i,j)   = R(i,j) - mean_j R(i,.)
+    RLOO          A(i,j)   = (R(i,j) - mean_j R(i,.)) n / (n - 1),  n valid members
+
+The "c" of BalCapRL's c-GDPO stands for continuous rewards (fractions and judge scores in place of GDPO's 0/1 rewards).
+The arithmetic is GDPO's, so the two names are one computation here. What continuous rewards change is the weight of
+`eps_group`: it is a noise gate, and a column whose spread is well below it contributes almost nothing.
+
+GDPO: arXiv 2601.05242. BalCapRL: arXiv 2605.07394. Dr.GRPO: arXiv 2503.20783. RLOO: arXiv 2402.14740.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+GDPO_FAMILY = ("c_gdpo", "gdpo")
+ESTIMATORS = (*GDPO_FAMILY, "grpo", "dr_grpo", "rloo")
+BATCH_NORMS = ("sequence", "none")
+
+
+class Advantages(NamedTuple):
+    """`combined` [B, G]; `per_objective` [B, G, K] before weights and batch step; `stats` {name: (sum, count)}.
+
+    Without the batch step `combined = sum_k weights[k] * per_objective[..., k]` for every estimator.
+    """
+
+    combined: jax.Array
+    per_objective: jax.Array
+    stats: dict[str, tuple[jax.Array, jax.Array]]
+
+
+def length_gate(generated, reference, low: float, high: float) -> jax.Array:
+    """1 where low <= generated / reference <= high, else 0: `generated` [B, G], `reference` [B] -> [B, G] float32.
+
+    Lengths are in one unit (BalCapRL here: whitespace words); both bounds are inclusive. A reference of length 0 has no
+    ratio, which counts as out of band: an empty reference must not lift the limit on length.
+    """
+    generated, reference = jnp.float32(generated), jnp.float32(reference)[:, None]
+    # 0.7 * 30 need not be 21 in fp32. The slack keeps the bounds inclusive, and is far below one word.
+    slack = 1e-6
+    in_band = (generated >= low * reference * (1 - slack)) & (generated <= high * reference * (1 + slack))
+    return (in_band & (reference > 0)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("estimator", "batch_norm", "ddof", "names"))
+def compute(
+    rewards,
+    *,
+    weights,
+    valid=None,
+    gate=None,
+    member_valid=None,
+    estimator: str = "c_gdpo",
+    batch_norm: str = "sequence",
+    eps_group: float = 1e-4,
+    eps_batch: float = 1e-4,
+    ddof: int = 1,
+    names: tuple[str, ...] | None = None,
+) -> Advantages:
+    """Advantages of every sample in its group; the same numbers however B is sharded, and no gradient through them.
+
+    Args:
+      rewards: [B, G, K], used as float32.
+      weights: [K]; multiply normalised advantages (GDPO family) or rewards (the others).
+      valid: [B, G, K] bool; False = the judge gave no score. Such an entry may hold anything, NaN included. A
+        non-finite reward that claims to be valid is treated as missing too, and counted in the stats.
+      gate: [B, G, K] in {0, 1}; multiplies the raw reward, so that a gated member stays in its group with reward 0.
+      member_valid: [B, G] bool; False = out of every statistic, advantage exactly 0.
+      estimator: one of ESTIMATORS.
+      batch_norm: "sequence" = GDPO's batch-wise step over all valid members of the global batch, "none" = without it.
+        Only for the GDPO family; the other estimators have no such step and ignore it.
+      eps_group, eps_batch: added to the standard deviations. `eps_batch` below 1e-6 lets fp32 noise of a batch that
+        cancels grow to order 1.
+      ddof: 1 (sample standard deviation) or 0.
+      names: K objective names for the stats; the indices by default.
+
+    Missing values. In the GDPO family an entry that is missing leaves only its own column's mean and standard deviation
+    and contributes 0; a member counts in the batch step if any objective of non-zero weight has a score. The other
+    estimators need the weighted sum of rewards, and a sum with a term left out is a lower reward that nobody gave:
+    a member that misses any objective of non-zero weight is left out of its group and gets advantage 0.
+
+    A column with fewer than two valid members, or without spread, contributes exactly 0.
+
+    Raises:
+      ValueError: for an unknown option or shapes that do not fit.
+    """
+    rewards, weights = jnp.asarray(rewards, jnp.float32), jnp.asarray(weights, jnp.float32)
+    _check(rewards, weights, valid, gate, member_valid, estimator, batch_norm, ddof, names)
+    B, G, K = rewards.shape
+    taking_part = jnp.ones((B, G), bool) if member_valid is None else jnp.asarray(member_valid, bool)
+    scored = taking_part[..., None] & (jnp.ones((B, G, K), bool) if valid is None else jnp.asarray(valid, bool))
+    valid = scored & jnp.isfinite(rewards)
+    gate = jnp.ones((B, G, K), jnp.float32) if gate is None else jnp.asarray(gate, jnp.float32)
+
+    # An objective of weight 0 is only watched: its score makes no member count, and its failure leaves none out.
+    if estimator in GDPO_FAMILY:
+        members = (valid & (weights != 0)).any(-1)
+        used = valid
+    else:
+        members = taking_part & (valid | (weights == 0)).all(-1)
+        used = valid & members[..., None]
+
+    centred, std, count = _centre(rewards * gate, used, ddof)
+    if estimator in GDPO_FAMILY:
+        per_objective = _divide(centred, std + eps_group)
+    elif estimator == "grpo":
+        total_std = _std(_weighted_sum(centred, weights), members, ddof)
+        per_objective = _divide(centred, total_std[..., None] + eps_group)
+    elif estimator == "rloo":
+        per_objective = centred * _divide(count, count - 1)
+    else:
+        per_objective = centred
+
+    combined = _weighted_sum(per_objective, weights)
+    # Eq 6 subtracts the batch mean. Every column is centred within its group, so this mean is 0 in exact arithmetic;
+    # subtracting its fp32 residue would only move groups without a signal off their exact 0.
+    batch_std = _std(combined.reshape(1, B * G), members.reshape(1, B * G), ddof)
+    stats = _stats(per_objective, weights, taking_part, scored, valid, gate, std, count, batch_std, names)
+    if estimator in GDPO_FAMILY and batch_norm == "sequence":
+        combined = _divide(combined, batch_std + eps_batch)
+    combined = jnp.where(members, combined, 0.0)
+    return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats))
+
+
+def _centre(rewards, valid, ddof):
+    """Deviations from the group mean [B, G, K] (0 where not valid), their std and the valid count, both [B, 1, K]."""
+    # Shift by the first valid value: in fp32 the mean of eight times 0.3 is not 0.3, and a small eps would turn the
+    # residue of a constant column into an advantage. After the shift a constant column is exactly 0.
+    first = jnp.take_along_axis(rewards, jnp.argmax(valid, axis=1, keepdims=True), axis=1)
+    # where() before any arithmetic that mixes members: NaN * 0 is NaN.
+    shifted = jnp.where(valid, rewards - first, 0.0)
+    count = valid.sum(1, keepdims=True, dtype=jnp.float32)
+    mean = shifted.sum(1, keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(valid & (count >= 2), shifted - mean, 0.0)
+    return centred, _std(centred, valid, ddof), count
+
+
+def _std(centred, valid, ddof):
+    """Standard deviation over axis 1 (kept) of values whose mean over the valid ones is 0."""
+    count = valid.sum(1, keepdims=True, dtype=jnp.float32)
+    squares = jnp.where(valid, jnp.square(centred), 0.0).sum(1, keepdims=True)
+    return jnp.sqrt(squares / jnp.maximum(count - ddof, 1))
+
+
+def _divide(numerator, denominator):
+    """numerator / denominator, and 0 where the denominator is 0 (no spread and eps 0, or no member)."""
+    nonzero = denominator > 0
+    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1.0), 0.0)
+
+
+def _weighted_sum(values, weights):
+    """[..., K] and [K] -> [...]. Multiply and add: a dot would run in bfloat16 passes on a TPU by default."""
+    return (values * weights).sum(-1)
+
+
+def _stats(per_objective, weights, taking_part, scored, valid, gate, std, count, batch_std, names):
+    """(sum, count) pairs: add the pairs of several batches or shards, then divide."""
+    objective_names = names or tuple(str(k) for k in range(per_objective.shape[-1]))
+    usable = count[:, 0] >= 2  # [B, K]
+    gated = valid & (gate == 0)
+    fully_gated = valid.any(1) & (gated == valid).all(1)  # [B, K]
+    share = jnp.abs(weights * per_objective)
+    columns = {
+        # Groups in which an objective gives no signal, of those with at least two scores.
+        "advantage/zero_std_frac": (usable & (std[:, 0] == 0), usable),
+        # Members that take part without a usable score, and scores that are NaN or infinite: a bug in the reward.
+        "advantage/invalid_frac": (
+            taking_part[..., None] & ~valid,
+            jnp.broadcast_to(taking_part[..., None], valid.shape),
+        ),
+        "advantage/nonfinite_frac": (scored & ~valid, scored),
+        "gate/gated_frac": (gated, valid),
+        # Share of the objective in sum |w_k A_k|: what really steers the update, whatever the weights say.
+        "advantage/share": (share, jnp.broadcast_to(share.sum(-1, keepdims=True), share.shape)),
+    }
+    stats = {}
+    for key, pair in columns.items():
+        sums = [jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32) for x in pair]
+        stats |= {f"{key}/{name}": (sums[0][k], sums[1][k]) for k, name in enumerate(objective_names)}
+    # Groups with an objective whose every member is out of band: nothing there pulls the length back.
+    has_scores = valid.any((1, 2))
+    stats["gate/fully_gated_frac"] = (
+        fully_gated.any(-1).sum(dtype=jnp.float32),
+        has_scores.sum(dtype=jnp.float32),
+    )
+    # Already over the whole global batch, so it counts once: pairs of several batches add up to their mean deviation.
+    stats["advantage/pre_norm_std"] = (batch_std[0, 0], jnp.float32(1))
+    return stats
+
+
+def _check(rewards, weights, valid, gate, member_valid, estimator, batch_norm, ddof, names):
+    for option, value, allowed in (
+        ("estimator", estimator, ESTIMATORS),
+        ("batch_norm", batch_norm, BATCH_NORMS),
+        ("ddof", ddof, (0, 1)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{option} {value!r} is not one of {', '.join(map(repr, allowed))}")
+    if rewards.ndim != 3:
+        raise ValueError(f"rewards must be [B, G, K], got shape {rewards.shape}")
+    B, G, K = rewards.shape
+    if names is not None and len(names) != K:
+        raise ValueError(f"{len(names)} names for {K} objectives: {names}")
+    expected = {"weights": (weights, (K,)), "valid": (valid, (B, G, K)), "gate": (gate, (B, G, K))}
+    for name, (array, shape) in (expected | {"member_valid": (member_valid, (B, G))}).items():
+        # Equality, not broadcasting: a [B, G] gate would gate the wrong axis wherever G happens to equal K.
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(f"{name} must have shape {shape} for rewards {rewards.shape}, got {jnp.shape(array)}")
