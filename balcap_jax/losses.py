@@ -1,0 +1,133 @@
+"""The policy loss: token weights, clipped surrogate, KL, and log-probs that never hold more than a chunk of logits.
+
+The loss is `sum(token_weights * per_token_loss)`. The weights are computed once over the whole global batch, so the sum
+over any split of it (micro-batches, devices) is the exact loss and its gradients simply add up.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+NORMALISERS = ("sequence", "token", "constant")
+# Finite, so that the log-prob of a forbidden padding token times a zero weight is 0 and not NaN;
+# exp(FORBIDDEN_LOGIT - any logit) is exactly 0 in fp32.
+FORBIDDEN_LOGIT = -1e30
+# Ceiling of the k3 estimate: one token of probability near 0 would otherwise be the whole loss.
+KL_CEILING = 10.0
+
+
+def token_weights(mask, member_valid, normaliser: str, max_tokens: int) -> jax.Array:
+    """[B, G, R] float32 weights w with loss = sum(w * per_token_loss); 0 outside `mask` and for excluded members.
+
+    Args:
+      mask: [B, G, R], 1 for response tokens.
+      member_valid: [B, G] bool; False = the member has no part in the loss.
+      normaliser: "sequence" = mean over members of token means (GRPO, GDPO eq 3). A member that is excluded or has no
+        token leaves the denominator: its absence must not scale the others.
+        "token" = mean over all tokens (DAPO).
+        "constant" = sum / (B * G * max_tokens) (Dr.GRPO). All B * G members count, excluded ones too: the point of this
+        normaliser is that nothing sampled enters the denominator.
+      max_tokens: response budget; only "constant" uses it.
+
+    A batch without any valid token has all weights 0. Raises ValueError for an unknown normaliser.
+    """
+    mask = jnp.asarray(mask, jnp.float32) * jnp.asarray(member_valid, jnp.float32)[..., None]
+    if normaliser == "sequence":
+        tokens = mask.sum(-1, keepdims=True)
+        return mask / jnp.maximum(tokens, 1) / jnp.maximum((tokens > 0).sum(), 1)
+    if normaliser == "token":
+        return mask / jnp.maximum(mask.sum(), 1)
+    if normaliser == "constant":
+        B, G, _ = mask.shape
+        return mask / (B * G * max_tokens)
+    raise ValueError(f"normaliser {normaliser!r} is not one of {', '.join(map(repr, NORMALISERS))}")
+
+
+def clipped_surrogate(
+    log_probs, old_log_probs, advantages, clip_low: float, clip_high: float, log_ratio_clamp: float = 20.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """PPO's -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token, `advantages` [B, G].
+
+    Returns (loss [B, G, R], ratio [B, G, R], clipped [B, G, R] bool). Where `clipped`, the gradient is 0.
+    The log-ratio is clamped to +-`log_ratio_clamp` before exp, with gradient 0 beyond.
+    """
+    ratio = jnp.exp(jnp.clip(log_probs - old_log_probs, -log_ratio_clamp, log_ratio_clamp))
+    advantages = advantages[..., None]
+    # The minimum written out: it binds above for A > 0 and below for A < 0. jnp.minimum of both branches has the same
+    # value, but splits the gradient between them where they are equal.
+    bound = jnp.where(advantages > 0, 1 + clip_high, 1 - clip_low)
+    clipped = ((advantages > 0) & (ratio > bound)) | ((advantages < 0) & (ratio < bound))
+    return -advantages * jnp.where(clipped, bound, ratio), ratio, clipped
+
+
+def kl_k3(log_probs, ref_log_probs, clamp: float = 20.0) -> jax.Array:
+    """Schulman's k3 estimate of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy, >= 0.
+
+    d is clamped to +-`clamp` and the estimate to KL_CEILING, both with gradient 0 beyond: unclamped, one token that the
+    reference favours by 50 nats makes the loss infinite.
+    """
+    difference = jnp.clip(ref_log_probs - log_probs, -clamp, clamp)
+    return jnp.minimum(jnp.expm1(difference) - difference, KL_CEILING)
+
+
+def sampling_logits(logits, temperature=1.0, forbidden=None) -> jax.Array:
+    """Logits [..., V] of the sampling distribution in fp32: over temperature, `forbidden` [V] ids at probability 0.
+
+    The sampler and the loss both call this; otherwise the ratio of an on-policy step is not 1.
+    """
+    logits = jnp.asarray(logits, jnp.float32) / temperature
+    return logits if forbidden is None else jnp.where(forbidden, FORBIDDEN_LOGIT, logits)
+
+
+def chunked_log_probs(
+    hidden, head: jax.Array | Callable, targets, *, chunk: int, temperature=1.0, forbidden=None
+) -> jax.Array:
+    """log softmax(logits / temperature)[targets] without an array of logits beyond `chunk` tokens, forward or backward.
+
+    Args:
+      hidden: [..., D], any float type.
+      head: kernel [D, V], or a function [..., D] -> [..., V]. A kernel is multiplied in hidden's type with fp32 sums,
+        and its gradient is summed over chunks in fp32. A function looks after both itself.
+      targets: [...] int token ids.
+      chunk: most tokens with logits at a time, over all devices. Every chunk holds the whole leading axis, so that a
+        sharded batch stays where it is; a leading axis longer than `chunk` is flattened with the others.
+      temperature: > 0.
+      forbidden: [V] bool, ids that can't be sampled, or None.
+
+    Returns [...] float32. A forbidden target has a log-prob near FORBIDDEN_LOGIT and a finite gradient.
+    Raises ValueError for a chunk below 1 or shapes that do not fit.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"hidden {hidden.shape} and targets {targets.shape} do not fit")
+    if not callable(head):
+        # The scan sums the kernel's gradient in the type of the array that it closes over.
+        kernel = head.astype(jnp.float32)
+
+        def head(hidden):
+            return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    # Chunks are cut along the positions of each row, not along rows: cutting a sharded axis would put whole chunks on
+    # single devices, one after the other.
+    rows = targets.shape[0] if targets.ndim > 1 and targets.shape[0] <= chunk else 1
+    positions = targets.size // rows
+    width = min(chunk // rows, positions)
+    chunks = -(-positions // width)
+
+    def cut(array):  # [rows * positions, ...] -> [chunks, rows, width, ...]
+        array = array.reshape(rows, positions, *array.shape[targets.ndim :])
+        padding = [(0, 0), (0, chunks * width - positions)] + [(0, 0)] * (array.ndim - 2)
+        return jnp.pad(array, padding).reshape(rows, chunks, width, *array.shape[2:]).swapaxes(0, 1)
+
+    def log_probs_of_chunk(chunk_inputs):
+        chunk_hidden, chunk_targets = chunk_inputs
+        logits = sampling_logits(head(chunk_hidden), temperature, forbidden)
+        # A comparison in place of a gather: it fuses, and needs no gathered logits where V is sharded.
+        is_target = jnp.arange(logits.shape[-1]) == chunk_targets[..., None]
+        return jnp.where(is_target, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+
+    # prevent_cse is only needed outside a scan, and costs speed inside.
+    log_probs = jax.lax.map(jax.checkpoint(log_probs_of_chunk, prevent_cse=False), (cut(hidden), cut(targets)))
+    return log_probs.swapaxes(0, 1).reshape(rows, chunks * width)[:, :positions].reshape(targets.shape)
