@@ -299,6 +299,23 @@ def test_unwritable_place_is_one_clear_line(tmp_path):
             builder.prepare("/proc/balcap-data", **SETTINGS)
 
 
+def test_full_disk_is_one_clear_line_and_leaves_nothing_readable(tmp_path):
+    code = f"""
+import resource, signal
+from balcap_jax.data.scenes import builder
+from balcap_jax.errors import exit_on_user_error
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # as a full disk: writing fails after 30 kB
+exit_on_user_error(builder.prepare)({str(tmp_path)!r}, **{SETTINGS!r})
+"""
+    result = _run(code)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: cannot prepare the data set scenes in ")
+    assert "File too large" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("*array_record*"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"train": 0}, "train must be"), ({"image_size": 8}, "image_size"), ({"captions_per_image": 1.5}, "captions_per")],
