@@ -52,34 +52,35 @@ RATES: dict[str, float] = {
     "wrong size": 0.06,  # o
     "wrong texture": 0.06,  # o
     "wrong place": 0.07,  # o
-    "wrong count": 0.12,
+    "wrong count": 0.15,
     "wrong relation": 0.25,
     "wrong background": 0.15,
     # content left out
     "stops early": 0.45,
-    "too short": 0.14,
-    "omitted object": 0.08,  # o
-    "omitted size": 0.58,  # o
-    "omitted texture": 0.58,  # o
-    "omitted place": 0.12,  # o
+    "too short": 0.16,
+    "omitted object": 0.05,  # o
+    "omitted colour": 0.06,  # o
+    "omitted size": 0.62,  # o
+    "omitted texture": 0.62,  # o
+    "omitted place": 0.1,  # o
     "omitted opening": 0.18,
     "omitted relation": 0.5,
-    "omitted background": 0.55,
+    "omitted background": 0.5,
     "omitted pattern": 0.2,
     # statements that point at nothing
-    "remark": 0.1,  # s
+    "remark": 0.12,  # s
     "remark tail": 0.12,  # o
     "closing remark": 0.65,
     # language
-    "repetition": 0.11,  # s
-    "list": 0.14,  # s
-    "dropped verb": 0.12,  # s
-    "dropped article": 0.1,  # s
+    "repetition": 0.13,  # s
+    "list": 0.16,  # s
+    "dropped verb": 0.14,  # s
+    "dropped article": 0.12,  # s
     "word order": 0.1,  # s
-    "lower case": 0.05,  # s
+    "lower case": 0.06,  # s
     "shuffled": 0.15,
     "no final stop": 0.1,
-    "too long": 0.08,
+    "too long": 0.12,
 }
 _VERBS = ("is", "are", "holds", "occupies", "lies", "appear", "see")
 
@@ -147,6 +148,8 @@ def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[
             draft.texture = _other(one.texture, TEXTURES[1:], rng)
         if dice("wrong place"):
             draft.place = _other(one.place, PLACES, rng)
+        if dice("omitted colour"):
+            draft.colour = ""
         if dice("omitted size"):
             draft.size = ""
         if draft.texture != "plain" and dice("omitted texture"):
@@ -253,7 +256,7 @@ def _repeat(body: list[str], dice: _Dice, rng: np.random.Generator) -> list[str]
 def _padding(scene: Scene, body: list[str], rng: np.random.Generator) -> list[str]:
     """Sentences that carry a caption past twice its reference's length: repeats, remarks, invented objects."""
     words = sum(len(text.split()) for text in body)
-    reference_words = 11 + 9 * len(scene.objects)
+    reference_words = 11 + 9 * len(scene.objects) + (9 if stated_relation(scene) else 0)
     padding = []
     while words <= 2 * reference_words + 4 and words < MAX_WORDS:
         kind = rng.random()
