@@ -8,9 +8,11 @@ A step is written under a temporary name and renamed when it is whole, so a kill
 """
 
 import base64
+import itertools
 import json
 import logging
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -243,14 +245,16 @@ class _LatestAndTagged(checkpoint_managers.PreservationPolicy):
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
     """{path: leaf}; the order is that of the tree's leaves."""
-    flat = {}
+    flat, stored = {}, []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             raise TypeError(f"{'/'.join(name)}: a checkpoint holds arrays, got {type(leaf).__name__}")
-        if name in flat:
-            raise ValueError(f"{'/'.join(name)}: two leaves have this path")
         flat[name] = leaf
+        stored.append(".".join(name))  # What Orbax calls the array on disk.
+    for name, following in itertools.pairwise(sorted(stored)):
+        if name == following:
+            raise ValueError(f"two leaves of the tree have the path {name}")
     return flat
 
 
@@ -332,13 +336,15 @@ def _missing_parts(path: Path) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in a few words; TensorStore's and Orbax's messages span many lines."""
+    """The cause in a few words, out of TensorStore's "STATUS: what: file: ...: cause [details]" among others."""
     if "No space left" in str(error):
         return "no space left on the disk"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first[:160]}"
+    clauses = re.sub(r"\s*\[.*", "", str(error), flags=re.DOTALL).split(": ")
+    if len(clauses) > 1 and clauses[0].isupper():
+        return f"{clauses[0]}: {clauses[-1]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _read_error(path: Path, error: Exception) -> UserError:

@@ -102,7 +102,7 @@ FIELDS: tuple[Field, ...] = (
     Field("name", "str", "", "label of the run in reports and logs; empty = the workdir's name"),
     Field("seed", "int", 0, "seed of initial parameters, data order and sampling", low=0, high=2**31 - 1),
     # model: the sizes are those of the random initialisation; a saved model brings its own.
-    Field("model.family", "str", "llava", "architecture", choices=("llava",)),
+    Field("model.family", "str", "llava", "architecture of the policy", choices=("llava",)),
     Field("model.path", "str", "", "directory of a saved model; empty = random initialisation with the sizes below"),
     Field("model.image_size", "int", 96, "height and width of the square input image, pixels", low=1),
     Field("model.patch_size", "int", 16, "height and width of a vision patch, pixels; divides image_size", low=1),
@@ -127,7 +127,7 @@ FIELDS: tuple[Field, ...] = (
     Field("model.logits_chunk", "int", 512, "response tokens whose [V] logits exist at once, in the update", low=1),
     Field("model.prompt_tokens", "int", 48, "padded prompt length with image tokens, P; longer is refused", low=1),
     # data
-    Field("data.name", "str", "scenes", "data set", choices=("scenes",)),
+    Field("data.name", "str", "scenes", "data set to train and evaluate on", choices=("scenes",)),
     Field("data.data_dir", "str", "~/.cache/balcap_jax", "where data sets are built and read; ~ is expanded"),
     Field("data.train_size", "int", 4096, "training images to build", low=1),
     Field("data.validation_size", "int", 64, "validation images to build", low=1),
@@ -430,9 +430,9 @@ def _size_problems(model: ConfigDict) -> Iterator[str]:
             yield f"config field 'model.{name}' ({model[name]}) must be divisible by model.{divisor} ({model[divisor]})"
     if model.head_size % 2:
         yield f"config field 'model.head_size' must be even for rotary positions, got {model.head_size}"
-    if not -model.vision_layers - 1 <= model.feature_layer <= model.vision_layers:
+    if not 1 <= abs(model.feature_layer) <= model.vision_layers:
         yield (
-            f"config field 'model.feature_layer' must be in [{-model.vision_layers - 1}, {model.vision_layers}] "
+            f"config field 'model.feature_layer' must be in [-{model.vision_layers}, -1] or [1, {model.vision_layers}] "
             f"for {model.vision_layers} vision layers, got {model.feature_layer}"
         )
     image_tokens = (model.image_size // model.patch_size) ** 2
@@ -705,9 +705,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("overrides need a recipe: --config=FILE.py")
     config, _ = parse_command_line(arguments, parser)
     values = dict(_leaves(config))
+    lines = []
     for field in FIELDS:
-        changed = f"    (default {_show(field.default)})" if values[field.name] != field.default else ""
-        print(f"{field.name} = {_show(values[field.name])}{changed}")
+        value = values[field.name]
+        changed = f"    (default {_show(field.default)})" if value != field.default else ""
+        lines.append(f"{field.name} = {_show(value)}{changed}")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
