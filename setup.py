@@ -23,12 +23,10 @@ INSTALL_REQUIRES = [
     "array_record>=0.8.3,<0.9",  # the record format that gives random access to prepared data
     "grain>=0.2.18,<0.3",  # batching with an iterator whose state is checkpointed
     "ml-collections>=1.1.0,<2",  # ConfigDict recipes with command line overrides
-    "absl-py>=2.1,<3",  # flags and `app.run` of the commands
     "numpy>=2.0,<3",  # host arrays
     "pillow>=11,<14",  # draws the scenes, decodes and encodes images
     "pydantic>=2.10,<3",  # checks what a judge answers, and the config
     "jinja2>=3.1,<4",  # report page and judge prompts; escapes untrusted text
-    "matplotlib>=3.9,<4",  # curves of the report
     "rich>=13.9,<16",  # progress line and tables
     "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
 ]
