@@ -1,0 +1,226 @@
+"""What a training run leaves in its directory, read back: each file may be missing or torn, and a note says so.
+
+The files: metrics.jsonl, config.json, summary.json and samples/ with eval-<label>.jsonl (one `JudgedImage` a line) and
+the pictures that those name. Rewards and shares are fractions there, b-CapScore is in points, 0 to 100.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from balcap_jax.errors import UserError
+from balcap_jax.judges.schema import Assertion
+
+STAGE_LABELS = {"base": "Base", "sft": "SFT base", "rl": "RL"}  # in the order in which a run passes them
+
+
+def label_text(label: str) -> str:
+    return STAGE_LABELS.get(label, label)
+
+
+def before_and_after(labels: Iterable[str]) -> list[str]:
+    """The first and the last of the evaluation labels, or the only one."""
+    known = set(labels)
+    ordered = [label for label in STAGE_LABELS if label in known] + sorted(known - set(STAGE_LABELS))
+    return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, pydantic.BeforeValidator(_finite)]
+
+
+class JudgedCaption(pydantic.BaseModel):
+    """One caption with everything that its judges said; None and absent entries are what no judge answered."""
+
+    caption: str
+    words: int | None = None
+    tokens: int | None = None
+    truncated: bool = False
+    in_band: bool | None = None
+    rewards: dict[str, Number] = {}
+    b_capscore: Number = None
+    assertions: list[Assertion] | None = None
+    covered: list[bool] | None = None
+    clarity: Number = None
+    fluency: Number = None
+    coherency: Number = None
+    failures: dict[str, str] = {}
+
+
+class JudgedImage(pydantic.BaseModel):
+    """One line of samples/eval-<label>.jsonl; `image` is a PNG's path relative to samples/."""
+
+    id: str
+    image: str | None = None
+    prompt: str = ""
+    reference: str = ""
+    reference_units: list[str] = []
+    captions: list[JudgedCaption]
+
+    @property
+    def b_capscore(self) -> float | None:
+        """Mean over the image's captions that have one."""
+        scores = [caption.b_capscore for caption in self.captions if caption.b_capscore is not None]
+        return sum(scores) / len(scores) if scores else None
+
+
+@dataclasses.dataclass
+class Run:
+    """What was found of a run; `notes` says in one line each what was missing or unreadable."""
+
+    path: Path
+    name: str
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    evaluations: dict[str, dict[str, JudgedImage]]  # label -> image id -> image
+    notes: list[str]
+
+    @property
+    def labels(self) -> list[str]:
+        """The first and the last evaluated stage: what "before" and "after" mean for this run."""
+        return before_and_after({*self.evaluations, *mapping(self.summary.get("evaluations"))})
+
+    def evaluation(self, label: str) -> Mapping[str, Any]:
+        """What summary.json says about one evaluation; empty where it says nothing."""
+        return mapping(mapping(self.summary.get("evaluations")).get(label))
+
+
+def load_run(directory: str | os.PathLike) -> Run:
+    """Reads a run directory; missing or torn files become notes. Raises UserError if it holds no run at all."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; name the --workdir of a training run")
+    if not any((path / name).exists() for name in ("metrics.jsonl", "config.json", "summary.json", "samples")):
+        raise UserError(
+            f"{path}: not a run (no metrics.jsonl, config.json, summary.json or samples/); name a run's --workdir"
+        )
+    notes: list[str] = []
+    records = [record for _, record in _read_lines(path / "metrics.jsonl", notes)]
+    config = _read_object(path / "config.json", notes)
+    summary = _read_object(path / "summary.json", notes)
+    evaluations = {}
+    for file in sorted((path / "samples").glob("eval-*.jsonl")):
+        images = {}
+        for number, line in _read_lines(file, notes):
+            try:
+                image = JudgedImage.model_validate(line)
+            except pydantic.ValidationError as error:
+                where = ".".join(str(part) for part in error.errors()[0]["loc"])
+                notes.append(f"samples/{file.name} line {number}: skipped, bad field {where}")
+                continue
+            images[image.id] = image
+        evaluations[file.stem.removeprefix("eval-")] = images
+    if not any(evaluations.values()):
+        notes.append("samples/: no captions to show (no eval-*.jsonl with a readable line)")
+    name = config.get("name") if isinstance(config.get("name"), str) else path.resolve().name
+    return Run(path, name, _continuous(records), config, summary, evaluations, notes)
+
+
+def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
+    """(line number, object) of each readable line; what is not readable is counted in one note."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        notes.append(f"{file.name}: not readable ({error.strerror})")
+        return []
+    found, torn = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append((number, record))
+        else:
+            torn.append(number)
+    if torn:
+        more = f" and {len(torn) - 1} more" if len(torn) > 1 else ""
+        notes.append(f"{file.name}: line {torn[0]}{more} torn or not an object, skipped")
+    elif not found:
+        notes.append(f"{file.name}: empty")
+    return found
+
+
+def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        notes.append(f"{file.name}: not readable ({error.strerror})")
+    except ValueError:
+        notes.append(f"{file.name}: torn or not JSON, ignored")
+    else:
+        if isinstance(value, dict):
+            return value
+        notes.append(f"{file.name}: not a JSON object, ignored")
+    return {}
+
+
+def _continuous(records: Iterable[dict]) -> list[dict]:
+    """Records in order with a step axis that never goes back: a stage that counts from 1 again follows the last one."""
+    offset, last, stage, continuous = 0, 0, None, []
+    for record in records:
+        if not is_number(record.get("step")):
+            continue
+        if stage is not None and record.get("stage") != stage and record["step"] + offset <= last:
+            offset = last
+        stage, last = record.get("stage"), record["step"] + offset
+        continuous.append(record | {"step": last})
+    return continuous
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the before/after table; `scale` turns the stored value into what is shown, `better` is +1, -1 or 0."""
+
+    name: str
+    key: str
+    scale: float = 1.0
+    better: int = 1
+    unit: str = ""
+
+
+TABLE = (
+    Row("precision", "precision", 100),
+    Row("recall", "recall", 100),
+    Row("linguistic", "linguistic", 100),
+    Row("b-CapScore", "b_capscore"),
+    Row("b-CapScore, corpus", "corpus_b_capscore"),
+    Row("mean words", "words", better=0),
+    Row("in band", "in_band", 100, unit="%"),
+    Row("truncated", "truncated", 100, better=-1, unit="%"),
+)
+PLAIN_TABLE = ("precision", "recall", "linguistic", "b_capscore", "words", "in_band")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    mean: float | None
+    std: float | None = None
+
+
+def cell_of(evaluation: Mapping[str, Any], row: Row) -> Cell:
+    """A stored value is a number or {"mean", "std"} over the evaluated captions."""
+    value = evaluation.get(row.key)
+    parts = value if isinstance(value, dict) else {"mean": value}
+    return Cell(*(row.scale * parts[key] if is_number(parts.get(key)) else None for key in ("mean", "std")))
