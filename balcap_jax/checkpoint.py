@@ -188,6 +188,8 @@ class Checkpointer:
             raise self._write_error(error, "a checkpoint") from error
 
     def _step_directories(self) -> Iterator[tuple[int, Path]]:
+        if not self.directory.is_dir():
+            return  # Removed under the run; the write that fails for it says so.
         for path in self.directory.iterdir():
             if path.name.isdecimal() and path.is_dir():
                 yield int(path.name), path

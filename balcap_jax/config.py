@@ -44,8 +44,6 @@ _KINDS = {
     "ints": "a tuple of integers",
     "floats": "a tuple of numbers",
 }
-
-
 _TYPE_NAMES = {"ints": "int, ..", "floats": "float, .."}
 
 
