@@ -468,12 +468,15 @@ def test_length_gate_empty_reference_is_out_of_band():
 
 def test_gated_members_keep_their_place_in_the_group():
     """One member in band among G gets (G - 1) / sqrt(G) whatever its score; a group wholly outside gets nothing."""
-    rewards = np.full((2, 8, 1), 0.37, np.float32)
-    gate = np.zeros((2, 8, 1), np.float32)
+    rewards = np.full((3, 8, 1), 0.37, np.float32)
+    gate = np.zeros((3, 8, 1), np.float32)
     gate[0, 3] = 1
-    result = compute(rewards=rewards, weights=[1], gate=gate, batch_norm="none", eps_group=0.0, names=("linguistic",))
+    valid = np.ones((3, 8, 1), bool)
+    valid[2] = False  # a group without scores counts neither as gated nor as a group
+    options = {"batch_norm": "none", "eps_group": 0.0, "names": ("linguistic",)}
+    result = compute(rewards=rewards, weights=[1], valid=valid, gate=gate, **options)
     np.testing.assert_allclose(result.combined[0, 3], 7 / 8**0.5, rtol=1e-6)
-    np.testing.assert_array_equal(result.combined[1], 0)
+    np.testing.assert_array_equal(result.combined[1:], 0)
     assert result.stats["gate/fully_gated_frac"] == (1, 2)
     assert result.stats["gate/gated_frac/linguistic"] == (15, 16)
     assert result.stats["advantage/zero_std_frac/linguistic"] == (1, 2)
