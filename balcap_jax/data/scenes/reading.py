@@ -391,10 +391,14 @@ class _CaptionReader:
             new = not self.claim(object_claim(subject))
             if new:
                 self.introduce(subject)
+            elif in_relation:
+                pass  # relations name objects that are known already
             elif not mention.definite:
                 repeated += 1
-            elif not in_relation and subject != self.latest():
-                self.find("order jump")  # back to an object that was already left
+            else:
+                self.find("choppy")  # a sentence of its own for what belongs to the object's sentence
+                if subject != self.latest():
+                    self.find("order jump")  # back to an object that was already left
         for kind, value in mention.attributes:
             repeated += self.claim(attribute_claim(kind, subject, value))
             if kind == "place" and subject not in self.placed:
