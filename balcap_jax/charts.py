@@ -5,16 +5,18 @@ sheet decides on them for light and dark pages.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text
+from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping
 
-WIDTH, HEIGHT = 360, 208
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 26
+WIDTH, HEIGHT = 280, 168
+LEFT, RIGHT, TOP, BOTTOM = 38, 10, 10, 24
 MAX_POINTS = 240  # beyond this many a curve's points are means over neighbouring steps
 RUN_COLOURS = 6
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 PHASES = ("rollout", "judge", "update", "other")
 
 
@@ -33,37 +35,41 @@ class Curve:
 
 
 def _curves(reward_names: Sequence[str]) -> list[Curve]:
+    rl = functools.partial(Curve, stage="rl")
     rewards = [
-        Curve(name, f"reward/{name}", "Rewards", 100, evaluated=name if name in PLAIN_TABLE else None)
+        rl(name, f"reward/{name}", "Rewards", 100, evaluated=name if name in PLAIN_TABLE else None)
         for name in reward_names
     ]
+    # A group whose members all score the same teaches nothing about that objective.
+    silent = [rl(name, f"advantage/zero_std_frac/{name}", "Groups without spread", 100, "%") for name in reward_names]
     return [
         *rewards,
-        Curve("b-CapScore", "b_capscore", "Rewards", evaluated="b_capscore"),
-        Curve("Words, mean", "length/mean", "Length", evaluated="words"),
-        Curve("Words against the reference", "length/ratio_mean", "Length", unit="×"),
-        Curve("In the length band", "gate/in_band", "Length", 100, "%", evaluated="in_band"),
-        Curve("Truncated", "length/truncated_frac", "Length", 100, "%", evaluated="truncated", low=0),
+        rl("b-CapScore", "b_capscore", "Rewards", evaluated="b_capscore"),
+        rl("Mean words", "length/mean", "Length", evaluated="words"),
+        rl("Length ratio", "length/ratio_mean", "Length", unit="× reference"),
+        rl("In the length band", "gate/in_band", "Length", 100, "%", evaluated="in_band"),
+        rl("Truncated", "length/truncated_frac", "Length", 100, "%", evaluated="truncated", low=0),
         Curve("SFT loss", "loss", "Optimisation", stage="sft"),
-        Curve("RL loss (clipped surrogate)", "loss", "Optimisation", stage="rl"),
-        Curve("KL to the reference", "kl", "Optimisation", stage="rl", low=0),
-        Curve("Entropy", "entropy", "Optimisation", stage="rl"),
+        rl("RL surrogate loss", "loss", "Optimisation"),
+        rl("KL to reference", "kl", "Optimisation", low=0),
+        rl("Entropy", "entropy", "Optimisation"),
         Curve("Gradient norm", "grad_norm", "Optimisation", low=0),
-        Curve("Largest drift of a log-prob", "drift/max_abs_logp", "Optimisation", stage="rl", low=0),
-        Curve("Judge failures", "judge/failure_rate", "Judge and speed", 100, "%", low=0),
+        rl("Log-prob drift, max", "drift/max_abs_logp", "Optimisation", low=0),
+        rl("Judge failures", "judge/failure_rate", "Judge and speed", 100, "%", low=0),
         Curve("Tokens per second", "tokens_per_second", "Judge and speed", low=0),
+        *silent,
     ]
 
 
 def chart_groups(runs: Sequence[Run], skipped: list[str]) -> list[dict[str, Any]]:
-    """Charts by group; titles of metrics that no run logged go to `skipped`."""
+    """Charts by group; metrics that no run logged in a stage that should have them go to `skipped`."""
     names = list(dict.fromkeys(key[7:] for run in runs for record in run.records for key in record if _is_reward(key)))
     groups: dict[str, list] = {}
     for curve in _curves(names):
         series = [_series(run, curve) for run in runs]
         if any(series):
             groups.setdefault(curve.group, []).append((curve, series))
-        else:
+        elif any(_lacks(run, curve) for run in runs):
             skipped.append(curve.key if curve.stage is None else f"{curve.key} ({curve.stage})")
     charts = []
     for title, members in groups.items():
@@ -96,6 +102,12 @@ def _series(run: Run, curve: Curve) -> list[tuple[float, float]]:
     return points if any(not math.isnan(value) for _, value in points) else []
 
 
+def _lacks(run: Run, curve: Curve) -> bool:
+    """Whether the metric is absent from a stage that ran; one that is always null was logged, and is just off."""
+    records = [record for record in run.records if curve.stage in (None, record.get("stage"))]
+    return bool(records) and not any(curve.key in record for record in records)
+
+
 def _boundary(run: Run) -> float | None:
     """The step after which the stage changes from SFT to RL."""
     for before, after in zip(run.records, run.records[1:], strict=False):
@@ -105,17 +117,21 @@ def _boundary(run: Run) -> float | None:
 
 
 def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
-    """(step, shown value, label) of the held-out evaluations at the stage boundary and at the end."""
+    """(step, shown value, label) of the held-out evaluations: at the start, at stage ends and on the way."""
     row = next((row for row in TABLE if row.key == curve.evaluated), None)
     if row is None or not run.records:
         return []
-    places = {"sft": _boundary(run), "rl": run.records[-1]["step"]}
-    cells = {label: cell_of(run.evaluation(label), row) for label in places}
-    return [
-        (place, cells[label].mean, label_text(label))
-        for label, place in places.items()
-        if place is not None and cells[label].mean is not None
-    ]
+    steps = {str(record.get("stage")): record["step"] for record in run.records}
+    steps["base"] = run.records[0]["step"]
+    found = []
+    for label in mapping(run.summary.get("evaluations")):
+        stage, _, step = label.partition("-")
+        place = int(step) if step.isdecimal() else steps.get(label)
+        value = cell_of(run.evaluation(label), row).mean
+        # Evaluations during SFT lie outside the chart, whose curve begins with RL.
+        if place is not None and value is not None and (label == "sft" or stage != "sft"):
+            found.append((place, value, label_text(label)))
+    return found
 
 
 def _value_range(members: Sequence[tuple[Curve, list]], runs: Sequence[Run]) -> tuple[float, float]:
@@ -143,7 +159,7 @@ def short_number(value: float, step: float = 0.0) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:.4g}k"
     if step:
-        return f"{value + 0.0:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}" if step >= 1e-4 else f"{value:.0e}"
+        return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
     return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
 
 
@@ -154,6 +170,10 @@ class _Axes:
         self.first, self.last = steps[0], max(steps[1], steps[0] + 1)
         self.ticks = _ticks(*values)
         self.low, self.high = self.ticks[0], self.ticks[-1]
+        # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
+        largest = max(abs(self.low), abs(self.high))
+        self.exponent = -3 * math.floor(math.log10(largest) / 3) if largest < 1e-2 else 0
+        self.factor = 10.0**self.exponent
 
     def x(self, step: float) -> float:
         return round(LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT), 1)
@@ -162,10 +182,10 @@ class _Axes:
         return round(HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
 
     def frame(self) -> dict[str, Any]:
-        gap = self.ticks[1] - self.ticks[0]
+        gap = (self.ticks[1] - self.ticks[0]) * self.factor
         span = [tick for tick in _ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
         return {
-            "y_ticks": [(self.y(tick), short_number(tick, gap)) for tick in self.ticks],
+            "y_ticks": [(self.y(tick), short_number(tick * self.factor, gap)) for tick in self.ticks],
             "x_ticks": [(self.x(tick), short_number(tick, 1)) for tick in span],
         }
 
@@ -195,13 +215,14 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(_mean(step for step, _ in chunk), _mean(value for _, value in chunk)) for chunk in chunks]
 
 
-def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Centred moving mean over a twelfth of the curve; the window shrinks at the ends, so that they do not lag."""
+def _smoothed(points: list[tuple[float, float]], boundary: float | None) -> list[tuple[float, float]]:
+    """Moving mean over a twelfth of the curve around each point; no window reaches over the stage boundary."""
     half = len(points) // 24
+    split = 0 if boundary is None else sum(step <= boundary for step, _ in points)
     smoothed = []
     for index, (step, value) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        window = points[index - reach : index + reach + 1]
+        first, last = (0, split) if index < split else (split, len(points))
+        window = points[max(first, index - half) : min(last, index + half + 1)]
         smoothed.append((step, math.nan if math.isnan(value) else _mean(value for _, value in window)))
     return smoothed
 
@@ -222,7 +243,7 @@ def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[
         if not points:
             continue
         thin = _thinned(points)
-        smooth = _smoothed(thin)
+        smooth = _smoothed(thin, boundary)
         last = next(value for _, value in reversed(smooth) if not math.isnan(value))
         raw = axes.path(thin) if smooth != thin else ""
         lines.append(
@@ -230,7 +251,7 @@ def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[
         )
     return {
         "title": curve.title,
-        "unit": curve.unit,
+        "unit": f"{curve.unit} ×10{str(-axes.exponent).translate(SUPERSCRIPT)}" if axes.exponent else curve.unit,
         **axes.frame(),
         "lines": lines,
         "boundaries": boundaries,
@@ -239,7 +260,7 @@ def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[
 
 
 def time_chart(run: Run) -> dict[str, Any] | None:
-    """Stacked bars of seconds per step by phase, each the mean of neighbouring steps."""
+    """Stacked bars of seconds per step by phase, each the mean of neighbouring steps; shares of the last stage."""
     keys = [f"time/{phase}" for phase in PHASES]
     records = [record for record in run.records if any(is_number(record.get(key)) for key in keys)]
     if not records:
@@ -258,15 +279,18 @@ def time_chart(run: Run) -> dict[str, Any] | None:
                 x = round(LEFT + position * width, 2)
                 bars.append({"x": x, "y": top, "height": round(bottom - top, 1), "phase": phase})
             below += seconds
-    sums = {phase: sum(_seconds(record, f"time/{phase}") for record in records) for phase in PHASES}
-    total = sum(sums.values()) or 1.0
+    stage = records[-1].get("stage")
+    ended = [record for record in records if record.get("stage") == stage]
+    sums = {phase: sum(_seconds(record, f"time/{phase}") for record in ended) for phase in PHASES}
+    total = sum(sums.values())
     return {
         "name": run.name,
+        "stage": str(stage).upper(),
         **axes.frame(),
         "bars": bars,
         "bar_width": round(max(width - 1, width * 0.8), 2),
-        "shares": [(phase, 100 * seconds / total) for phase, seconds in sums.items()],
-        "seconds_per_step": total / len(records),
+        "shares": [(phase, 100 * seconds / (total or 1.0)) for phase, seconds in sums.items()],
+        "seconds_per_step": total / len(ended),
     }
 
 

@@ -50,6 +50,7 @@ from balcap_jax.runs import (
 
 GALLERY_IMAGES = 8
 MAX_IMAGE_BYTES = 4 << 20  # a picture beyond this is named, not embedded: the page should open on a phone
+EVALUATIONS = {"evaluations": "Sampled captions", "greedy": "Greedy captions"}  # in summary.json
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -63,9 +64,9 @@ def before_after_table(summary: Mapping[str, Any]) -> str:
     if not labels:
         return "no evaluation yet"
     names = [label_text(label) for label in labels] + (["change"] if len(labels) > 1 else [])
-    counts = [mapping(evaluations[label]).get("n") for label in labels]
-    images = f"held-out images: {counts[-1]}" if is_number(counts[-1]) else "held-out images"
-    lines = [f"{images:<24}" + "".join(f"{name:>10}" for name in names)]
+    count = mapping(evaluations[labels[-1]]).get("n")
+    captions = f"{count} captions" if is_number(count) else ""
+    lines = [f"{captions:<24}" + "".join(f"{name:>10}" for name in names)]
     for row in TABLE:
         if row.key not in PLAIN_TABLE:
             continue
@@ -82,23 +83,38 @@ def _delta(before: Cell, after: Cell) -> float | None:
     return None if before.mean is None or after.mean is None else after.mean - before.mean
 
 
-def _html_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Rows of the page's table; each run has its cells in the order of its labels, and the change."""
+def _html_table(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
+    """Rows of a table of the page; each run has its cells in the order of its labels, and the change."""
     rows = []
     for row in TABLE:
         per_run = []
         for run in runs:
-            cells = [cell_of(run.evaluation(label), row) for label in run.labels]
+            cells = [cell_of(run.evaluation(label, kind), row) for label in run.labels]
             delta = _delta(cells[0], cells[1]) if len(cells) > 1 else None
-            verdict = "" if delta is None or abs(delta) < 0.05 else _verdict(delta * row.better)
+            signed = 0.0 if delta is None else round(delta, 1) * row.better
+            verdict = "up" if signed > 0 else "down" if signed < 0 else ""
             per_run.append({"cells": cells, "delta": delta, "verdict": verdict})
         if any(cell.mean is not None for entry in per_run for cell in entry["cells"]):
             rows.append({"name": row.name, "key": row.key, "unit": row.unit, "runs": per_run})
     return rows
 
 
-def _verdict(signed: float) -> str:
-    return "up" if signed > 0 else "down" if signed < 0 else ""
+def _counts(runs: Sequence[Run], kind: str) -> list[str]:
+    """What the tables' means are over, such as "48 images, 192 captions"; one entry where all runs agree."""
+    texts = []
+    for run in runs:
+        for label in run.labels[-1:]:
+            found = {
+                name: run.evaluation(label, kind).get(key) for name, key in (("images", "images"), ("captions", "n"))
+            }
+            texts.append(", ".join(f"{count:g} {name}" for name, count in found.items() if is_number(count)))
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _signed(delta: float) -> str:
+    """A change with its sign, and none on a zero."""
+    text = f"{delta:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 # --- gallery ----------------------------------------------------------------------------------------------------------
@@ -264,7 +280,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"csp_hash": _csp_hash, "number": short_number}
+    environment.filters |= {"csp_hash": _csp_hash, "number": short_number, "signed": _signed}
     environment.globals |= {"label_text": label_text, "uncovered": uncovered}
     skipped: list[str] = []
     groups = chart_groups(runs, skipped)
@@ -274,9 +290,10 @@ def render(runs: Sequence[Run]) -> str:
         runs[0].notes.append("metrics.jsonl: not logged, so not drawn: " + ", ".join(skipped))
     return environment.get_template("report.html.j2").render(
         runs=runs,
-        table=_html_table(runs),
-        held_out=[
-            int(n) for run in runs for label in run.labels[-1:] if is_number(n := run.evaluation(label).get("n"))
+        tables=[
+            {"title": title, "rows": rows, "counts": _counts(runs, kind)}
+            for kind, title in EVALUATIONS.items()
+            if (rows := _html_table(runs, kind))
         ],
         groups=groups,
         times=times,

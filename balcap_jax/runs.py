@@ -21,13 +21,26 @@ STAGE_LABELS = {"base": "Base", "sft": "SFT base", "rl": "RL"}  # in the order i
 
 
 def label_text(label: str) -> str:
-    return STAGE_LABELS.get(label, label)
+    stage, dash, step = label.partition("-")
+    return f"{STAGE_LABELS.get(stage, stage)} at {step}" if dash else STAGE_LABELS.get(stage, stage)
 
 
 def before_and_after(labels: Iterable[str]) -> list[str]:
-    """The first and the last of the evaluation labels, or the only one."""
-    known = set(labels)
-    ordered = [label for label in STAGE_LABELS if label in known] + sorted(known - set(STAGE_LABELS))
+    """The first and the last evaluation, or the only one.
+
+    A label is a stage ("sft": at its end) or a stage and a step ("rl-40": on the way); the latter count as first or
+    last only while no two stages have ended.
+    """
+    stages = list(STAGE_LABELS)
+
+    def place(label: str) -> tuple:
+        stage, _, step = label.partition("-")
+        known = stages.index(stage) if stage in stages else len(stages)
+        return known, stage, int(step) if step.isdecimal() else math.inf
+
+    ordered = sorted(labels, key=place)
+    ended = [label for label in ordered if label in STAGE_LABELS]
+    ordered = ended if len(ended) > 1 else ordered
     return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
 
 
@@ -90,9 +103,9 @@ class Run:
         """The first and the last evaluated stage: what "before" and "after" mean for this run."""
         return before_and_after({*self.evaluations, *mapping(self.summary.get("evaluations"))})
 
-    def evaluation(self, label: str) -> Mapping[str, Any]:
-        """What summary.json says about one evaluation; empty where it says nothing."""
-        return mapping(mapping(self.summary.get("evaluations")).get(label))
+    def evaluation(self, label: str, kind: str = "evaluations") -> Mapping[str, Any]:
+        """What summary.json says about one evaluation ("greedy" is the other kind); empty where it says nothing."""
+        return mapping(mapping(self.summary.get(kind)).get(label))
 
 
 def load_run(directory: str | os.PathLike) -> Run:

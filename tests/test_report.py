@@ -13,7 +13,7 @@ import pytest
 from balcap_jax import charts, report
 from balcap_jax.errors import UserError
 from balcap_jax.report import before_after_table, write_report
-from balcap_jax.runs import load_run
+from balcap_jax.runs import before_and_after, load_run
 
 OBJECTS = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -51,6 +51,7 @@ def make_run(path, seed=0, *, sft=60, rl=120, images=24, samples=2, gain=1.0, ho
                 "reward/precision_std": 0.1,
                 "reward/recall": 0.48 + gain * 0.22 * t + noise[1],
                 "reward/linguistic": 0.55 + gain * 0.3 * t + noise[2],
+                **{f"advantage/zero_std_frac/{name}": 0.1 * (1 + t) for name in ("precision", "recall", "linguistic")},
                 "b_capscore": 100 * (0.55 + gain * 0.2 * t + noise[3]),
                 "gate/in_band": min(1.0, 0.8 + 0.2 * t + noise[4] / 2),
                 "judge/failure_rate": float(rng.random() < 0.1) * 0.05,
@@ -78,7 +79,9 @@ def make_run(path, seed=0, *, sft=60, rl=120, images=24, samples=2, gain=1.0, ho
     evaluations = {label: make_captions(path, label, images, samples, gain, hostile) for label in ("sft", "rl")}
     summary = {
         "evaluations": evaluations,
-        "versions": {"jax": "0.10.2", "flax": "0.12.8", "python": "3.11", "device": "cpu x 2" + hostile},
+        "greedy": evaluations,
+        "versions": {"jax": "0.10.2", "flax": "0.12.8", "python": "3.11"},
+        "device": "1 x cpu, 2 host cores" + hostile,
         "command": "python -m balcap_jax.train --config=configs/scenes.py --workdir=runs/scenes" + hostile,
         "seconds": {"wall": 401.0, "rollout": 90.0, "update": 150.0, "judge": 12.0, "compile": 95.0, "other": 54.0},
     }
@@ -167,7 +170,8 @@ def make_captions(path, label, images, samples, gain, hostile):
         "words": spread([one["words"] for one in everything]),
         "in_band": float(np.mean([one["in_band"] for one in everything])),
         "truncated": 0.0,
-        "n": images,
+        "n": images * samples,
+        "images": images,
     }
 
 
@@ -270,7 +274,7 @@ def test_page_of_one_run(tmp_path):
     page = page_of(run)
     gain = summary["rl"]["b_capscore"]["mean"] - summary["sft"]["b_capscore"]["mean"]
     assert gain > 10
-    assert f"from {summary['sft']['b_capscore']['mean']:.1f} , {gain:+.1f}" in page.text
+    assert f"from {summary['sft']['b_capscore']['mean']:.1f} {gain:+.1f}" in page.text
     assert "b-CapScore, corpus" in page.text
     assert "Not everything could be shown" not in page.text
     assert "6 min 41 s" in page.text
@@ -278,7 +282,7 @@ def test_page_of_one_run(tmp_path):
     labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
     titles = [label.partition(" over steps")[0] for label in labels]
     assert titles[:4] == ["precision", "recall", "linguistic", "b-CapScore"]
-    assert {"Words, mean", "Truncated", "SFT loss", "KL to the reference", "Judge failures"} <= set(titles)
+    assert {"Mean words", "Truncated", "SFT loss", "KL to reference", "Judge failures"} <= set(titles)
     assert labels[-1].startswith("Seconds per step by phase; rollout ")
 
 
@@ -354,6 +358,21 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
     assert sum("s1" in value for value in curves) == sum("s2 d2" in value for value in curves) > 10
 
 
+@pytest.mark.parametrize(
+    ("labels", "ends"),
+    [
+        (["rl", "rl-50", "sft", "sft-100"], ["sft", "rl"]),
+        (["rl-100", "rl-50", "sft"], ["sft", "rl-100"]),
+        (["rl", "base", "rl-5"], ["base", "rl"]),
+        (["sft", "sft-9", "sft-10"], ["sft-9", "sft"]),
+        (["sft"], ["sft"]),
+        ([], []),
+    ],
+)
+def test_which_evaluations_are_before_and_after(labels, ends):
+    assert before_and_after(labels) == ends
+
+
 # --- charts ---
 
 
@@ -371,10 +390,10 @@ def test_curve_geometry(tmp_path):
     assert chart["y_ticks"][-1] == (top, "4")
     third = round(left + (right - left) / 3, 1)
     middle, quarter = (top + bottom) / 2, bottom - (bottom - top) / 4
+    left, right, top = float(left), float(right), float(top)
     # Steps 1 and 2 are connected; step 3 has no value; step 4 is a dot.
     assert (
-        chart["lines"][0]["path"]
-        == f"M44.0 {quarter}L44.0 {quarter}L{third} {middle}M{right}.0 {top}.0L{right}.0 {top}.0"
+        chart["lines"][0]["path"] == f"M{left} {quarter}L{left} {quarter}L{third} {middle}M{right} {top}L{right} {top}"
     )
     assert [boundary["x"] for boundary in chart["boundaries"]] == [third]
     assert "kl (rl)" in skipped
@@ -508,9 +527,9 @@ def test_before_after_table():
             },
         }
     }
-    summary["evaluations"]["rl"]["n"] = 48
+    summary["evaluations"]["rl"]["n"] = 192
     assert before_after_table(summary).splitlines() == [
-        "held-out images: 48       SFT base        RL    change",
+        "192 captions              SFT base        RL    change",
         "precision                     60.0      80.0     +20.0",
         "recall                        50.0         -         -",
         "linguistic                       -         -         -",
