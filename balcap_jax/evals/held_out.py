@@ -1,0 +1,140 @@
+"""Captions and scores of held-out images during training: the numbers of the before/after table and the report."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from balcap_jax.advantages import length_gate
+from balcap_jax.evals.bcapscore import b_capscore, corpus_b_capscore, harmonic_mean
+from balcap_jax.rewards.base import Samples, Scores, count_words
+
+# Samples of evaluations draw from a stream of their own: no training step has this number.
+EVALUATION_STEP = 2**31 - 1
+
+
+def to_samples(examples: Mapping[str, Sequence], captions: Sequence[Sequence[str]]) -> Samples:
+    """Columns of B examples and their captions [B][G] as a reward function takes them."""
+    known = ("id", "image", "reference", "reference_units", "prompt", "captions")
+    rows = range(len(captions))
+    return Samples(
+        example_ids=examples["id"],
+        captions=captions,
+        references=examples["reference"],
+        reference_units=examples["reference_units"],
+        images=examples["image"],
+        metadata=[{name: examples[name][i] for name in examples if name not in known} for i in rows],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Captions [B][G] of B examples (columns) with their scores; tokens, truncated [B, G]."""
+
+    examples: Mapping[str, Sequence]
+    captions: Sequence[Sequence[str]]
+    tokens: np.ndarray
+    truncated: np.ndarray
+    scores: Scores
+
+    def records(self, names: Sequence[str], gate: tuple[float, float]) -> list[dict[str, Any]]:
+        """One JSON-able record per image, as the report reads them.
+
+        The b-CapScore of a caption uses the ungated rewards and is None where a score is missing. `gate` are the bounds
+        of the length band.
+        """
+        examples, scores = self.examples, self.scores
+        words = np.array([[count_words(text) for text in group] for group in self.captions])
+        reference_words = np.array([count_words(text) for text in examples["reference"]])
+        in_band = np.asarray(length_gate(words, reference_words, *gate)) > 0
+        balanced = 100.0 * harmonic_mean(*np.moveaxis(scores.rewards, -1, 0))
+        whole = scores.valid.all(-1)
+
+        def caption(b: int, g: int) -> dict[str, Any]:
+            valid, rewards = scores.valid[b, g], scores.rewards[b, g]
+            return {
+                "caption": self.captions[b][g],
+                "words": int(words[b, g]),
+                "tokens": int(self.tokens[b, g]),
+                "truncated": bool(self.truncated[b, g]),
+                "in_band": bool(in_band[b, g]),
+                "rewards": {name: float(rewards[k]) if valid[k] else None for k, name in enumerate(names)},
+                "b_capscore": float(balanced[b, g]) if whole[b, g] else None,
+                **scores.detail[b][g],
+            }
+
+        return [
+            {
+                "id": examples["id"][b],
+                "image": f"images/{examples['id'][b]}.png",
+                "prompt": examples["prompt"][b],
+                "reference": examples["reference"][b],
+                "reference_units": list(examples["reference_units"][b]),
+                "captions": [caption(b, g) for g in range(len(group))],
+            }
+            for b, group in enumerate(self.captions)
+        ]
+
+
+def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Means of an evaluation: {name: {"mean", "std"}} with the spread over captions, "n" captions, "invalid" scores."""
+    captions = [caption for record in records for caption in record["captions"]]
+    columns = {name: [caption["rewards"][name] for caption in captions] for name in names}
+    valid = np.array([[column[i] is not None for column in columns.values()] for i in range(len(captions))]).all(-1)
+    values = [np.array([value or 0.0 for value in column]) for column in columns.values()]
+    kept = {name: [value for value in column if value is not None] for name, column in columns.items()}
+    kept["b_capscore"] = [caption["b_capscore"] for caption in captions if caption["b_capscore"] is not None]
+    for name in ("words", "tokens", "in_band", "truncated"):
+        kept[name] = [float(caption[name]) for caption in captions]
+    summary: dict[str, Any] = {name: _spread(column) for name, column in kept.items()}
+    if len(values) == 3:
+        # Equal to the mean of the captions' own scores up to rounding; kept as the metric's one definition.
+        summary["b_capscore"]["mean"] = _finite(b_capscore(*values, valid))
+        summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, valid)), "std": None}
+    return summary | {"n": len(captions), "images": len(records), "invalid": int((~valid).sum())}
+
+
+def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]) -> None:
+    """Writes samples/eval-<label>.jsonl and the pictures it names, aside first."""
+    folder = workdir / "samples" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        Image.fromarray(np.asarray(image)).save(folder / f"{name}.png")
+    write_text(
+        workdir / "samples" / f"eval-{label}.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that no reader (and no crash) ever meets half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def batches(examples: Sequence[Mapping[str, Any]], size: int, columns: Callable) -> list[tuple[Mapping[str, Any], int]]:
+    """Columns of `size` examples at a time; the last is filled up with its first examples. -> [(columns, real rows)]"""
+    cut = []
+    for start in range(0, len(examples), size):
+        rows = list(examples[start : start + size])
+        filled = rows + [rows[i % len(rows)] for i in range(size - len(rows))]
+        cut.append((columns(filled), len(rows)))
+    return cut
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "std": None}
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
