@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,6 +146,7 @@ class Checkpointer:
             raise _read_error(path, error) from error
         _compare(path, wanted, saved, partial)
         nested = _nest({name: _placed(leaf) for name, leaf in wanted.items()})
+        _drop_stragglers()
         try:
             restored = self._manager.restore(
                 step,
@@ -369,6 +371,21 @@ _drop_repeated = _DropRepeated()
 def _quieten_orbax() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_drop_repeated)  # Adding it twice is the same as once.
+
+
+def _drop_stragglers() -> None:
+    """After the first array that can't be read, TensorStore's other reads end on an event loop that is gone, at any
+    time; each would print a traceback beside the one line for the user."""
+    before = sys.unraisablehook
+    if getattr(before, "drops_stragglers", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.drops_stragglers = True
+    sys.unraisablehook = hook
 
 
 # ---- preemption -----------------------------------------------------------------------------------------------------

@@ -218,8 +218,8 @@ FIELDS: tuple[Field, ...] = (
     Field("log.samples_every", "int", 20, "updates between saved captions; 0 = off", low=0, resumable=True),
     Field("log.tensorboard", "bool", True, "write TensorBoard events", resumable=True),
     Field("log.wandb", "str", "", "Weights & Biases project; empty = off", resumable=True),
-    Field("log.eval_images", "int", 48, "held-out images of an evaluation", low=1, resumable=True),
-    Field("log.eval_samples", "int", 4, "captions per image of an evaluation", low=1, resumable=True),
+    Field("log.eval_images", "int", 48, "held-out images of an evaluation", low=1),
+    Field("log.eval_samples", "int", 4, "captions per image of an evaluation", low=1),
 )  # fmt: skip
 
 _BY_NAME = {field.name: field for field in FIELDS}
@@ -637,8 +637,9 @@ def from_text(text: str) -> ConfigDict:
 def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
     """What keeps `current` from resuming the run of `saved`: one "field: old -> new" each; empty = it may resume.
 
-    Fields that don't change what is learnt (`Field.resumable`: log.*, checkpoint.*, reader threads) may differ, and
-    the last stage may grow, unless its schedule depends on its length: the steps already made would have been others.
+    Fields that change neither what is learnt nor how it is evaluated (`Field.resumable`: most of log.*, checkpoint.*,
+    reader threads) may differ. The last stage may grow, unless its schedule depends on its length: the steps already
+    made would have been others.
     """
     old, new = dict(_leaves(saved)), dict(_leaves(current))
     last = stage_order(current)[-1]

@@ -441,6 +441,10 @@ def test_what_does_not_change_the_run_may_differ():
     assert config_lib.differences(changed(), new) == []
 
 
+def test_evaluations_before_and_after_are_of_the_same_size():
+    assert config_lib.differences(changed(), changed(log__eval_images=8)) == ["log.eval_images: 48 -> 8"]
+
+
 def test_the_last_stage_may_grow_only():
     old = changed()
     assert config_lib.differences(old, changed(stages__rl__steps=200)) == []
