@@ -13,7 +13,7 @@ from typing import Any
 from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping
 
 WIDTH, HEIGHT = 280, 168
-LEFT, RIGHT, TOP, BOTTOM = 38, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
 MAX_POINTS = 240  # beyond this many a curve's points are means over neighbouring steps
 RUN_COLOURS = 6
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -46,15 +46,15 @@ def _curves(reward_names: Sequence[str]) -> list[Curve]:
         *rewards,
         rl("b-CapScore", "b_capscore", "Rewards", evaluated="b_capscore"),
         rl("Mean words", "length/mean", "Length", evaluated="words"),
-        rl("Length ratio", "length/ratio_mean", "Length", unit="× reference"),
-        rl("In the length band", "gate/in_band", "Length", 100, "%", evaluated="in_band"),
+        rl("Length ratio", "length/ratio_mean", "Length", unit="×"),
+        rl("In band", "gate/in_band", "Length", 100, "%", evaluated="in_band"),
         rl("Truncated", "length/truncated_frac", "Length", 100, "%", evaluated="truncated", low=0),
         Curve("SFT loss", "loss", "Optimisation", stage="sft"),
-        rl("RL surrogate loss", "loss", "Optimisation"),
+        rl("RL loss", "loss", "Optimisation"),
         rl("KL to reference", "kl", "Optimisation", low=0),
         rl("Entropy", "entropy", "Optimisation"),
         Curve("Gradient norm", "grad_norm", "Optimisation", low=0),
-        rl("Log-prob drift, max", "drift/max_abs_logp", "Optimisation", low=0),
+        rl("Largest drift", "drift/max_abs_logp", "Optimisation", low=0),
         rl("Judge failures", "judge/failure_rate", "Judge and speed", 100, "%", low=0),
         Curve("Tokens per second", "tokens_per_second", "Judge and speed", low=0),
         *silent,
@@ -157,10 +157,14 @@ def _ticks(low: float, high: float, about: int = 4) -> list[float]:
 def short_number(value: float, step: float = 0.0) -> str:
     """A short number; with the axis' `step`, just the decimals that tell two ticks apart."""
     if abs(value) >= 10_000:
-        return f"{value / 1000:.4g}k"
-    if step:
-        return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+        text = f"{value / 1000:.4g}k"
+    elif step:
+        text = f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    elif abs(value) < 1:
+        text = f"{value:.3g}"
+    else:
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 class _Axes:
@@ -172,7 +176,7 @@ class _Axes:
         self.low, self.high = self.ticks[0], self.ticks[-1]
         # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
         largest = max(abs(self.low), abs(self.high))
-        self.exponent = -3 * math.floor(math.log10(largest) / 3) if largest < 1e-2 else 0
+        self.exponent = -3 * math.floor(math.log10(largest) / 3) if largest < 0.1 else 0
         self.factor = 10.0**self.exponent
 
     def x(self, step: float) -> float:
@@ -180,6 +184,10 @@ class _Axes:
 
     def y(self, value: float) -> float:
         return round(HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def text(self, value: float) -> str:
+        """A value in the units of the axis."""
+        return short_number(value * self.factor)
 
     def frame(self) -> dict[str, Any]:
         gap = (self.ticks[1] - self.ticks[0]) * self.factor
@@ -238,7 +246,7 @@ def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[
         if points and boundary is not None and axes.first <= boundary <= axes.last:
             boundaries.append({"x": axes.x(boundary), "colour": colour})
         for step, value, label in mark:
-            text = f"{run.name}, held out, {label}: {short_number(value)}{curve.unit}"
+            text = f"{run.name}, held out, {label}: {axes.text(value)}{curve.unit}"
             diamonds.append({"x": axes.x(step), "y": axes.y(value), "colour": colour, "text": text})
         if not points:
             continue
@@ -247,7 +255,7 @@ def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[
         last = next(value for _, value in reversed(smooth) if not math.isnan(value))
         raw = axes.path(thin) if smooth != thin else ""
         lines.append(
-            {"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": short_number(last)}
+            {"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": axes.text(last)}
         )
     return {
         "title": curve.title,
