@@ -77,7 +77,7 @@ def finalise(metrics: Metrics) -> dict[str, float]:
 # --- writers ----------------------------------------------------------------------------------------------------------
 
 # TensorBoard events are flushed (and synced) at most this often: a flush each step would cost fast SFT steps dearly.
-TENSORBOARD_FLUSH_SECONDS = 10.0
+TENSORBOARD_FLUSH_SECONDS = 2.0
 
 
 class MetricsWriter:
@@ -150,6 +150,11 @@ class MetricsWriter:
             self._events.add(step, finite)
         if self._wandb is not None:
             self._wandb.log({f"{stage}/{name}": value for name, value in finite.items()}, step=int(step))
+
+    def flush(self) -> None:
+        """Puts the TensorBoard events on disk, before a checkpoint: a resumed run does not log those steps again."""
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -238,9 +243,8 @@ class _EventFile:
         summary = self._summary.Summary(value=scalars)
         with _disk_errors(self.directory):
             self._writer.write_event(self._event.Event(wall_time=time.time(), step=int(step), summary=summary))
-            if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
-                self._writer.flush()
-                self._flushed = time.monotonic()
+        if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
+            self.flush()
 
     def purge(self, from_step: int) -> None:
         """Tells TensorBoard to hide what earlier files logged at `from_step` or later (its purge_step)."""
@@ -248,7 +252,12 @@ class _EventFile:
         with _disk_errors(self.directory):
             event = self._event.Event(wall_time=time.time(), step=max(int(from_step), 0), session_log=start)
             self._writer.write_event(event)
+        self.flush()
+
+    def flush(self) -> None:
+        with _disk_errors(self.directory):
             self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         with _disk_errors(self.directory):

@@ -321,6 +321,8 @@ def _write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | None)
         if any(run.name == other.name for other in runs[:index]):
             run.name = f"{run.name} ({index + 1})"
     path = Path(out) if out is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    if path.exists() and not path.is_file():  # a rename would put the page in the place of /dev/stdout
+        raise UserError(f"{path}: cannot write the report (not a regular file); name another file with --out")
     # A lone surrogate, which JSON can smuggle in, has no UTF-8 form.
     page = render(runs).encode("utf-8", errors="replace")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -150,7 +150,7 @@ def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             found.append((number, record))

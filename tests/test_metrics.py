@@ -159,6 +159,38 @@ def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
         MetricsWriter(tmp_path, wandb="balcap")
 
 
+def test_wandb_gets_the_finite_values_by_stage(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finish")
+
+    class Module:
+        @staticmethod
+        def init(project, dir, config):
+            calls.append((project, dir, config))
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    with MetricsWriter(tmp_path, tensorboard=False, wandb="balcap", config={"seed": 3}) as writer:
+        writer.write(7, "rl", {"loss": 0.5, "kl": math.nan})
+    assert calls == [("balcap", str(tmp_path), {"seed": 3}), (7, {"rl/loss": 0.5}), "finish"]
+
+
+def test_flushed_events_survive_a_kill(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, "sft", {"loss": float(step)})
+    writer.flush()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert [event.step for event in read_events(file) if event.summary.value] == [1, 2, 3]  # the writer is still open
+    writer.close()
+
+
 def test_full_disk_names_the_file(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer._file.close()

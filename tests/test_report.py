@@ -500,8 +500,10 @@ def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot write the report"):
         write_report([run], tmp_path / "file" / "report.html")
     (run / "report.html").mkdir()
-    with pytest.raises(UserError, match=r"report\.html: cannot write the report"):
+    with pytest.raises(UserError, match=r"report\.html: cannot write the report \(not a regular file\)"):
         write_report([run])
+    with pytest.raises(UserError, match="null: cannot write"):
+        write_report([run], "/dev/null")
     assert not list(run.glob(".*"))  # nothing half-written is left
 
 
