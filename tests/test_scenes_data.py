@@ -243,6 +243,17 @@ def test_second_preparation_reads_what_the_first_wrote(tmp_path, capsys):
     assert len(other.as_data_source("test")) == 6
 
 
+def test_default_settings_are_the_default_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "make_example", _refuse)
+    with pytest.raises(AssertionError, match="scenes: train 0 of 4096"):
+        builder.prepare(tmp_path)
+    assert builder.Scenes(data_dir=tmp_path).builder_config.settings == builder.ScenesSettings()
+
+
+def _refuse(split, index, settings):
+    raise AssertionError(f"scenes: {split} {index} of {settings.train}")
+
+
 def test_changed_code_gets_its_own_directory(monkeypatch):
     before = builder.ScenesSettings().name
     monkeypatch.setattr(builder, "code_digest", lambda: "00000000")

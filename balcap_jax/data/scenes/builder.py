@@ -150,6 +150,7 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     Raises UserError on a setting out of range, a directory that cannot be written, or a full disk.
     """
     config = make_config(**settings)
+    config = Scenes.builder_configs.get(config.name, config)  # TFDS wants its own object for the default settings
     data_dir = pathlib.Path(data_dir).expanduser()
     try:
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
