@@ -298,7 +298,7 @@ def _apply(
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step; an update whose gradient is not finite is skipped and counted."""
     trainable, frozen = split(state.params, freeze)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     stepped = optax.apply_updates(trainable, updates)
