@@ -18,7 +18,7 @@ BATCH_AXES = ("replica", "data", "fsdp")
 # Logical axis -> mesh axis while training.
 MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
-# (parameter path, logical axes); the first row that matches counts, and every parameter must match one (tested).
+# (parameter path, logical axes); every parameter matches exactly one row (tested).
 # A leading None of stacked layers is the layer axis: it is scanned over, so it is never split.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"^decoder/embed$", ("vocab", "embed")),
@@ -32,7 +32,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"^vision/patches/patch/kernel$", (None, "embed")),
     (r"^projector/(first|second)/kernel$", (None, "embed")),
     # Norms, remaining biases, positions and the class token: too small to be worth a gather.
-    (r"/(scale|bias|class_token|positions)$", ()),
+    (r"norm/(scale|bias)$|/(o|down|first|second)/bias$|^vision/patches/(class_token|positions)$", ()),
 )
 
 
@@ -75,11 +75,11 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
 
 
 def logical_axes(path: str) -> tuple[str | None, ...]:
-    """The table's row for a parameter path such as "decoder/layers/q/kernel". Raises KeyError if there is none."""
-    for pattern, axes in PARAMETER_AXES:
-        if re.search(pattern, path):
-            return axes
-    raise KeyError(f"no row of sharding.PARAMETER_AXES matches parameter {path!r}")
+    """The table's row for a parameter path such as "decoder/layers/q/kernel". Raises KeyError if it is not one row."""
+    rows = [axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)]
+    if len(rows) != 1:
+        raise KeyError(f"{len(rows)} rows of sharding.PARAMETER_AXES match parameter {path!r}, it must be one")
+    return rows[0]
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

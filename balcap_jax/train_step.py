@@ -128,7 +128,7 @@ def make_rl_step(
     *,
     freeze: str = "",
     micro_batches: int = 1,
-) -> Callable[..., tuple[TrainState, Metrics]]:
+) -> "CompiledStep":
     """The compiled RL update `step(state, batch: RLBatch, reference: Params | None) -> (state, metrics)`.
 
     `reference` are the frozen parameters of the KL term and must be given when `kl_coef` > 0.
@@ -193,7 +193,7 @@ def make_rl_step(
         metrics = _rl_metrics(objective, batch, advantage, in_band, scored, saved)
         return state, {"loss": _once(loss), **metrics, **update_metrics}
 
-    return jax.jit(step, donate_argnums=0)
+    return CompiledStep(step)
 
 
 def _rl_metrics(objective, batch: RLBatch, advantage, in_band, scored, saved) -> Metrics:
@@ -239,7 +239,7 @@ def make_sft_step(
     *,
     freeze: str = "",
     micro_batches: int = 1,
-) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
+) -> "CompiledStep":
     """The compiled SFT update `step(state, batch: SFTBatch) -> (state, metrics)`: mean cross-entropy of target tokens.
 
     The G targets of an image share its encoding and its prompt, as samples do.
@@ -260,10 +260,35 @@ def make_sft_step(
         tokens = _mean(batch.mask.sum(-1), every)
         return state, {"loss": _once(loss), "length/tokens_mean": tokens, **update_metrics}
 
-    return jax.jit(step, donate_argnums=0)
+    return CompiledStep(step)
 
 
 # ------------------------------------------------------------------------------------------------- shared parts
+
+
+class CompiledStep:
+    """jit of `step(state, batch, ...) -> (state, metrics)` that consumes the state and returns it where it was.
+
+    Left to itself, the compiler may hand a small replicated parameter back split over `fsdp`, and a program that was
+    compiled ahead would refuse that state at the next update.
+    """
+
+    def __init__(self, step: Callable[..., tuple[TrainState, Metrics]]):
+        self._step = step
+        self._by_place: dict[tuple, Any] = {}
+
+    def __call__(self, state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
+        return self._jit(state)(state, *inputs)
+
+    def lower(self, state: TrainState, *inputs: Any) -> jax.stages.Lowered:
+        return self._jit(state).lower(state, *inputs)
+
+    def _jit(self, state: TrainState):
+        places = jax.tree.map(lambda x: x.sharding, state)
+        key = tuple(jax.tree.leaves(places))
+        if key not in self._by_place:
+            self._by_place[key] = jax.jit(self._step, donate_argnums=0, out_shardings=(places, None))
+        return self._by_place[key]
 
 
 def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
@@ -281,7 +306,9 @@ def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int)
     def cut(x):
         if x.shape[0] % micro_batches:
             raise ValueError(f"batch of {x.shape[0]} prompts does not divide into {micro_batches} micro-batches")
-        return x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:])
+        # Every micro_batches-th row, not neighbouring rows: B lies over the devices, and each of them has its share of
+        # every part. Neighbouring rows would be a few devices' own, and the others would wait.
+        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(carry, part):
         loss, gradient = carry
@@ -290,7 +317,7 @@ def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int)
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
     (loss, gradient), saved = jax.lax.scan(add, zero, jax.tree.map(cut, batch))
-    return loss, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), saved), gradient
+    return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), saved), gradient
 
 
 def _apply(

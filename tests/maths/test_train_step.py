@@ -157,7 +157,8 @@ def make_batch(**changes) -> RLBatch:
 
 
 def new_state(freeze: str = "", params=None):
-    return init_state(make_params(POLICY) if params is None else params, OPTIMIZER, freeze)
+    state = init_state(make_params(POLICY) if params is None else params, OPTIMIZER, freeze)
+    return jax.device_put(state, jax.devices()[0])
 
 
 def flat(tree) -> dict[str, np.ndarray]:
