@@ -68,12 +68,29 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[Policy, Par
     if unknown:
         raise UserError(f"unknown model field {unknown[0]!r}; the model at {path} has {', '.join(sorted(fields))}")
     fields |= overrides
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    policy, processor = FAMILIES[fields["family"]](fields, tokenizer, fields["template"])
+    try:
+        build_family = FAMILIES[fields["family"]]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        policy, processor = build_family(fields, tokenizer, fields["template"])
+    except KeyError as error:
+        if fields.get("family") in {None, *FAMILIES}:
+            raise UserError(f"the model at {path} lacks the field {error} in model.json; save it again") from error
+        known = ", ".join(FAMILIES)
+        raise UserError(f"the model at {path} is of the unknown family {error}; there is {known}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer at {path} cannot be read: {str(error).splitlines()[0]}") from error
     like = jax.eval_shape(policy.init, jax.random.key(0))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path / "params", like)
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(f"the parameters at {path}/params cannot be read: {str(error).splitlines()[0]}") from error
+    # Orbax hands out what is stored, whatever shape was asked for.
+    for (where, wanted), found in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True):
+        if wanted.shape != found.shape:
+            name = jax.tree_util.keystr(where, simple=True, separator="/")
+            raise UserError(
+                f"the parameters at {path}/params do not fit its fields: {name} is {found.shape}, {wanted.shape} is "
+                f"needed; leave out overrides of sizes"
+            )
     return policy, params, processor

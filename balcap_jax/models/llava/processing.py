@@ -62,8 +62,8 @@ class LlavaProcessor:
         mask = np.zeros(shape, bool)
         for row, group in enumerate(responses):
             for column, text in enumerate(group):
-                ids = self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
-                ids = ids[:max_tokens]
+                ids = self.tokenizer.encode(self._without_special_tokens(text), add_special_tokens=False)
+                ids = [*ids, self.tokenizer.eos_token_id][:max_tokens]
                 tokens[row, column, : len(ids)] = ids
                 mask[row, column, : len(ids)] = True
         return tokens, mask
@@ -72,9 +72,14 @@ class LlavaProcessor:
         """Tokens [..., R] to a flat list of texts, special tokens dropped."""
         return self.tokenizer.batch_decode(tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True)
 
+    def _without_special_tokens(self, text: str) -> str:
+        """Text of a data set must not be able to bring image placeholders, ends or padding along."""
+        for token in (self.image_token, *self.tokenizer.all_special_tokens):
+            text = text.replace(token, " ")
+        return text
+
     def _encode(self, instruction: str, name: str) -> list[int]:
-        # Someone else's text must not be able to smuggle in image placeholders.
-        instruction = instruction.replace(self.image_token, " ")
+        instruction = self._without_special_tokens(instruction)
         text = self.template.format(image=self.image_token * self.image_tokens, prompt=instruction)
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
@@ -99,8 +104,8 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     height, width = image.shape[:2]
-    scale = size / min(height, width)
+    short = min(height, width)
     resized = Image.fromarray(image).convert("RGB")
-    resized = resized.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
+    resized = resized.resize((width * size // short, height * size // short), Image.Resampling.BICUBIC)
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
