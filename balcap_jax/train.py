@@ -111,6 +111,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             summary["seconds"] = clock.totals()
             held_out.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
+        def evaluated(label: str) -> bool:
+            return label in summary.get("evaluations", {})
+
         # =============================================================================================== stages
         params, first, stopped = initial, 0, False
         for index, name in enumerate(order):
@@ -122,22 +125,26 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 continue
 
             # ---- where this stage starts: from the stage before it, or from its own newest checkpoint
+            before = previous or "base"
+            unseen = name == "rl" and not evaluated(before)
+            if 0 < first <= done and (first == done or unseen):
+                params = restore_params(checkpointer, first, job, params, previous)
             anchored = name == "rl" and config.loss.kl_coef > 0
             like = jax.eval_shape(lambda: start_state(job, params, name))  # noqa: B023
             if first < done:
                 like = placed_like(job, like, anchored)
                 arrays, _ = checkpointer.restore(done, like)
             else:
-                if index and done == first and saved:
-                    params = restore_params(checkpointer, done, job, params, previous)
                 arrays = {"state": start_state(job, params, name)}
                 if anchored:
                     arrays["reference"] = jax.tree.map(lambda x: x.copy(), arrays["state"].params)
             state, reference = arrays["state"], arrays.get("reference")
             del arrays
-            before = previous or "base"
-            if before not in summary.get("evaluations", {}) and name == "rl":
-                evaluate(before, state.params)
+            if unseen:
+                # Never from parameters that this stage has trained, even if summary.json was lost on the way.
+                evaluate(before, (state if first >= done else start_state(job, params, name)).params)
+            if first < done and is_due(done, settings.eval_every, last) and not evaluated(f"{name}-{done}"):
+                evaluate(f"{name}-{done}", state.params)  # Killed between the checkpoint and this.
 
             # ---- data order of this stage
             iterator = make_dataset(
@@ -204,16 +211,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                         save(step, tag=f"{name}-end")
                     elif stop.requested or (every and step % every == 0):
                         save(step)
-                    if settings.eval_every and step % settings.eval_every == 0 and step != last:
+                    if is_due(step, settings.eval_every, last):
                         evaluate(f"{name}-{step}", state.params)
                     if stop.requested:
                         checkpointer.wait()
-                        progress.note(f"{stop.signal_name}: saved after step {step}; the same command goes on from here")
+                        progress.note(
+                            f"{stop.signal_name}: saved after step {step}; the same command goes on from here"
+                        )
                         stopped = True
                         break
             if stopped:
                 return summary
-            if name not in summary.get("evaluations", {}):
+            if not evaluated(name):
                 evaluate(name, state.params)
             params, first = state.params, last
 
@@ -308,6 +317,11 @@ def failure_budget_spent(failures: Sequence[tuple[int, int]], config: ConfigDict
     failed = sum(count for count, _ in failures)
     calls_of_window = failures[-1][1] * config.judge.failure_window
     return failed > config.judge.max_failure_rate * calls_of_window
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether `step` is one of every `every` (0 = none), the last step left out: what ends a stage is always done."""
+    return every > 0 and step % every == 0 and step < last
 
 
 def gate_of(config: ConfigDict) -> tuple[float, float]:
