@@ -1,0 +1,244 @@
+"""The decoder and the whole LLaVA against the implementations of Hugging Face transformers: tiny, random, fp32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llava import BOS, EOS, IMAGE, PAD, V, make_policy
+
+from balcap_jax.models import decoder
+from balcap_jax.models.decoder import DecoderConfig
+from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
+from balcap_jax.models.policy import Prompt
+
+torch = pytest.importorskip("torch", reason="the reference implementations need torch, of the [dev] extra")
+transformers = pytest.importorskip("transformers")
+
+# Largest error over the largest logit; two correct fp32 implementations agree to about 1e-6 at these sizes.
+TOLERANCE = 1e-5
+B, G, P, R = 2, 3, 8, 5
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+
+
+def randomised(model):
+    """The model with every parameter random, norms and biases included, in inference mode."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+    return model.eval()
+
+
+def decoder_params(state: dict, prefix: str, head: str, config: DecoderConfig) -> dict:
+    """The decoder's parameters out of a transformers state dict."""
+
+    def stacked(name, *shape):
+        weights = [state[f"{prefix}layers.{i}.{name}"].numpy() for i in range(config.layers)]
+        return jnp.asarray(np.stack([w.T.reshape(*shape) if shape else w.T for w in weights]))
+
+    params = {
+        "embed": jnp.asarray(state[f"{prefix}embed_tokens.weight"].numpy()),
+        "norm": {"scale": jnp.asarray(state[f"{prefix}norm.weight"].numpy())},
+        "layers": {
+            "attention_norm": {"scale": stacked("input_layernorm.weight")},
+            "mlp_norm": {"scale": stacked("post_attention_layernorm.weight")},
+            "o": {"kernel": stacked("self_attn.o_proj.weight", config.heads, config.head_size, config.width)},
+            **{name: {"kernel": stacked(f"mlp.{name}_proj.weight")} for name in ("gate", "up", "down")},
+        },
+    }
+    for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+        params["layers"][name] = {
+            "kernel": stacked(f"self_attn.{name}_proj.weight", config.width, heads, config.head_size)
+        }
+        if config.qkv_bias:
+            params["layers"][name]["bias"] = stacked(f"self_attn.{name}_proj.bias", heads, config.head_size)
+    if not config.tied_embeddings:
+        params["head"] = jnp.asarray(state[head].numpy().T)
+    return params
+
+
+def response_logits(policy: Llava, params, prompt: Prompt, image_embeds, responses) -> jax.Array:
+    """[B, G, R, V]: what predicts each response token, by the update's path."""
+    x = policy._prompt_embeddings(params, prompt, image_embeds)
+    y = decoder.embed(policy.decoder, params["decoder"], responses)
+    hidden = decoder.forward(policy.decoder, params["decoder"], x, prompt.mask, prompt.positions, y)
+    return hidden @ decoder.head(policy.decoder, params["decoder"])
+
+
+def relative_error(ours, reference) -> float:
+    reference = reference.detach().numpy()
+    return float(np.max(np.abs(np.asarray(ours) - reference)) / np.max(np.abs(reference)))
+
+
+def padded_prompt(rows: list[list[int]], length: int, images) -> Prompt:
+    tokens = np.array([row + [PAD] * (length - len(row)) for row in rows], np.int32)
+    mask = np.arange(length) < np.array([[len(row)] for row in rows])
+    return Prompt(tokens, mask, np.tile(np.arange(length, dtype=np.int32), (len(rows), 1)), images)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("Llama", {}), ("Qwen2", {"qkv_bias": True}), ("Llama", {"tied_embeddings": True})],
+    ids=["Llama", "Qwen2 (biases)", "Llama, tied"],
+)
+def test_the_decoder_equals_transformers(family, changes):
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES, tie_word_embeddings=changes.get("tied_embeddings", False)
+    )
+    reference = randomised(getattr(transformers, f"{family}ForCausalLM")(config))
+    policy = make_policy(**changes)
+    state = reference.state_dict()
+    params = {"decoder": decoder_params(state, "model.", "lm_head.weight", policy.decoder)}
+
+    rng = np.random.default_rng(0)
+    rows = [[BOS, *rng.integers(4, V, length - 1).tolist()] for length in (P, P - 3)]
+    responses = rng.integers(4, V, (B, G, R))
+    prompt = padded_prompt(rows, P, None)
+    nothing = jnp.zeros((B, 1, policy.decoder.width))
+    ours = jax.jit(lambda params: response_logits(policy, params, prompt, nothing, responses))(params)
+    for b, row in enumerate(rows):
+        sequences = torch.tensor(np.concatenate([np.tile(row, (G, 1)), responses[b]], axis=1))
+        theirs = reference(sequences).logits[:, len(row) - 1 : -1]
+        assert relative_error(ours[b], theirs) <= TOLERANCE
+
+
+def vision_params(state: dict, policy: Llava) -> dict:
+    """The vision tower's and the projector's parameters out of a transformers LLaVA's state dict."""
+    c, tower = policy.vision, "model.vision_tower."
+    tower += "vision_model." if f"{tower}vision_model.pre_layrnorm.weight" in state else ""
+
+    def array(name):
+        return jnp.asarray(state[name].numpy())
+
+    def stacked(name, *shape):
+        weights = [state[f"{tower}encoder.layers.{i}.{name}"].numpy() for i in range(c.used_layers)]
+        return jnp.asarray(np.stack([w.T.reshape(*shape) if shape else w.T for w in weights]))
+
+    def norm(name, read):
+        return {"scale": read(f"{name}.weight"), "bias": read(f"{name}.bias")}
+
+    size = c.width // c.heads
+    layers = {
+        "attention_norm": norm("layer_norm1", stacked),
+        "mlp_norm": norm("layer_norm2", stacked),
+        "o": {
+            "kernel": stacked("self_attn.out_proj.weight", c.heads, size, c.width),
+            "bias": stacked("self_attn.out_proj.bias"),
+        },
+        "up": {"kernel": stacked("mlp.fc1.weight"), "bias": stacked("mlp.fc1.bias")},
+        "down": {"kernel": stacked("mlp.fc2.weight"), "bias": stacked("mlp.fc2.bias")},
+    }
+    for name in "qkv":
+        layers[name] = {
+            "kernel": stacked(f"self_attn.{name}_proj.weight", c.width, c.heads, size),
+            "bias": stacked(f"self_attn.{name}_proj.bias", c.heads, size),
+        }
+    # Convolution weight [width, channel, row, column] to a matrix over (row, column, channel).
+    patch = array(f"{tower}embeddings.patch_embedding.weight").transpose(2, 3, 1, 0).reshape(-1, c.width)
+    linear = {"first": "linear_1", "second": "linear_2"}
+    return {
+        "vision": {
+            "patches": {
+                "patch": {"kernel": patch},
+                "class_token": array(f"{tower}embeddings.class_embedding"),
+                "positions": array(f"{tower}embeddings.position_embedding.weight"),
+                "norm": norm(f"{tower}pre_layrnorm", array),
+            },
+            "layers": layers,
+        },
+        "projector": {
+            ours: {
+                "kernel": array(f"model.multi_modal_projector.{theirs}.weight").T,
+                "bias": array(f"model.multi_modal_projector.{theirs}.bias"),
+            }
+            for ours, theirs in linear.items()
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """(transformers model, our policy, its parameters) with the same weights."""
+    policy = make_policy()
+    c = policy.vision
+    tower = transformers.CLIPVisionConfig(
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        hidden_size=c.width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        intermediate_size=c.mlp,
+        layer_norm_eps=c.norm_eps,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=tower,
+        text_config=transformers.LlamaConfig(**SIZES),
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+    assert (config.vision_feature_layer, config.projector_hidden_act) == (-2, "gelu")
+    reference = randomised(transformers.LlavaForConditionalGeneration(config))
+    state = reference.state_dict()
+    params = vision_params(state, policy) | {
+        "decoder": decoder_params(state, "model.language_model.", "lm_head.weight", policy.decoder)
+    }
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(policy.init, jax.random.key(0)))
+    assert jax.tree.map(lambda x: x.shape, params) == shapes
+    return reference, policy, params
+
+
+def pictures(policy: Llava) -> tuple[np.ndarray, "torch.Tensor"]:
+    """uint8 [B, S, S, 3], and the same as transformers' image processor would hand them over."""
+    side = policy.vision.image_size
+    images = np.random.default_rng(1).integers(0, 256, (B, side, side, 3)).astype(np.uint8)
+    pixels = (images / 255.0 - PIXEL_MEAN) / PIXEL_STD
+    return images, torch.tensor(np.moveaxis(pixels, -1, 1), dtype=torch.float32)
+
+
+def test_tower_and_projector_equal_transformers(llava):
+    reference, policy, params = llava
+    images, pixels = pictures(policy)
+    with torch.no_grad():
+        theirs = reference.model.get_image_features(pixels)
+    theirs = torch.stack(list(getattr(theirs, "pooler_output", theirs)))
+    ours = jax.jit(policy.encode)(params, images)
+    assert ours.shape == (B, policy.image_tokens, policy.decoder.width)
+    assert relative_error(ours, theirs) <= TOLERANCE
+
+
+def test_the_whole_llava_equals_transformers(llava):
+    reference, policy, params = llava
+    images, pixels = pictures(policy)
+    rng = np.random.default_rng(2)
+    rows = [[BOS, *[IMAGE] * policy.image_tokens, 5, 6, 7], [BOS, 9, *[IMAGE] * policy.image_tokens, 8]]
+    responses = rng.integers(4, V, (B, G, R))
+    prompt = padded_prompt(rows, policy.image_tokens + 6, images)
+
+    @jax.jit
+    def ours(params):
+        embeds = policy.encode(params, images)
+        _, first = policy.prefill(params, prompt, embeds)
+        return response_logits(policy, params, prompt, embeds, responses), first
+
+    logits, first = ours(params)
+    allowed = [v for v in range(V) if v not in policy.forbidden]
+    for b, row in enumerate(rows):
+        sequences = torch.tensor(np.concatenate([np.tile(row, (G, 1)), responses[b]], axis=1))
+        with torch.no_grad():
+            theirs = reference(input_ids=sequences, pixel_values=pixels[b].expand(G, -1, -1, -1)).logits
+        theirs = theirs[:, len(row) - 1 : -1]
+        assert relative_error(logits[b], theirs) <= TOLERANCE
+        assert relative_error(first[b, allowed], theirs[0, 0, allowed]) <= TOLERANCE
