@@ -1,6 +1,8 @@
 """Captions and scores of held-out images during training: the numbers of the before/after table and the report."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from balcap_jax.advantages import length_gate
+from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import b_capscore, corpus_b_capscore, harmonic_mean
 from balcap_jax.rewards.base import Samples, Scores, count_words
 
@@ -100,24 +103,40 @@ def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
 
 
 def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]) -> None:
-    """Writes samples/eval-<label>.jsonl and the pictures it names, aside first."""
-    folder = workdir / "samples" / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes samples/eval-<label>.jsonl and the pictures it names, where they are not there yet."""
     for name, image in images.items():
-        Image.fromarray(np.asarray(image)).save(folder / f"{name}.png")
-    write_text(
-        workdir / "samples" / f"eval-{label}.jsonl", "".join(json.dumps(record) + "\n" for record in records)
-    )
+        path = workdir / "samples" / "images" / f"{name}.png"
+        if not path.exists():
+            file = io.BytesIO()
+            Image.fromarray(np.asarray(image)).save(file, format="PNG")
+            write_bytes(path, file.getvalue())
+    write_text(workdir / "samples" / f"eval-{label}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that no reader (and no crash) ever meets half of it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file in one step, so that no reader (and no crash) ever meets half of it.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space there or choose another --workdir"
+        ) from error
 
 
 def batches(examples: Sequence[Mapping[str, Any]], size: int, columns: Callable) -> list[tuple[Mapping[str, Any], int]]:
