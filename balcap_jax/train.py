@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
@@ -29,7 +29,7 @@ from balcap_jax.data.input import as_columns, examples, make_dataset
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.evals import held_out
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress
-from balcap_jax.stages import Evaluator, Job, RLStage, SFTStage, start_state
+from balcap_jax.stages import Evaluator, Job, RLStage, SFTStage, start_state, state_shardings
 
 STAGES = {"sft": SFTStage, "rl": RLStage}
 PACKAGES = ("balcap-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain")
@@ -72,6 +72,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         evaluators = {"evaluations": Evaluator(job, greedy=False), "greedy": Evaluator(job, greedy=True)}
         # Evaluations run in batches of the RL stage's size, at most of the number of images.
         shown_batches = held_out.batches(shown, min(len(shown), config.stages[order[-1]].batch_size), as_columns)
+        for columns, _ in shown_batches:
+            job.prompt(columns)  # A prompt that is too long is found here.
+        # Only now: a config that cannot be run does not take the workdir.
+        held_out.write_text(workdir / "config.json", configuration.to_text(config))
 
         # ============================================================================================== restore
         checkpointer = stack.enter_context(
@@ -87,6 +91,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 config=config.to_dict(),
             )
         )
+        model = workdir / "model"
         done = checkpointer.latest_step() or 0
         summary = read_summary(workdir) if done else {}
         failures = deque(maxlen=config.judge.failure_window)
@@ -108,8 +113,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     summary.setdefault(kind, {})[label] = means
                     if kind == "evaluations":
                         held_out.write(workdir, label, records, pictures)
+            write_summary()
+
+        def write_summary() -> None:
             summary["seconds"] = clock.totals()
             held_out.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+        def forget(label: str) -> None:
+            """Drops a result that more steps make outdated."""
+            shutil.rmtree(model, ignore_errors=True)
+            for kind in evaluators:
+                summary.get(kind, {}).pop(label, None)
+            write_summary()
 
         def evaluated(label: str) -> bool:
             return label in summary.get("evaluations", {})
@@ -145,6 +160,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 evaluate(before, (state if first >= done else start_state(job, params, name)).params)
             if first < done and is_due(done, settings.eval_every, last) and not evaluated(f"{name}-{done}"):
                 evaluate(f"{name}-{done}", state.params)  # Killed between the checkpoint and this.
+
+            if max(first, done) < last and evaluated(name):
+                forget(name)  # The stage was shorter when it was evaluated, or a checkpoint has been deleted.
 
             # ---- data order of this stage
             iterator = make_dataset(
@@ -197,9 +215,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     if judged:
                         failures.append((int((~judged.scores.valid).sum()), judged.scores.valid.size))
                         if failure_budget_spent(failures, config):
+                            failed, asked = map(sum, zip(*failures, strict=True))
+                            failures.clear()  # With its judge mended, the run goes on with a new window.
                             save(step)
                             checkpointer.wait()
-                            failed, asked = map(sum, zip(*failures, strict=True))
                             raise UserError(
                                 f"stopped at step {step}: {failed} of the last {asked} judge calls failed, more than "
                                 f"judge.max_failure_rate = {config.judge.max_failure_rate:g} allows over "
@@ -228,7 +247,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
 
         # =============================================================================================== result
         checkpointer.wait()
-        model = workdir / "model"
         if not model.exists():
             models.save(model, config.model.to_dict(), params, processor)
         page = report.write_report([workdir], workdir / "report.html")
@@ -242,7 +260,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
 
 def placed_like(job: Job, state: Any, anchored: bool) -> dict[str, Any]:
     """The abstract arrays of a stage's checkpoint, with the shardings that they are to be restored to."""
-    from balcap_jax.stages import state_shardings
 
     def place(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -253,9 +270,7 @@ def placed_like(job: Job, state: Any, anchored: bool) -> dict[str, Any]:
 
 def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any, stage: str) -> Any:
     """The parameters alone of the checkpoint at the end of `stage`."""
-    abstract = jax.eval_shape(lambda: params)
     placed = placed_like(job, jax.eval_shape(lambda: start_state(job, params, stage)), anchored=False)
-    del abstract
     arrays, _ = checkpointer.restore(step, {"state": placed["state"]}, partial=True)
     return arrays["state"].params
 
@@ -265,41 +280,50 @@ def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any,
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Makes the workdir this run's: refuses one of another config, or one that another process is training in."""
+    """Holds the workdir: refuses one of another config's run, or one that another process is training in."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "samples").mkdir(exist_ok=True)
-        lock = open(workdir / ".lock", "w")
+        lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another process is training in {workdir}; choose another --workdir") from error
-        path = workdir / "config.json"
-        if path.exists():
-            changed = configuration.differences(configuration.from_text(path.read_text()), config)
-            if changed:
-                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                raise UserError(
-                    f"{workdir} holds a run of another config ({changed[0]}{more}); "
-                    "choose another --workdir, or give that run's config to go on with it"
-                )
-        try:
-            held_out.write_text(path, configuration.to_text(config))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another --workdir") from error
+        refuse_another_run(workdir / "config.json", config)
         yield
+    finally:
+        os.close(lock)
+
+
+def refuse_another_run(path: Path, config: ConfigDict) -> None:
+    try:
+        changed = configuration.differences(configuration.from_text(path.read_text()), config)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another --workdir") from error
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{path.parent} holds a run of another config ({changed[0]}{more}); "
+            "choose another --workdir, or give that run's config to go on with it"
+        )
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
+    path = workdir / "summary.json"
     try:
-        return json.loads((workdir / "summary.json").read_text())
+        summary = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{workdir / 'summary.json'} is not JSON ({error}); delete it to have it made anew") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it to have it made anew") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path} is no JSON object; delete it to have it made anew")
+    return summary
 
 
 def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
