@@ -57,8 +57,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         stop = stack.enter_context(PreemptionFlag())
 
         # ================================================================================================= data
+        # A saved model brings its own sizes, whatever the recipe says of them.
+        fields = models.read_fields(config.model.path) if config.model.path else config.model.to_dict()
         with clock.phase("data"):
-            splits = data.load(config.data, config.model.image_size)
+            splits = data.load(config.data, fields.get("image_size", config.model.image_size))
             shown = examples(splits.test, config.log.eval_images)
 
         # =============================================================================================== policy
@@ -248,7 +250,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         # =============================================================================================== result
         checkpointer.wait()
         if not model.exists():
-            models.save(model, config.model.to_dict(), params, processor)
+            models.save(model, fields, params, processor)
         page = report.write_report([workdir], workdir / "report.html")
         print(result_text(summary))
         print(f"model:  {model}\nreport: {page}", flush=True)

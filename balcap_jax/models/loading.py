@@ -58,12 +58,7 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[Policy, Par
       UserError: the directory is missing or no model, or an override changes a parameter's shape.
     """
     path = Path(path_or_name).absolute()
-    try:
-        fields = json.loads((path / "model.json").read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"no model at {path}: model.json is missing; give a directory that training wrote") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"the model at {path} cannot be read: model.json is not JSON ({error})") from error
+    fields = read_fields(path)
     unknown = sorted(set(overrides) - set(fields))
     if unknown:
         raise UserError(f"unknown model field {unknown[0]!r}; the model at {path} has {', '.join(sorted(fields))}")
@@ -94,3 +89,21 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[Policy, Par
                 f"needed; leave out overrides of sizes"
             )
     return policy, params, processor
+
+
+def read_fields(path_or_name: str | os.PathLike) -> dict[str, Any]:
+    """The config group `model` of a saved model, with its prompt template under "template".
+
+    Raises:
+      UserError: the directory is missing or no model.
+    """
+    path = Path(path_or_name).absolute()
+    try:
+        fields = json.loads((path / "model.json").read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no model at {path}: model.json is missing; give a directory that training wrote") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model at {path} cannot be read: model.json is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"the model at {path} cannot be read: model.json is no JSON object")
+    return fields
