@@ -1,0 +1,148 @@
+"""Starts the training command as a user does, and reads back everything that a run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[2]
+RECIPE = Path(__file__).with_name("micro.py")
+TIMEOUT = 300
+
+
+def arguments(workdir: Path | str, data_dir: Path, **overrides: Any) -> list[str]:
+    """Arguments of balcap_jax.train; an override's name has "__" for each dot."""
+    given = [f"--config={RECIPE}", f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
+    return given + [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
+
+
+def start(module: str, *given: str, cwd: Path | None = None) -> subprocess.Popen:
+    """`python -m module arguments`, in a process that sees one device, as on a user's machine."""
+    return _start(["-m", module, *given], cwd)
+
+
+def start_interrupted(number: signal.Signals, where: str, *given: str) -> subprocess.Popen:
+    """Training that receives a signal at a point of `interrupted.py`."""
+    return _start([str(Path(__file__).with_name("interrupted.py")), number.name, where, *given], None)
+
+
+def _start(command: list[str], cwd: Path | None) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd or ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen, expected: int = 0) -> subprocess.CompletedProcess:
+    """Waits for the end, which must have the exit status `expected`."""
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    assert process.returncode == expected, f"exit status {process.returncode}\n{output[-2000:]}\n{errors[-4000:]}"
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def train(workdir: Path | str, data_dir: Path, *, cwd: Path | None = None, expected: int = 0, **overrides: Any):
+    """A whole training command."""
+    return finish(start("balcap_jax.train", *arguments(workdir, data_dir, **overrides), cwd=cwd), expected)
+
+
+def the_one_line(errors: str) -> str:
+    """The only line on stderr, which a user error ends with."""
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    """Steps whose directories bear their final names."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of an Orbax directory by its path, whoever wrote it."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = checkpointer.restore(folder, restore_args=as_numpy)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what is a time."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("time/") and name != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    summary = json.loads((workdir / "summary.json").read_text())
+    return {kind: summary[kind] for kind in ("evaluations", "greedy")}
+
+
+def read_samples(workdir: Path) -> dict[str, bytes]:
+    folder = workdir / "samples"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same_arrays(one: Path, other: Path) -> None:
+    left, right = read_arrays(one), read_arrays(other)
+    assert left.keys() == right.keys()
+    assert left
+    for name, array in left.items():
+        assert array.dtype == right[name].dtype, name
+        assert array.shape == right[name].shape, name
+        assert array.tobytes() == right[name].tobytes(), name
+
+
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
+    """Bit for bit the same: logged values, samples, evaluations, checkpoints (those that both kept), the model."""
+    assert read_metrics(run) == read_metrics(uninterrupted)
+    ours, theirs = read_samples(run), read_samples(uninterrupted)
+    assert list(ours) == list(theirs)
+    for name, content in ours.items():
+        assert content == theirs[name], name
+    assert read_summary(run) == read_summary(uninterrupted)
+    steps = checkpoints(run), checkpoints(uninterrupted)
+    assert steps[0][-1] == steps[1][-1]
+    for step in set(steps[0]) & set(steps[1]):
+        one, other = (workdir / "checkpoints" / str(step) for workdir in (run, uninterrupted))
+        assert_same_arrays(one / "arrays", other / "arrays")
+        for field in ("stage", "iterator", "failures", "config"):
+            assert _extra(one, field) == _extra(other, field) or field == "config"
+    assert_same_arrays(run / "model" / "params", uninterrupted / "model" / "params")
+
+
+def _extra(checkpoint: Path, field: str) -> Any:
+    return json.loads((checkpoint / "extra" / "metadata").read_text())[field]
+
+
+def rewind(finished: Path, workdir: Path, step: int) -> None:
+    """Copies a finished run to `workdir` as if it had been killed soon after the checkpoint of `step`."""
+    shutil.copytree(finished, workdir)
+    for later in checkpoints(workdir):
+        if later > step:
+            shutil.rmtree(workdir / "checkpoints" / str(later))
+    shutil.rmtree(workdir / "model")
+    (workdir / "report.html").unlink()

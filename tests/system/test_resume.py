@@ -1,0 +1,121 @@
+"""A run that was killed or asked to stop, and went on by the same command, equals one that never stopped."""
+
+import json
+import signal
+import time
+
+from commands import (
+    arguments,
+    assert_same_run,
+    checkpoints,
+    finish,
+    read_metrics,
+    start,
+    start_interrupted,
+    train,
+)
+
+
+def kill_at(where, workdir, data_dir, **overrides):
+    """A run that dies by SIGKILL at `where`; nothing of it may claim to be an error of the user."""
+    done = finish(start_interrupted(signal.SIGKILL, where, *arguments(workdir, data_dir, **overrides)), -signal.SIGKILL)
+    assert done.stderr == ""
+    return done
+
+
+def half_written(workdir) -> list[str]:
+    return [path.name for path in (workdir / "checkpoints").iterdir() if "tmp" in path.name and path.is_dir()]
+
+
+def test_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_dir, finished):
+    """The recipe saves every 2 steps in the background: sft is steps 1 to 4, rl 5 to 10, with an evaluation at 8."""
+    workdir = tmp_path / "run"
+    kept = {"checkpoint__keep": 2}  # resumable, so that deleting old checkpoints is part of the trial
+
+    kill_at("log:3", workdir, data_dir, **kept)  # in the middle of sft
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+    assert checkpoints(workdir) == [2]
+
+    kill_at("rename:4", workdir, data_dir, **kept)  # in the middle of the checkpoint that ends sft
+    assert len(read_metrics(workdir)) == 4
+    assert checkpoints(workdir) == [2], "the half-written checkpoint was taken for a whole one"
+    assert half_written(workdir), "the save had ended before the kill: nothing was tested"
+
+    done = kill_at("rename:eval-sft.jsonl", workdir, data_dir, **kept)  # on the boundary, before it is evaluated
+    assert "going on after step 2 of 10 (sft)" in done.stdout
+    assert not half_written(workdir)
+    assert checkpoints(workdir) == [2, 4]
+    assert not (workdir / "summary.json").exists()
+
+    done = kill_at("log:7", workdir, data_dir, **kept)  # in the middle of rl
+    assert "going on after step 4 of 10 (sft)" in done.stdout
+    assert checkpoints(workdir) == [4, 6]
+    assert (workdir / "samples" / "step-000006.jsonl").exists()
+
+    done = kill_at("rename:eval-rl-8.jsonl", workdir, data_dir, **kept)  # saved, the evaluation of that step is not
+    assert "going on after step 6 of 10 (rl)" in done.stdout
+    assert checkpoints(workdir) == [4, 6, 8]
+    assert "rl-8" not in json.loads((workdir / "summary.json").read_text())["evaluations"]
+
+    kill_at("rename:eval-rl.jsonl", workdir, data_dir, **kept)  # all steps done, the result is not
+    kill_at("rename:model", workdir, data_dir, **kept)  # the model is whole, under another name
+
+    done = train(workdir, data_dir, **kept)
+    assert "going on after step 10 of 10 (rl)" in done.stdout
+    assert done.stderr == ""
+    assert checkpoints(workdir) == [4, 8, 10]  # the two newest and the end of sft
+    assert not half_written(workdir)
+    assert_same_run(workdir, finished.workdir)
+
+
+def test_killed_at_no_chosen_point_with_a_kl_term(tmp_path, data_dir):
+    """The parameters at the stage's start, which the KL term compares with, come back too; saves are synchronous."""
+    overrides = {
+        "stages__order": "rl",
+        "loss__kl_coef": 0.5,
+        "checkpoint__asynchronous": False,
+    }
+    train(tmp_path / "straight", data_dir, **overrides)
+    process = start("balcap_jax.train", *arguments(tmp_path / "killed", data_dir, **overrides))
+    log = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.002)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    assert (
+        not (tmp_path / "killed" / "summary.json").exists()
+        or "rl" not in json.loads((tmp_path / "killed" / "summary.json").read_text())["evaluations"]
+    ), "the run had ended before the kill: nothing was tested"
+
+    done = train(tmp_path / "killed", data_dir, **overrides)
+    assert "going on after step" in done.stdout
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+    divergence = [line["kl"] for line in read_metrics(tmp_path / "killed")]
+    assert divergence[0] < 1e-6 < divergence[-1], "the KL term never left 0: nothing was tested"
+
+
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(tmp_path, data_dir, finished):
+    workdir = tmp_path / "run"
+    for step, stage in ((3, "sft"), (7, "rl")):
+        given = arguments(workdir, data_dir)
+        done = finish(start_interrupted(signal.SIGTERM, f"log:{step}", *given), 0)
+        assert done.stdout.splitlines()[-1] == f"SIGTERM: saved after step {step}; the same command goes on from here"
+        assert done.stderr == ""
+        assert checkpoints(workdir)[-1] == step, "the step under way was not saved"
+        assert read_metrics(workdir)[-1]["step"] == step
+        assert read_metrics(workdir)[-1]["stage"] == stage
+        assert not (workdir / "model").exists()
+    train(workdir, data_dir)
+    assert_same_run(workdir, finished.workdir)
+
+
+def test_a_finished_run_shows_its_result_again(data_dir, finished):
+    table = finished.output[finished.output.index("4 held-out images") :]
+    assert "b-CapScore" in table
+    before = {path: path.stat().st_mtime_ns for path in (finished.workdir / "checkpoints").rglob("*")}
+    done = train(finished.workdir, data_dir)
+    assert done.stdout.endswith(table)
+    assert "going on after step 10 of 10 (rl)" in done.stdout
+    assert done.stderr == ""
+    assert before == {path: path.stat().st_mtime_ns for path in (finished.workdir / "checkpoints").rglob("*")}
+    assert len(read_metrics(finished.workdir)) == 10
