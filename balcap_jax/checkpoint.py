@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -220,6 +221,8 @@ class Checkpointer:
         aside.replace(self.directory / _TAGS)
 
     def _write_error(self, error: Exception, what: str) -> UserError:
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)  # Half a step is of no use, and may fill the disk.
         latest = self.latest_step()
         go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
         return UserError(
