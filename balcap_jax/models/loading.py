@@ -39,8 +39,12 @@ def save(path: str | os.PathLike, model: Mapping[str, Any], params: Params, proc
         (aside / "model.json").write_text(json.dumps(fields | {"template": processor.template}, indent=2) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
-    except OSError as error:
-        raise UserError(f"cannot write the model to {path}: {error.strerror or error}") from error
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # On a full disk tokenizers raises a bare Exception, and TensorStore
+        # ValueError("STATUS: what: file: cause [details]").
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].partition(" [")[0]
+        raise UserError(f"cannot write the model to {path}: {reason}; make room there") from error
     return path
 
 
