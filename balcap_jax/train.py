@@ -61,7 +61,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         fields = models.read_fields(config.model.path) if config.model.path else config.model.to_dict()
         with clock.phase("data"):
             splits = data.load(config.data, fields.get("image_size", config.model.image_size))
-            shown = examples(splits.test, config.log.eval_images)
+            with readable(config.data):
+                shown = examples(splits.test, config.log.eval_images)
 
         # =============================================================================================== policy
         if config.model.path:
@@ -194,7 +195,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             clock.step()
             with Progress(last, name, first_step=first) as progress:
                 for step in range(max(first, done) + 1, last + 1):
-                    batch = next(iterator)
+                    with readable(config.data):
+                        batch = next(iterator)
                     with jax.transfer_guard("disallow"):
                         state, values, judged = stage.advance(state, batch, step)
                     values |= clock.step()
@@ -333,6 +335,19 @@ def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) ->
     held_out.write_text(
         workdir / "samples" / f"step-{step:06d}.jsonl", "".join(json.dumps(record) + "\n" for record in records)
     )
+
+
+@contextlib.contextmanager
+def readable(settings: ConfigDict) -> Iterator[None]:
+    """Reading of the data set `settings.name`: what its C++ reader raises for a damaged file becomes a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        folder = Path(settings.data_dir).expanduser() / settings.name
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------- small parts
