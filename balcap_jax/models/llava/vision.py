@@ -75,7 +75,9 @@ class Patches(nn.Module):
         x = nn.Dense(c.width, use_bias=False, dtype=dtype, name="patch")(grid.astype(dtype))
         token = self.param("class_token", nn.initializers.normal(c.width**-0.5), (c.width,))
         x = jnp.concatenate([jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width)), x], axis=1)
-        positions = self.param("positions", nn.initializers.normal(0.02), (side * side + 1, c.width))
+        # As large as what a patch contributes: where a patch is must be as plain as what is on it, or a tower trained
+        # from scratch needs thousands of updates before it can tell places apart.
+        positions = self.param("positions", nn.initializers.normal(1.0), (side * side + 1, c.width))
         return nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm")(x + positions.astype(dtype))
 
 
