@@ -31,6 +31,8 @@ INSTALL_REQUIRES = [
     "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
 ]
 
+MATPLOTLIB = "matplotlib>=3.9,<4"  # the notebook's plots; the report draws its own
+
 EXTRAS_REQUIRE = {
     # jax names the matching CUDA wheels and libtpu itself, so that they always fit the jax that is installed. CUDA 12
     # because it runs on older drivers too; for 13: pip install "jax[cuda13]".
@@ -38,12 +40,14 @@ EXTRAS_REQUIRE = {
     "tpu": [f"jax[tpu]{JAX}"],
     # Compiling for a TPU topology on a CPU host takes the same libtpu; run with JAX_PLATFORMS=cpu.
     "aot": [f"jax[tpu]{JAX}"],
+    "notebook": [MATPLOTLIB, "ipykernel>=6.29,<8"],
     "dev": [
         "pytest>=8.3,<10",  # the tests
         "ruff>=0.12,<0.18",  # linter and formatter, settings in pyproject.toml
         "nbclient>=0.10,<0.12",  # executes the notebook in the tests
         "nbformat>=5.10,<6",  # reads the notebook
         "ipykernel>=6.29,<8",  # the notebook's kernel
+        MATPLOTLIB,
         "torch==2.13.0",  # reference checks only; nothing outside tests/ may import it
     ],
 }

@@ -71,7 +71,7 @@ def test_the_notebook_is_stored_without_outputs_and_in_its_fast_setting():
 def test_the_training_in_it_ran_to_its_end(executed):
     _, probe, folder = executed
     assert probe["fast"] is True
-    assert probe["steps"] == list(range(1, 73))
+    assert probe["steps"] == list(range(1, 225))
     assert set(probe["summary"]["evaluations"]) == set(probe["summary"]["greedy"]) == {"sft", "rl"}
     for evaluation in probe["summary"]["evaluations"].values():
         assert (evaluation["images"], evaluation["n"], evaluation["invalid"]) == (8, 16, 0)
