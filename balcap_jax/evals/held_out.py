@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from balcap_jax.advantages import length_gate
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import b_capscore, corpus_b_capscore, harmonic_mean
 from balcap_jax.rewards.base import Samples, Scores, count_words
@@ -54,7 +53,7 @@ class Judged:
         examples, scores = self.examples, self.scores
         words = np.array([[count_words(text) for text in group] for group in self.captions])
         reference_words = np.array([count_words(text) for text in examples["reference"]])
-        in_band = np.asarray(length_gate(words, reference_words, *gate)) > 0
+        inside = in_band(words, reference_words, *gate)
         balanced = 100.0 * harmonic_mean(*np.moveaxis(scores.rewards, -1, 0))
         whole = scores.valid.all(-1)
 
@@ -65,7 +64,7 @@ class Judged:
                 "words": int(words[b, g]),
                 "tokens": int(self.tokens[b, g]),
                 "truncated": bool(self.truncated[b, g]),
-                "in_band": bool(in_band[b, g]),
+                "in_band": bool(inside[b, g]),
                 "rewards": {name: float(rewards[k]) if valid[k] else None for k, name in enumerate(names)},
                 "b_capscore": float(balanced[b, g]) if whole[b, g] else None,
                 **scores.detail[b][g],
@@ -82,6 +81,15 @@ class Judged:
             }
             for b, group in enumerate(self.captions)
         ]
+
+
+def in_band(words: np.ndarray, reference_words: np.ndarray, low: float, high: float) -> np.ndarray:
+    """`advantages.length_gate` of words [B, G] and [B] as bool, on the host: there it would be compiled for each shape,
+    in the middle of training."""
+    slack = 1e-6  # As there: the bounds are inclusive whatever the rounding.
+    reference = reference_words[:, None].astype(float)
+    inside = (words >= low * reference * (1 - slack)) & (words <= high * reference * (1 + slack))
+    return inside & (reference > 0)
 
 
 def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -31,7 +31,12 @@ def start(module: str, *given: str, cwd: Path | None = None) -> subprocess.Popen
 
 def start_interrupted(number: signal.Signals, where: str, *given: str) -> subprocess.Popen:
     """Training that receives a signal at a point of `interrupted.py`."""
-    return _start([str(Path(__file__).with_name("interrupted.py")), number.name, where, *given], None)
+    return start_script("interrupted.py", number.name, where, *given)
+
+
+def start_script(name: str, *given: str) -> subprocess.Popen:
+    """A script of this folder."""
+    return _start([str(Path(__file__).with_name(name)), *given], None)
 
 
 def _start(command: list[str], cwd: Path | None) -> subprocess.Popen:
