@@ -1,0 +1,238 @@
+"""Bad input and bad disks: one clear line, a non-zero exit, nothing half-written, and the run can go on afterwards."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import (
+    RECIPE,
+    arguments,
+    assert_same_run,
+    checkpoints,
+    rewind,
+    the_one_line,
+    train,
+)
+
+from balcap_jax import sharding
+from balcap_jax import train as training
+
+
+@pytest.fixture
+def refused(capfd, data_dir, monkeypatch):
+    """Runs the command in this process, which is much faster, and returns the one line that it ends with."""
+    # The tests' process has 8 devices; a user's has one.
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, training.jax.devices()[:1]))
+
+    def run(workdir, given: list[str] | None = None, **overrides) -> str:
+        capfd.readouterr()
+        overrides = {"data__data_dir": data_dir} | overrides
+        with pytest.raises(SystemExit) as end:
+            training.main(given or arguments(workdir, overrides.pop("data__data_dir"), **overrides))
+        assert end.value.code == 2
+        return the_one_line(capfd.readouterr().err)
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def partial_files(folder: Path) -> list[str]:
+    """What a command that failed must not leave: files under a temporary name."""
+    return [name for name in contents(folder) if ".tmp" in name or ".writing" in name or "orbax-checkpoint-tmp" in name]
+
+
+# ---- the command line and the recipe --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"rollout__group_sise": 4}, "unknown config field 'rollout.group_sise'; did you mean 'rollout.group_size'?"),
+        ({"rollout__group_size": 1}, "'rollout.group_size' is 1: a group needs at least 2 samples"),
+        ({"stages__rl__batch_size": "four"}, "'stages.rl.batch_size' must be an integer, got 'four'"),
+        ({"stages__rl__batch_size": 25}, "'stages.rl.batch_size' (25) is more than data.train_size (24)"),
+        ({"advantage__estimator": "c_gpdo"}, "did you mean 'c_gdpo'?"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_written(tmp_path, refused, overrides, expected):
+    assert expected in refused(tmp_path / "run", **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_is_missing(tmp_path, refused):
+    line = refused(tmp_path, [f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/run"])
+    assert line == (
+        f"error: recipe {tmp_path}/none.py: No such file or directory; "
+        "--config takes a Python file such as configs/scenes.py"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompt_that_is_too_long_does_not_take_the_workdir(tmp_path, refused):
+    """9 image tokens, the beginning of sequence and 4 words do not go into P = 12."""
+    line = refused(tmp_path / "run", model__prompt_tokens=12)
+    assert "the prompt of scenes-test-000000 needs 14 tokens (9 of them the image's)" in line
+    assert "model.prompt_tokens is 12; raise model.prompt_tokens or shorten the prompt" in line
+    # Its config is not there, so that the next one with a larger P is not another config's run.
+    assert [name for name in contents(tmp_path / "run") if name != ".lock"] == []
+
+
+def test_two_processes_in_one_workdir(tmp_path, refused):
+    with training.claim(tmp_path, None):
+        assert refused(tmp_path) == (f"error: another process is training in {tmp_path}; choose another --workdir")
+
+
+# ---- data and models ------------------------------------------------------------------------------------------------
+
+
+def test_data_directory_that_is_missing_and_can_not_be_made(tmp_path, refused):
+    (tmp_path / "file").write_text("")
+    line = refused(tmp_path / "run", data__data_dir=tmp_path / "file" / "data")
+    assert f"cannot prepare the data set scenes in {tmp_path}/file/data: Not a directory" in line
+    assert [name for name in contents(tmp_path / "run") if name != ".lock"] == []
+
+
+@pytest.mark.parametrize(
+    ("split", "damage"), [("test", "truncated"), ("test", "removed"), ("test", "overwritten"), ("train", "truncated")]
+)
+def test_damaged_data_set(tmp_path, refused, data_dir, split, damage):
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir, copy)
+    (file,) = copy.rglob(f"*{split}.array_record*")
+    content = file.read_bytes()
+    if damage == "truncated":
+        os.truncate(file, len(content) // 2)
+    elif damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(reversed(content)))
+    line = refused(tmp_path / "run", data__data_dir=copy)
+    assert line.startswith(f"error: the data set {copy}/scenes cannot be read (")
+    assert line.endswith("); delete this directory to have it made anew")
+    if split == "test":
+        assert [name for name in contents(tmp_path / "run") if name != ".lock"] == []
+
+
+def test_model_path_that_is_no_model(tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "none", tmp_path / "empty", RECIPE):
+        line = refused(tmp_path / "run", model__path=path)
+        assert line == f"error: no model at {path}: model.json is missing; give a directory that training wrote"
+    assert [name for name in contents(tmp_path / "run") if name != ".lock"] == []
+
+
+# ---- the workdir ----------------------------------------------------------------------------------------------------
+
+
+def test_workdir_of_another_run_is_left_alone(refused, finished):
+    before = contents(finished.workdir)
+    line = refused(finished.workdir, seed=1)
+    assert line.startswith(f"error: {finished.workdir} holds a run of another config (")
+    assert "choose another --workdir" in line
+    assert contents(finished.workdir) == before
+
+
+def test_workdir_that_is_a_file_or_below_one(tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    for workdir, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+        assert refused(workdir) == f"error: cannot write to workdir {workdir}: {reason}; choose another --workdir"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("summary.json", '{"evaluations": {', "delete it to have it made anew"),
+        ("summary.json", "[]", "delete it to have it made anew"),
+        ("config.json", '{"seed": ', "choose another --workdir"),
+        ("checkpoints/tags.json", "]", "choose another workdir"),
+    ],
+)
+def test_damaged_files_of_a_run(tmp_path, refused, finished, name, content, expected):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    before = contents(tmp_path / "run" / "checkpoints")
+    line = refused(tmp_path / "run")
+    assert str(tmp_path / "run" / name) in line
+    assert expected in line
+    assert contents(tmp_path / "run" / "checkpoints") == before
+
+
+def test_lost_summary_is_made_anew(tmp_path, data_dir, finished):
+    """After what the message says: the result before rl comes from the parameters before rl."""
+    rewind(finished.workdir, tmp_path / "run", 8)
+    (tmp_path / "run" / "summary.json").unlink()
+    train(tmp_path / "run", data_dir)
+    assert_same_run(tmp_path / "run", finished.workdir)
+
+
+# TensorStore's other reads end on an event loop that is gone; the command itself silences them, pytest does not.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_unreadable_checkpoint(tmp_path, data_dir, refused, finished):
+    """The newest is damaged: it is named, nothing is lost, and once it is deleted the run goes on."""
+    workdir = tmp_path / "run"
+    rewind(finished.workdir, workdir, 8)
+    for file in (workdir / "checkpoints" / "8" / "arrays").rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    line = refused(workdir)
+    assert line.startswith(f"error: unreadable checkpoint {workdir}/checkpoints/8: ")
+    assert "delete this directory to go on from the checkpoint before it" in line
+    assert checkpoints(workdir) == [2, 4, 6, 8]
+
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    done = train(workdir, data_dir)
+    assert "going on after step 6 of 10 (rl)" in done.stdout
+    assert_same_run(workdir, finished.workdir)
+
+
+# ---- disks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 8 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounting.returncode:
+        pytest.skip("a disk of its own can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_read_only_disk(disk, refused, finished):
+    shutil.copytree(finished.workdir, disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    before = contents(disk / "run")
+    for workdir in (disk / "run", disk / "new"):
+        line = refused(workdir)
+        assert line == f"error: cannot write to workdir {workdir}: Read-only file system; choose another --workdir"
+    line = refused(disk.parent / "run", data__data_dir=disk / "data")
+    assert f"cannot prepare the data set scenes in {disk}/data: Read-only file system; choose another data dir" in line
+    assert contents(disk / "run") == before
+
+
+def test_full_disk(disk, data_dir, finished):
+    """A disk with less room than is needed, once for each kind of file that a run writes; then it is made free."""
+    workdir, filler = disk / "run", disk / "filler"
+    rewind(finished.workdir, workdir, 8)
+    kinds, stopped_by = ["config.json", "samples", "checkpoints", "model"], []
+    for room in (0, 16_384, 131_072, 409_600):
+        filler.unlink(missing_ok=True)
+        state = os.statvfs(disk)
+        filler.write_bytes(bytes(state.f_bavail * state.f_frsize - room))
+        line = the_one_line(train(workdir, data_dir, expected=2).stderr)
+        assert "no space left on" in line.lower()
+        stopped_by += [kind for kind in kinds if f"{workdir}/{kind}" in line]
+        assert partial_files(disk) == []
+        assert checkpoints(workdir)[:4] == [2, 4, 6, 8]
+    assert stopped_by == kinds
+    filler.unlink()
+    train(workdir, data_dir)
+    assert_same_run(workdir, finished.workdir)
