@@ -1,6 +1,7 @@
 """A run that was killed or asked to stop, and went on by the same command, equals one that never stopped."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -9,7 +10,9 @@ from commands import (
     assert_same_run,
     checkpoints,
     finish,
+    read_arrays,
     read_metrics,
+    read_summary,
     start,
     start_interrupted,
     train,
@@ -119,3 +122,23 @@ def test_a_finished_run_shows_its_result_again(data_dir, finished):
     assert done.stderr == ""
     assert before == {path: path.stat().st_mtime_ns for path in (finished.workdir / "checkpoints").rglob("*")}
     assert len(read_metrics(finished.workdir)) == 10
+
+
+def test_a_finished_run_that_is_given_more_steps(tmp_path, data_dir, finished):
+    """Its result and its model are those of the later step, and what it had done stays."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
+    kill_at("log:12", workdir, data_dir, stages__rl__steps=8)
+    assert not (workdir / "model").exists(), "a model of 10 steps under the name of one of 12"
+    done = train(workdir, data_dir, stages__rl__steps=8)
+    assert "going on after step 10 of 12 (rl)" in done.stdout
+    assert read_metrics(workdir)[:10] == read_metrics(finished.workdir)
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(1, 13))
+    before, after = (read_summary(run)["evaluations"] for run in (finished.workdir, workdir))
+    assert after["sft"] == before["sft"]
+    assert after["rl-8"] == before["rl-8"]
+    assert after["rl"] != before["rl"]
+    model = read_arrays(workdir / "model" / "params")
+    saved = read_arrays(workdir / "checkpoints" / "12" / "arrays")
+    for name, array in model.items():
+        assert array.tobytes() == saved[f"['state']['params']{name}"].tobytes(), name

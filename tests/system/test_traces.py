@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from commands import RECIPE, arguments, finish, start_script
 
@@ -18,7 +19,7 @@ def brief_model(tmp_path_factory) -> Path:
     Feature 0 outweighs the others in every token's embedding, so it is what is left of the hidden state after the
     final norm, and its weight in the head is a bias.
     """
-    fields = config.load(str(RECIPE)).model.to_dict()
+    fields = config.load(str(RECIPE)).model.to_dict() | {"mlp": 24}
     policy, processor = models.build(fields, scenes_tokenizer())
     params = policy.init(jax.random.key(0))
     decoder = params["decoder"]
@@ -27,8 +28,9 @@ def brief_model(tmp_path_factory) -> Path:
     return models.save(tmp_path_factory.mktemp("model") / "brief", fields, params, processor)
 
 
-def test_ten_steps_of_varying_lengths(tmp_path, data_dir, brief_model):
-    """Logging, samples, checkpoints and an evaluation lie between the steps that are compared."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir, brief_model) -> tuple[Path, list]:
+    """The workdir of a run of both stages from the brief model, and [stage, step, bucket, counts] of each step."""
     overrides = {
         "model__path": brief_model,
         "rollout__max_tokens": 80,
@@ -40,12 +42,27 @@ def test_ten_steps_of_varying_lengths(tmp_path, data_dir, brief_model):
         "stages__rl__batch_size": 2,
         "stages__rl__learning_rate": 1e-4,
     }
-    done = finish(start_script("counted.py", *arguments(tmp_path / "run", data_dir, **overrides)))
-    steps = json.loads(done.stdout.splitlines()[-1])
-    for stage in ("SFTStage", "RLStage"):
-        own = [step for step in steps if step[0] == stage]
-        assert len(own) == 11
-        counts = [of_step for _, _, _, of_step in own]
-        assert {"jaxpr_trace_duration", "backend_compile_duration"} <= counts[0].keys()
-        assert counts[1:] == counts[:1] * 10, stage
-        assert {bucket for _, _, bucket, _ in own[1:]} == {72, 80}, "lengths did not vary: nothing was tested"
+    workdir = tmp_path_factory.mktemp("traces") / "run"
+    done = finish(start_script("counted.py", *arguments(workdir, data_dir, **overrides)))
+    return workdir, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", ["SFTStage", "RLStage"])
+def test_ten_steps_of_varying_lengths(run, stage):
+    """Logging, samples, checkpoints and an evaluation lie between the steps that are compared."""
+    own = [step for step in run[1] if step[0] == stage]
+    assert len(own) == 11
+    counts = [of_step for _, _, _, of_step in own]
+    assert {"jaxpr_trace_duration", "backend_compile_duration"} <= counts[0].keys()
+    assert counts[1:] == counts[:1] * 10
+    assert {bucket for _, _, bucket, _ in own[1:]} == {72, 80}, "lengths did not vary: nothing was tested"
+
+
+def test_a_loaded_model_keeps_its_sizes(run, brief_model):
+    """They are the saved model's, not the recipe's, and what training makes of it can be loaded again."""
+    assert models.read_fields(run[0] / "model") == models.read_fields(brief_model)
+    _, params, _ = models.load(run[0] / "model")
+    _, start, _ = models.load(brief_model)
+    kernels = [tree["vision"]["patches"]["patch"]["kernel"] for tree in (params, start)]
+    assert np.array_equal(*kernels)  # at rest in sft, frozen in rl
+    assert not np.array_equal(params["decoder"]["head"], start["decoder"]["head"])
