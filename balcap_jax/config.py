@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from balcap_jax.errors import UserError, exit_on_user_error
 
-STAGES = ("sft", "rl")
+STAGES = ("vision", "align", "sft", "rl")
 """Stages that `stages.order` may name."""
 
 OBJECTIVES = {"balcap": ("precision", "recall", "linguistic")}
@@ -135,7 +135,9 @@ FIELDS: tuple[Field, ...] = (
     Field("data.prompt", "str", "", "prompt for every image; empty = each sample's own"),
     Field("data.read_threads", "int", 2, "host threads that read images; 0 = none", low=0, resumable=True),
     # stages
-    Field("stages.order", "str", "sft,rl", "stages to run, comma-separated: sft, rl or both"),
+    Field("stages.order", "str", "sft,rl", "stages to run, comma-separated: vision, align, sft, rl"),
+    *_stage_fields("vision", "vision pretraining", steps=600, batch_size=64, rate=2e-3, warmup=50),
+    *_stage_fields("align", "alignment (references as targets)", steps=400, batch_size=16, rate=2e-3, warmup=20),
     *_stage_fields("sft", "supervised", steps=400, batch_size=32, rate=1e-3, warmup=20),
     *_stage_fields("rl", "reinforcement", steps=100, batch_size=16, rate=1e-4, warmup=5),
     # rollout

@@ -1,13 +1,16 @@
 """What a step of each stage does between a batch of examples and the compiled update.
 
-    SFT   target captions -> update
-    RL    rollout (compiled) -> judge (host) -> update (compiled)
+    vision   classes of image tokens -> update
+    align    references -> update
+    SFT      target captions -> update
+    RL       rollout (compiled) -> judge (host) -> update (compiled)
 
 A stage owns its compiled programs. All of them are compiled before its first step, one update per length bucket, so
 that no later step can meet a shape for the first time.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from balcap_jax import sharding, train_step
+from balcap_jax.data.scenes import labels
+from balcap_jax.data.scenes.world import Scene
 from balcap_jax.evals.bcapscore import b_capscore
 from balcap_jax.evals.held_out import Judged, summarise, to_samples
 from balcap_jax.metrics import PhaseClock, finalise
@@ -25,7 +30,7 @@ from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.rewards import RewardFn, count_words
 from balcap_jax.rollout import Sampling, example_keys, make_rollout
-from balcap_jax.train_step import RLBatch, SFTBatch, TrainState
+from balcap_jax.train_step import RLBatch, SFTBatch, TrainState, VisionBatch
 
 Examples = Mapping[str, Any]
 
@@ -117,24 +122,64 @@ def bucket_of(buckets: Sequence[int], longest: int) -> int:
     return next(bucket for bucket in buckets if bucket >= longest)
 
 
-class SFTStage:
-    """Cross-entropy on the data set's captions, several per image over one shared prompt."""
+class VisionStage:
+    """Pretraining of the vision tower on what is seen where, the miniature's stand-in for CLIP."""
 
     phases = ("update",)
+    writes_captions = False
 
     def __init__(self, job: Job, reference: Params | None = None):
         del reference
-        settings = job.config.stages.sft
+        settings = job.config.stages.vision
         self.job = job
+        self._step = train_step.make_vision_step(
+            job.policy,
+            make_optimizer(job.config, "vision"),
+            labels.CLASSES,
+            freeze=settings.freeze,
+            micro_batches=settings.micro_batches,
+        )
+        self._program: Any = None
+
+    def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], None]:
+        """One update on the examples' images. -> (state, values for the log, no samples)"""
+        job = self.job
+        side = math.isqrt(job.processor.image_tokens)
+        classes = np.stack([labels.of_tokens(Scene.from_json(text), side) for text in examples["scene"]])
+        batch = VisionBatch(job.put(examples["image"]), job.put(classes))
+        if self._program is None:
+            with job.clock.phase("compile"):
+                self._program = self._step.lower(state, batch).compile()
+        with job.clock.phase("update"):
+            state, metrics = self._program(state, batch)
+            values = finalise(metrics)
+        return state, values | {"tokens": float(classes[..., 0].size)}, None
+
+
+class SFTStage:
+    """Cross-entropy on captions of the data set, G targets per image over one shared prompt.
+
+    As the stage "align" the targets are the references, as LLaVA first aligns its projector on plain captions; as
+    "sft" they are the data set's captions, faults included: what the base policy of RL imitates.
+    """
+
+    phases = ("update",)
+
+    def __init__(self, job: Job, reference: Params | None = None, *, name: str = "sft"):
+        del reference
+        settings = job.config.stages[name]
+        self.job = job
+        self.writes_captions = name == "sft"
         self._step = train_step.make_sft_step(
-            job.policy, make_optimizer(job.config, "sft"), freeze=settings.freeze, micro_batches=settings.micro_batches
+            job.policy, make_optimizer(job.config, name), freeze=settings.freeze, micro_batches=settings.micro_batches
         )
         self._programs: dict[int, Any] = {}
 
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], None]:
         """One update on the examples' captions. -> (state, values for the log, no samples)"""
         job, buckets = self.job, self.job.config.rollout.buckets
-        tokens, mask = job.processor.encode_responses(examples["captions"], buckets[-1])
+        targets = examples["captions"] if self.writes_captions else [[text] for text in examples["reference"]]
+        tokens, mask = job.processor.encode_responses(targets, buckets[-1])
         length = bucket_of(buckets, int(mask.sum(-1).max()))
         batch = SFTBatch(job.prompt(examples), job.put(tokens[..., :length]), job.put(mask[..., :length]))
         if not self._programs:
@@ -152,6 +197,7 @@ class RLStage:
     """Rollout, judgement and the BalCapRL update."""
 
     phases = ("rollout", "judge", "update")
+    writes_captions = True
 
     def __init__(self, job: Job, reference: Params | None = None):
         config = job.config

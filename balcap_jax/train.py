@@ -1,4 +1,4 @@
-"""Trains a captioner: supervised on captions, then BalCapRL, by `config.stages.order`. Read top to bottom.
+"""Trains a captioner: vision tower, alignment, supervised captions, then BalCapRL, by `config.stages.order`. Read top to bottom.
 
     python -m balcap_jax.train --config=configs/scenes.py --workdir=runs/scenes [--config.stages.rl.steps=50 ...]
 
@@ -7,6 +7,7 @@ The same command goes on with a run that was stopped or killed, and shows the re
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,9 +30,14 @@ from balcap_jax.data.input import as_columns, examples, make_dataset
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.evals import held_out
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress
-from balcap_jax.stages import Evaluator, Job, RLStage, SFTStage, start_state, state_shardings
+from balcap_jax.stages import Evaluator, Job, RLStage, SFTStage, VisionStage, start_state, state_shardings
 
-STAGES = {"sft": SFTStage, "rl": RLStage}
+STAGES = {
+    "vision": VisionStage,
+    "align": functools.partial(SFTStage, name="align"),
+    "sft": SFTStage,
+    "rl": RLStage,
+}
 PACKAGES = ("balcap-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain")
 
 
@@ -245,7 +251,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                         break
             if stopped:
                 return summary
-            if not evaluated(name):
+            if stage.writes_captions and not evaluated(name):
                 evaluate(name, state.params)
             params, first = state.params, last
 

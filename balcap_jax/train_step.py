@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from balcap_jax import advantages, losses
@@ -59,6 +60,13 @@ class SFTBatch(NamedTuple):
     prompt: Prompt
     responses: jax.Array
     mask: jax.Array
+
+
+class VisionBatch(NamedTuple):
+    """uint8 images [B, height, width, 3] and the classes of each image token by attribute, [B, I, A] int32."""
+
+    images: jax.Array
+    labels: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +269,50 @@ def make_sft_step(
         return state, {"loss": _once(loss), "length/tokens_mean": tokens, **update_metrics}
 
     return CompiledStep(step)
+
+
+# ------------------------------------------------------------------------------------------------- the vision step
+
+
+def make_vision_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    classes: tuple[int, ...],
+    *,
+    freeze: str = "",
+    micro_batches: int = 1,
+) -> Callable[[TrainState, VisionBatch], tuple[TrainState, Metrics]]:
+    """The compiled update of vision pretraining: every image token is classified by each of A attributes.
+
+    It stands in for the pretraining that a real model's CLIP tower brings. The classifier is a fixed orthonormal map
+    of the features (Hoffer et al., arXiv 1801.04540), so that the stage adds no parameters that the policy would have
+    to drop afterwards. `classes[a]` is the number of classes of attribute a; their sum must not exceed the tower's
+    width.
+    """
+
+    def step(state: TrainState, batch: VisionBatch) -> tuple[TrainState, Metrics]:
+        def loss_fn(params: Params, part: VisionBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            features = policy.features(params, part.images).astype(jnp.float32)
+            logits = features @ _orthonormal(features.shape[-1], sum(classes))
+            loss, right, start = 0.0, [], 0
+            for a, count in enumerate(classes):
+                of_attribute = logits[..., start : start + count]
+                loss += optax.softmax_cross_entropy_with_integer_labels(of_attribute, part.labels[..., a]).sum()
+                right.append(of_attribute.argmax(-1) == part.labels[..., a])
+                start += count
+            return loss / batch.labels[..., 0].size, {"right": jnp.stack(right, -1)}
+
+        loss, saved, gradient = _accumulate(loss_fn, state.params, batch, freeze, micro_batches)
+        state, update_metrics = _apply(optimizer, state, gradient, freeze)
+        accuracy = _mean(saved["right"], jnp.ones_like(saved["right"]))
+        return state, {"loss": _once(loss), "vision/accuracy": accuracy, **update_metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _orthonormal(rows: int, columns: int) -> jax.Array:
+    """A fixed [rows, columns] matrix with orthonormal columns, the same on every machine and in every run."""
+    return jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(rows, columns)))[0], jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------- shared parts

@@ -36,6 +36,9 @@ class Policy(Protocol):
 
     def init(self, rng: jax.Array) -> Params: ...
 
+    def features(self, params: Params, images: jax.Array) -> jax.Array:
+        """uint8 images [B, height, width, 3] -> the vision tower's features [B, I, width], before the projector."""
+
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """uint8 images [B, height, width, 3] -> image embeddings [B, I, D]; once per image."""
 

@@ -39,7 +39,7 @@ from balcap_jax.data.scenes.world import (
     Scene,
 )
 
-MAX_WORDS, MAX_TOKENS = 88, 96
+MAX_WORDS, MAX_TOKENS = 70, 78
 # Share of nearly faultless captions, and how much rarer each fault is in them.
 CLEAN_SHARE, CLEAN_FACTOR = 0.15, 0.06
 
@@ -86,7 +86,7 @@ _VERBS = ("is", "are", "holds", "occupies", "lies", "appear", "see")
 
 
 def faulty_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
-    """A caption of the scene and the names of the faults put into it; at most 88 words and 96 tokens long."""
+    """A caption of the scene and the names of the faults put into it; at most MAX_WORDS words and MAX_TOKENS tokens."""
     factor = CLEAN_FACTOR if rng.random() < CLEAN_SHARE else 1.0
     return write_caption(scene, {name: rate * factor for name, rate in RATES.items()}, rng)
 

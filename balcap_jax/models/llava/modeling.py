@@ -50,9 +50,11 @@ class Llava:
             "decoder": decoder.init(self.decoder, language),
         }
 
+    def features(self, params: Params, images: jax.Array) -> jax.Array:
+        return vision.encode(self.vision, params["vision"], images)
+
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
-        features = vision.encode(self.vision, params["vision"], images)
-        return self._projector.apply({"params": params["projector"]}, features)
+        return self._projector.apply({"params": params["projector"]}, self.features(params, images))
 
     def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
         x = self._prompt_embeddings(params, prompt, image_embeds)
