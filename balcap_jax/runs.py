@@ -17,7 +17,13 @@ import pydantic
 from balcap_jax.errors import UserError
 from balcap_jax.judges.schema import Assertion
 
-STAGE_LABELS = {"base": "Base", "vision": "Vision", "align": "Alignment", "sft": "SFT base", "rl": "RL"}  # in the order in which a run passes them
+STAGE_LABELS = {
+    "base": "Base",
+    "vision": "Vision",
+    "align": "Alignment",
+    "sft": "SFT base",
+    "rl": "RL",
+}  # in the order in which a run passes them
 
 
 def label_text(label: str) -> str:

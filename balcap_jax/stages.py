@@ -230,9 +230,7 @@ class RLStage:
         self._rollout: Any = None
         self._programs: dict[int, Any] = {}
 
-    def advance(
-        self, state: TrainState, examples: Examples, step: int
-    ) -> tuple[TrainState, dict[str, float], Judged]:
+    def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], Judged]:
         """Samples G captions per example, has them judged, and updates. -> (state, values for the log, captions)"""
         job, config, clock = self.job, self.job.config, self.job.clock
         prompt = job.prompt(examples)

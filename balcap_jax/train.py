@@ -1,4 +1,4 @@
-"""Trains a captioner: vision tower, alignment, supervised captions, then BalCapRL, by `config.stages.order`. Read top to bottom.
+"""Trains a captioner by the stages of its config: vision, alignment, supervised, BalCapRL. Read top to bottom.
 
     python -m balcap_jax.train --config=configs/scenes.py --workdir=runs/scenes [--config.stages.rl.steps=50 ...]
 

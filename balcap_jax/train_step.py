@@ -281,7 +281,7 @@ def make_vision_step(
     *,
     freeze: str = "",
     micro_batches: int = 1,
-) -> Callable[[TrainState, VisionBatch], tuple[TrainState, Metrics]]:
+) -> "CompiledStep":
     """The compiled update of vision pretraining: every image token is classified by each of A attributes.
 
     It stands in for the pretraining that a real model's CLIP tower brings. The classifier is a fixed orthonormal map
@@ -307,11 +307,13 @@ def make_vision_step(
         accuracy = _mean(saved["right"], jnp.ones_like(saved["right"]))
         return state, {"loss": _once(loss), "vision/accuracy": accuracy, **update_metrics}
 
-    return jax.jit(step, donate_argnums=0)
+    return CompiledStep(step)
 
 
 def _orthonormal(rows: int, columns: int) -> jax.Array:
     """A fixed [rows, columns] matrix with orthonormal columns, the same on every machine and in every run."""
+    if columns > rows:
+        raise ValueError(f"{columns} classes need a tower of at least as many features, model.vision_width is {rows}")
     return jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(rows, columns)))[0], jnp.float32)
 
 

@@ -30,13 +30,16 @@ def get_config(variant=""):
     config.stages.vision.freeze = "^(projector|decoder)/"
 
     # Then the decoder, on faultless references, until it sees; then the faults that RL is to remove.
-    config.stages.align.steps = 700
+    config.stages.align.steps = 600
+    # Frozen, as LLaVA's is: gradients from a decoder that can't read it yet would wash out what the tower has learnt.
+    config.stages.align.freeze = "^vision/"
     config.stages.align.batch_size = 16
     config.stages.align.learning_rate = 2e-3
     config.stages.align.warmup_steps = 50
     config.stages.align.schedule = "cosine"
 
-    config.stages.sft.steps = 350
+    config.stages.sft.steps = 300
+    config.stages.sft.freeze = "^vision/"
     config.stages.sft.batch_size = 16
     config.stages.sft.learning_rate = 1e-3
     config.stages.sft.warmup_steps = 50

@@ -41,7 +41,7 @@ class Scores:
 
 
 class RewardFn(Protocol):
-    """K objectives; `gated[k]` says whether the length gate multiplies objective k (method: only the linguistic one)."""
+    """K objectives; `gated[k]` says whether the length gate multiplies objective k (only the linguistic one)."""
 
     names: tuple[str, ...]
     gated: tuple[bool, ...]

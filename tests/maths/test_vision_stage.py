@@ -42,8 +42,10 @@ def test_labels_name_the_object_at_the_centre_of_each_token():
                     if one is None:
                         assert (shape, colour, size, texture) == (0, 0, 0, 0)
                     else:
-                        assert world.SHAPES[shape - 1] == one.shape and world.COLOURS[colour - 1] == one.colour
-                        assert world.SIZES[size - 1] == one.size and world.TEXTURES[texture - 1] == one.texture
+                        assert world.SHAPES[shape - 1] == one.shape
+                        assert world.COLOURS[colour - 1] == one.colour
+                        assert world.SIZES[size - 1] == one.size
+                        assert world.TEXTURES[texture - 1] == one.texture
 
 
 def test_loss_and_accuracy_equal_a_slow_computation():

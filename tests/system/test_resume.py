@@ -142,3 +142,25 @@ def test_a_finished_run_that_is_given_more_steps(tmp_path, data_dir, finished):
     saved = read_arrays(workdir / "checkpoints" / "12" / "arrays")
     for name, array in model.items():
         assert array.tobytes() == saved[f"['state']['params']{name}"].tobytes(), name
+
+
+def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path, data_dir):
+    stages = {
+        "stages__order": "vision,align,sft,rl",
+        "stages__vision__steps": 3,
+        "stages__align__steps": 3,
+        "stages__sft__steps": 2,
+        "stages__rl__steps": 2,
+        "stages__vision__freeze": "^(projector|decoder)/",
+    }
+    stages |= {f"stages__{name}__batch_size": 4 for name in ("vision", "align")}
+    stages |= {f"stages__{name}__warmup_steps": 2 for name in ("vision", "align")}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(whole, data_dir, **stages)
+    kill_at("log:2", resumed, data_dir, **stages)  # while the tower is pretrained
+    kill_at("log:6", resumed, data_dir, **stages)  # while aligning
+    done = train(resumed, data_dir, **stages)
+    assert "going on after step 4 of 10 (align)" in done.stdout
+    assert_same_run(resumed, whole)
+    assert [line["stage"] for line in read_metrics(whole)] == ["vision"] * 3 + ["align"] * 3 + ["sft"] * 2 + ["rl"] * 2
+    assert list(read_summary(whole)["evaluations"]) == ["sft", "rl"]
