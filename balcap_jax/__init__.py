@@ -5,4 +5,9 @@ tokens included), I image tokens, R response tokens, K objectives, V vocabulary,
 heads, H head size, L layers.
 """
 
+import os
+
+# Without PyTorch, which is no dependency, transformers would tell every user of every command that models are missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 __version__ = "0.1.0"
