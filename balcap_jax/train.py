@@ -31,6 +31,7 @@ from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.evals import held_out
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress
 from balcap_jax.stages import Evaluator, Job, RLStage, SFTStage, VisionStage, start_state, state_shardings
+from balcap_jax.train_step import TrainState
 
 STAGES = {
     "vision": VisionStage,
@@ -152,7 +153,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             before = previous or "base"
             unseen = name == "rl" and not evaluated(before)
             if 0 < first <= done and (first == done or unseen):
-                params = restore_params(checkpointer, first, job, params, previous)
+                params = restore_params(checkpointer, first, job, params)
             anchored = name == "rl" and config.loss.kl_coef > 0
             like = jax.eval_shape(lambda: start_state(job, params, name))  # noqa: B023
             if first < done:
@@ -278,10 +279,14 @@ def placed_like(job: Job, state: Any, anchored: bool) -> dict[str, Any]:
     return {"state": state} | ({"reference": state.params} if anchored else {})
 
 
-def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any, stage: str) -> Any:
-    """The parameters alone of the checkpoint at the end of `stage`."""
-    placed = placed_like(job, jax.eval_shape(lambda: start_state(job, params, stage)), anchored=False)
-    arrays, _ = checkpointer.restore(step, {"state": placed["state"]}, partial=True)
+def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any) -> Any:
+    """The parameters alone of a checkpoint, whichever stage it ends."""
+    like = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        params,
+        sharding.tree_shardings(job.mesh, params),
+    )
+    arrays, _ = checkpointer.restore(step, {"state": TrainState(None, like, None, None)}, partial=True)
     return arrays["state"].params
 
 

@@ -3,7 +3,8 @@
     python benchmarks/step_time.py               both parts, about 5 minutes on 2 CPU cores
     python benchmarks/step_time.py --small       half a minute, to see that it runs
 
-Part `scenes`: the stages of configs/scenes.py on data of its own, seconds per step by phase, compile time apart.
+Part `scenes`: the stages of configs/scenes.py on data of its own, seconds per step by phase, compile time apart. A
+token is one of a caption; in the stage `vision`, one of an image.
 Part `prefix`: one compiled RL update of a decoder of about 135M parameters, twice: as it is, and with every sample as
 a prompt row of its own, so that the prompt is run (and kept) G times. Both are `train_step.make_rl_step` on the same
 decoder with the same rematerialisation; only what they are given differs. Their gradients are compared before a time
@@ -37,7 +38,8 @@ from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.vision import VisionConfig
 from balcap_jax.models.policy import Params, Prompt
-from balcap_jax.stages import Job, RLStage, SFTStage, start_state
+from balcap_jax.stages import Job, start_state
+from balcap_jax.train import STAGES
 from balcap_jax.train_step import RLBatch, RLObjective, TrainState, init_state, make_rl_step
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scenes.py"
@@ -61,12 +63,13 @@ def time_stages(recipe: str, overrides: dict[str, str], steps: int, model: str) 
         reward = rewards.build(config.rewards, judges.build(config.judge, config.seed))
         captions = f"of {model}" if model else "of an untrained policy: nearly all as long as rollout.max_tokens allows"
         print(f"captions {captions}\n")
-        print(f"{'stage':5}  {'B':>3} {'G':>3}  {'s/step':>8}  {'by phase':58} {'tokens/s':>9}  {'compile s':>9}")
-        for name, stage_type in (("sft", SFTStage), ("rl", RLStage)):
+        print(f"{'stage':6}  {'B':>3} {'G':>3}  {'s/step':>8}  {'by phase':58} {'tokens/s':>9}  {'compile s':>9}")
+        groups = {"align": 1, "sft": config.data.captions_per_image, "rl": config.rollout.group_size}
+        for name in configuration.stage_order(config):
             job = Job(config, sharding.make_mesh(config.mesh), policy, processor, reward, PhaseClock())
             settings = config.stages[name]
             state = start_state(job, params, name)
-            stage = stage_type(job, jax.tree.map(jnp.copy, state.params))
+            stage = STAGES[name](job, jax.tree.map(jnp.copy, state.params))
             batches = make_dataset(splits.train, batch_size=settings.batch_size, seed=0, threads=0)
             # The first step compiles, and warms up what is not compiled.
             state, _, _ = stage.advance(state, next(batches), 1)
@@ -83,10 +86,9 @@ def time_stages(recipe: str, overrides: dict[str, str], steps: int, model: str) 
             phases = [*stage.phases, "other"]
             shares = {phase: statistics.median(one[f"time/{phase}"] for one in seconds) for phase in phases}
             by_phase = "  ".join(f"{phase} {value:.3f}" for phase, value in shares.items())
-            group = config.rollout.group_size if name == "rl" else config.data.captions_per_image
             rate = statistics.median(tokens) / whole
             print(
-                f"{name:5}  {settings.batch_size:3} {group:3}  {whole:8.3f}  {by_phase:58} {rate:9.0f}"
+                f"{name:6}  {settings.batch_size:3} {groups.get(name, '-'):>3}  {whole:8.3f}  {by_phase:58} {rate:9.0f}"
                 f"  {compile_seconds:9.1f}",
                 flush=True,
             )
@@ -312,15 +314,14 @@ def scenes_overrides(args: argparse.Namespace) -> dict[str, str]:
     overrides = {"data.validation_size": "1", "data.test_size": "1"}
     if args.small:
         overrides |= {
-            "stages.sft.batch_size": "4",
-            "stages.rl.batch_size": "2",
+            **{f"stages.{name}.batch_size": "4" for name in STAGES},
             "rollout.group_size": "2",
             "rollout.max_tokens": "8",
             "rollout.buckets": "8",
             "data.captions_per_image": "2",
         }
     config = configuration.load(args.config, overrides)
-    largest = max(config.stages[name].batch_size for name in ("sft", "rl"))
+    largest = max(config.stages[name].batch_size for name in configuration.stage_order(config))
     return overrides | {"data.train_size": str(2 * largest)}
 
 

@@ -22,9 +22,11 @@ from balcap_jax.train_step import (
     RLBatch,
     RLObjective,
     SFTBatch,
+    VisionBatch,
     init_state,
     make_rl_step,
     make_sft_step,
+    make_vision_step,
 )
 
 B, G, R, V = 16, 4, 9, 24
@@ -136,11 +138,13 @@ class Run:
     sft_params: dict[str, np.ndarray]
     sft_values: dict[str, float]
     sft_program: jax.stages.Compiled
+    vision_params: dict[str, np.ndarray]
+    vision_values: dict[str, float]
 
 
 @functools.cache
 def run_on(name: str) -> Run:
-    """Rollout, two RL updates and an SFT update on the mesh of that name ("one" for a single device)."""
+    """Rollout, two RL, an SFT and two vision updates on the mesh of that name ("one" for a single device)."""
     mesh = mesh_of(**MESHES.get(name, {}))
     rows = sharding.batch_sharding(mesh)
 
@@ -169,24 +173,33 @@ def run_on(name: str) -> Run:
         *put((np.where(valid, rng.random((B, G, 3)), 0).astype(np.float32), valid)),
         *put((rng.integers(4, 24, (B, G)), rng.integers(8, 12, B), out.truncated)),
     )
-    where = jax.tree.map(lambda x: x.sharding, state)
-    # Compiled ahead and called again with its own result, as the stages do: a state that came back in another place
-    # would be refused here.
-    step = make_rl_step(POLICY, OPTIMIZER, OBJECTIVE, freeze=freeze)
-    step = step.lower(state, batch, reference).compile()
-    for _ in range(2):
-        state, metrics = step(state, batch, reference)
-    for placed, leaf in zip(jax.tree.leaves(where), jax.tree.leaves(state), strict=True):
-        assert leaf.sharding.is_equivalent_to(placed, leaf.ndim), (leaf.sharding, placed)
 
+    def twice(step, state, *inputs):
+        """Compiled ahead and called again with its own result, as the stages do: a moved state would be refused."""
+        where = jax.tree.map(lambda x: x.sharding, state)
+        program = step.lower(state, *inputs).compile()
+        for _ in range(2):
+            state, metrics = program(state, *inputs)
+        for placed, leaf in zip(jax.tree.leaves(where), jax.tree.leaves(state), strict=True):
+            assert leaf.sharding.is_equivalent_to(placed, leaf.ndim), (leaf.sharding, placed)
+        return state, metrics
+
+    state, metrics = twice(make_rl_step(POLICY, OPTIMIZER, OBJECTIVE, freeze=freeze), state, batch, reference)
+    labels = put(rng.integers(0, 5, (B, POLICY.image_tokens, 2)))
+    vision_step = make_vision_step(POLICY, OPTIMIZER, (5, 5), freeze="^(projector|decoder)/")
+    vision_state, vision_metrics = twice(
+        vision_step, new_state("^(projector|decoder)/"), VisionBatch(prompt.images, labels)
+    )
     sft_state, sft_batch = new_state(""), SFTBatch(prompt, batch.responses, batch.mask)
     sft_program = make_sft_step(POLICY, OPTIMIZER, micro_batches=2).lower(sft_state, sft_batch).compile()
     sft_state, sft_metrics = sft_program(sft_state, sft_batch)
     flat = functools.partial(flax.traverse_util.flatten_dict, sep="/")
-    host = jax.device_get((flat(state.params), state.opt_state[1][0].mu, flat(sft_state.params)))
+    host = jax.device_get(
+        (flat(state.params), state.opt_state[1][0].mu, flat(sft_state.params), flat(vision_state.params))
+    )
     return Run(
         np.asarray(out.tokens), np.asarray(out.log_probs), host[0], host[1], finalise(metrics), host[2],
-        finalise(sft_metrics), sft_program,
+        finalise(sft_metrics), sft_program, host[3], finalise(vision_metrics),
     )  # fmt: skip
 
 
@@ -196,12 +209,13 @@ def test_eight_devices_give_the_numbers_of_one(name):
     assert (one.tokens == EOS).any()
     np.testing.assert_array_equal(many.tokens, one.tokens)
     np.testing.assert_allclose(many.log_probs, one.log_probs, atol=1e-5)
-    for values, expected in ((many.values, one.values), (many.sft_values, one.sft_values)):
+    for name in ("values", "sft_values", "vision_values"):
+        values, expected = getattr(many, name), getattr(one, name)
         assert values.keys() == expected.keys()
         for metric, value in expected.items():
             np.testing.assert_allclose(values[metric], value, rtol=1e-5, atol=1e-5, err_msg=metric)
     assert one.values["kl"] > 1e-5  # the second update was away from the reference
-    for trees in ("params", "moments", "sft_params"):
+    for trees in ("params", "moments", "sft_params", "vision_params"):
         got, want = getattr(many, trees), getattr(one, trees)
         assert got.keys() == want.keys()
         for path, leaf in want.items():

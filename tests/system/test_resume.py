@@ -164,3 +164,18 @@ def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path
     assert_same_run(resumed, whole)
     assert [line["stage"] for line in read_metrics(whole)] == ["vision"] * 3 + ["align"] * 3 + ["sft"] * 2 + ["rl"] * 2
     assert list(read_summary(whole)["evaluations"]) == ["sft", "rl"]
+
+
+def test_a_stage_without_steps_is_passed_on_resume(tmp_path, data_dir):
+    """What the checkpoint before it holds belongs to an earlier stage, which trains other parameters."""
+    overrides = {
+        "stages__order": "sft,align,rl",
+        "stages__align__steps": 0,
+        "stages__align__freeze": "^vision/",
+        "stages__rl__steps": 1,
+    }
+    kill_at("log:5", tmp_path, data_dir, **overrides)
+    assert checkpoints(tmp_path) == [2, 4]
+    done = train(tmp_path, data_dir, **overrides)
+    assert "going on after step 4 of 5 (sft)" in done.stdout
+    assert [line["stage"] for line in read_metrics(tmp_path)] == ["sft"] * 4 + ["rl"]
