@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from balcap_jax import sharding, train_step
 from balcap_jax.data.scenes import labels
 from balcap_jax.data.scenes.world import Scene
+from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import b_capscore
 from balcap_jax.evals.held_out import Judged, summarise, to_samples
 from balcap_jax.metrics import PhaseClock, finalise
@@ -132,6 +133,12 @@ class VisionStage:
         del reference
         settings = job.config.stages.vision
         self.job = job
+        width, needed = job.config.model.vision_width, sum(labels.CLASSES)
+        if not job.config.model.path and width < needed:
+            raise UserError(
+                f"config field 'model.vision_width' is {width}, but the stage vision tells {needed} classes apart and "
+                f"needs at least as many features; raise it to {needed} or more, or leave the stage out"
+            )
         self._step = train_step.make_vision_step(
             job.policy,
             make_optimizer(job.config, "vision"),

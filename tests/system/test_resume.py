@@ -152,6 +152,7 @@ def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path
         "stages__sft__steps": 2,
         "stages__rl__steps": 2,
         "stages__vision__freeze": "^(projector|decoder)/",
+        "model__vision_width": 32,  # at least as many as there are classes
     }
     stages |= {f"stages__{name}__batch_size": 4 for name in ("vision", "align")}
     stages |= {f"stages__{name}__warmup_steps": 2 for name in ("vision", "align")}
