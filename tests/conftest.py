@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 
@@ -12,6 +13,10 @@ os.environ["JAX_ENABLE_X64"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+
+# A shell's background job starts with SIGINT ignored, and commands would inherit that: the tests of Ctrl-C need it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One compilation cache for this run of the tests, commands that they start included, and never one of an earlier run:
 # a resumed training run would otherwise compile again what the interrupted one had compiled.
