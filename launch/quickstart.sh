@@ -32,10 +32,11 @@ prepare_environment base
 # The trainer saves and ends in good order on SIGTERM. The shell would not pass the signal on to a program in the
 # foreground, so the program runs beside it. Ctrl-C asks for the same; a second one ends the trainer at once.
 signals=0
+exec 3>&2
 stop() {
   signals=$((signals + 1))
   if [[ "$signals" == 1 ]]; then
-    echo "stopping after this step (once more: stop at once)" >&2
+    echo "stopping after this step (once more: stop at once)" >&3
     kill -TERM "$trainer" 2>/dev/null || true
   else
     kill -KILL "$trainer" 2>/dev/null || true
@@ -48,7 +49,8 @@ trap stop TERM INT
 while true; do
   seen="$signals"
   status=0
-  wait "$trainer" || status=$?
+  # Quiet, or the shell would report "Killed" with a line of this script after the second Ctrl-C.
+  { wait "$trainer" || status=$?; } 2>/dev/null
   # A signal ends `wait` early while the trainer still runs.
   [[ "$signals" == "$seen" ]] && break
 done
