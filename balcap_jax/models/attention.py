@@ -39,16 +39,19 @@ def prefix_and_branch(
     branch_k: jax.Array,
     branch_v: jax.Array,
     branch_mask: jax.Array,
+    own: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Attention of T response tokens per branch; the prefix is never repeated over G.
 
-    The two parts share one maximum and one normaliser, so the result is the softmax over their concatenation without
+    The parts share one maximum and one normaliser, so the result is the softmax over their concatenation without
     building it.
 
     Args:
       q: [B, G, T, N, H], T = 1 while decoding and R in the update.
       prefix_k, prefix_v: [B, M, P, H]; prefix_mask: [B, P] bool.
       branch_k, branch_v: [B, G, M, S, H]; branch_mask: [T, S] bool, True where the key may be seen.
+      own: key and value [B, G, M, T, H] of each token itself, where the branch does not hold them (yet): in decoding,
+        so that the cache is only read here and written once per token.
 
     Returns:
       [B, G, T, N, H].
@@ -63,12 +66,22 @@ def prefix_and_branch(
 
     # [B, M, G, T, rep] and [B, G, M, T, rep]; the maximum only guards against overflow, so no gradient goes through it.
     top = jnp.maximum(over_prefix.max(-1).swapaxes(1, 2), over_branch.max(-1))
+    if own is not None:
+        own_k = own[0].swapaxes(2, 3)[..., None, :].astype(jnp.float32)
+        over_own = (q.astype(jnp.float32) * own_k).sum(-1).swapaxes(2, 3)
+        top = jnp.maximum(top, over_own)
     top = jax.lax.stop_gradient(top)
     from_prefix = jnp.exp(over_prefix - top.swapaxes(1, 2)[..., None])
     from_branch = jnp.exp(over_branch - top[..., None])
     total = from_prefix.sum(-1).swapaxes(1, 2) + from_branch.sum(-1)
 
-    read_prefix = jnp.einsum("bmgtrp,bmph->bgmtrh", from_prefix.astype(prefix_v.dtype), prefix_v)
+    # With the axes of the result in the operands' order it is one plain matmul per head.
+    read_prefix = jnp.einsum("bmgtrp,bmph->bmgtrh", from_prefix.astype(prefix_v.dtype), prefix_v).swapaxes(1, 2)
     read_branch = jnp.einsum("bgmtrs,bgmsh->bgmtrh", from_branch.astype(branch_v.dtype), branch_v)
-    read = (read_prefix + read_branch) / total[..., None].astype(prefix_v.dtype)
+    read = read_prefix + read_branch
+    if own is not None:
+        from_own = jnp.exp(over_own - top)
+        total += from_own
+        read += from_own[..., None].astype(prefix_v.dtype) * own[1][:, :, :, :, None]
+    read = read / total[..., None].astype(prefix_v.dtype)
     return read.transpose(0, 1, 3, 2, 4, 5).reshape(batch, group, length, heads, size)

@@ -6,6 +6,7 @@ Linen modules hold one layer; the functions below scan it over the stacked layer
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balcap_jax.models import attention
+from balcap_jax.models import attention, kernels
+from balcap_jax.sharding import constrain
 
 Params = dict[str, Any]
 
@@ -24,6 +26,7 @@ class DecoderConfig:
 
     `mrope_section` empty means ordinary rotary positions; else three counts of frequencies (temporal, height, width)
     that sum to head_size / 2, and positions carry a trailing axis of 3 (Qwen2.5-VL). `remat`: none | dots | full.
+    `attention`: one of kernels.KINDS, in prefill and update.
     """
 
     vocab: int
@@ -40,6 +43,7 @@ class DecoderConfig:
     tied_embeddings: bool = False
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
 
 class Prefix(NamedTuple):
@@ -96,16 +100,23 @@ class Block(nn.Module):
         """x [..., S, D] -> q [..., S, N, H], k and v [..., M, S, H] (head-major, as the caches keep them)."""
         # Dense layers see [tokens, D]: on CPU the weight gradient of a matmul with one token axis is 1.5x faster than
         # with three, elsewhere it is the same program.
-        h = self.attention_norm(x).reshape(-1, x.shape[-1])
-        q, k, v = (dense(h).reshape(*x.shape[:-1], -1, self.config.head_size) for dense in (self.q, self.k, self.v))
+        h = self.attention_norm(constrain(x, "rows")).reshape(-1, x.shape[-1])
+
+        def project(dense: nn.Module) -> jax.Array:
+            # First where the weight is, then where the sequences are: told the latter alone, the weight would travel.
+            y = constrain(dense(h), "rows", "heads", "head_size").reshape(*x.shape[:-1], -1, self.config.head_size)
+            return constrain(y, "batch", *(None,) * (x.ndim - 2), "heads")
+
+        q, k, v = project(self.q), project(self.k), project(self.v)
         return rotate(q, rope), rotate(k, rope).swapaxes(-3, -2), v.swapaxes(-3, -2)
 
     def output(self, x: jax.Array, read: jax.Array) -> jax.Array:
         """x [..., S, D] and attention output [..., S, N, H] -> the layer's output [..., S, D]."""
         shape = x.shape
-        x = x.reshape(-1, shape[-1]) + self.o(read.reshape(-1, *read.shape[-2:]))
-        h = self.mlp_norm(x)
-        return (x + self.down(nn.silu(self.gate(h)) * self.up(h))).reshape(shape)
+        read = constrain(read, "rows", *(None,) * (x.ndim - 2), "heads", "head_size")
+        x = constrain(x + self.o(read.reshape(-1, *read.shape[-2:])).reshape(shape), "rows")
+        h = self.mlp_norm(x).reshape(-1, shape[-1])
+        return constrain(x + self.down(nn.silu(self.gate(h)) * self.up(h)).reshape(shape), "rows")
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Only for initialisation: touches every parameter once."""
@@ -156,13 +167,28 @@ def init(config: DecoderConfig, rng: jax.Array) -> Params:
 
 def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """tokens [...] -> [..., D] in the compute dtype."""
-    return params["embed"].astype(jnp.dtype(config.dtype))[tokens]
+    return constrain(params["embed"].astype(jnp.dtype(config.dtype))[tokens], "rows")
 
 
-def head(config: DecoderConfig, params: Params) -> jax.Array:
-    """The output kernel [D, V] in the compute dtype."""
-    kernel = params["embed"].T if config.tied_embeddings else params["head"]
-    return kernel.astype(jnp.dtype(config.dtype))
+def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Normed hidden states [..., D] -> logits [..., V] in fp32.
+
+    Tied embeddings are contracted as they lie, [V, D]: a transposed copy of them, and one of their gradient, would be
+    the largest arrays of a small model's update.
+    """
+    if config.tied_embeddings:
+        kernel, spec = params["embed"], "...d,vd->...v"
+    else:
+        kernel, spec = params["head"], "...d,dv->...v"
+    kernel = kernel.astype(jnp.dtype(config.dtype))
+    return jnp.einsum(spec, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def split_output(params: Params) -> Params:
+    """The output projection with its vocabulary split over the devices that the hidden states will be sent to."""
+    if "head" in params:
+        return {"head": constrain(params["head"], None, "output_vocab")}
+    return {"embed": constrain(params["embed"], "output_vocab")}
 
 
 def last_real(mask: jax.Array) -> jax.Array:
@@ -186,8 +212,8 @@ def prefill(
 
     def layer(x, weights):
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
-        x = block.apply({"params": weights}, x, attention.causal(q, k, v, mask), method="output")
-        return x, (k, v)
+        read = kernels.causal(config.attention, q, k, v, mask)
+        return block.apply({"params": weights}, x, read, method="output"), (k, v)
 
     x, (keys, values) = jax.lax.scan(layer, x, params["layers"])
     last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1)[:, 0]
@@ -197,7 +223,8 @@ def prefill(
 def empty_branch(config: DecoderConfig, batch: int, group: int, length: int) -> Branch:
     """An unwritten Branch for `length` response tokens."""
     shape = (config.layers, batch, group, config.kv_heads, length, config.head_size)
-    return Branch(jnp.zeros(shape, jnp.dtype(config.dtype)), jnp.zeros(shape, jnp.dtype(config.dtype)))
+    empty = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return Branch(*(constrain(empty, None, "batch", None, "heads") for _ in Branch._fields))
 
 
 def decode(
@@ -205,29 +232,25 @@ def decode(
 ) -> tuple[jax.Array, Branch]:
     """Runs response token `t` of every sample: x [B, G, D] -> normed hidden [B, G, D], and the extended branch.
 
-    The whole branch cache is carried through the layer scan and written in place: scanning over it would copy it out
-    of the loop at each token.
+    The layer scan only reads the cache; what all layers have to add to it is written in one go after it, in place.
+    A cache that were written inside the scan would be copied at each layer, or out of the scan at each token.
     """
     block = Block(config)
     rope = _response_rope(config, prefix.next_position, t[None])
-    visible = (jnp.arange(branch.keys.shape[-2]) <= t)[None]
+    earlier = (jnp.arange(branch.keys.shape[-2]) < t)[None]
 
-    def layer(carry, inputs):
-        x, keys, values = carry
-        index, weights, prefix_k, prefix_v = inputs
+    def layer(x, inputs):
+        weights, prefix_k, prefix_v, branch_k, branch_v = inputs
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
-        at = (index, 0, 0, 0, t, 0)
-        keys = jax.lax.dynamic_update_slice(keys, k[None], at)
-        values = jax.lax.dynamic_update_slice(values, v[None], at)
-        own_k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-        own_v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-        read = attention.prefix_and_branch(q, prefix_k, prefix_v, prefix.mask, own_k, own_v, visible)
-        return (block.apply({"params": weights}, x, read, method="output"), keys, values), None
+        read = attention.prefix_and_branch(q, prefix_k, prefix_v, prefix.mask, branch_k, branch_v, earlier, own=(k, v))
+        return block.apply({"params": weights}, x, read, method="output"), (k, v)
 
-    start = (x[:, :, None], *branch)
-    inputs = (jnp.arange(config.layers), params["layers"], prefix.keys, prefix.values)
-    (x, keys, values), _ = jax.lax.scan(layer, start, inputs)
-    return _final_norm(config, params, x[:, :, 0]), Branch(keys, values)
+    x, (keys, values) = jax.lax.scan(layer, x[:, :, None], (params["layers"], prefix.keys, prefix.values, *branch))
+    at = (0, 0, 0, 0, t, 0)
+    branch = Branch(
+        *(jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(branch, (keys, values), strict=True))
+    )
+    return _final_norm(config, params, x[:, :, 0]), branch
 
 
 def forward(
@@ -247,18 +270,17 @@ def forward(
     rope = rope_table(config, positions)
     length = responses.shape[2]
     response_rope = _response_rope(config, _next_position(config, mask, positions), jnp.arange(length))
-    visible = jnp.tril(jnp.ones((length, length), bool))
 
     def layer(carry, weights):
         x, y = carry
         variables = {"params": weights}
         q, k, v = block.apply(variables, x, rope, method="qkv")
         own_q, own_k, own_v = block.apply(variables, y, response_rope, method="qkv")
-        read = attention.prefix_and_branch(own_q, k, v, mask, own_k, own_v, visible)
-        x = block.apply(variables, x, attention.causal(q, k, v, mask), method="output")
+        read = kernels.over_prompt(config.attention, own_q, k, v, mask, own_k, own_v)
+        x = block.apply(variables, x, kernels.causal(config.attention, q, k, v, mask), method="output")
         return (x, block.apply(variables, y, read, method="output")), None
 
-    (x, y), _ = jax.lax.scan(_remat(config, layer), (x, responses), params["layers"])
+    (x, y), _ = jax.lax.scan(remat(layer, config.remat), (x, responses), params["layers"])
     last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1)
     first = jnp.broadcast_to(last[:, :, None], (y.shape[0], y.shape[1], 1, y.shape[3]))
     return _final_norm(config, params, jnp.concatenate([first, y[:, :, :-1]], axis=2))
@@ -282,8 +304,9 @@ def _response_rope(config: DecoderConfig, start: jax.Array, offsets: jax.Array) 
     return rope_table(config, positions)
 
 
-def _remat(config: DecoderConfig, layer):
-    if config.remat == "none":
+def remat(layer: Callable, kind: str) -> Callable:
+    """`layer` with its activations recomputed in the backward pass; `kind`: none | dots (kept) | full."""
+    if kind == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if kind == "dots" else None
     return jax.checkpoint(layer, policy=policy)

@@ -1,62 +1,175 @@
-"""A model on disk: `model.json` (family and sizes), `params/` (Orbax) and the tokenizer's own files."""
+"""A model on disk: `model.json` (family and sizes), `params/` (Orbax) and the tokenizer's own files.
 
+A model that came from a Hugging Face checkpoint has that checkpoint's other small files beside them (config.json, the
+processor's, generation_config.json ...), and `hf_names.json` with what its tensors were called, for the way back.
+"""
+
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
+from balcap_jax import json_text, sharding
+from balcap_jax.disk_errors import reason_of
 from balcap_jax.errors import UserError
-from balcap_jax.models import llava
-from balcap_jax.models.llava.processing import LlavaProcessor
+from balcap_jax.models import arrays, hf, llava, qwen2_5_vl, safetensors_files
+from balcap_jax.models import fields as model_fields
+from balcap_jax.models.fields import DEFAULTS
+from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
+from balcap_jax.models.prompting import PromptProcessor
+from balcap_jax.models.qwen2_5_vl import hf as qwen2_5_vl_hf
 
-FAMILIES = {"llava": llava.build}
+FAMILIES = {"llava": llava.build, "qwen2_5_vl": qwen2_5_vl.build}
+CHECKPOINTS = {"llava": llava_hf, "qwen2_5_vl": qwen2_5_vl_hf}
+
+MODEL = "model.json"
+PARAMS = "params"
+NAMES = "hf_names.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CARRIED = (".json", ".jinja", ".txt", ".model")
+_CONVERT_AGAIN = "convert or save the model again"
 
 
-def build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Policy, LlavaProcessor]:
+def build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Policy, PromptProcessor]:
     """Policy and processor of the config group `model`; parameters come from `policy.init` or from `load`."""
-    return FAMILIES[model["family"]](model, tokenizer)
+    template = (model["template"],) if model.get("template") else ()  # An empty one is the family's own.
+    return FAMILIES[model["family"]](model, tokenizer, *template)
 
 
-def save(path: str | os.PathLike, model: Mapping[str, Any], params: Params, processor: LlavaProcessor) -> Path:
-    """Writes a model directory that `load` reads; an existing one is replaced only once the new one is complete."""
-    path = Path(path).absolute()
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def save(
+    path: str | os.PathLike,
+    model: Mapping[str, Any],
+    params: Params,
+    processor: PromptProcessor,
+    *,
+    source: str | os.PathLike = "",
+) -> Path:
+    """Writes a model directory that `load` reads; an existing one is replaced only once the new one is complete.
+
+    `source` is the directory that the model was loaded from, if any: what it carries for export is carried on.
+
+    Raises:
+      UserError: the model cannot be written, or `source` is gone.
+    """
+    if source and not Path(source).is_dir():
+        raise UserError(f"{source}, which the model was loaded from, is gone; put it back and save again")
+    with written_aside(Path(path).absolute(), "the model") as aside:
+        arrays.write_tree(aside / PARAMS, params)
+        processor.tokenizer.save_pretrained(aside)
+        if source:
+            carry_files(Path(source), aside)
+            write_names(aside, source_names(Path(source)))
+        fields = {name: value for name, value in dict(model).items() if name != "path"}
+        write_fields(aside, fields | {"template": processor.template})
+    return Path(path).absolute()
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, what: str) -> Iterator[Path]:
+    """A new directory beside `path` that takes its place when the block ends well, and is deleted when it does not.
+
+    Raises:
+      UserError: `what` cannot be written there.
+    """
     aside = path.with_name(path.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(aside / "params", jax.tree.map(np.asarray, params))
-        processor.tokenizer.save_pretrained(aside)
-        fields = {name: value for name, value in dict(model).items() if name != "path"}
-        (aside / "model.json").write_text(json.dumps(fields | {"template": processor.template}, indent=2) + "\n")
+        yield aside
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         shutil.rmtree(aside, ignore_errors=True)
-        # On a full disk tokenizers raises a bare Exception, and TensorStore
-        # ValueError("STATUS: what: file: cause [details]").
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].partition(" [")[0]
-        raise UserError(f"cannot write the model to {path}: {reason}; make room there") from error
-    return path
+        # On a full disk tokenizers raises a bare Exception, and TensorStore a ValueError.
+        if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
+            raise
+        reason = reason_of(error)
+        remedy = "make room there" if "no space left" in reason.lower() else "name another place"
+        raise UserError(f"cannot write {what} to {path}: {reason}; {remedy}") from error
 
 
-def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[Policy, Params, LlavaProcessor]:
-    """Loads a model directory written by `save`.
+def write_fields(directory: Path, fields: Mapping[str, Any]) -> None:
+    (directory / MODEL).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def carry_files(source: Path, directory: Path) -> None:
+    """Copies `carried_files(source)`.
+
+    Files that are there already are replaced, so that a tokenizer keeps the files that it came with.
+    """
+    for path in carried_files(source):
+        shutil.copyfile(path, directory / path.name)
+
+
+def carried_files(source: Path) -> list[Path]:
+    """The small files of a checkpoint or model: configuration, tokenizer, processor, chat template, generation.
+
+    Raises:
+      UserError: one of them is torn: who gets it with the model could not load that.
+    """
+    ours = {MODEL, NAMES, safetensors_files.INDEX}
+    found = []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _CARRIED and path.name not in ours and ".index." not in path.name:
+            remedy = "download it again, or delete it where it is not needed"
+            if path.name.endswith("config.json"):
+                json_text.read_object(path, remedy)
+            elif path.suffix == ".json":
+                json_text.read(path, remedy)
+            found.append(path)
+    return found
+
+
+def source_names(directory: Path) -> dict[str, str]:
+    """{tensor's name in the modules of transformers: its name in the checkpoint that the model came from, or is}."""
+    if not (directory / MODEL).is_file():
+        return {name: tensor.name for name, tensor in open_checkpoint(directory).tensors.items()}
+    path = directory / NAMES
+    try:
+        names = json_text.read_object(path, "convert the checkpoint again")
+    except FileNotFoundError:
+        return {}
+    written = list(names.values())
+    if not all(isinstance(name, str) and name not in ("", "__metadata__") for name in written):
+        raise UserError(f"{path} does not name tensors; convert the checkpoint again")
+    if twice := [name for name in written if written.count(name) > 1]:
+        raise UserError(f"{path} gives the name {twice[0]} to two tensors; convert the checkpoint again")
+    return names
+
+
+def write_names(directory: Path, names: Mapping[str, str]) -> None:
+    if names:
+        (directory / NAMES).write_text(json.dumps(names, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def load(
+    path_or_name: str | os.PathLike, *, mesh: Mesh | None = None, param_dtype: str | None = "float32", **overrides: Any
+) -> tuple[Policy, Params, PromptProcessor]:
+    """Loads a model directory written by `save` or `convert`, or a Hugging Face checkpoint directory.
 
     Args:
       path_or_name: the directory.
+      mesh: places every parameter straight onto it, by `sharding.PARAMETER_AXES`; the host holds one at a time.
+      param_dtype: type of the parameters; None = as they are stored.
       overrides: fields of the config group `model` to change, for example dtype="bfloat16" or prompt_tokens=64.
 
     Returns:
-      (policy, fp32 parameters, processor).
+      (policy, parameters, processor).
 
     Raises:
       UserError: the directory is missing or no model, or an override changes a parameter's shape.
@@ -67,47 +180,156 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[Policy, Par
     if unknown:
         raise UserError(f"unknown model field {unknown[0]!r}; the model at {path} has {', '.join(sorted(fields))}")
     fields |= overrides
-    try:
-        build_family = FAMILIES[fields["family"]]
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        policy, processor = build_family(fields, tokenizer, fields["template"])
-    except KeyError as error:
-        if fields.get("family") in {None, *FAMILIES}:
-            raise UserError(f"the model at {path} lacks the field {error} in model.json; save it again") from error
-        known = ", ".join(FAMILIES)
-        raise UserError(f"the model at {path} is of the unknown family {error}; there is {known}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer at {path} cannot be read: {str(error).splitlines()[0]}") from error
+    model_fields.check(fields, f"the model at {path} cannot be changed so", "change the fields that load was given")
+    policy, processor = build_saved(path, fields)
     like = jax.eval_shape(policy.init, jax.random.key(0))
+    shardings = sharding.tree_shardings(mesh, like) if mesh is not None else None
+    dtype = None if param_dtype is None else np.dtype(param_dtype)
+    if (path / MODEL).is_file():
+        return policy, _restore(path, like, shardings, dtype), processor
+    checkpoint = open_checkpoint(path)
+    check_image_token(checkpoint, policy)
+    return policy, _read_checkpoint(checkpoint, like, shardings, dtype), processor
+
+
+def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptProcessor]:
+    """Policy and processor of the directory `path` with the fields `fields`.
+
+    Raises:
+      UserError: a field is missing, or the tokenizer cannot be read or does not fit.
+    """
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path / "params", like)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"the parameters at {path}/params cannot be read: {str(error).splitlines()[0]}") from error
-    # Orbax hands out what is stored, whatever shape was asked for.
-    for (where, wanted), found in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True):
-        if wanted.shape != found.shape:
-            name = jax.tree_util.keystr(where, simple=True, separator="/")
-            raise UserError(
-                f"the parameters at {path}/params do not fit its fields: {name} is {found.shape}, {wanted.shape} is "
-                f"needed; leave out overrides of sizes"
-            )
-    return policy, params, processor
+        policy, processor = FAMILIES[fields["family"]](fields, read_tokenizer(path), fields["template"])
+    except KeyError as error:
+        raise UserError(f"{path / MODEL} lacks the field {error}; {_CONVERT_AGAIN}") from error
+    for what, word in (("end", processor.tokenizer.eos_token_id), ("padding", processor.tokenizer.pad_token_id)):
+        if word is None:
+            raise UserError(f"the tokenizer at {path} names no {what} token; copy its files there again")
+    words = len(processor.tokenizer)
+    if words > policy.vocab:
+        raise UserError(
+            f"the tokenizer at {path} has {words} words, the model {policy.vocab} embeddings; put the tokenizer there "
+            f"that belongs to it"
+        )
+    return policy, processor
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    # Without files transformers makes up an empty tokenizer for some classes.
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"the tokenizer at {path} cannot be read: {_TOKENIZERS[0]} is missing; copy the tokenizer's files there"
+        )
+    try:
+        # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        _ = tokenizer.all_special_ids  # A damaged one looks for its unknown word for ever.
+        return tokenizer
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the tokenizer at {path} cannot be read: {reason}; copy its files there again") from error
 
 
 def read_fields(path_or_name: str | os.PathLike) -> dict[str, Any]:
-    """The config group `model` of a saved model, with its prompt template under "template".
+    """The config group `model` of a saved model or a checkpoint, with its prompt template under "template".
 
     Raises:
       UserError: the directory is missing or no model.
     """
     path = Path(path_or_name).absolute()
+    if not (path / MODEL).is_file() and hf.is_checkpoint(path):
+        return DEFAULTS | hf.read_fields(path, tuple(CHECKPOINTS.values()))[1]
     try:
-        fields = json.loads((path / "model.json").read_text())
+        fields = json_text.read_object(path / MODEL, _CONVERT_AGAIN)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"no model at {path}: model.json is missing; give a directory that training wrote") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model at {path} cannot be read: model.json is not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"the model at {path} cannot be read: model.json is no JSON object")
-    return fields
+        raise UserError(
+            f"no model at {path}: {MODEL} is missing; give a directory that training or convert wrote, or a Hugging "
+            f"Face checkpoint"
+        ) from error
+    model_fields.check(fields, str(path / MODEL), _CONVERT_AGAIN)
+    # Models that were saved before there was a choice do not name one.
+    return {name: DEFAULTS[name] for name in model_fields.LATER if name in DEFAULTS} | fields
+
+
+def open_checkpoint(directory: Path) -> hf.Checkpoint:
+    """A Hugging Face checkpoint directory of any family; raises UserError as `hf.open_checkpoint` does."""
+    return hf.open_checkpoint(directory, tuple(CHECKPOINTS.values()))
+
+
+def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
+    """Raises UserError when config.json and the tokenizer disagree on which token stands for the image."""
+    wanted = checkpoint.family.image_token(checkpoint.config)
+    if wanted != policy.image_token:
+        raise UserError(
+            f"{checkpoint.directory / hf.CONFIG} calls token {wanted} the image's, the tokenizer's is "
+            f"{policy.image_token}; put the tokenizer there that belongs to it"
+        )
+
+
+def flat_shapes(like: Params) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    return {jax.tree_util.keystr(where, simple=True, separator="/"): leaf.shape for where, leaf in leaves}
+
+
+def _restore(path: Path, like: Params, shardings: Any, dtype: np.dtype | None) -> Params:
+    """The parameters of a model directory."""
+    directory = path / PARAMS
+    stored = open_params(directory, like)
+
+    def wanted(where, leaf, place=None):
+        name = jax.tree_util.keystr(where, simple=True, separator="/")
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or stored[name].dtype.numpy_dtype, sharding=place)
+
+    trees = (like,) if shardings is None else (like, shardings)
+    return arrays.restore(directory, jax.tree_util.tree_map_with_path(wanted, *trees))
+
+
+def open_params(directory: Path, like: Params) -> dict[str, Any]:
+    """`arrays.open_all` of parameters that must have the paths and shapes of `like`.
+
+    Raises:
+      UserError: they cannot be read, or are those of another model.
+    """
+    stored, needed = arrays.open_all(directory), flat_shapes(like)
+    for name in sorted(stored.keys() | needed):
+        if name not in stored or name not in needed:
+            problem = f"{name} is {'missing' if name not in stored else 'not among them'}"
+        elif stored[name].shape != needed[name]:
+            problem = f"{name} is {stored[name].shape}, {needed[name]} is needed"
+        elif stored[name].dtype.numpy_dtype not in safetensors_files.DTYPE_NAMES:
+            problem = f"{name} holds {stored[name].dtype.name}"
+        else:
+            continue
+        raise UserError(
+            f"the parameters at {directory} do not fit its fields: {problem}; leave out overrides of sizes, or put the "
+            f"{MODEL} there that belongs to them"
+        )
+    return stored
+
+
+def _read_checkpoint(checkpoint: hf.Checkpoint, like: Params, shardings: Any, dtype: np.dtype | None) -> Params:
+    """The parameters of a Hugging Face checkpoint, one after the other."""
+    shapes = flat_shapes(like)
+    pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
+    placed = None if shardings is None else dict(zip(shapes, jax.tree.leaves(shardings), strict=True))
+    found: dict[str, Any] = {}
+
+    def finish(name: str, array: np.ndarray) -> Any:
+        if placed is None:
+            return jax.numpy.asarray(array)
+        return jax.make_array_from_callback(array.shape, placed[name], lambda index: array[index])
+
+    for name, layers in hf.by_parameter(hf.read_arrays(checkpoint, pieces)):
+        stack = None
+        for layer, array in layers:
+            if layer is None:
+                stack = array.astype(dtype or array.dtype)
+                continue
+            if stack is None:
+                stack = np.empty(shapes[name], dtype or array.dtype)
+            stack[layer] = array
+        found[name] = finish(name, stack)
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in shapes])

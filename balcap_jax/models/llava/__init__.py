@@ -9,9 +9,7 @@ from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.llava.vision import VisionConfig
-
-# The tiny world's tokenizer has no chat words, so its prompt is the image and the instruction alone.
-PLAIN_TEMPLATE = "{image} {prompt}"
+from balcap_jax.models.prompting import PLAIN_TEMPLATE, forbidden_tokens
 
 
 def build(
@@ -26,11 +24,15 @@ def build(
         heads=model["vision_heads"],
         mlp=model["vision_mlp"],
         feature_layer=model["feature_layer"],
-        norm_eps=model["norm_eps"],
+        norm_eps=model.get("vision_norm_eps") or model["norm_eps"],
         dtype=model["dtype"],
+        keep_unused=model.get("keep_unused", False),
+        remat=model["remat"],
     )
+    # Published checkpoints round V up, to 32064 for LLaVA's 32002 tokens; the rows beyond stand for nothing.
+    vocab = model.get("vocab") or len(tokenizer)
     language = DecoderConfig(
-        vocab=len(tokenizer),
+        vocab=vocab,
         width=model["width"],
         layers=model["layers"],
         heads=model["heads"],
@@ -42,16 +44,16 @@ def build(
         tied_embeddings=model["tied_embeddings"],
         dtype=model["dtype"],
         remat=model["remat"],
+        attention=model["attention"],
     )
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    special = set(tokenizer.all_special_ids) | {image_token, tokenizer.pad_token_id}
     policy = Llava(
         vision=tower,
         decoder=language,
         image_token=image_token,
         pad_token=tokenizer.pad_token_id,
         eos_token=tokenizer.eos_token_id,
-        forbidden=tuple(sorted(special - {tokenizer.eos_token_id})),
+        forbidden=forbidden_tokens(tokenizer, image_token, vocab),
         logits_chunk=model["logits_chunk"],
     )
     processor = LlavaProcessor(

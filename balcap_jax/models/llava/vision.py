@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balcap_jax.models import decoder
+from balcap_jax.sharding import constrain
+
 Params = dict[str, Any]
 
 # Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
@@ -17,7 +20,12 @@ PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the tower. `feature_layer` counts hidden states as LLaVA does: -2 is the input of the last layer."""
+    """Sizes of the tower. `feature_layer` counts hidden states as LLaVA does: -2 is the input of the last layer.
+
+    `keep_unused` gives the layers behind `feature_layer` and the last norm a place in the parameters, though nothing
+    runs them: a converted checkpoint then goes back out with every tensor that it came with. `remat`: none | dots |
+    full.
+    """
 
     image_size: int
     patch_size: int
@@ -28,6 +36,8 @@ class VisionConfig:
     feature_layer: int = -2
     norm_eps: float = 1e-5
     dtype: str = "float32"
+    keep_unused: bool = False
+    remat: str = "none"
 
     @property
     def image_tokens(self) -> int:
@@ -35,7 +45,7 @@ class VisionConfig:
 
     @property
     def used_layers(self) -> int:
-        """Layers that the features depend on; later ones are neither built nor run."""
+        """Layers that the features depend on; later ones are never run."""
         return self.layers + 1 + self.feature_layer if self.feature_layer < 0 else self.feature_layer
 
 
@@ -95,21 +105,33 @@ class Projector(nn.Module):
 
 
 def init(config: VisionConfig, rng: jax.Array) -> Params:
-    """Random parameters of the tower: `patches` and `layers` stacked over the used layers."""
+    """Random parameters of the tower: `patches`, `layers` stacked over the used layers, and `unused` where kept."""
     patch_key, layer_key = jax.random.split(rng)
     images = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8)
     x = jnp.zeros((1, config.image_tokens + 1, config.width), jnp.dtype(config.dtype))
     block = VisionBlock(config)
-    keys = jax.random.split(layer_key, config.used_layers)
-    return {
+
+    def layers(key: jax.Array, count: int) -> Params:
+        return jax.vmap(lambda key: block.init(key, x)["params"])(jax.random.split(key, count))
+
+    params = {
         "patches": Patches(config).init(patch_key, images)["params"],
-        "layers": jax.vmap(lambda key: block.init(key, x)["params"])(keys),
+        "layers": layers(layer_key, config.used_layers),
     }
+    if config.keep_unused:
+        params["unused"] = {"norm": {"scale": jnp.ones(config.width), "bias": jnp.zeros(config.width)}}
+        if config.used_layers < config.layers:
+            params["unused"]["layers"] = layers(jax.random.fold_in(layer_key, 1), config.layers - config.used_layers)
+    return params
 
 
 def encode(config: VisionConfig, params: Params, images: jax.Array) -> jax.Array:
     """Image features of `feature_layer` without the class token: uint8 [B, S, S, 3] -> [B, I, width]."""
     x = Patches(config).apply({"params": params["patches"]}, images)
     block = VisionBlock(config)
-    x, _ = jax.lax.scan(lambda x, weights: (block.apply({"params": weights}, x), None), x, params["layers"])
+
+    def layer(x, weights):
+        return block.apply({"params": weights}, constrain(x, "rows")), None
+
+    x, _ = jax.lax.scan(decoder.remat(layer, config.remat), x, params["layers"])
     return x[:, 1:]

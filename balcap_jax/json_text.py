@@ -1,0 +1,75 @@
+"""JSON that others wrote: a file or a line that may be torn, of another kind, or no text at all."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from balcap_jax.errors import UserError
+
+
+def parse(text: str | bytes, where: str, remedy: str) -> Any:
+    """The value of a JSON text; `where` (file, and line) and `remedy` are for the error.
+
+    Raises:
+      UserError: no UTF-8, no JSON, nested too deeply, or with half of a surrogate pair, which is no character.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # `json` lets halves of pairs through; file names and tokenizers do not take them.
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not JSON (half of a surrogate pair is no character); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not JSON (not a text file); {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); {remedy}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is not JSON that can be read (nested too deeply); {remedy}") from error
+    return value
+
+
+def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
+    """As `parse`; raises UserError for anything but an object too."""
+    value = parse(text, where, remedy)
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is no JSON object; {remedy}")
+    return value
+
+
+def read(path: Path, remedy: str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is none.
+      UserError: it cannot be read; see `parse`.
+    """
+    return parse(_content(path, remedy), str(path), remedy)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """As `read`; raises UserError for anything but an object too."""
+    return parse_object(_content(path, remedy), str(path), remedy)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises OSError as the disk does, and leaves nothing behind then."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def _content(path: Path, remedy: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error

@@ -1,0 +1,101 @@
+"""A JSONL file that only grows, whole line by whole line, whatever kills the process that writes it."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from balcap_jax import json_text
+from balcap_jax.errors import UserError
+
+
+class AppendedLines:
+    """Opens `path` to go on with it: `entries` are the objects of its lines; a torn last line is dropped.
+
+    One process at a time may hold the file. Where there is none it is made, at once or, if `lazy`, with its first line;
+    one that stays empty is removed again.
+
+    Raises:
+      UserError: it cannot be read or written, holds anything but objects, or another process holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, lazy: bool = False):
+        self.path = Path(path)
+        self._lazy = lazy
+        self.entries: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "AppendedLines":
+        there = self.path.exists()
+        if there and not self.path.is_file():
+            raise UserError(f"{self.path} is no regular file; name another one")
+        if there or not self._lazy:
+            self._open()
+            try:
+                self._read()
+            except BaseException:
+                self._file.close()
+                raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._file is None:
+            return
+        if not self.entries and os.fstat(self._file.fileno()).st_size == 0:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self._file.close()
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Writes one line for each entry. They reach the system at once: no later kill can lose them."""
+        entries = list(entries)
+        if self._file is None:
+            self._open()
+        try:
+            rest = memoryview("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise self._failure("written", error) from error
+        self.entries += entries
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes the lines of all other entries: the one change that is no addition."""
+        kept = [entry for entry in self.entries if wanted(entry)]
+        if len(kept) == len(self.entries):
+            return
+        try:
+            json_text.replace_file(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        except OSError as error:
+            raise self._failure("written", error) from error
+        self._file.close()
+        self._open()
+        self.entries = kept
+
+    def _open(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab+", buffering=0)
+        except OSError as error:
+            raise self._failure("written", error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from error
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._file.truncate(whole)
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+            where = f"{self.path}, line {number}"
+            self.entries.append(json_text.parse_object(line, where, "mend or remove that line"))
+
+    def _failure(self, what: str, error: OSError) -> UserError:
+        return UserError(f"{self.path} cannot be {what} ({error.strerror}); make room there or name another file")

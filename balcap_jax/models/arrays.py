@@ -1,0 +1,169 @@
+"""Parameters on disk (`params/` of a model directory): written array by array or layer by layer, read back by Orbax.
+
+Orbax writes a tree only as a whole, which a model that is larger than memory rules out. Its format without OCDBT is a
+directory per parameter, named by the path with dots, that holds a zarr array. So Orbax writes the tree's metadata over
+placeholders, and TensorStore, through which Orbax itself reads and writes, puts the arrays in their places: one chunk
+per layer, so that a layer can be written and read alone. Arrays are not compressed: the mantissas of weights are noise.
+"""
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from balcap_jax import json_text
+from balcap_jax.disk_errors import drop_stragglers, quieten_orbax
+from balcap_jax.errors import UserError
+
+# A chunk is compressed, checked and buffered as a whole, several at a time.
+_CHUNK_BYTES = 64 * 2**20
+_COPY_AGAIN = "copy the model again, or convert or save it anew"
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has a leading layer axis."""
+    return "layers/" in path
+
+
+def size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, ts.TensorStore]:
+    """Makes the arrays {path: (shape, dtype)} below `directory`; write each with `arrays[path][...].write(x).result()`.
+
+    Every element must be written before the directory is read.
+    """
+    quieten_orbax()
+    drop_stragglers()
+    placeholders = {path: np.zeros(1, dtype) for path, (_, dtype) in specs.items()}
+    # Of several processes the one that calls this writes alone: Orbax must not wait for the others.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me} if jax.process_count() > 1 else None, barrier_sync_key_prefix="alone"
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, multiprocessing_options=alone)
+    with _without_merge_warning(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(directory, flax.traverse_util.unflatten_dict(placeholders, sep="/"))
+    return {path: _open(directory, path, _metadata(path, *spec)) for path, spec in specs.items()}
+
+
+def write_tree(directory: Path, params: Mapping[str, Any]) -> None:
+    """Writes a whole tree of arrays; one parameter at a time is brought to the host."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    arrays = create(directory, {path: (leaf.shape, np.dtype(leaf.dtype)) for path, leaf in flat.items()})
+    for path, leaf in flat.items():
+        arrays[path].write(np.asarray(leaf)).result()
+
+
+def open_all(directory: Path) -> dict[str, ts.TensorStore]:
+    """The arrays {path: array} below `directory`; read them, whole or layer by layer, with `read`.
+
+    Raises:
+      UserError: there are none, or one cannot be opened.
+    """
+    with _reading(directory):
+        tree = json_text.read_object(directory / "_METADATA", _COPY_AGAIN)
+        try:
+            if tree.get("use_ocdbt"):
+                raise ValueError("OCDBT")
+            leaves = tree["tree_metadata"].values()
+            for leaf in leaves:
+                # Orbax would read an array of another kind in another way, or leave it out.
+                kind = leaf["value_metadata"]
+                if kind["value_type"] != "np.ndarray" or kind.get("skip_deserialize"):
+                    raise ValueError("value_metadata")
+            paths = ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError("its _METADATA is not what this version writes") from error
+        return {path: _open(directory, path) for path in paths}
+
+
+def read(directory: Path, array: ts.TensorStore, layer: int | None = None) -> np.ndarray:
+    """One of the arrays of `open_all(directory)`, or one layer of it. Raises UserError when it is damaged."""
+    with _reading(directory):
+        return (array if layer is None else array[layer]).read().result()
+
+
+def restore(directory: Path, like: Any) -> Any:
+    """The tree with the types and shardings of `like` (ShapeDtypeStructs); each device reads what it holds.
+
+    Raises UserError when it is damaged.
+    """
+    with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(directory, like)
+
+
+def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    chunk = list(shape)
+    axis = 0
+    if is_stacked(path):
+        chunk[0], axis = 1, 1
+    if len(chunk) > axis:
+        row = math.prod(chunk) // max(chunk[axis], 1) * dtype.itemsize
+        chunk[axis] = max(1, min(chunk[axis], _CHUNK_BYTES // max(row, 1)))
+    return {
+        "shape": list(shape),
+        "chunks": chunk,
+        "dtype": "bfloat16" if dtype == jax.numpy.bfloat16 else dtype.str,
+        "compressor": None,
+        "order": "C",
+        "dimension_separator": ".",
+        "fill_value": None,
+    }
+
+
+def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) -> ts.TensorStore:
+    spec: dict[str, Any] = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(directory / path.replace("/", "."))},
+        # Orbax takes a chunk that is not there for a damaged checkpoint, so zeros are written too.
+        "store_data_equal_to_fill_value": True,
+    }
+    if metadata is None:
+        # Unasked, TensorStore takes a chunk that is not there for zeros.
+        return ts.open(spec | {"fill_missing_data_reads": False}, open=True, read=True).result()
+    return ts.open(spec | {"metadata": metadata}, create=True, delete_existing=True).result()
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """What goes wrong with the files below `directory` becomes one UserError, without tracebacks beside it."""
+    quieten_orbax()
+    drop_stragglers()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        # TensorStore: "STATUS: what: ... local file "name": ... cause [tensorstore_spec=...]"
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = re.sub(r"\s*\[(tensorstore_spec|source locations).*", "", text, flags=re.DOTALL)
+        reason = " ".join((text if isinstance(error, OSError) else text.rpartition(": ")[2]).split())
+        file = re.search(r'local file "(.*?)"', text)
+        if file and file[1] not in reason:
+            reason = f"{file[1]}: {reason}"
+        raise UserError(f"the parameters at {directory} cannot be read: {reason}; {_COPY_AGAIN}") from error
+
+
+@contextlib.contextmanager
+def _without_merge_warning() -> Iterator[None]:
+    """Orbax warns that it finds no OCDBT parts to merge, even where it was told to write none."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

@@ -1,0 +1,51 @@
+"""The fields of a model (config group `model`) as a file gives them, checked against the schema of configurations."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from balcap_jax import config as configuration
+from balcap_jax.config_fields import FIELDS
+from balcap_jax.errors import UserError
+
+DEFAULTS = {
+    field.name.removeprefix("model."): field.default
+    for field in FIELDS
+    if field.name.startswith("model.") and field.name != "model.path"
+}
+
+LATER = ("attention",)
+"""Fields that models of earlier versions do not name; they were what the default is."""
+
+# Models of one family do without these of the other; a family that needs one says that it is missing.
+_MAY_LACK = {
+    *(*LATER, "vocab", "keep_unused", "qkv_bias", "mrope_section", "window_size", "full_attention_layers"),
+    *("min_image_tokens", "max_image_tokens", "max_aspect", "wide_images"),
+}
+
+
+def check(fields: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Checks names, types, ranges and what the fields demand of each other.
+
+    Besides those of the config group there may be "vision_norm_eps", where the tower has another epsilon than the
+    decoder, and "prompt", what the model was trained to answer.
+
+    Raises:
+      UserError: one line that begins with `what`, names the field and ends in `remedy`.
+    """
+    missing = [name for name in DEFAULTS if name not in fields and name not in _MAY_LACK]
+    if missing:
+        raise UserError(f"{what} lacks the field {missing[0]!r}; {remedy}")
+    if groups := [name for name, value in fields.items() if isinstance(value, Mapping)]:
+        raise UserError(f"{what}: the field {groups[0]!r} is an object, not one value; {remedy}")
+    config = configuration.default_config()
+    config.model.update({name: fields.get(name, default) for name, default in DEFAULTS.items()})
+    try:
+        configuration.check(config)
+    except UserError as error:
+        raise UserError(f"{what}: {error}; {remedy}") from error
+    epsilon = fields.get("vision_norm_eps", 1.0)
+    if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+        raise UserError(f"{what}: the field 'vision_norm_eps' must be a number > 0, got {epsilon!r}; {remedy}")
+    if not isinstance(fields.get("prompt", ""), str):
+        raise UserError(f"{what}: the field 'prompt' must be a string, got {fields['prompt']!r}; {remedy}")

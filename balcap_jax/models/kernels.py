@@ -1,0 +1,167 @@
+"""Attention by library kernels where whole sequences meet, in prefill and update, with `attention` as the reference.
+
+A kernel returns one softmax and not its normaliser, so the prompt's keys stand before the branch's own in one array
+here, per layer and only while it runs: a few MB, where the logits that a kernel never writes down are hundreds. The
+token-by-token decoding keeps the two-part form of `attention`, which reads the prompt's keys once for all G branches.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from balcap_jax import sharding
+from balcap_jax.errors import UserError
+from balcap_jax.models import attention
+
+KINDS = ("auto", "einsum", "dot_product", "splash")
+LANES = 128  # The kernel's blocks are multiples of it, and so are the sequences that it is given.
+
+
+def resolve(kind: str, head_size: int, dtype: str) -> str:
+    """What `auto` means on the devices that the program is for: splash on TPU, cuDNN's kernel on GPU, else einsum.
+
+    Raises:
+      UserError: splash is asked for on a TPU and the heads' size is none that it takes.
+    """
+    platform = sharding.platform()
+    if kind == "auto":
+        if platform == "tpu":
+            return "einsum" if head_size % LANES else "splash"
+        return "dot_product" if platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16") else "einsum"
+    if kind == "splash" and platform == "tpu" and head_size % LANES:
+        raise UserError(
+            f"model.attention = splash takes heads of a multiple of {LANES} features, here they have {head_size}; "
+            "choose einsum"
+        )
+    return kind
+
+
+def causal(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attention.causal` by the kernel `kind`. What padding queries read differs; no real token sees it.
+
+    q [B, P, N, H]; k, v [B, M, P, H]; mask [B, P] bool -> [B, P, N, H].
+    """
+    kind = resolve(kind, q.shape[-1], q.dtype.name)
+    if kind == "einsum":
+        return attention.causal(q, k, v, mask)
+    if kind == "dot_product":
+        length = q.shape[1]
+        # A padding query sees itself: a row without any key has no softmax.
+        allowed = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, :] | jnp.eye(length, dtype=bool)
+        return _dot_product(q, k, v, allowed)
+    segments = _padded(mask, 1)
+    q, k, v = (_padded(x, axis)[:, None] for x, axis in ((q, 1), (k, 2), (v, 2)))
+    return _splash(q, k, v, segments, segments, offset=0)[:, 0, : mask.shape[1]]
+
+
+def over_prompt(
+    kind: str,
+    q: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    prefix_mask: jax.Array,
+    branch_k: jax.Array,
+    branch_v: jax.Array,
+) -> jax.Array:
+    """`attention.prefix_and_branch` of whole branches, causal in themselves, by the kernel `kind`.
+
+    q [B, G, R, N, H]; prefix_k, prefix_v [B, M, P, H]; prefix_mask [B, P] bool; branch_k, branch_v [B, G, M, R, H] ->
+    [B, G, R, N, H].
+    """
+    kind = resolve(kind, q.shape[-1], q.dtype.name)
+    batch, group, length = q.shape[:3]
+    if kind == "einsum":
+        visible = jnp.tril(jnp.ones((length, length), bool))
+        return attention.prefix_and_branch(q, prefix_k, prefix_v, prefix_mask, branch_k, branch_v, visible)
+
+    def joined(prefix: jax.Array, branch: jax.Array) -> jax.Array:
+        repeated = jnp.broadcast_to(prefix[:, None], (batch, group, *prefix.shape[1:]))
+        return jnp.concatenate([repeated, branch], axis=-2)
+
+    if kind == "dot_product":
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (joined(prefix_k, branch_k), joined(prefix_v, branch_v)))
+        over_prefix = jnp.broadcast_to(prefix_mask[:, None, None], (batch, group, length, prefix_mask.shape[1]))
+        over_branch = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, group, length, length))
+        allowed = jnp.concatenate([over_prefix, over_branch], -1).reshape(batch * group, length, -1)
+        return _dot_product(q.reshape(-1, *q.shape[2:]), k, v, allowed).reshape(q.shape)
+    prefix_k, prefix_v, branch_k, branch_v = (_padded(x, -2) for x in (prefix_k, prefix_v, branch_k, branch_v))
+    here = _padded(prefix_mask, 1)
+    every = jnp.ones((batch, branch_k.shape[-2]), here.dtype)
+    segments = jnp.concatenate([here, every], axis=1)
+    k, v = joined(prefix_k, branch_k), joined(prefix_v, branch_v)
+    return _splash(_padded(q, 2), k, v, every, segments, offset=here.shape[1])[:, :, :length]
+
+
+def _dot_product(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """q [B, T, N, H]; k, v [B, M, S, H]; allowed [B, T, S]."""
+    cudnn = sharding.platform() in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=allowed[:, None], implementation="cudnn" if cudnn else "xla"
+    ).astype(q.dtype)
+
+
+def _padded(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with `axis` filled up to a multiple of LANES; a mask becomes int32 segments, 1 for what is real."""
+    x = x.astype(jnp.int32) if x.dtype == bool else x
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % LANES)
+    return jnp.pad(x, padding)
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, offset: int
+) -> jax.Array:
+    """Query t sees keys up to t + offset of its own segment.
+
+    q [B, G, T, N, H]; k, v [B, G, M, S, H]; q_segments [B, T], k_segments [B, S] int32 -> [B, G, T, N, H].
+    """
+    q = (q * q.shape[-1] ** -0.5).swapaxes(2, 3)
+
+    def attend(q, k, v, q_segments, k_segments):
+        kernel = _kernel(q.shape[2], q.shape[3], k.shape[3], offset, sharding.platform() != "tpu")
+        segment_ids = _library().SegmentIds(q_segments, k_segments)
+        of_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        return jax.vmap(of_group)(q, k, v, segment_ids)
+
+    # A kernel is no operation that the partitioner could split, so its part is named for each device.
+    split = sharding.shard_mapped(
+        attend,
+        (q, k, v, q_segments, k_segments),
+        (("batch", None, "heads"),) * 3 + (("batch",),) * 2,
+    )
+    return split(q, k, v, q_segments, k_segments).swapaxes(2, 3)
+
+
+def _library():
+    # Imported where it is used: it takes a second, and other machines have no use for it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    return splash_attention_kernel
+
+
+@functools.cache
+def _kernel(heads: int, queries: int, keys: int, offset: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    library = _library()
+    rows, columns = _block(queries), _block(keys)
+    sizes = library.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_kv_dkv_compute=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset) for _ in range(heads)])
+    with jax.ensure_compile_time_eval():  # Its tables are constants, not values of the program being traced.
+        return library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+
+def _block(length: int) -> int:
+    """The largest block of up to 512 that divides `length`, a multiple of LANES."""
+    return next(block for block in (512, 384, 256, 128) if length % block == 0)

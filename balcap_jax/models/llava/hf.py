@@ -1,0 +1,191 @@
+"""LLaVA-1.5 between Hugging Face checkpoints (`LlavaForConditionalGeneration`) and our parameters; see `models.hf`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from balcap_jax.models.hf import (
+    MATRIX,
+    VECTOR,
+    Row,
+    decoder_rows,
+    dense,
+    patches,
+    require,
+    require_processing,
+    require_sizes,
+)
+from balcap_jax.models.llava.processing import VICUNA_TEMPLATE
+from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
+
+MODEL_TYPE = "llava"
+ARCHITECTURE = "LlavaForConditionalGeneration"
+
+# Checkpoints of transformers 4 carry the first name of each kind, those that transformers 5 writes the second for the
+# tower; names of the modules themselves are taken as they are.
+RENAMES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+_TOWER = "model.vision_tower"
+_PROJECTOR = "model.multi_modal_projector"
+_CLIP_SIZES = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+}  # unless the file says others
+_INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
+
+
+def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[rows * columns * channels, width] to its axes."""
+    side = math.isqrt(shape[0] // 3)
+    return side, side, 3, shape[1]
+
+
+def _norm(name: str, path: str) -> tuple[Row, ...]:
+    return Row(f"{name}.weight", f"{path}/scale", VECTOR), Row(f"{name}.bias", f"{path}/bias", VECTOR)
+
+
+def _tower_layers(path: str) -> tuple[Row, ...]:
+    layer = f"{_TOWER}.encoder.layers.{{}}"
+    return (
+        *_norm(f"{layer}.layer_norm1", f"{path}/attention_norm"),
+        *(row for x in "qkv" for row in dense(f"{layer}.self_attn.{x}_proj", f"{path}/{x}")),
+        *dense(f"{layer}.self_attn.out_proj", f"{path}/o", inputs=2),
+        *_norm(f"{layer}.layer_norm2", f"{path}/mlp_norm"),
+        *dense(f"{layer}.mlp.fc1", f"{path}/up"),
+        *dense(f"{layer}.mlp.fc2", f"{path}/down"),
+    )
+
+
+TABLE = (
+    Row(f"{_TOWER}.embeddings.class_embedding", "vision/patches/class_token", VECTOR),
+    # [width, channel, row, column]
+    Row(
+        f"{_TOWER}.embeddings.patch_embedding.weight",
+        "vision/patches/patch/kernel",
+        patches(2, 3, 1, 0, split=_split_patch),
+    ),
+    Row(f"{_TOWER}.embeddings.position_embedding.weight", "vision/patches/positions", MATRIX),
+    *_norm(f"{_TOWER}.pre_layrnorm", "vision/patches/norm"),
+    *_tower_layers("vision/layers"),
+    *_tower_layers("vision/unused/layers"),
+    # No feature depends on the last norm; transformers builds it all the same.
+    Row(
+        f"{_TOWER}.post_layernorm.weight",
+        "vision/unused/norm/scale",
+        VECTOR,
+        fill=(1.0, "vision/patches/norm/scale"),
+    ),
+    Row(f"{_TOWER}.post_layernorm.bias", "vision/unused/norm/bias", VECTOR, fill=(0.0, "vision/patches/norm/bias")),
+    *dense(f"{_PROJECTOR}.linear_1", "projector/first"),
+    *dense(f"{_PROJECTOR}.linear_2", "projector/second"),
+    *decoder_rows("model.language_model"),
+)
+
+
+def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config group `model` of a complete config.json. Raises ValueError or KeyError for what we cannot build."""
+    text, tower = config["text_config"], config["vision_config"]
+    require(config, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+    require(config, multimodal_projector_bias=(True, None))
+    require(text, model_type="llama", hidden_act="silu", attention_bias=(False, None), mlp_bias=(False, None))
+    require(text["rope_parameters"], rope_type="default")
+    require(tower, model_type="clip_vision_model", hidden_act="quick_gelu", num_channels=(3, None))
+    require_sizes(tower, "image_size", "patch_size")
+    require_sizes(text, "hidden_size", "num_attention_heads")
+    if not isinstance(config["vision_feature_layer"], int):
+        raise ValueError(f"vision_feature_layer is {config['vision_feature_layer']!r}, only one layer is built")
+    image_tokens = (tower["image_size"] // tower["patch_size"]) ** 2
+    return {
+        "family": "llava",
+        "image_size": tower["image_size"],
+        "patch_size": tower["patch_size"],
+        "vision_width": tower["hidden_size"],
+        "vision_layers": tower["num_hidden_layers"],
+        "vision_heads": tower["num_attention_heads"],
+        "vision_mlp": tower["intermediate_size"],
+        "vision_norm_eps": tower["layer_norm_eps"],
+        "feature_layer": config["vision_feature_layer"],
+        "keep_unused": True,
+        "width": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": text["num_key_value_heads"],
+        "head_size": text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        "mlp": text["intermediate_size"],
+        "rope_theta": float(text["rope_parameters"]["rope_theta"]),
+        "norm_eps": text["rms_norm_eps"],
+        "tied_embeddings": bool(config["tie_word_embeddings"]),
+        "vocab": text["vocab_size"],
+        "template": VICUNA_TEMPLATE,
+        "prompt_tokens": image_tokens + _INSTRUCTION_TOKENS,
+    }
+
+
+def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """No field: CLIP's image processor is built as it is. Raises ValueError for one that does something else."""
+    require_processing(processor, kind="CLIPImageProcessor", mean=PIXEL_MEAN, std=PIXEL_STD)
+    side = fields["image_size"]
+    processor = _CLIP_SIZES | dict(processor)
+    require(processor, do_center_crop=(True, None), patch_size=(fields["patch_size"], None))
+    require(processor, size=({"shortest_edge": side}, side), crop_size=({"height": side, "width": side}, side))
+    return {}
+
+
+def image_token(config: Mapping[str, Any]) -> int:
+    """The id that config.json gives image tokens."""
+    return config["image_token_index"]
+
+
+def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of a model that came from no checkpoint; `ids` holds vocab, image, bos, eos and pad.
+
+    Layers behind `feature_layer` that have no parameters are left out: the features are then those of the last one.
+    """
+    layer, layers = fields["feature_layer"], fields["vision_layers"]
+    if not fields.get("keep_unused"):
+        layer, layers = -1, layers + 1 + layer if layer < 0 else layer
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "image_token_index": ids["image"],
+        "image_seq_length": (fields["image_size"] // fields["patch_size"]) ** 2,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": fields["tied_embeddings"],
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": "default",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_act": "quick_gelu",
+            "image_size": fields["image_size"],
+            "patch_size": fields["patch_size"],
+            "hidden_size": fields["vision_width"],
+            "num_hidden_layers": layers,
+            "num_attention_heads": fields["vision_heads"],
+            "intermediate_size": fields["vision_mlp"],
+            "layer_norm_eps": fields.get("vision_norm_eps") or fields["norm_eps"],
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": ids["vocab"],
+            "hidden_size": fields["width"],
+            "num_hidden_layers": fields["layers"],
+            "num_attention_heads": fields["heads"],
+            "num_key_value_heads": fields["kv_heads"],
+            "head_dim": fields["head_size"],
+            "intermediate_size": fields["mlp"],
+            "rms_norm_eps": fields["norm_eps"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
+            "tie_word_embeddings": fields["tied_embeddings"],
+            "bos_token_id": ids["bos"],
+            "eos_token_id": ids["eos"],
+            "pad_token_id": ids["pad"],
+        },
+    }

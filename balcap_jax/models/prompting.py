@@ -1,0 +1,139 @@
+"""What the processors of all families share: instructions to token rows of length P, target texts, text again."""
+
+import functools
+import string
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from balcap_jax.errors import UserError
+
+# For tokenizers without chat words: the image and the instruction alone.
+PLAIN_TEMPLATE = "{image} {prompt}"
+
+
+class PromptTooLong(UserError):
+    """A prompt that needs `needed` tokens, `image_tokens` of them the image's, where there is room for fewer."""
+
+    def __init__(self, name: str, needed: int, image_tokens: int, room: int):
+        super().__init__(
+            f"the prompt of {name} needs {needed} tokens ({image_tokens} of them the image's) but "
+            f"model.prompt_tokens is {room}; raise model.prompt_tokens or shorten the prompt"
+        )
+        self.needed = needed
+
+
+class PromptProcessor:
+    """Base of a family's processor, which is a frozen dataclass with (at least) these fields.
+
+    `prompt_tokens` is P; shorter prompts are padded on the right, longer ones are refused, since cutting one would cut
+    image tokens. `template` holds `{image}`, where the image tokens go, and `{prompt}`, where the instruction goes;
+    `image_token` is the word of one image token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_tokens: int
+    image_token: str
+    template: str
+
+    def encode_responses(self, responses: Sequence[Sequence[str]], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Target texts [B][G] to tokens [B, G, R] ending in the end token, and their mask; longer ones are cut."""
+        shape = (len(responses), len(responses[0]), max_tokens)
+        tokens = np.full(shape, self.tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(shape, bool)
+        for row, group in enumerate(responses):
+            for column, text in enumerate(group):
+                ids = self.tokenizer.encode(self.without_special_tokens(text), add_special_tokens=False)
+                ids = [*ids, self.tokenizer.eos_token_id][:max_tokens]
+                tokens[row, column, : len(ids)] = ids
+                mask[row, column, : len(ids)] = True
+        return tokens, mask
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        """Tokens [..., R] to a flat list of texts, special tokens dropped."""
+        return self.tokenizer.batch_decode(tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True)
+
+    def without_special_tokens(self, text: str) -> str:
+        """Text of a data set must not be able to bring image placeholders, ends or padding along."""
+        for token in self._special_words:
+            text = text.replace(token, " ")
+        return text
+
+    def encode_prompts(
+        self, prompts: Sequence[str], image_tokens: Sequence[int], ids: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Instructions to tokens [B, P] and their mask, `image_tokens` placeholders in each.
+
+        Raises:
+          PromptTooLong: a prompt needs more than P tokens.
+          UserError: it is no Unicode text, or does not hold as many image tokens as it should.
+        """
+        tokens = np.full((len(prompts), self.prompt_tokens), self.tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, (name, instruction, count) in enumerate(zip(ids, prompts, image_tokens, strict=True)):
+            encoded = self._encode(instruction, count, name)
+            tokens[row, : len(encoded)] = encoded
+            mask[row, : len(encoded)] = True
+        return tokens, mask
+
+    @functools.cached_property
+    def _special_words(self) -> tuple[str, ...]:
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return tuple(dict.fromkeys([self.image_token, *self.tokenizer.all_special_tokens, *added]))
+
+    def _encode(self, instruction: str, image_tokens: int, name: str) -> list[int]:
+        try:
+            instruction.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the prompt of {name} is no Unicode text (bytes that are not UTF-8, or half of a surrogate pair); "
+                f"write it anew"
+            ) from error
+        instruction = self.without_special_tokens(instruction)
+        text = fill(self.template, image=self.image_token * image_tokens, prompt=instruction)
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None:
+            encoded = [bos, *encoded]
+        if len(encoded) > self.prompt_tokens:
+            raise PromptTooLong(name, len(encoded), image_tokens, self.prompt_tokens)
+        placed = encoded.count(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        if placed != image_tokens:
+            raise UserError(
+                f"the prompt of {name} holds {placed} image tokens but the vision tower gives {image_tokens}; "
+                f"model.template must contain {{image}} exactly once"
+            )
+        return encoded
+
+
+def fill(template: str, **values: str) -> str:
+    """The template with its `{name}`s filled in; unlike `str.format` it looks into no value, and formats none.
+
+    Raises:
+      UserError: it holds braces for anything else.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+        for _, name, form, conversion in parts:
+            if name is not None and (name not in values or form or conversion):
+                raise ValueError(f"{{{name}}} in it stands for nothing")
+    except ValueError as error:
+        known = " and ".join(f"{{{name}}}" for name in values)
+        raise UserError(f"model.template is no template ({error}); it takes {known}, other braces doubled") from error
+    return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)
+
+
+def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
+    """What errors call the samples of a batch."""
+    return ids or [f"sample {i}" for i in range(count)]
+
+
+def forbidden_tokens(tokenizer: PreTrainedTokenizerBase, image_token: int, vocab: int) -> tuple[int, ...]:
+    """Ids that no response may hold: special tokens but the end token, and rows of the embedding without a word.
+
+    Checkpoints pad their embedding beyond the tokenizer's words (Qwen2.5-VL: 151,936 rows for 151,665 words).
+    """
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = {image_token, tokenizer.pad_token_id, *tokenizer.all_special_ids, *added}
+    return tuple(sorted((special | set(range(len(tokenizer), vocab))) - {tokenizer.eos_token_id}))

@@ -1,0 +1,63 @@
+"""Sizes of the published models, as fields of the config group `model`.
+
+What their `config.json` says (tested); here so that a recipe is whole before its checkpoint is on the disk, and so that
+programs for it can be compiled without one.
+"""
+
+LLAVA_15_7B = {
+    "family": "llava",
+    "image_size": 336,
+    "patch_size": 14,
+    "vision_width": 1024,
+    "vision_layers": 24,
+    "vision_heads": 16,
+    "vision_mlp": 4096,
+    "feature_layer": -2,
+    "keep_unused": True,
+    "width": 4096,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_size": 128,
+    "mlp": 11008,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-5,
+    "tied_embeddings": False,
+    "vocab": 32064,
+}
+
+_QWEN25_VL = {
+    "family": "qwen2_5_vl",
+    "patch_size": 14,
+    "vision_width": 1280,
+    "vision_layers": 32,
+    "vision_heads": 16,
+    "vision_mlp": 3420,
+    "window_size": 112,
+    "full_attention_layers": (7, 15, 23, 31),
+    "head_size": 128,
+    "rope_theta": 1000000.0,
+    "mrope_section": (16, 24, 24),
+    "norm_eps": 1e-6,
+    "qkv_bias": True,
+}
+
+QWEN25_VL_3B = _QWEN25_VL | {
+    "width": 2048,
+    "layers": 36,
+    "heads": 16,
+    "kv_heads": 2,
+    "mlp": 11008,
+    "tied_embeddings": True,
+    "vocab": 151936,
+}
+
+QWEN25_VL_7B = _QWEN25_VL | {
+    "width": 3584,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "mlp": 18944,
+    "tied_embeddings": False,
+    "vocab": 152064,
+}

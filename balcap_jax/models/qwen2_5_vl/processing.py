@@ -1,0 +1,135 @@
+"""Images and instructions to static-shape prompts of Qwen2.5-VL, and tokens back to text, on the host."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from balcap_jax.errors import UserError
+from balcap_jax.models.policy import Prompt
+from balcap_jax.models.prompting import PromptProcessor, names_of
+from balcap_jax.models.qwen2_5_vl.vision import PIXEL_MEAN, QwenImages, VisionConfig
+from balcap_jax.models.qwen2_5_vl.windows import MERGE, grid_of, patches_of, plan
+
+# What the chat template of Qwen2.5-VL gives for one user message of an image and a text.
+CHATML_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VLProcessor(PromptProcessor):
+    """`processor(images, prompts)` gives a Prompt of NumPy arrays; `processor.decode(tokens)` gives text.
+
+    An image is resized to as many merged tokens as its size asks for, at least `min_image_tokens` and at most I.
+    Images whose longest side is more than `vision.max_aspect` times the shortest are padded to that aspect
+    (`wide_images` "letterbox") or refused ("reject"); `counts["wide"]` says how many there were, `counts["images"]`
+    how many images in all.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vision: VisionConfig
+    prompt_tokens: int
+    min_image_tokens: int
+    wide_images: str = "letterbox"
+    image_token: str = "<|image_pad|>"
+    template: str = CHATML_TEMPLATE
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter, compare=False, repr=False)
+
+    @property
+    def image_tokens(self) -> int:
+        """I: the most tokens of an image."""
+        return self.vision.max_image_tokens
+
+    def __call__(
+        self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None
+    ) -> Prompt:
+        """Builds the prompts of B images.
+
+        Args:
+          images: B arrays uint8 [height, width, 3] of any size.
+          prompts: B instructions; `ids` names the samples in errors.
+
+        Raises:
+          UserError: a prompt needs more than P tokens, or an image is too wide and `wide_images` says to refuse it.
+        """
+        packed = self.prepare_images(images, ids)
+        counts = packed.token_mask.sum(-1).tolist()
+        tokens, mask = self.encode_prompts(prompts, counts, names_of(ids, len(prompts)))
+        is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.image_token)
+        # The last patch of an image says how large its grid is.
+        grids = packed.positions.max(axis=(1, 2)) // MERGE + 1
+        return Prompt(tokens, mask, mrope_positions(is_image, mask, grids), packed)
+
+    def prepare_images(self, images: Sequence[np.ndarray], ids: Sequence[str] | None = None) -> QwenImages:
+        """What the policy's `encode` and `features` take of B images. Raises UserError as `__call__` does."""
+        return QwenImages(*map(np.stack, zip(*map(self._lay_out, images, names_of(ids, len(images))), strict=True)))
+
+    def _lay_out(self, image: np.ndarray, name: str) -> QwenImages:
+        """One image, without the B axis."""
+        c = self.vision
+        picture = self._narrow_enough(Image.fromarray(image).convert("RGB"), name)
+        factor = MERGE * c.patch_size
+        rows, columns = grid_of(
+            picture.height,
+            picture.width,
+            factor=factor,
+            min_tokens=self.min_image_tokens,
+            max_tokens=c.max_image_tokens,
+        )
+        resized = picture.resize((columns * factor, rows * factor), Image.Resampling.BICUBIC)
+        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=c.max_image_tokens)
+        patches = np.where(
+            where.mask[..., None], patches_of(np.asarray(resized), c.patch_size)[where.slot], np.uint8(0)
+        )
+        return QwenImages(patches, where.mask, where.positions, where.back, where.token_mask)
+
+    def _narrow_enough(self, picture: Image.Image, name: str) -> Image.Image:
+        limit = self.vision.max_aspect
+        long, short = max(picture.size), min(picture.size)
+        self.counts["images"] += 1
+        if long <= limit * short:
+            return picture
+        self.counts["wide"] += 1
+        if self.wide_images == "reject":
+            raise UserError(
+                f"the image of {name} is {picture.width} x {picture.height} pixels, beyond the aspect of "
+                f"model.max_aspect = {limit:g}; leave it out, or set model.wide_images to letterbox"
+            )
+        # Twice as long as any resized picture gets is enough: a strip's canvas would be its length squared.
+        longest = 2 * math.ceil(math.sqrt(self.image_tokens * limit)) * MERGE * self.vision.patch_size
+        if long > longest:
+            picture = picture.resize(
+                [max(1, round(side * longest / long)) for side in picture.size], Image.Resampling.BICUBIC
+            )
+            long = longest
+        # The pixels' mean is what normalisation makes 0 of.
+        colour = tuple(round(255 * float(mean)) for mean in PIXEL_MEAN)
+        size = tuple(max(length, math.ceil(long / limit)) for length in picture.size)
+        padded = Image.new("RGB", size, colour)
+        padded.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+        return padded
+
+
+def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray) -> np.ndarray:
+    """Rotary positions (time, row, column) of prompts with one image each: int32 [B, P, 3], 0 on padding.
+
+    Text counts up by one on all three axes. The image's tokens stand at one time, rows and columns counting from where
+    the text stopped; the text behind it goes on after the largest of them (`get_rope_index` of transformers).
+
+    Args:
+      is_image, mask: [B, P] bool, padding on either side. grids: [B, 2], rows and columns of the images' tokens.
+    """
+    positions = np.zeros((*mask.shape, 3), np.int32)
+    for out, image, real, (rows, columns) in zip(positions, is_image, mask, grids, strict=True):
+        before = int(np.flatnonzero(image)[0] - np.flatnonzero(real)[0])
+        after = int(real.sum()) - before - rows * columns
+        grid = np.stack(np.broadcast_arrays(0, *np.indices((rows, columns))), axis=-1).reshape(-1, 3) + before
+        text = np.arange(after)[:, None] + before + max(rows, columns)
+        out[real] = np.concatenate([np.arange(before)[:, None].repeat(3, 1), grid, text.repeat(3, 1)])
+    return positions

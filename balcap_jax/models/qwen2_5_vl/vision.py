@@ -1,0 +1,219 @@
+"""The vision tower of Qwen2.5-VL over window-major slots (see `windows`), and the merger to the decoder's width."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balcap_jax.models import decoder
+from balcap_jax.models.attention import MASKED
+from balcap_jax.models.decoder import RMSNorm
+from balcap_jax.models.qwen2_5_vl.windows import MERGE, windows_needed
+from balcap_jax.sharding import constrain
+
+Params = dict[str, Any]
+
+# Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+# Fixed in the architecture, not part of published configurations.
+FRAMES = 2
+NORM_EPS = 1e-6
+ROPE_THETA = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower. `full_attention_layers` (from 0) attend to the whole image, the others within windows.
+
+    `window_size` is in pixels; `max_image_tokens` is I. `remat`: none | dots | full.
+    """
+
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    window_size: int
+    full_attention_layers: tuple[int, ...]
+    max_image_tokens: int
+    max_aspect: float = 4.0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def window_side(self) -> int:
+        """Merged tokens along a window's side."""
+        return self.window_size // MERGE // self.patch_size
+
+    @property
+    def slots(self) -> int:
+        """S: patches of a window."""
+        return (self.window_side * MERGE) ** 2
+
+    @property
+    def windows(self) -> int:
+        """W."""
+        return windows_needed(self.max_image_tokens, self.max_aspect, self.window_side)
+
+    @property
+    def patch_features(self) -> int:
+        return 3 * self.patch_size**2
+
+
+class QwenImages(NamedTuple):
+    """B images in window-major slots.
+
+    patches uint8 [B, W, S, 3 * patch * patch] (channel, row, column); mask [B, W, S] bool, False where a slot is empty;
+    positions int32 [B, W, S, 2], row and column in patches; back int32 [B, I], where each merged token of the raster
+    lies among the W * S / 4 merged slots; token_mask [B, I] bool.
+    """
+
+    patches: jax.Array
+    mask: jax.Array
+    positions: jax.Array
+    back: jax.Array
+    token_mask: jax.Array
+
+
+class PatchEmbedding(nn.Module):
+    """uint8 patches [..., 3 * patch * patch] -> [..., width].
+
+    The reference convolves FRAMES frames, which are one and the same for an image: so the kernel is summed over them.
+    """
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        c = self.config
+        over_both = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
+        kernel = self.param("kernel", over_both, (FRAMES, c.patch_features, c.width))
+        channels = patches.reshape(*patches.shape[:-1], 3, -1).astype(jnp.float32) / 255.0
+        pixels = (channels - PIXEL_MEAN[:, None]) / PIXEL_STD[:, None]
+        dtype = jnp.dtype(c.dtype)
+        return pixels.reshape(patches.shape).astype(dtype) @ kernel.sum(0).astype(dtype)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer layer: windowed or full attention, SwiGLU, biases everywhere."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, is_full: jax.Array | bool
+    ) -> jax.Array:
+        """x [B, W, S, width], rope of [B, W, S] (see `rope_table`), mask [B, W, S] -> [B, W, S, width]."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        heads = (c.heads, c.width // c.heads)
+        shape, x = x.shape, x.reshape(-1, c.width)
+        h = RMSNorm(NORM_EPS, name="attention_norm")(x)
+        q, k, v = (
+            nn.DenseGeneral(heads, dtype=dtype, name=name)(h).reshape(*shape[:-1], *heads) for name in ("q", "k", "v")
+        )
+        read = attend(c, decoder.rotate(q, rope), decoder.rotate(k, rope), v, mask, is_full)
+        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(read.reshape(-1, *heads))
+        h = RMSNorm(NORM_EPS, name="mlp_norm")(x)
+        gate, up = (nn.Dense(c.mlp, dtype=dtype, name=name)(h) for name in ("gate", "up"))
+        return (x + nn.Dense(c.width, dtype=dtype, name="down")(nn.silu(gate) * up)).reshape(shape)
+
+
+class Merger(nn.Module):
+    """Features [..., 4 * width] of merged tokens -> embeddings [..., D]: two layers with GELU between."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.dtype)
+        x = nn.gelu(nn.Dense(x.shape[-1], dtype=dtype, name="first")(x), approximate=False)
+        return nn.Dense(self.width, dtype=dtype, name="second")(x)
+
+
+def attend(
+    config: VisionConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, is_full: jax.Array | bool
+) -> jax.Array:
+    """Attention of q, k, v [B, W, S, N, H] within each window or, if `is_full`, over all of them; only one is run."""
+
+    def windowed(q, k, v, mask):
+        logits = jnp.einsum("bwqnh,bwknh->bwnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        logits = jnp.where(mask[:, :, None, None], logits, MASKED)
+        return jnp.einsum("bwnqk,bwknh->bwqnh", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+    def full(*arrays):
+        return windowed(*(x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in arrays)).reshape(q.shape)
+
+    if q.shape[1] == 1 or not config.full_attention_layers:
+        return windowed(q, k, v, mask)
+
+    def either(q, k, v, mask, is_full):
+        return jax.lax.cond(is_full, full, windowed, q, k, v, mask)
+
+    # What a conditional keeps for the backward pass it keeps for both branches: without this every window layer would
+    # hold room for the attention weights of a full one.
+    either = jax.checkpoint(either) if config.remat == "none" else either
+    return either(q, k, v, mask, is_full)
+
+
+def rope_table(config: VisionConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., 1, H/2] of positions [..., 2]: half of them for row and column each."""
+    quarter = config.width // config.heads // 4
+    frequency = ROPE_THETA ** (-np.arange(quarter, dtype=np.float32) / quarter)
+    angles = (positions[..., None].astype(jnp.float32) * frequency).reshape(*positions.shape[:-1], 1, 2 * quarter)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def full_layers(config: VisionConfig) -> np.ndarray:
+    """[L] bool: which layers attend to the whole image."""
+    return np.isin(np.arange(config.layers), config.full_attention_layers)
+
+
+def init(config: VisionConfig, rng: jax.Array) -> Params:
+    """Random parameters of the tower: `patch`, and `layers` stacked over L."""
+    patch_key, layer_key = jax.random.split(rng)
+    patches = jnp.zeros((1, 1, 1, config.patch_features), jnp.uint8)
+    x = jnp.zeros((1, 1, 1, config.width), jnp.dtype(config.dtype))
+    rope = rope_table(config, jnp.zeros((1, 1, 1, 2)))
+    block, mask = VisionBlock(config), jnp.ones((1, 1, 1), bool)
+    keys = jax.random.split(layer_key, config.layers)
+    return {
+        "patch": PatchEmbedding(config).init(patch_key, patches)["params"],
+        "layers": jax.vmap(lambda key: block.init(key, x, rope, mask, False)["params"])(keys),
+    }
+
+
+def init_merger(config: VisionConfig, width: int, rng: jax.Array) -> Params:
+    """Random parameters of the merger to the decoder's `width`: `norm` over patches, `first`, `second`."""
+    merged = jnp.zeros((1, MERGE**2 * config.width))
+    return {"norm": {"scale": jnp.ones(config.width)}} | Merger(width, config.dtype).init(rng, merged)["params"]
+
+
+def encode(config: VisionConfig, params: Params, images: QwenImages) -> jax.Array:
+    """The tower's output [B, W, S, width], in slots; empty ones hold finite noise that no other slot has seen."""
+    x = PatchEmbedding(config).apply({"params": params["patch"]}, images.patches)
+    rope = rope_table(config, images.positions)
+    block = VisionBlock(config)
+
+    def layer(x, inputs):
+        weights, is_full = inputs
+        return block.apply({"params": weights}, constrain(x, "rows"), rope, images.mask, is_full), None
+
+    x, _ = jax.lax.scan(decoder.remat(layer, config.remat), x, (params["layers"], full_layers(config)))
+    return x
+
+
+def merged_features(config: VisionConfig, merger: Params, images: QwenImages, x: jax.Array) -> jax.Array:
+    """The tower's output [B, W, S, width] -> features [B, I, 4 * width] in raster order: normed, four patches joined.
+
+    Only the I tokens are taken out of the slots, so that the merger's matrices and the decoder see no padding slots.
+    """
+    normed = RMSNorm(NORM_EPS).apply({"params": merger["norm"]}, x)
+    merged = normed.reshape(x.shape[0], -1, MERGE**2 * config.width)
+    taken = jnp.take_along_axis(merged, images.back[..., None], axis=1)
+    return jnp.where(images.token_mask[..., None], taken, 0)
