@@ -1,0 +1,246 @@
+"""Hugging Face checkpoint directories to model directories of ours, and back.
+
+    python -m balcap_jax.convert --from_hf=Qwen2.5-VL-3B-Instruct --out=qwen3b      before training or captioning
+    python -m balcap_jax.convert --to_hf=my-captioner --from=RUN/model              for transformers, vLLM and others
+
+Numbers keep their type and come back bit for bit. They pass a layer at a time, so that a model needs the memory of its
+largest tensor and no more.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from balcap_jax import json_text
+from balcap_jax.arguments import place
+from balcap_jax.config import CommandParser
+from balcap_jax.config_fields import RUN_FIELDS
+from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.models import Policy, arrays, hf, loading, safetensors_files
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+SHARD_GB = 5.0
+"""Largest shard; the one that transformers writes."""
+PLAIN_SECONDS = 10.0  # between progress lines, when the output is no terminal
+
+Report = Callable[[int], None]
+
+
+def from_hf(
+    source: str | os.PathLike, out: str | os.PathLike, *, dtype: str | None = None, progress: bool = False
+) -> Path:
+    """Converts the Hugging Face checkpoint directory `source` to the model directory `out`.
+
+    Args:
+      source: config.json, safetensors shards of fp32, fp16 or bf16, and the tokenizer's files.
+      out: what `models.load` then reads; must not exist.
+      dtype: a key of DTYPES that all parameters are cast to; None = as they are.
+
+    Raises:
+      UserError: the checkpoint is incomplete or damaged or of another architecture, or cannot be written.
+    """
+    source, out = _existing(source, hf.CONFIG), _new(out)
+    checkpoint = loading.open_checkpoint(source)
+    loading.carried_files(source)  # One that is torn is found here.
+    fields = loading.DEFAULTS | checkpoint.fields
+    policy, _ = loading.build_saved(source, fields)
+    loading.check_image_token(checkpoint, policy)
+    shapes = loading.flat_shapes(jax.eval_shape(policy.init, jax.random.key(0)))
+    pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
+    types = hf.types(checkpoint, pieces)
+    if dtype is not None:
+        types = dict.fromkeys(types, DTYPES[dtype])
+    total = sum(arrays.size(shapes[path], types[path]) for path in shapes)
+    with loading.written_aside(out, "the model") as aside, _progress(total, progress) as report:
+        stores = arrays.create(aside / loading.PARAMS, {path: (shapes[path], types[path]) for path in shapes})
+        for path, layer, array in hf.read_arrays(checkpoint, pieces):
+            place = stores[path] if layer is None else stores[path][layer]
+            array = array.astype(types[path], copy=False)
+            place.write(array).result()
+            report(array.nbytes)
+        loading.carry_files(source, aside)
+        loading.write_names(aside, {name: tensor.name for name, tensor in checkpoint.tensors.items()})
+        loading.write_fields(aside, fields)
+    return out
+
+
+def to_hf(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    shard_gb: float = SHARD_GB,
+    progress: bool = False,
+) -> Path:
+    """Converts the model directory `source` to the Hugging Face checkpoint directory `out`.
+
+    Tensors have the names that they had in the checkpoint that the model came from, and those of published checkpoints
+    if it came from none. Adapters are merged already in the models that training saves.
+
+    Args:
+      source: a directory that `from_hf` or training wrote.
+      out: must not exist.
+      dtype: a key of DTYPES that all tensors are cast to; None = as they are stored.
+      shard_gb: largest shard, in units of 10^9 bytes.
+
+    Raises:
+      UserError: the model is incomplete, or cannot be written.
+    """
+    if not 0 < shard_gb < float("inf"):
+        raise UserError(f"--shard_gb must be more than 0 and finite, got {shard_gb}")
+    source, out = _existing(source, loading.MODEL), _new(out)
+    fields = loading.read_fields(source)
+    family = loading.CHECKPOINTS[fields["family"]]
+    loading.carried_files(source)  # One that is torn is found here.
+    if hf.is_checkpoint(source):
+        _check_config(source, fields)
+    policy, processor = loading.build_saved(source, fields)
+    stores = loading.open_params(source / loading.PARAMS, jax.eval_shape(policy.init, jax.random.key(0)))
+    names = loading.source_names(source)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        return arrays.read(source / loading.PARAMS, stores[path], layer)
+
+    types = {path: store.dtype.numpy_dtype for path, store in stores.items()}
+    tensors = hf.new_tensors(
+        family,
+        {path: tuple(store.shape) for path, store in stores.items()},
+        types,
+        read,
+        names=names,
+        dtype=None if dtype is None else DTYPES[dtype],
+    )
+    with (
+        loading.written_aside(out, "the checkpoint") as aside,
+        _progress(sum(tensor.size for tensor in tensors), progress) as report,
+    ):
+        safetensors_files.write_directory(aside, tensors, shard_bytes=max(1, int(shard_gb * 1e9)), progress=report)
+        loading.carry_files(source, aside)
+        _write_config(aside, fields, policy, processor, dtype or types["decoder/embed"].name)
+    return out
+
+
+def _check_config(source: Path, fields: Mapping[str, Any]) -> None:
+    """Raises UserError where the config.json that a model carries describes another model."""
+    carried = hf.read_fields(source, tuple(loading.CHECKPOINTS.values()))[1]
+    for name in sorted(carried.keys() - set(RUN_FIELDS)):
+        given, own = carried[name], fields.get(name)
+        if given != own and not (isinstance(given, list) and list(own or ()) == given):
+            raise UserError(
+                f"{source / hf.CONFIG} says that {name} is {given!r}, {loading.MODEL} beside it {own!r}; put the file "
+                f"there that belongs to the model"
+            )
+
+
+def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, processor: Any, dtype: str) -> None:
+    """Makes config.json name the type of the tensors, and makes the file itself for a model that has none."""
+    path = directory / hf.CONFIG
+    if path.exists():
+        config = json_text.read_object(path, "download it again")
+        known = [key for key in ("dtype", "torch_dtype") if key in config]
+        if all(config[key] == dtype for key in known):
+            return
+        config |= dict.fromkeys(known, dtype)
+    else:
+        tokenizer = processor.tokenizer
+        ids = {"bos": tokenizer.bos_token_id, "eos": policy.eos_token, "pad": policy.pad_token}
+        family = loading.CHECKPOINTS[fields["family"]]
+        config = family.config_to_hf(fields, ids | {"image": policy.image_token, "vocab": policy.vocab})
+        config["dtype"] = dtype
+        generation = {f"{name}_token_id": number for name, number in ids.items()}
+        _write_json(directory / "generation_config.json", generation)
+    _write_json(path, config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _existing(path: str | os.PathLike, holds: str) -> Path:
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise UserError(f"there is no directory {path}; give one that holds {holds}")
+    if holds == loading.MODEL and not (path / holds).exists() and hf.is_checkpoint(path):
+        raise UserError(f"{path} is a Hugging Face checkpoint already; --from takes a model directory of ours")
+    if holds == hf.CONFIG and (path / loading.MODEL).exists():
+        raise UserError(f"{path} is a model directory of ours already; --from_hf takes a Hugging Face checkpoint")
+    return path
+
+
+def _new(path: str | os.PathLike) -> Path:
+    path = Path(path).expanduser().absolute()
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists; delete it, or give a directory that does not")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Report]:
+    """Gives a function that is told the bytes done: a bar on a terminal, else a line every few seconds."""
+    if not shown:
+        yield lambda size: None
+        return
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda size: bar.advance(task, size)
+        return
+    done, started = 0, time.perf_counter()
+    said = started
+
+    def report(size: int) -> None:
+        nonlocal done, said
+        done, now = done + size, time.perf_counter()
+        if done >= total or now - said >= PLAIN_SECONDS:
+            said, seconds = now, now - started
+            print(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {seconds:.0f} s", flush=True)
+
+    yield report
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="python -m balcap_jax.convert",
+        description="Converts Hugging Face checkpoints to our models (--from_hf, --out) and back (--to_hf, --from).",
+    )
+    parser.add_argument("--from_hf", metavar="DIR", type=place, help="checkpoint directory: config.json, safetensors")
+    parser.add_argument("--out", metavar="DIR", type=place, help="model directory to write; must not exist")
+    parser.add_argument("--to_hf", metavar="DIR", type=place, help="checkpoint directory to write; must not exist")
+    parser.add_argument("--from", metavar="DIR", type=place, dest="source", help="model directory to read")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the numbers; default: as they are")
+    parser.add_argument(
+        "--shard_gb", type=float, default=SHARD_GB, metavar="GB", help=f"largest shard of --to_hf; default {SHARD_GB:g}"
+    )
+    arguments = parser.parse_args(argv)
+    given = {name for name in ("from_hf", "out", "to_hf", "source") if getattr(arguments, name) is not None}
+    dtype, shard_gb = arguments.dtype, arguments.shard_gb
+    if given == {"from_hf", "out"}:
+        print(from_hf(arguments.from_hf, arguments.out, dtype=dtype, progress=True))
+    elif given == {"to_hf", "source"}:
+        print(to_hf(arguments.source, arguments.to_hf, dtype=dtype, shard_gb=shard_gb, progress=True))
+    else:
+        parser.error("give either --from_hf and --out, or --to_hf and --from")
+
+
+if __name__ == "__main__":
+    main()
