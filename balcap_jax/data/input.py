@@ -1,4 +1,4 @@
-"""Batches for any random-access data set of dict examples: shuffled, sharded, checkpointable, without TensorFlow."""
+"""Batches for any random-access data set of dict examples: shuffled, checkpointable, without TensorFlow."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -16,8 +16,7 @@ def make_dataset(
     *,
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
     shuffle: bool = True,
     repeat: bool = True,
     threads: int = 2,
@@ -25,29 +24,35 @@ def make_dataset(
 ) -> grain.DatasetIterator:
     """Returns an iterator over batches of `source`, as columns (see `as_columns`).
 
-    All shards draw from one order, shuffled anew in each epoch from (`seed`, epoch); shard `shard_index` of
-    `shard_count` takes every `shard_count`-th example of it, so that in an epoch no example is seen twice, and every
-    shard has the same number of batches. What does not fill a batch is left out, other examples in each epoch.
-    The order does not depend on `threads` (0 reads in the calling thread) or `prefetch` (batches read ahead).
+    The order is shuffled anew in each epoch from (`seed`, epoch); what does not fill a batch is left out, other
+    examples in each epoch. Of each batch only `rows` (indices into it; None = all) are read: processes that share a
+    global batch read a part of it each, and what the batch is does not depend on their number. The order does not
+    depend on `threads` (0 reads in the calling thread) or `prefetch` (batches read ahead) either.
 
-    The iterator's `get_state()` is JSON-able, and `set_state` goes on with exactly the batch that would have followed.
+    The iterator's `get_state()` is JSON-able and the same whatever `rows` are, and `set_state` goes on with exactly
+    the batch that would have followed.
 
-    Raises UserError when a shard cannot fill one batch.
+    Raises UserError when the source cannot fill one batch.
     """
-    if not 0 <= shard_index < shard_count:
-        raise ValueError(f"shard_index {shard_index} is not in [0, {shard_count})")
-    length = len(source) // shard_count
-    if length < batch_size:
+    if len(source) < batch_size:
         raise UserError(
-            f"a batch of {batch_size} needs more examples than there are: {len(source)} in the data set"
-            f" over {shard_count} shard(s); lower the batch size or enlarge the split"
+            f"a batch of {batch_size} needs more examples than there are: {len(source)} in the data set; lower the "
+            "batch size or enlarge the split"
         )
-    dataset = grain.MapDataset.source(_AsText(source)).seed(seed)
+    wanted = range(batch_size) if rows is None else [int(row) for row in rows]
+    if any(not 0 <= row < batch_size for row in wanted):
+        raise ValueError(f"rows {list(wanted)} are not all in [0, {batch_size})")
+    text = _AsText(source)
+
+    def read(indices: np.ndarray) -> Batch:
+        return as_columns([text[indices[row]] for row in wanted])
+
+    # The order is one of indices, so that what another process has of a batch is not read here.
+    dataset = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset[: length * shard_count][shard_index::shard_count]
     # Batches are cut before the repetition: one never holds examples of two epochs, so never the same example twice.
-    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=as_columns)
+    dataset = dataset.batch(batch_size, drop_remainder=True).map(read)
     if repeat:
         dataset = dataset.repeat()
     # Read ahead only a little: a batch of images is large, and the update is slower than the reading.

@@ -24,15 +24,20 @@ from balcap_jax.data.scenes import faults, language, questions, render, world
 from balcap_jax.errors import UserError
 
 PROMPT = "Describe the picture."
-# Splits draw their scenes from ranges of seeds that cannot meet: each range is far longer than any split.
+# Splits draw their scenes from ranges of seeds that cannot meet: each range is far longer than any split. The data set
+# of another seed begins behind them all.
 FIRST_SEED = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000}
+SEEDS_OF_A_DATA_SET = 3_000_000_000
 # Streams of random numbers of one scene; apart from each other, so that one more question changes no caption.
 _REFERENCE, _CAPTIONS, _QUESTIONS = 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScenesSettings:
-    """What the examples depend on, apart from the code. `image_size` in pixels, splits in numbers of examples."""
+    """What the examples depend on, apart from the code. `image_size` in pixels, splits in numbers of examples.
+
+    Data sets of two values of `seed` have no scene in common, whichever the splits.
+    """
 
     train: int = 4096
     validation: int = 256
@@ -40,11 +45,12 @@ class ScenesSettings:
     image_size: int = 96
     captions_per_image: int = 4
     questions_per_image: int = 5
+    seed: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = {"image_size": 24, "captions_per_image": 0, "questions_per_image": 0}.get(field.name, 1)
+            least = {"image_size": 24, "captions_per_image": 0, "questions_per_image": 0, "seed": 0}.get(field.name, 1)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"scenes: {field.name} must be an integer of at least {least}, not {value!r}")
             if field.name in FIRST_SEED and value > 1_000_000_000:
@@ -55,7 +61,7 @@ class ScenesSettings:
         """The directory name: every setting, and a digest of the code that makes the examples."""
         return (
             f"{self.image_size}px-{self.train}-{self.validation}-{self.test}"
-            f"-{self.captions_per_image}c-{self.questions_per_image}q-{code_digest()}"
+            f"-{self.captions_per_image}c-{self.questions_per_image}q-s{self.seed}-{code_digest()}"
         )
 
 
@@ -117,7 +123,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
 def make_example(split: str, index: int, settings: ScenesSettings) -> dict:
     """Example `index` of `split`; the image is an encoded PNG in a file object, which TFDS stores as it is."""
-    seed = FIRST_SEED[split] + index
+    seed = settings.seed * SEEDS_OF_A_DATA_SET + FIRST_SEED[split] + index
     scene = world.sample_scene(seed)
     streams = {stream: np.random.default_rng([0xCA9710, stream, seed]) for stream in range(1, 4)}
     return {

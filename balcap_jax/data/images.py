@@ -1,0 +1,139 @@
+"""Reads pictures of any origin: a file becomes an RGB array, or an `ImageError` that names the reason."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageMode
+
+# What is tried, and nothing else: some of Pillow's other readers start outside programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# Endings of files that are looked at in a folder.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+
+# Pillow's own limit for decompression bombs, at which it only warns (it refuses at twice that).
+MAX_PIXELS = 89_478_485
+# JPEGs beyond this are shrunk by 2, 4 or 8 while they are decoded, but never below the shorter side, which is several
+# times what any vision tower here looks at.
+HUGE_PIXELS = 16_000_000
+HUGE_SHORT_SIDE = 1536
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """A file that cannot be read as a picture; the text is the reason, without the file's name."""
+
+
+def read(path: str | os.PathLike | bytes) -> np.ndarray:
+    """The picture in a file, or in the bytes of one, upright, as uint8 [height, width, 3].
+
+    The EXIF orientation is applied, transparent parts lie over white, 16-bit and floating-point greys are scaled to
+    8 bits, an animation gives its first frame. Colour profiles are not applied, as in the models' own processors.
+
+    Raises:
+      ImageError: no such file, no picture, a damaged one, or more than MAX_PIXELS pixels.
+    """
+    with _opened(path) as image:
+        _shrink_while_decoding(image)
+        image.load()  # before its EXIF data: for those of a PNG, Pillow would load it where errors are forgiven
+        upright = _TRANSPOSITIONS.get(_orientation(image))
+        picture = to_rgb(image)
+        return np.asarray(picture if upright is None else picture.transpose(upright))
+
+
+def check(path: str | os.PathLike | bytes) -> None:
+    """Raises ImageError where the file does not even begin as a picture that `read` takes. Decodes nothing."""
+    with _opened(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; whatever is wrong with it inside the block becomes an ImageError."""
+    if isinstance(path, bytes):
+        path = io.BytesIO(path)
+    else:
+        path = Path(path)
+        try:
+            if not path.is_file():  # a named pipe would block, a device may never end
+                raise ImageError("no regular file" if path.exists() else "no such file")
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise ImageError(f"cannot be looked at: {error.strerror}") from error
+    # TensorFlow Datasets switches this on for the whole process: the missing part of a picture would be grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(image)
+            yield image
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"no picture in a known format ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"too large: more than {MAX_PIXELS} pixels; shrink it") from error
+    except MemoryError as error:
+        raise ImageError("too large for this machine's memory; shrink it") from error
+    # Decoders raise whatever comes up in damaged data: OSError, SyntaxError, struct.error, EOFError, IndexError, ..
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"damaged: {reason}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as RGB."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if ImageMode.getmode(image.mode).typestr[1:] not in ("b1", "u1"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 or 32 bits as uint8. Pillow's own conversion would make all above 255 white."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values.astype(np.float64))
+        top = values.max(initial=0.0)
+        scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / top
+    else:  # 16-bit values, though some formats keep them in 32 bits
+        scale = 255.0 / max(65535, int(values.max(initial=0)))
+    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"too large: {image.width} x {image.height} is more than {MAX_PIXELS} pixels; shrink it")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF data is common on the web, and the picture beside it is whole
+        return 1
+
+
+def _shrink_while_decoding(image: Image.Image) -> None:
+    if image.format not in ("JPEG", "MPO") or image.width * image.height <= HUGE_PIXELS:
+        return
+    for factor in (8, 4, 2):
+        if min(image.size) >= factor * HUGE_SHORT_SIDE:
+            image.draft(None, (image.width // factor, image.height // factor))
+            return
