@@ -8,5 +8,19 @@ from balcap_jax.judges.schema import Judge
 
 
 def build(config: Mapping[str, Any], seed: int) -> Judge:
-    """The judge of the config group `judge`."""
-    return OracleJudge(failure_rate=config["failure_rate"], seed=seed)
+    """The judge of the config group `judge`. Close it in the end.
+
+    Raises:
+      UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model.
+    """
+    if config["name"] == "oracle":
+        return OracleJudge(failure_rate=config["failure_rate"], seed=seed)
+    from balcap_jax.judges.remote import RemoteJudge, make_client  # HTTP only where it is needed.
+
+    client = make_client(config, seed)
+    try:
+        client.connect()
+    except BaseException:
+        client.close()
+        raise
+    return RemoteJudge(client, config["max_tokens"])

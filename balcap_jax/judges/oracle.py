@@ -9,12 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from balcap_jax.data.scenes.answering import answer_from
 from balcap_jax.data.scenes.language import NUMBERS, Claim, Subject
 from balcap_jax.data.scenes.reading import Parsed, covers, parse
 from balcap_jax.data.scenes.world import Scene, SceneObject
 from balcap_jax.errors import UserError
 from balcap_jax.judges.schema import (
     Assertion,
+    ChoiceQuestion,
+    ChoiceVerdict,
     Failure,
     LinguisticQuestion,
     LinguisticVerdict,
@@ -22,6 +25,7 @@ from balcap_jax.judges.schema import (
     PrecisionVerdict,
     RecallQuestion,
     RecallVerdict,
+    Usage,
 )
 
 CRITERIA = ("clarity", "fluency", "coherency")
@@ -60,6 +64,9 @@ class OracleJudge:
     same question fails in every run: a stand-in for a judge that is unreachable or answers nonsense.
     """
 
+    about: Mapping[str, str] = {}
+    is_exact = True  # and free: evaluations ask it more than the reward does
+
     def __init__(self, failure_rate: float = 0.0, seed: int = 0):
         if not 0.0 <= failure_rate <= 1.0:
             raise ValueError(f"failure_rate must be within [0, 1], got {failure_rate}")
@@ -71,7 +78,7 @@ class OracleJudge:
         for question in questions:
             scene = _scene_of(question.metadata)
             failure = self._failure("precision", question.caption, str(scene.seed))
-            answers.append(failure or judge_precision(question.caption, scene))
+            answers.append(failure or judge_precision(question.caption, scene, pointability=question.pointability))
         return answers
 
     def recall(self, questions: Sequence[RecallQuestion]) -> list[RecallVerdict | Failure]:
@@ -86,6 +93,22 @@ class OracleJudge:
             for question in questions
         ]
 
+    def choice(self, questions: Sequence[ChoiceQuestion]) -> list[ChoiceVerdict | Failure]:
+        """Needs the scenes' own `query`. Answers only what the caption states; else with the last option.
+
+        Raises UserError for a question that is not about a scene.
+        """
+        return [
+            self._failure("choice", question.caption, question.question, str(question.draw)) or judge_choice(question)
+            for question in questions
+        ]
+
+    def usage(self) -> Usage:
+        return Usage()
+
+    def close(self) -> None:
+        pass
+
     def _failure(self, *content: str) -> Failure | None:
         if not self.failure_rate:
             return None
@@ -95,12 +118,12 @@ class OracleJudge:
         return None
 
 
-def judge_precision(caption: str, scene: Scene) -> PrecisionVerdict:
-    """One assertion per unique claim of the caption."""
+def judge_precision(caption: str, scene: Scene, *, pointability: bool = True) -> PrecisionVerdict:
+    """One assertion per unique claim of the caption. Without `pointability` remarks hold: nothing refutes them."""
     facts = _facts(scene)
     assertions = []
     for claim in parse(caption).claims:
-        why = _refutation(claim, facts)
+        why = _refutation(claim, facts) if pointability or claim.kind != "remark" else ""
         assertions.append(
             Assertion(text=claim.text, why=why, verified=not why, pointable=claim.kind not in ("remark", "unparsable"))
         )
@@ -114,6 +137,18 @@ def judge_recall(caption: str, units: Sequence[str]) -> RecallVerdict:
 
 def judge_linguistic(caption: str) -> LinguisticVerdict:
     return LinguisticVerdict(**dict(zip(CRITERIA, _marks(parse(caption)), strict=True)))
+
+
+def judge_choice(question: ChoiceQuestion) -> ChoiceVerdict:
+    """The letter of the option that the caption states; the last letter, of "cannot answer", where it states none."""
+    if not isinstance(question.query, Mapping):
+        raise UserError(
+            "the oracle judge answers the questions of scenes only: use it with that data set, or choose another judge "
+            "(judge.name)"
+        )
+    stated = answer_from(parse(question.caption), question.query, [text for _, text in question.options])
+    letters = [letter for letter, text in question.options if text == stated]
+    return ChoiceVerdict(answer=letters[0] if letters else question.options[-1][0])
 
 
 def _marks(parsed: Parsed) -> list[int]:
@@ -166,7 +201,7 @@ def _scene_of(metadata: Mapping[str, Any]) -> Scene:
         )
     try:
         return _read_scene(scene)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f'the scene graph in metadata["scene"] cannot be read ({error}): rebuild the data set'
         ) from error

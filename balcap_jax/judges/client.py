@@ -1,0 +1,370 @@
+"""Questions to language models over OpenAI-compatible chat endpoints: many at once, each with one answer or a Failure.
+
+The transport alone: what is asked and what an answer means is the caller's (`judges.remote` for the rewards' judge).
+
+    client = ChatClient(ChatSettings(endpoints=(("http://localhost:8000/v1", 1.0),), model="judge"))
+    answers = client.ask([Ask(prompt="units.v1", messages=messages, schema=Units), ...])
+
+Requests run on an event loop in a thread of their own, so that `ask` is an ordinary call; Ctrl-C ends it.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pydantic
+
+from balcap_jax.errors import UserError
+from balcap_jax.judges import endpoints
+from balcap_jax.judges.endpoints import CallError, Endpoint
+from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
+from balcap_jax.judges.pictures import data_url, picture_hash
+from balcap_jax.judges.schema import Failure, Usage
+
+_BEGUN_PER_SLOT = 4  # calls under way per slot: those that wait before a retry leave their slots to others
+_LONGEST_BACK_OFF = 30.0  # seconds
+_CLOSING = 5.0  # seconds that requests under way are given to be cancelled
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings:
+    """Where and how to ask. `endpoints` are (base URL up to and with /v1, weight); limits are those of each endpoint.
+
+    rpm, tpm: requests and tokens a minute, 0 = no limit.
+    deadline: seconds of one question from its first request to its answer, all retries included.
+    attempt_timeout: seconds of one request.
+    retries: requests after the first; answers of 429 ("too many requests") do not count, only the deadline ends those.
+    api_key_env: name of the environment variable that holds the key, "" = no key.
+    temperature, seed: of the model's sampling; the seed is sent where the temperature is above 0.
+    answer_bytes: longest answer that is read.
+    """
+
+    endpoints: tuple[tuple[str, float], ...]
+    model: str
+    api_key_env: str = ""
+    concurrency: int = 32
+    rpm: int = 0
+    tpm: int = 0
+    deadline: float = 120.0
+    attempt_timeout: float = 60.0
+    retries: int = 4
+    temperature: float = 0.0
+    seed: int = 0
+    answer_bytes: int = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """One question.
+
+    prompt: name and version of the prompt text, such as "precision.v1"; for caches and records.
+    messages: ({"role": "system" | "user", "content": text}, ...), rendered.
+    schema: pydantic model of the answer, a JSON object; its fields are asked for in their order.
+    max_tokens: longest answer.
+    image: uint8 [height, width, 3], sent with the last message; None = text only.
+    check: says what is wrong with a well-formed answer ("" = nothing); such an answer is asked for again.
+    draw: numbers repetitions of the same question that are to be drawn anew.
+    """
+
+    prompt: str
+    messages: tuple[Mapping[str, str], ...]
+    schema: type[pydantic.BaseModel]
+    max_tokens: int = 1024
+    image: np.ndarray | None = None
+    check: Callable[[Any], str] | None = None
+    draw: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """`value` is an instance of the question's schema; tokens are those of the request that gave it, 0 if cached."""
+
+    value: Any
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached: bool = False
+
+
+class AnswerCache(Protocol):
+    """Answers of earlier runs, as JSON text by key. Failures are never put in."""
+
+    def get(self, key: str) -> str | None: ...
+
+    def put(self, key: str, value: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ChatClient:
+    """Asks chat endpoints; see the module. Use one per process, from one thread at a time, and `close` it."""
+
+    def __init__(self, settings: ChatSettings, cache: AnswerCache | None = None):
+        if not settings.endpoints:
+            raise ValueError("a ChatClient needs at least one endpoint")
+        self.settings = settings
+        self.cache = cache
+        self.model = settings.model
+        self._key = endpoints.read_key(settings.api_key_env)
+        self._usage = Usage()
+        self._urls: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._connected = False
+        self._random = random.Random()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---- for callers ------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Finds out how each endpoint takes questions, by asking it something small; does nothing the second time.
+
+        Raises:
+          UserError: an endpoint is down, refuses the key, or does not know the model.
+        """
+        if not self._connected:
+            self._run(self._connect())
+            self._connected = True
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]:
+        """One Answer or Failure per question, in order. The same question asked twice at once is sent once."""
+        self.connect()
+        keys = [self.key(ask) for ask in asks]
+        unique = dict(zip(keys, asks, strict=True))
+        found = self._run(self._answer_all(unique, len(keys) - len(unique)))
+        return [found[key] for key in keys]
+
+    def key(self, ask: Ask) -> str:
+        """The cache's key: everything that decides what the model answers, and nothing else."""
+        parts = {
+            "model": self.model,
+            "prompt": ask.prompt,
+            "messages": [dict(message) for message in ask.messages],
+            "image": "" if ask.image is None else picture_hash(ask.image),
+            "schema": endpoints.wire_schema(ask.schema),
+            "max_tokens": ask.max_tokens,
+            "temperature": self.settings.temperature,
+            "seed": self.settings.seed if self.settings.temperature else 0,
+            "draw": ask.draw,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def usage(self) -> Usage:
+        """Questions, tokens and failures since this client was made."""
+        return self._usage
+
+    def close(self) -> None:
+        """Ends requests under way and the thread. The client can't be used again."""
+        if self._loop is not None:
+            with_http = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            with contextlib.suppress(TimeoutError):  # The thread is a daemon's and dies with the process.
+                with_http.result(_CLOSING)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSING)
+            if not self._thread.is_alive():
+                self._loop.close()
+            self._loop = None
+        if self.cache is not None:
+            self.cache.close()
+
+    def __enter__(self) -> "ChatClient":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self, work: Any) -> Any:
+        """The result of a coroutine on the client's loop; an interrupted caller takes it back."""
+        if self._loop is None:
+            self._start()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge-client", daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    async def _open(self) -> None:
+        self._slots = asyncio.Semaphore(self.settings.concurrency)
+        self._http = endpoints.make_http(self.settings, self._key)
+        self._endpoints = [
+            Endpoint(url, weight, self._http, self.settings, self._key) for url, weight in self.settings.endpoints
+        ]
+
+    async def _close(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._http.aclose()
+
+    async def _connect(self) -> None:
+        if not self.model:
+            names = {endpoint.url: await endpoint.only_model() for endpoint in self._endpoints}
+            if len(set(names.values())) > 1:
+                listed = ", ".join(f"{name!r} at {url}" for url, name in names.items())
+                raise UserError(f"judge.model is empty, and the endpoints serve different models ({listed}); name one")
+            self.model = next(iter(names.values()))
+        for endpoint in self._endpoints:
+            await endpoint.detect(self.model)
+
+    # ---- questions --------------------------------------------------------------------------------------------------
+
+    async def _answer_all(self, asks: Mapping[str, Ask], repeated: int) -> dict[str, Answer | Failure]:
+        self._count(calls=repeated, cached=repeated)
+        found: dict[str, Answer | Failure] = {}
+        room = asyncio.Semaphore(_BEGUN_PER_SLOT * self.settings.concurrency)
+
+        async def answer(key: str, ask: Ask) -> None:
+            try:
+                found[key] = await self._answer(key, ask)
+            except Exception as error:  # Whatever is wrong with one question leaves the others alone, and is counted.
+                found[key] = self._failed("client", f"{type(error).__name__}: {error}")
+            finally:
+                room.release()
+
+        async with asyncio.TaskGroup() as group:
+            for key, ask in asks.items():
+                await room.acquire()
+                group.create_task(answer(key, ask))
+        return found
+
+    async def _answer(self, key: str, ask: Ask) -> Answer | Failure:
+        stored = self.cache.get(key) if self.cache is not None else None
+        if stored is not None:
+            try:
+                value = parse_answer(stored, ask.schema, ask.check)
+            except UnusableAnswer:
+                pass  # Of an older form, or damaged: ask again.
+            else:
+                self._count(calls=1, cached=1)
+                return Answer(value, cached=True)
+        answer = await self._call(ask)
+        if isinstance(answer, Answer):
+            self._count(calls=1)
+            if self.cache is not None:
+                self.cache.put(key, answer.value.model_dump_json(by_alias=True))
+        return answer
+
+    async def _call(self, ask: Ask) -> Answer | Failure:
+        """Requests until one gives a usable answer, retries or the deadline run out, or no endpoint can give one."""
+        loop, settings = asyncio.get_running_loop(), self.settings
+        ends: float | None = None  # Waiting for the first turn costs nothing: rate limits may make it long.
+        errors: list[CallError] = []
+        hopeless: set[str] = set()  # endpoints that can't answer this question, however often they are asked
+        counted = 0
+        while True:
+            try:
+                endpoint = await self._choose(hopeless, {error.url for error in errors[-1:]}, ends)
+            except CallError as error:
+                return self._failed_call(error, errors)
+            endpoint.under_way += 1
+            try:
+                await endpoint.admit(ask)
+                async with self._slots:
+                    now = loop.time()
+                    ends = now + settings.deadline if ends is None else ends
+                    return await self._request(endpoint, ask, min(now + settings.attempt_timeout, ends))
+            except CallError as caught:
+                error = caught
+            except BaseException:
+                endpoint.breaker.abandoned()
+                raise
+            finally:
+                endpoint.under_way -= 1
+            errors.append(error)
+            counted += error.kind != "busy"
+            if error.kind in ("endpoint", "question"):
+                hopeless.add(endpoint.url)
+            if counted > settings.retries or len(hopeless) == len(self._endpoints):
+                return self._failed_call(error, errors)
+            # A server that answers, if not as it should, is not overloaded.
+            wait = max(self._back_off(sum(error.kind != "answer" for error in errors)), error.retry_after)
+            if loop.time() + wait >= ends:
+                return self._failed_call(error, errors, f", deadline of {settings.deadline:g} s")
+            await asyncio.sleep(wait)
+
+    async def _request(self, endpoint: Endpoint, ask: Ask, ends: float) -> Answer:
+        """One request and what it means. Raises CallError."""
+        begun = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(ends):
+                reply = await endpoint.complete(self.model, self._body(ask), ask)
+        except TimeoutError as error:
+            endpoint.breaker.failed(ends)
+            raise CallError(endpoint.url, f"no answer within {ends - begun:.3g} s") from error
+        self._count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
+        if reply.problem:
+            raise CallError(endpoint.url, reply.problem, "answer", detail=reply.detail)
+        try:
+            return Answer(parse_answer(reply.text, ask.schema, ask.check), reply.tokens_in, reply.tokens_out)
+        except UnusableAnswer as error:
+            raise CallError(endpoint.url, str(error), "answer") from error
+
+    async def _choose(self, hopeless: set[str], last: set[str], ends: float | None) -> Endpoint:
+        """The least loaded endpoint for its weight, rather not the one that failed last; waits while all are shut.
+
+        Raises CallError when none opens before `ends`, or when all have been down for longer than a whole deadline.
+        """
+        loop = asyncio.get_running_loop()
+        left = [endpoint for endpoint in self._endpoints if endpoint.url not in hopeless]
+        begun = loop.time()
+        ends = begun + self.settings.deadline if ends is None else ends
+        while True:
+            now = loop.time()
+            if ready := [endpoint for endpoint in left if endpoint.breaker.may_call(now)]:
+                best = min(ready, key=lambda one: (one.url in last, (one.under_way + 1) / one.weight))
+                best.breaker.begin(now)
+                return best
+            down = min(left, key=lambda one: one.breaker.down_for(now))
+            if now >= ends or down.breaker.down_for(now) > self.settings.deadline:
+                raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint")
+            await asyncio.sleep(min(0.05, max(ends - now, 0.001)))
+
+    def _body(self, ask: Ask) -> list[dict[str, Any]]:
+        """The messages as they go over the wire, with the picture in the last one."""
+        messages = [dict(message) for message in ask.messages]
+        if ask.image is not None:
+            picture = {"type": "image_url", "image_url": {"url": self._picture(ask.image)}}
+            messages[-1]["content"] = [picture, {"type": "text", "text": messages[-1]["content"]}]
+        return messages
+
+    def _picture(self, image: np.ndarray) -> str:
+        """The data URL; a group's captions are of one picture, so that it is encoded once for all of them."""
+        name = picture_hash(image)
+        url = self._urls.pop(name, None) or data_url(image)
+        self._urls[name] = url
+        while len(self._urls) > 2 * self.settings.concurrency:
+            self._urls.popitem(last=False)
+        return url
+
+    def _back_off(self, failures: int) -> float:
+        """Seconds before the next request: doubled with each failure; scattered, so that calls do not meet again."""
+        return min(0.25 * 2 ** min(failures, 10), _LONGEST_BACK_OFF) * self._random.uniform(0.5, 1.0)
+
+    def _failed_call(self, last: CallError, errors: Sequence[CallError], ended_by: str = "") -> Failure:
+        requests = f"{len(errors)} request{'' if len(errors) == 1 else 's'}"
+        return self._failed(last.url, last.reason, last.detail, f" ({requests}{ended_by})")
+
+    def _failed(self, url: str, reason: str, detail: str = "", after: str = "") -> Failure:
+        clean = endpoints.cleaned(reason, self._key)
+        self._count(calls=1, failures=collections.Counter({f"{url}: {clean}": 1}))
+        more = f", {endpoints.cleaned(detail, self._key)}" if detail else ""
+        return Failure(f"{url}: {clean}{more}{after}")
+
+    def _count(self, **more: Any) -> None:
+        self._usage = self._usage + Usage(**more)

@@ -1,0 +1,71 @@
+"""The texts that judges are asked with: versioned files, rendered with what is to be judged as delimited data.
+
+A file is `<name>.v<version>.j2`: the system message, a line of `=== user ===`, the user message. A published version is
+never edited, since cached answers and records name it: a better text is a new version.
+
+Captions and references come from models and from the internet. `block(kind, text)` puts a text between two marks that
+hold a digest of all texts of the prompt: a text cannot hold a digest of itself, so that none can end its own block.
+"""
+
+import functools
+import hashlib
+import importlib.resources
+from typing import Any
+
+import jinja2
+
+CURRENT = {"precision": 1, "recall": 1, "linguistic": 1, "units": 1, "choice": 1, "rubric": 1}
+"""The version of each prompt that is asked."""
+
+_USER = "=== user ===\n"
+
+
+def name_of(prompt: str) -> str:
+    """Name and version, such as "precision.v1"."""
+    return f"{prompt}.v{CURRENT[prompt]}"
+
+
+def render(prompt: str, **texts: Any) -> tuple[dict[str, str], ...]:
+    """System and user message of a prompt.
+
+    Args:
+      prompt: a key of `CURRENT`, or name and version of a file.
+      texts: what the file's variables are, strings or (nested) lists of strings; it shows them through `block`.
+    """
+    name = name_of(prompt) if prompt in CURRENT else prompt
+    texts = {key: _printable(value) for key, value in texts.items()}
+    tag = _tag(name, texts)
+
+    def block(kind: str, text: str) -> str:
+        return f"<data-{tag} kind={kind}>\n{text}\n</data-{tag}>"
+
+    rendered = _template(name).render(**texts, block=block, tag=tag)
+    system, _, user = rendered.partition(_USER)
+    return {"role": "system", "content": system.strip()}, {"role": "user", "content": user.strip()}
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
+    source = importlib.resources.files(__package__).joinpath(f"{name}.j2").read_text(encoding="utf-8")
+    # Not escaped: a model reads this, and what ends a block is the tag.
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def _tag(name: str, texts: dict[str, Any]) -> str:
+    whole = repr((name, sorted(texts.items())))
+    for salt in range(100):
+        tag = hashlib.sha256(f"{salt}{whole}".encode()).hexdigest()[:16]
+        if tag not in whole:
+            return tag
+    raise AssertionError("sixty-four bits that are in a text a hundred times over")
+
+
+def _printable(value: Any) -> Any:
+    """Halves of surrogate pairs and control characters cannot be sent, or would end what servers read."""
+    if isinstance(value, str):
+        value = value.encode("utf-8", errors="replace").decode()
+        return "".join(
+            c if c in "\n\t" or c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value
+        )
+    return [_printable(item) for item in value]
