@@ -1,6 +1,22 @@
 """b-CapScore: one number that is high only when precision, recall and language are all high (method, section 5)."""
 
+from collections.abc import Sequence
+
 import numpy as np
+
+OBJECTIVES = ("precision", "recall", "linguistic")
+
+
+def three_of(rewards: np.ndarray, valid: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """Precision, recall and linguistic [...] of `rewards` [..., K], and whether all three are valid, of `valid`.
+
+    Of a reward without these objectives nothing is valid.
+    """
+    if not set(OBJECTIVES) <= set(names):
+        nothing = np.zeros(rewards.shape[:-1])
+        return nothing, nothing, nothing, nothing.astype(bool)
+    columns = [list(names).index(name) for name in OBJECTIVES]
+    return *(rewards[..., k] for k in columns), valid[..., columns].all(-1)
 
 
 def harmonic_mean(precision, recall, linguistic) -> np.ndarray:

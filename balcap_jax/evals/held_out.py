@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import numpy as np
 from PIL import Image
 
 from balcap_jax.errors import UserError
-from balcap_jax.evals.bcapscore import b_capscore, corpus_b_capscore, harmonic_mean
+from balcap_jax.evals.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore, harmonic_mean, three_of
 from balcap_jax.rewards.base import Samples, Scores, count_words
 
 # Samples of evaluations draw from a stream of their own: no training step has this number.
 EVALUATION_STEP = 2**31 - 1
+SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
 
 
-def to_samples(examples: Mapping[str, Sequence], captions: Sequence[Sequence[str]]) -> Samples:
-    """Columns of B examples and their captions [B][G] as a reward function takes them."""
+def to_samples(
+    examples: Mapping[str, Sequence], captions: Sequence[Sequence[str]], tokens: np.ndarray | None = None
+) -> Samples:
+    """Columns of B examples and their captions [B][G], of `tokens` [B, G] each, as a reward function takes them."""
     known = ("id", "image", "reference", "reference_units", "prompt", "captions")
     rows = range(len(captions))
     return Samples(
@@ -31,6 +35,7 @@ def to_samples(examples: Mapping[str, Sequence], captions: Sequence[Sequence[str
         reference_units=examples["reference_units"],
         images=examples["image"],
         metadata=[{name: examples[name][i] for name in examples if name not in known} for i in rows],
+        tokens=tokens,
     )
 
 
@@ -54,8 +59,8 @@ class Judged:
         words = np.array([[count_words(text) for text in group] for group in self.captions])
         reference_words = np.array([count_words(text) for text in examples["reference"]])
         inside = in_band(words, reference_words, *gate)
-        balanced = 100.0 * harmonic_mean(*np.moveaxis(scores.rewards, -1, 0))
-        whole = scores.valid.all(-1)
+        *three, whole = three_of(scores.rewards, scores.valid, names)
+        balanced = 100.0 * harmonic_mean(*three)
 
         def caption(b: int, g: int) -> dict[str, Any]:
             valid, rewards = scores.valid[b, g], scores.rewards[b, g]
@@ -73,7 +78,7 @@ class Judged:
         return [
             {
                 "id": examples["id"][b],
-                "image": f"images/{examples['id'][b]}.png",
+                "image": f"images/{picture_name(examples['id'][b])}",
                 "prompt": examples["prompt"][b],
                 "reference": examples["reference"][b],
                 "reference_units": list(examples["reference_units"][b]),
@@ -97,28 +102,40 @@ def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
     captions = [caption for record in records for caption in record["captions"]]
     columns = {name: [caption["rewards"][name] for caption in captions] for name in names}
     valid = np.array([[column[i] is not None for column in columns.values()] for i in range(len(captions))]).all(-1)
-    values = [np.array([value or 0.0 for value in column]) for column in columns.values()]
     kept = {name: [value for value in column if value is not None] for name, column in columns.items()}
     kept["b_capscore"] = [caption["b_capscore"] for caption in captions if caption["b_capscore"] is not None]
     for name in ("words", "tokens", "in_band", "truncated"):
         kept[name] = [float(caption[name]) for caption in captions]
     summary: dict[str, Any] = {name: _spread(column) for name, column in kept.items()}
-    if len(values) == 3:
+    if set(OBJECTIVES) <= set(names):
         # Equal to the mean of the captions' own scores up to rounding; kept as the metric's one definition.
-        summary["b_capscore"]["mean"] = _finite(b_capscore(*values, valid))
-        summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, valid)), "std": None}
+        values = [np.array([value or 0.0 for value in columns[name]]) for name in OBJECTIVES]
+        whole = np.array([[columns[name][i] is not None for name in OBJECTIVES] for i in range(len(captions))]).all(-1)
+        summary["b_capscore"]["mean"] = _finite(b_capscore(*values, whole))
+        summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, whole)), "std": None}
     return summary | {"n": len(captions), "images": len(records), "invalid": int((~valid).sum())}
 
 
 def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]) -> None:
-    """Writes samples/eval-<label>.jsonl and the pictures it names, where they are not there yet."""
+    """Writes samples/eval-<label>.jsonl and the pictures it names, where they are not there yet.
+
+    Photographs are shrunk to SHOWN_PIXELS: they are there to be looked at in the report.
+    """
     for name, image in images.items():
-        path = workdir / "samples" / "images" / f"{name}.png"
+        path = workdir / "samples" / "images" / picture_name(name)
         if not path.exists():
             file = io.BytesIO()
-            Image.fromarray(np.asarray(image)).save(file, format="PNG")
+            picture = Image.fromarray(np.asarray(image))
+            if max(picture.size) > SHOWN_PIXELS:
+                picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+            picture.save(file, format="PNG")
             write_bytes(path, file.getvalue())
     write_text(workdir / "samples" / f"eval-{label}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def picture_name(example_id: str) -> str:
+    """The file of an example's picture: ids are a data set's own, and may hold slashes."""
+    return urllib.parse.quote(example_id, safe="") + ".png"
 
 
 def write_text(path: Path, text: str) -> None:

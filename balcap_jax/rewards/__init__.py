@@ -1,18 +1,109 @@
-"""Reward functions: captions in, a [B, G, K] array with a validity mask out."""
+"""Reward functions: captions in, a [B, G, K] array with a validity mask out.
 
-from collections.abc import Mapping
+A reward of your own is a class of the form of `base.RewardFn` in a module that Python can import, and one line in a
+config: `config.rewards.name = "package.module:Class"`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from balcap_jax.errors import UserError
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import RewardFn, Samples, Scores, count_words
+from balcap_jax.rewards.caprl import CaprlReward
+from balcap_jax.rewards.feedquill import FeedquillReward
+from balcap_jax.rewards.joined import Joined
+from balcap_jax.rewards.length import LengthPenalised
+from balcap_jax.rewards.lexical import LexicalReward
+from balcap_jax.rewards.rubicap import RubicapReward
 
-REWARDS = {"balcap": BalCapReward}
+REWARDS: dict[str, type] = {
+    "balcap": BalCapReward,
+    "caprl": CaprlReward,
+    "rubicap": RubicapReward,
+    "feedquill": FeedquillReward,
+    "lexical": LexicalReward,
+}
 
 
-def build(config: Mapping[str, Any], judge: Judge) -> RewardFn:
+def resolve(name: str) -> type:
+    """The class that `rewards.name` names.
+
+    Raises:
+      UserError: neither one of REWARDS, nor an importable class of the form of a reward.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    where = f"config field 'rewards.name' is {name!r}:"
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, REWARDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "or package.module:Class for one of your own"
+        raise UserError(f"{where} rewards are {', '.join(REWARDS)}; {hint}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # Whatever the module raises while it is imported is its author's to mend.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where} it cannot be imported ({type(error).__name__}: {reason})") from error
+    problem = _problem(found)
+    if problem:
+        raise UserError(f"{where} {problem}; see balcap_jax/rewards/base.py")
+    return found
+
+
+def _problem(found: Any) -> str:
+    """What keeps an object from being a reward; "" = nothing."""
+    if not isinstance(found, type) or not hasattr(found, "__call__"):  # noqa: B004 - of its objects
+        return "it is no class whose objects can be called"
+    for name in ("names", "gated", "needs", "asks"):
+        if not isinstance(getattr(found, name, None), tuple):
+            return f"its {name!r} must be a tuple"
+    if not found.names or len(set(found.names)) < len(found.names) or len(found.gated) != len(found.names):
+        return "it must have at least one name, none twice, and one flag in 'gated' for each"
+    return ""
+
+
+def objectives(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the K objectives of the config group `rewards`, in the order of its weights."""
+    return resolve(config["name"]).names + (("length",) if config["length"] != "none" else ())
+
+
+def build(config: Mapping[str, Any], judge: Judge, seed: int = 0) -> RewardFn:
     """The reward function of the config group `rewards`."""
-    return REWARDS[config["name"]](judge)
+    settings = dict(config) | {"seed": seed}
+    reward = resolve(config["name"])(judge, settings)
+    return reward if config["length"] == "none" else LengthPenalised(reward, settings)
 
 
-__all__ = ["RewardFn", "Samples", "Scores", "build", "count_words"]
+def measure(reward: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn:
+    """What evaluations score: `reward`, and with an exact judge the objectives of BalCap beside it.
+
+    So runs of different rewards can be compared where that costs nothing. `fields` are those that examples have.
+    """
+    whole = isinstance(reward, BalCapReward) and reward.pointability
+    if whole or not getattr(judge, "is_exact", False) or "scene" not in fields:
+        return reward
+    return Joined(BalCapReward(judge), reward)
+
+
+def check(config: Mapping[str, Any], judge: Judge, fields: Collection[str], data: str) -> None:
+    """Raises UserError where the data set `data`, whose examples have `fields`, or the judge is not enough."""
+    reward, name = resolve(config["name"]), config["name"]
+    for field in reward.needs:
+        if field not in fields:
+            raise UserError(
+                f"the reward {name!r} needs {field!r} beside a picture, and the data set {data!r} has none; add them "
+                "to the data, or choose another reward (rewards.name)"
+            )
+    for method in reward.asks:
+        if not hasattr(judge, method):
+            raise UserError(
+                f"the reward {name!r} asks its judge for {method!r}, which the judge {type(judge).__name__} does not "
+                "answer; set judge.name to remote, or choose another reward (rewards.name)"
+            )
+
+
+__all__ = ["RewardFn", "Samples", "Scores", "build", "check", "count_words", "measure", "objectives", "resolve"]

@@ -3,10 +3,8 @@
 The length gate is not applied here but in the compiled step, where the raw reward, the gate and the advantage meet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from balcap_jax.judges.schema import (
     Failure,
@@ -18,7 +16,7 @@ from balcap_jax.judges.schema import (
     RecallQuestion,
     RecallVerdict,
 )
-from balcap_jax.rewards.base import Samples, Scores
+from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
 
 HIGHEST_MARK = 5
 
@@ -27,72 +25,73 @@ class BalCapReward:
     """A RewardFn with K = 3 objectives in [0, 1], scored by `judge`.
 
     A Failure of the judge makes one objective of one sample a missing value, with its reason in the detail.
+    Of the settings it reads `pointability`: False leaves that test out of precision.
     """
 
     names: tuple[str, ...] = ("precision", "recall", "linguistic")
     gated: tuple[bool, ...] = (False, False, True)
+    needs: tuple[str, ...] = ("reference_units",)
+    asks: tuple[str, ...] = ("precision", "recall", "linguistic")
 
-    def __init__(self, judge: Judge):
+    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
         self.judge = judge
+        self.pointability = (settings or {}).get("pointability", True)
 
     def __call__(self, samples: Samples) -> Scores:
-        """Rewards [B, G, 3]. A detail is {"assertions", "covered", "clarity", "fluency", "coherency", "failures"};
-        the parts of a failed objective are left out. Raises ValueError when the judge loses an answer."""
-        prompts, group = samples.shape
-        where = [(b, g) for b in range(prompts) for g in range(group)]
+        """Rewards [B, G, 3]. A detail is {"assertions", "covered", "clarity", "fluency", "coherency", "failures"}, with
+        "judge" where it says what it is and "suspicious" where the caption speaks to it; the parts of a failed
+        objective are left out. Raises ValueError when the judge loses an answer."""
+        where = samples.where
         captions = [samples.captions[b][g] for b, g in where]
-        images = [None if samples.images is None else samples.images[b] for b, _ in where]
-        precision = _ask(
-            self.judge.precision,
-            [
-                PrecisionQuestion(caption, image, samples.metadata[b])
-                for caption, image, (b, _) in zip(captions, images, where, strict=True)
-            ],
-        )
+        precision = ask_all(self.judge.precision, precision_questions(samples, pointability=self.pointability))
         # Samples without reference units have no recall: there is nothing to ask.
         asked = [i for i, (b, _) in enumerate(where) if len(samples.reference_units[b])]
-        answers = _ask(
+        answers = ask_all(
             self.judge.recall,
             [RecallQuestion(captions[i], samples.reference_units[where[i][0]]) for i in asked],
         )
         recall: list = [None] * len(where)
         for i, answer in zip(asked, answers, strict=True):
             recall[i] = answer
-        linguistic = _ask(self.judge.linguistic, [LinguisticQuestion(caption) for caption in captions])
-
-        rewards = np.zeros((prompts, group, len(self.names)), np.float32)
-        valid = np.zeros((prompts, group, len(self.names)), bool)
-        detail: list[list[dict[str, Any]]] = [[{"failures": {}} for _ in range(group)] for _ in range(prompts)]
-        for i, (b, g) in enumerate(where):
-            units = samples.reference_units[b]
-            scored = (
-                score_precision(precision[i]),
-                score_recall(recall[i], len(units), samples.example_ids[b]),
+        linguistic = ask_all(self.judge.linguistic, [LinguisticQuestion(caption) for caption in captions])
+        scored = [
+            (
+                score_precision(precision[i], pointability=self.pointability),
+                score_recall(recall[i], len(samples.reference_units[b]), samples.example_ids[b]),
                 score_linguistic(linguistic[i]),
             )
-            for k, (value, parts) in enumerate(scored):
-                if isinstance(value, Failure):
-                    detail[b][g]["failures"][self.names[k]] = value.reason
-                else:
-                    rewards[b, g, k] = value
-                    valid[b, g, k] = True
-                    detail[b][g].update(parts)
-        return Scores(rewards, valid, detail)
+            for i, (b, _) in enumerate(where)
+        ]
+        return collect(samples, self.names, scored, self.judge)
 
 
-Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is none; and what a report shows of it
+def precision_questions(samples: Samples, *, pointability: bool = True) -> list[PrecisionQuestion]:
+    """One question per caption, in the order of `samples.where`."""
+    images = samples.images
+    return [
+        PrecisionQuestion(
+            samples.captions[b][g], None if images is None else images[b], samples.metadata[b], pointability
+        )
+        for b, g in samples.where
+    ]
 
 
-def score_precision(verdict: PrecisionVerdict | Failure) -> Scored:
-    """Assertions that are both verified and pointable over all assertions; a caption that asserts nothing gets 0."""
+def score_precision(verdict: PrecisionVerdict | Failure, *, pointability: bool = True) -> Scored:
+    """Assertions that are both verified and pointable over all assertions; a caption that asserts nothing gets 0.
+
+    Without `pointability` those that are verified."""
     if isinstance(verdict, Failure):
         return verdict, {}
-    held = sum(one.verified and one.pointable for one in verdict.assertions)
-    assertions = [
+    held = sum(one.verified and (one.pointable or not pointability) for one in verdict.assertions)
+    return held / max(len(verdict.assertions), 1), {"assertions": shown_assertions(verdict)}
+
+
+def shown_assertions(verdict: PrecisionVerdict) -> list[dict[str, Any]]:
+    """What a detail holds of a verdict."""
+    return [
         {"text": one.text, "verified": one.verified, "pointable": one.pointable, "why": one.why}
         for one in verdict.assertions
     ]
-    return held / max(len(assertions), 1), {"assertions": assertions}
 
 
 def score_recall(verdict: RecallVerdict | Failure | None, units: int, example_id: str) -> Scored:
@@ -113,13 +112,3 @@ def score_linguistic(verdict: LinguisticVerdict | Failure) -> Scored:
         return verdict, {}
     marks = {"clarity": verdict.clarity, "fluency": verdict.fluency, "coherency": verdict.coherency}
     return sum(marks.values()) / (HIGHEST_MARK * len(marks)), marks
-
-
-def _ask(ask, questions: Sequence) -> list:
-    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them."""
-    if not questions:
-        return []
-    answers = list(ask(questions))
-    if len(answers) != len(questions):
-        raise ValueError(f"{ask.__qualname__} returned {len(answers)} answers to {len(questions)} questions")
-    return answers

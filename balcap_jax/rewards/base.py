@@ -1,10 +1,13 @@
 """What a reward function receives and returns (design: rewards as a [B, G, K] array with a validity mask)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from balcap_jax.judges.injection import suspicious
+from balcap_jax.judges.schema import Failure, Judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,19 +15,28 @@ class Samples:
     """The captions of one rollout batch on the host, in plain text.
 
     `example_ids`, `references`, `reference_units`, `metadata` have length B; `captions` is [B][G];
-    `images` is uint8 [B, height, width, 3] or None.
+    `images` is uint8 [B, height, width, 3], a list of B such pictures of different sizes, or None;
+    `tokens` [B, G] is how long the captions are, or None where nobody counted.
+    `metadata` is what else the data set stores beside an example: scene, questions, rubrics.
     """
 
     example_ids: Sequence[str]
     captions: Sequence[Sequence[str]]
     references: Sequence[str]
     reference_units: Sequence[Sequence[str]]
-    images: np.ndarray | None
+    images: np.ndarray | Sequence[np.ndarray] | None
     metadata: Sequence[Mapping[str, Any]]
+    tokens: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.captions), len(self.captions[0])
+
+    @property
+    def where(self) -> list[tuple[int, int]]:
+        """(b, g) of every caption, in the order in which questions are asked."""
+        prompts, group = self.shape
+        return [(b, g) for b in range(prompts) for g in range(group)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +53,57 @@ class Scores:
 
 
 class RewardFn(Protocol):
-    """K objectives; `gated[k]` says whether the length gate multiplies objective k (only the linguistic one)."""
+    """K objectives. A class of this form is all that a new reward is: see `balcap_jax.rewards`.
+
+    names: of the objectives. gated[k]: whether the length gate multiplies objective k.
+    needs: fields of an example that it reads beside image, prompt and reference; a data set without them is refused.
+    asks: methods of the judge that it calls; () = it needs no judge.
+    It is made from the judge and the config group `rewards`, with the run's "seed" in it.
+    """
 
     names: tuple[str, ...]
     gated: tuple[bool, ...]
+    needs: tuple[str, ...]
+    asks: tuple[str, ...]
 
     def __call__(self, samples: Samples) -> Scores: ...
+
+
+Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is none; and what a report shows of it
+
+
+def collect(samples: Samples, names: Sequence[str], scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
+    """Scores from one Scored per objective for each caption, in the order of `samples.where`.
+
+    A Failure becomes a missing value with its reason. A detail says also what the judge says of itself, under "judge",
+    and where a caption speaks to its judge, under "suspicious".
+    """
+    shape = (*samples.shape, len(names))
+    rewards, valid = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    about = {} if judge is None else dict(judge.about)
+    detail: list[list[dict[str, Any]]] = [[{} for _ in group] for group in samples.captions]
+    for (b, g), values in zip(samples.where, scored, strict=True):
+        flags = [] if judge is None else suspicious(samples.captions[b][g])
+        entry: dict[str, Any] = {"failures": {}}
+        entry |= ({"judge": about} if about else {}) | ({"suspicious": flags} if flags else {})
+        for k, (value, parts) in enumerate(values):
+            if isinstance(value, Failure):
+                entry["failures"][names[k]] = value.reason
+            else:
+                rewards[b, g, k], valid[b, g, k] = value, True
+                entry |= parts
+        detail[b][g] = entry
+    return Scores(rewards, valid, detail)
+
+
+def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
+    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them."""
+    if not questions:
+        return []
+    answers = list(ask(questions))
+    if len(answers) != len(questions):
+        raise ValueError(f"{ask.__qualname__} returned {len(answers)} answers to {len(questions)} questions")
+    return answers
 
 
 def count_words(text: str) -> int:

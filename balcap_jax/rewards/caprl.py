@@ -1,0 +1,82 @@
+"""CapRL (arXiv 2509.22647): a caption is as good as the questions that a reader of it alone can answer.
+
+Drawing, shuffling and parsing are those of the released reward server; see `data.choices` and `first_letter`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from balcap_jax.data.choices import LETTERS, lettered, shuffled
+from balcap_jax.judges.schema import ChoiceQuestion, Failure, Judge
+from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+
+
+class CaprlReward:
+    """K = 1: the share of `settings["draws"]` questions, drawn with replacement, that are answered rightly.
+
+    0 draws ask every question once, with its options in their own order. What is drawn depends on the run's seed, the
+    example, the place in the group and the caption alone, so that a resumed run asks the same.
+    """
+
+    names: tuple[str, ...] = ("accuracy",)
+    gated: tuple[bool, ...] = (False,)
+    needs: tuple[str, ...] = ("questions",)
+    asks: tuple[str, ...] = ("choice",)
+
+    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
+        settings = settings or {}
+        self.judge = judge
+        self.draws, self.seed = settings.get("draws", 8), settings.get("seed", 0)
+
+    def __call__(self, samples: Samples) -> Scores:
+        """A detail holds "answers", [{"question", "answer", "right"}]. Calls that failed are left out of the mean; the
+        value is missing where all of them did, or where an example has no questions."""
+        drawn = [self._draw(samples, b, g) for b, g in samples.where]
+        answers = iter(ask_all(self.judge.choice, [question for one in drawn for question, _ in one]))
+        scored = []
+        for (b, _), one in zip(samples.where, drawn, strict=True):
+            verdicts = [(question, gold, next(answers)) for question, gold in one]
+            scored.append([score_answers(verdicts, samples.example_ids[b])])
+        return collect(samples, self.names, scored, self.judge)
+
+    def _draw(self, samples: Samples, b: int, g: int) -> list[tuple[ChoiceQuestion, str]]:
+        """(question, letter of its answer) for one caption."""
+        questions, caption = json.loads(samples.metadata[b].get("questions") or "[]"), samples.captions[b][g]
+        if not self.draws:
+            return [_ask(caption, question, *lettered(question)) for question in questions]
+        if not questions:
+            return []
+        words = (str(self.seed), samples.example_ids[b], str(g), caption)
+        digest = hashlib.blake2b("\x1f".join(words).encode(errors="replace"), digest_size=16).digest()
+        rng = np.random.default_rng(int.from_bytes(digest, "big"))
+        picked = rng.integers(len(questions), size=self.draws)
+        return [_ask(caption, questions[m], *shuffled(questions[m], rng), draw=k) for k, m in enumerate(picked)]
+
+
+def _ask(caption: str, question: Mapping[str, Any], options, gold: str, draw: int = 0) -> tuple[ChoiceQuestion, str]:
+    return ChoiceQuestion(caption, question["question"], options, draw, question.get("query")), gold
+
+
+def first_letter(answer: str) -> str:
+    """The first character of the answer that is one of A to I; "" where there is none."""
+    return next((character for character in answer if character in LETTERS), "")
+
+
+def score_answers(verdicts: Sequence[tuple[ChoiceQuestion, str, Any]], example_id: str) -> Scored:
+    """The share of right answers; an answer without a letter is wrong."""
+    if not verdicts:
+        return Failure(f"example {example_id} has no questions"), {}
+    failures = [verdict for _, _, verdict in verdicts if isinstance(verdict, Failure)]
+    if len(failures) == len(verdicts):
+        return failures[0], {}
+    shown = [
+        {"question": question.question, "answer": (letter := first_letter(verdict.answer)), "right": letter == gold}
+        for question, gold, verdict in verdicts
+        if not isinstance(verdict, Failure)
+    ]
+    parts: dict[str, Any] = {"answers": shown} | ({"failed_draws": failures[0].reason} if failures else {})
+    return sum(one["right"] for one in shown) / len(shown), parts

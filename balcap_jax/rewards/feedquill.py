@@ -1,0 +1,37 @@
+"""FEEDQUILL's two scores as rewards (arXiv 2503.07906): how much of a caption is true, and how much truth it holds.
+
+The paper trains reward models on them; here the judge that splits and verifies captions for BalCap gives them directly.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from balcap_jax.judges.schema import Failure, Judge, PrecisionVerdict
+from balcap_jax.rewards.balcap import precision_questions, shown_assertions
+from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+
+
+class FeedquillReward:
+    """K = 2: the share of verified units in [0, 1], and their number. Whether they are pointable is not asked."""
+
+    names: tuple[str, ...] = ("verified_fraction", "verified_count")
+    gated: tuple[bool, ...] = (False, False)
+    needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ("precision",)
+
+    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
+        del settings
+        self.judge = judge
+
+    def __call__(self, samples: Samples) -> Scores:
+        verdicts = ask_all(self.judge.precision, precision_questions(samples, pointability=False))
+        return collect(samples, self.names, [score_units(verdict) for verdict in verdicts], self.judge)
+
+
+def score_units(verdict: PrecisionVerdict | Failure) -> tuple[Scored, Scored]:
+    """Verified units over all, and their number; both 0 for a caption that states nothing."""
+    if isinstance(verdict, Failure):
+        return (verdict, {}), (verdict, {})
+    held = sum(one.verified for one in verdict.assertions)
+    parts = {"assertions": shown_assertions(verdict)}
+    return (held / max(len(verdict.assertions), 1), parts), (float(held), parts)
