@@ -6,8 +6,14 @@ heads, H head size, L layers.
 """
 
 import os
+import sys
+
+from balcap_jax.errors import end_quietly_while_importing
 
 # Without PyTorch, which is no dependency, transformers would tell every user of every command that models are missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+if sys.argv and sys.argv[0] == "-m":  # What it holds while Python looks for the module of `python -m balcap_jax.train`.
+    end_quietly_while_importing()
 
 __version__ = "0.1.0"

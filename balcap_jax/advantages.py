@@ -97,17 +97,11 @@ def compute(
     _check(rewards, weights, valid, gate, member_valid, estimator, batch_norm, ddof, names)
     B, G, K = rewards.shape
     taking_part = jnp.ones((B, G), bool) if member_valid is None else jnp.asarray(member_valid, bool)
+    members = counted(rewards, weights=weights, valid=valid, member_valid=member_valid, estimator=estimator)
     scored = taking_part[..., None] & (jnp.ones((B, G, K), bool) if valid is None else jnp.asarray(valid, bool))
     valid = scored & jnp.isfinite(rewards)
     gate = jnp.ones((B, G, K), jnp.float32) if gate is None else jnp.asarray(gate, jnp.float32)
-
-    # An objective of weight 0 is only watched: its score makes no member count, and its failure leaves none out.
-    if estimator in GDPO_FAMILY:
-        members = (valid & (weights != 0)).any(-1)
-        used = valid
-    else:
-        members = taking_part & (valid | (weights == 0)).all(-1)
-        used = valid & members[..., None]
+    used = valid if estimator in GDPO_FAMILY else valid & members[..., None]
 
     centred, std, count = _centre(rewards * gate, used, ddof)
     if estimator in GDPO_FAMILY:
@@ -129,6 +123,19 @@ def compute(
         combined = _divide(combined, batch_std + eps_batch)
     combined = jnp.where(members, combined, 0.0)
     return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats))
+
+
+def counted(rewards, *, weights, valid=None, member_valid=None, estimator: str = "c_gdpo") -> jax.Array:
+    """[B, G] bool: the members that `compute` gives an advantage, 0 or not; arguments as there.
+
+    All others have advantage 0 because they take no part or because a score is missing. The loss leaves them out of its
+    denominator: a judge that failed must not scale the members that it did score.
+    """
+    valid = jnp.isfinite(rewards) & (True if valid is None else jnp.asarray(valid, bool))
+    weighted = jnp.asarray(weights, jnp.float32) != 0
+    # An objective of weight 0 is only watched: its score makes no member count, and its failure leaves none out.
+    members = (valid & weighted).any(-1) if estimator in GDPO_FAMILY else (valid | ~weighted).all(-1)
+    return members if member_valid is None else members & jnp.asarray(member_valid, bool)
 
 
 def _centre(rewards, valid, ddof):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping
+from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
 
 WIDTH, HEIGHT = 280, 168
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
@@ -37,7 +37,7 @@ class Curve:
 def _curves(reward_names: Sequence[str]) -> list[Curve]:
     rl = functools.partial(Curve, stage="rl")
     rewards = [
-        rl(name, f"reward/{name}", "Rewards", 100, evaluated=name if name in PLAIN_TABLE else None)
+        rl(name, f"reward/{name}", "Rewards", scale_of(name), evaluated=name if name in PLAIN_TABLE else None)
         for name in reward_names
     ]
     # A group whose members all score the same teaches nothing about that objective.

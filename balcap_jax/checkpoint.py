@@ -12,10 +12,8 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from balcap_jax import distributed, json_text
+from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of
 from balcap_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ _BYTES = "__bytes__"
 class Checkpointer:
     """Saves and restores the state of one run under one directory; close it, or use it in a `with` block.
 
+    Of several processes each makes one of the same directory and calls the same methods in the same order; each writes
+    and reads its own part of the arrays, and the first does the rest.
+
     Every method raises UserError when the disk refuses (read-only, full, not a directory). An asynchronous save that
     fails is reported by the next `save`, `wait` or `close`; the checkpoints written before it stay valid.
     """
@@ -53,17 +56,18 @@ class Checkpointer:
             that the caller may donate or change them at once.
         """
         self.directory = Path(directory).expanduser().absolute()
-        _quieten_orbax()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
-                pass  # A read-only disk is better found now than after the first fifty steps.
-            self._set_incomplete_aside()
-        except OSError as error:
-            raise UserError(
-                f"can't write checkpoints in {self.directory}: {_reason(error)}; choose another workdir"
-            ) from error
-        self._tags = self._read_tags()
+        quieten_orbax()
+        if distributed.is_first():
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.directory):
+                    pass  # A read-only disk is better found now than after the first fifty steps.
+                self._set_incomplete_aside()
+            except OSError as error:
+                raise UserError(
+                    f"can't write checkpoints in {self.directory}: {reason_of(error)}; choose another workdir"
+                ) from error
+        self._tags = distributed.from_first(self._read_tags() if distributed.is_first() else {})
         self._manager = checkpoint_managers.CheckpointManager(
             self.directory,
             options=checkpoint_managers.CheckpointManagerOptions(
@@ -79,8 +83,10 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None or jax.process_count() == 1:
+            self.close()
+        # Else the other processes may be gone, and to finish a save would be to wait for them.
 
     def save(self, step: int, arrays: Any, extra: Mapping[str, Any] | None = None, *, tag: str = "") -> None:
         """Saves a step; when the step is already on disk only the tag is added.
@@ -97,7 +103,8 @@ class Checkpointer:
         try:
             if tag and self._tags.get(tag) != step:
                 self._tags[tag] = step
-                self._write_tags()
+                if distributed.is_first():
+                    self._write_tags()
             if step not in self.steps():
                 self._manager.save(
                     step,
@@ -112,6 +119,9 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending."""
+        return distributed.from_first(self._steps_seen())
+
+    def _steps_seen(self) -> list[int]:
         return sorted(step for step, path in self._step_directories() if not _missing_parts(path))
 
     def latest_step(self) -> int | None:
@@ -147,7 +157,7 @@ class Checkpointer:
             raise _read_error(path, error) from error
         _compare(path, wanted, saved, partial)
         nested = _nest({name: _placed(leaf) for name, leaf in wanted.items()})
-        _drop_stragglers()
+        drop_stragglers()
         try:
             restored = self._manager.restore(
                 step,
@@ -207,13 +217,13 @@ class Checkpointer:
 
     def _read_tags(self) -> dict[str, int]:
         path = self.directory / _TAGS
-        if not path.exists():
-            return {}
         try:
-            tags = json.loads(path.read_text())
+            tags = json_text.read_object(path, "delete it, or choose another workdir")
             return {str(tag): int(step) for tag, step in tags.items()}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"unreadable {path}: {_reason(error)}; delete it, or choose another workdir") from error
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"unreadable {path}: {reason_of(error)}; delete it, or choose another workdir") from error
 
     def _write_tags(self) -> None:
         aside = self.directory / f"{_TAGS}.tmp"
@@ -221,12 +231,13 @@ class Checkpointer:
         aside.replace(self.directory / _TAGS)
 
     def _write_error(self, error: Exception, what: str) -> UserError:
-        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)  # Half a step is of no use, and may fill the disk.
-        latest = self.latest_step()
+        if distributed.is_first():
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)  # Half a step is of no use, and may fill the disk.
+        latest = max(self._steps_seen(), default=None)  # The others need not have failed.
         go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
         return UserError(
-            f"can't write {what} in {self.directory}: {_reason(error)}; {go_on}, "
+            f"can't write {what} in {self.directory}: {reason_of(error)}; {go_on}, "
             "make room or choose another workdir, and run the same command again"
         )
 
@@ -342,53 +353,11 @@ def _missing_parts(path: Path) -> list[str]:
     return [part for part in _PARTS if not (path / part).is_file()]
 
 
-def _reason(error: BaseException) -> str:
-    """The cause in a few words, out of TensorStore's "STATUS: what: file: ...: cause [details]" among others."""
-    if "No space left" in str(error):
-        return "no space left on the disk"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    clauses = re.sub(r"\s*\[.*", "", str(error), flags=re.DOTALL).split(": ")
-    if len(clauses) > 1 and clauses[0].isupper():
-        return f"{clauses[0]}: {clauses[-1]}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 def _read_error(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"unreadable checkpoint {path}: {_reason(error)}; delete this directory to go on from the checkpoint "
+        f"unreadable checkpoint {path}: {reason_of(error)}; delete this directory to go on from the checkpoint "
         "before it, or choose another workdir"
     )
-
-
-class _DropRepeated(logging.Filter):
-    """Orbax's threads and TensorStore's tasks log a traceback of each failure that reaches the user as one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname and "tensorstore_spec" not in record.getMessage()
-
-
-_drop_repeated = _DropRepeated()
-
-
-def _quieten_orbax() -> None:
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_drop_repeated)  # Adding it twice is the same as once.
-
-
-def _drop_stragglers() -> None:
-    """After the first array that can't be read, TensorStore's other reads end on an event loop that is gone, at any
-    time; each would print a traceback beside the one line for the user."""
-    before = sys.unraisablehook
-    if getattr(before, "drops_stragglers", False):
-        return
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    hook.drops_stragglers = True
-    sys.unraisablehook = hook
 
 
 # ---- preemption -----------------------------------------------------------------------------------------------------
@@ -397,17 +366,21 @@ def _drop_stragglers() -> None:
 class PreemptionFlag:
     """Notes SIGTERM and the first SIGINT, so that a run can finish its step, save and exit 0.
 
-    Use it in a `with` block in the main thread and look at `requested` after each step. A second SIGINT interrupts at
-    once (KeyboardInterrupt). The handlers from before are back after the block.
+    Use it in a `with` block in the main thread and look at `requested`, or at the signal's `number`, after each step. A
+    second SIGINT interrupts at once (KeyboardInterrupt). The handlers from before are back after the block.
     """
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self.number = 0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self.signal_name is not None
+        return self.number != 0
+
+    @property
+    def signal_name(self) -> str | None:
+        return signal.Signals(self.number).name if self.number else None
 
     def __enter__(self) -> "PreemptionFlag":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -421,6 +394,6 @@ class PreemptionFlag:
         self._before.clear()
 
     def _note(self, number: int, _: object) -> None:
-        self.signal_name = signal.Signals(number).name
+        self.number = int(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

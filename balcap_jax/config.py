@@ -1,4 +1,4 @@
-"""Every setting of a run: one table with type, default, range and meaning, checked before anything is built.
+"""The configuration of a run: recipes, the command line, and the check against the table in `config_fields`.
 
     python -m balcap_jax.config                                                   prints the table
     python -m balcap_jax.config --config=configs/scenes.py --config.seed=1        prints the resolved settings
@@ -8,7 +8,6 @@ A recipe is a short Python file whose `get_config(variant)` starts from `default
 
 import argparse
 import ast
-import dataclasses
 import difflib
 import inspect
 import itertools
@@ -26,203 +25,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from balcap_jax import json_text
+from balcap_jax import rewards as reward_functions
+from balcap_jax.arguments import place
+from balcap_jax.config_fields import FIELDS, KINDS, STAGES, TYPE_NAMES, Field
 from balcap_jax.errors import UserError, exit_on_user_error
-
-STAGES = ("vision", "align", "sft", "rl")
-"""Stages that `stages.order` may name."""
-
-OBJECTIVES = {"balcap": ("precision", "recall", "linguistic")}
-"""Objective names per `rewards.name`, in the order of `rewards.weights`."""
+from balcap_jax.judges import settings as judge_settings
 
 _OVERRIDE = "--config."
+_LEAST = 0.01  # of a temperature or of the largest weight: below, fp32 and the epsilons decide the result
+_LISTED = 8  # members of a group that a message names
 _SIMILAR = 0.6  # difflib ratio from which a name counts as a misspelling of another
-_KINDS = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "True or False",
-    "str": "a string",
-    "ints": "a tuple of integers",
-    "floats": "a tuple of numbers",
-}
-_TYPE_NAMES = {"ints": "int, ..", "floats": "float, .."}
 
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One setting.
-
-    `kind` is a key of `_KINDS`; `low`/`high` bound a number or each entry of a tuple (exclusive with `open_low` or
-    `open_high`); `choices` lists the values of a string. `resumable` fields may change when a run is resumed.
-    """
-
-    name: str
-    kind: str
-    default: Any
-    meaning: str
-    low: float | None = None
-    high: float | None = None  # only together with low
-    open_low: bool = False
-    open_high: bool = False
-    choices: tuple[str, ...] = ()
-    resumable: bool = False
-
-    @property
-    def range_text(self) -> str:
-        if self.choices:
-            return " | ".join(self.choices)
-        if self.low is None:
-            return ""
-        if self.high is None:
-            return f"{'>' if self.open_low else '>='} {self.low}"
-        return f"{'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
-
-    def holds(self, number: float) -> bool:
-        above = self.low is None or number > self.low or (number == self.low and not self.open_low)
-        below = self.high is None or number < self.high or (number == self.high and not self.open_high)
-        return above and below
-
-
-def _stage_fields(stage: str, what: str, *, steps: int, batch_size: int, rate: float, warmup: int) -> tuple[Field, ...]:
-    group = f"stages.{stage}"
-    return (
-        Field(f"{group}.steps", "int", steps, f"updates of the {what} stage; 0 skips it", low=0),
-        Field(f"{group}.batch_size", "int", batch_size, "prompts (images) per update, B, over all devices", low=1),
-        Field(f"{group}.micro_batches", "int", 1, "parts of B whose gradients are accumulated; lowers memory", low=1),
-        Field(f"{group}.learning_rate", "float", rate, "peak AdamW learning rate", low=0),
-        Field(f"{group}.warmup_steps", "int", warmup, "updates of linear warm-up from 0", low=0),
-        Field(f"{group}.schedule", "str", "constant", "learning rate after warm-up", choices=("constant", "cosine")),
-        Field(f"{group}.freeze", "str", "", "regex searched in parameter paths; matches are not trained; empty = none"),
-        Field(f"{group}.eval_every", "int", 0, "updates between evaluations on held-out images; 0 = ends only", low=0),
-    )
-
-
-FIELDS: tuple[Field, ...] = (
-    Field("name", "str", "", "label of the run in reports and logs; empty = the workdir's name"),
-    Field("seed", "int", 0, "seed of initial parameters, data order and sampling", low=0, high=2**31 - 1),
-    # model: the sizes are those of the random initialisation; a saved model brings its own.
-    Field("model.family", "str", "llava", "architecture of the policy", choices=("llava",)),
-    Field("model.path", "str", "", "directory of a saved model; empty = random initialisation with the sizes below"),
-    Field("model.image_size", "int", 96, "height and width of the square input image, pixels", low=1),
-    Field("model.patch_size", "int", 16, "height and width of a vision patch, pixels; divides image_size", low=1),
-    Field("model.vision_width", "int", 128, "features of a vision token", low=1),
-    Field("model.vision_layers", "int", 4, "vision transformer layers", low=1),
-    Field("model.vision_heads", "int", 4, "vision attention heads; divides vision_width", low=1),
-    Field("model.vision_mlp", "int", 512, "hidden features of the vision MLP", low=1),
-    Field("model.feature_layer", "int", -2, "vision hidden state given to the decoder; -1 = last layer"),
-    Field("model.width", "int", 128, "features of a decoder token, D", low=1),
-    Field("model.layers", "int", 4, "decoder layers, L", low=1),
-    Field("model.heads", "int", 4, "decoder query heads, N", low=1),
-    Field("model.kv_heads", "int", 4, "decoder key/value heads, M; divides heads", low=1),
-    Field("model.head_size", "int", 32, "features of a decoder head, H; even (rotary pairs)", low=2),
-    Field("model.mlp", "int", 384, "hidden features of the decoder MLP", low=1),
-    Field("model.rope_theta", "float", 10000.0, "base wavelength of the rotary positions", low=0, open_low=True),
-    Field("model.norm_eps", "float", 1e-5, "added to the variance in RMSNorm and LayerNorm", low=0, open_low=True),
-    Field("model.tied_embeddings", "bool", False, "output projection = transposed token embedding"),
-    Field("model.dtype", "str", "float32", "compute type; parameters stay float32", choices=("float32", "bfloat16")),
-    Field(
-        "model.remat", "str", "none", "activations recomputed in the backward pass", choices=("none", "full", "dots")
-    ),
-    Field("model.logits_chunk", "int", 512, "response tokens whose [V] logits exist at once, in the update", low=1),
-    Field("model.prompt_tokens", "int", 48, "padded prompt length with image tokens, P; longer is refused", low=1),
-    # data
-    Field("data.name", "str", "scenes", "data set to train and evaluate on", choices=("scenes",)),
-    Field("data.data_dir", "str", "~/.cache/balcap_jax", "where data sets are built and read; ~ is expanded"),
-    Field("data.train_size", "int", 4096, "training images to build", low=1),
-    Field("data.validation_size", "int", 64, "validation images to build", low=1),
-    Field("data.test_size", "int", 128, "test images to build", low=1),
-    Field("data.captions_per_image", "int", 4, "captions with faults per training image, for SFT", low=1),
-    Field("data.seed", "int", 0, "seed of the built images and captions", low=0, high=2**31 - 1),
-    Field("data.prompt", "str", "", "prompt for every image; empty = each sample's own"),
-    Field("data.read_threads", "int", 2, "host threads that read images; 0 = none", low=0, resumable=True),
-    # stages
-    Field("stages.order", "str", "sft,rl", "stages to run, comma-separated: vision, align, sft, rl"),
-    *_stage_fields("vision", "vision pretraining", steps=600, batch_size=64, rate=2e-3, warmup=50),
-    *_stage_fields("align", "alignment (references as targets)", steps=400, batch_size=16, rate=2e-3, warmup=20),
-    *_stage_fields("sft", "supervised", steps=400, batch_size=32, rate=1e-3, warmup=20),
-    *_stage_fields("rl", "reinforcement", steps=100, batch_size=16, rate=1e-4, warmup=5),
-    # rollout
-    Field("rollout.group_size", "int", 8, "samples per prompt, G; a group needs at least 2 samples for rl", low=1),
-    Field("rollout.max_tokens", "int", 96, "longest response, tokens, R; longer ones are truncated", low=1),
-    Field("rollout.buckets", "ints", (96,), "response lengths that updates are compiled for; last = max_tokens", low=1),
-    Field("rollout.temperature", "float", 1.0, "sampling temperature in training", low=0, open_low=True),
-    Field("rollout.top_p", "float", 1.0, "nucleus: fewest tokens with this mass", low=0, high=1, open_low=True),
-    Field("rollout.top_k", "int", 0, "only the k likeliest tokens; 0 = all", low=0),
-    Field("rollout.eval_temperature", "float", 1.0, "sampling temperature in evaluations; 0 = greedy", low=0),
-    # rewards
-    Field("rewards.name", "str", "balcap", "reward function", choices=tuple(OBJECTIVES)),
-    Field("rewards.weights", "floats", (1.0, 1.0, 1.0), "weight per objective: precision, recall, linguistic", low=0),
-    Field("rewards.gate", "bool", True, "zero the linguistic reward outside the length band"),
-    Field("rewards.gate_low", "float", 0.5, "shortest caption in the band, words over reference words", low=0),
-    Field("rewards.gate_high", "float", 2.0, "longest caption in the band, words over reference words", low=0),
-    # judge
-    Field("judge.name", "str", "oracle", "who judges captions", choices=("oracle",)),
-    Field("judge.failure_rate", "float", 0.0, "share of oracle calls made to fail, as a drill", low=0, high=1),
-    Field("judge.max_failure_rate", "float", 0.2, "share of failed calls at which the run stops", low=0, high=1),
-    Field("judge.failure_window", "int", 20, "steps over which that share is measured", low=1),
-    # advantage
-    Field(
-        "advantage.estimator",
-        "str",
-        "c_gdpo",
-        "how K rewards become one advantage",
-        choices=("c_gdpo", "gdpo", "grpo", "dr_grpo", "rloo"),
-    ),
-    Field(
-        "advantage.batch_norm",
-        "str",
-        "sequence",
-        "second normalisation, over the batch (GDPO family)",
-        choices=("sequence", "none"),
-    ),
-    Field("advantage.eps_group", "float", 1e-4, "added to the std of a group", low=0),
-    Field("advantage.eps_batch", "float", 1e-4, "added to the std of the batch", low=0),
-    Field("advantage.ddof", "int", 1, "0 = population std, 1 = sample std", low=0, high=1),
-    Field("advantage.exclude_truncated", "bool", False, "leave truncated responses out of groups and loss"),
-    # loss
-    Field(
-        "loss.clip_low",
-        "float",
-        0.2,
-        "ratio is clipped below 1 - clip_low",
-        low=0,
-        high=1,
-        open_low=True,
-        open_high=True,
-    ),
-    Field("loss.clip_high", "float", 0.2, "ratio is clipped above 1 + clip_high", low=0, open_low=True),
-    Field(
-        "loss.normaliser",
-        "str",
-        "sequence",
-        "mean of token means, mean over all tokens, or sum over a constant",
-        choices=("sequence", "token", "constant"),
-    ),
-    Field("loss.kl_coef", "float", 0.0, "weight of the k3 KL to the policy at the stage's start; 0 = off", low=0),
-    Field("loss.log_ratio_clamp", "float", 20.0, "log-ratios are clamped to +- this before exp", low=0, open_low=True),
-    # optim
-    Field("optim.b1", "float", 0.9, "AdamW first-moment decay", low=0, high=1, open_high=True),
-    Field("optim.b2", "float", 0.95, "AdamW second-moment decay", low=0, high=1, open_high=True),
-    Field("optim.eps", "float", 1e-8, "AdamW denominator epsilon", low=0, open_low=True),
-    Field("optim.weight_decay", "float", 0.0, "AdamW decoupled weight decay", low=0),
-    Field("optim.clip_norm", "float", 1.0, "gradients are scaled down to this global norm", low=0, open_low=True),
-    Field("optim.max_nonfinite", "int", 3, "skipped non-finite updates in a row that stop the run", low=1),
-    # mesh
-    Field("mesh.replica", "int", 1, "devices along replica (across slices)", low=1),
-    Field("mesh.data", "int", -1, "devices along data; -1 = all that are left"),
-    Field("mesh.fsdp", "int", 1, "devices that parameters are sharded over", low=1),
-    Field("mesh.tensor", "int", 1, "devices that heads and MLP features are split over", low=1),
-    # checkpoint
-    Field("checkpoint.every", "int", 50, "updates between checkpoints; 0 = only at stage ends", low=0, resumable=True),
-    Field("checkpoint.keep", "int", 2, "newest checkpoints kept, besides the stage ends", low=1, resumable=True),
-    Field("checkpoint.asynchronous", "bool", True, "write while training goes on", resumable=True),
-    # log
-    Field("log.every", "int", 1, "updates between lines of metrics.jsonl", low=1, resumable=True),
-    Field("log.samples_every", "int", 20, "updates between saved captions; 0 = off", low=0, resumable=True),
-    Field("log.tensorboard", "bool", True, "write TensorBoard events", resumable=True),
-    Field("log.wandb", "str", "", "Weights & Biases project; empty = off", resumable=True),
-    Field("log.eval_images", "int", 48, "held-out images of an evaluation", low=1),
-    Field("log.eval_samples", "int", 4, "captions per image of an evaluation", low=1),
-)  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _BY_NAME = {field.name: field for field in FIELDS}
 _GROUPS = {name.rsplit(".", depth)[0] for name in _BY_NAME for depth in range(1, name.count(".") + 1)}
@@ -297,8 +112,11 @@ def _canonical(config: ConfigDict) -> ConfigDict:
 
 def _unknown(name: str, value: Any = None) -> UserError:
     if name in _GROUPS:
-        members = [known.removeprefix(f"{name}.") for known in _BY_NAME if known.startswith(f"{name}.")]
-        return UserError(f"config field {name!r} is a group ({', '.join(members)}), it can't be set to {value!r}")
+        below = [known.removeprefix(f"{name}.") for known in _BY_NAME if known.startswith(f"{name}.")]
+        members = list(dict.fromkeys(member.partition(".")[0] for member in below))
+        more = f" and {len(members) - _LISTED} more" if len(members) > _LISTED else ""
+        listed = ", ".join(members[:_LISTED]) + more
+        return UserError(f"config field {name!r} is a group ({listed}), it can't be set to {value!r}")
     near = nearest(name, _BY_NAME)
     hint = f"did you mean {near!r}?" if near else "`python -m balcap_jax.config` lists all fields"
     return UserError(f"unknown config field {name!r}; {hint}")
@@ -322,8 +140,13 @@ def _typed(field: Field, value: Any) -> Any:
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            raise UserError(
+                f"config field {field.name!r} must be Unicode text, got {value!r} (bytes that are not UTF-8, or half "
+                "of a surrogate pair)"
+            )
         return value
-    if kind in ("ints", "floats") and isinstance(value, tuple | list) and value:
+    if kind in ("ints", "floats") and isinstance(value, tuple | list) and (value or field.may_be_empty):
         entries = [_number(kind.removesuffix("s"), entry) for entry in value]
         if None not in entries:
             return tuple(entries)
@@ -331,7 +154,7 @@ def _typed(field: Field, value: Any) -> Any:
         number = _number(kind, value)
         if number is not None:
             return number
-    raise UserError(f"config field {field.name!r} must be {_KINDS[kind]}, got {value!r} ({field.meaning})")
+    raise UserError(f"config field {field.name!r} must be {KINDS[kind]}, got {value!r} ({field.meaning})")
 
 
 def _number(kind: str, value: Any) -> int | float | None:
@@ -350,8 +173,8 @@ def _check_range(field: Field, value: Any) -> None:
     if field.kind in ("int", "float", "ints", "floats"):
         for number in value if isinstance(value, tuple) else (value,):
             if not field.holds(number):
-                demand = field.range_text if field.high is None else f"in {field.range_text}"
-                raise UserError(f"config field {field.name!r} must be {demand}, got {value!r} ({field.meaning})")
+                demand = f"must be in {field.range_text}"
+                raise UserError(f"config field {field.name!r} {demand}, got {value!r} ({field.meaning})")
 
 
 def _cross_problems(config: ConfigDict) -> Iterator[str]:
@@ -386,20 +209,33 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
                 f"config field 'stages.{stage}.batch_size' ({settings.batch_size}) must be divisible by "
                 f"stages.{stage}.micro_batches ({settings.micro_batches})"
             )
-        if settings.batch_size > config.data.train_size:
+        if config.data.name == "scenes" and settings.batch_size > config.data.train_size:
             yield (
                 f"config field 'stages.{stage}.batch_size' ({settings.batch_size}) is more than "
                 f"data.train_size ({config.data.train_size})"
             )
         if settings.schedule == "cosine" and 0 < settings.steps <= settings.warmup_steps:
             yield (
-                f"config field 'stages.{stage}.warmup_steps' ({settings.warmup_steps}) must be less than "
-                f"stages.{stage}.steps ({settings.steps}) with the cosine schedule"
+                f"config fields 'stages.{stage}.steps' ({settings.steps}) and 'stages.{stage}.warmup_steps' "
+                f"({settings.warmup_steps}) do not fit: the cosine schedule needs more steps than its warm-up; raise "
+                "the one or lower the other"
             )
         try:
             re.compile(settings.freeze)
         except re.error as error:
             yield f"config field 'stages.{stage}.freeze' is no regular expression: {error}, got {settings.freeze!r}"
+
+    if config.lora.rank:
+        adapted = [stage in ("sft", "rl") for stage in order]
+        if not any(adapted) or adapted != sorted(adapted):
+            yield (
+                "config field 'lora.rank' is above 0: adapters are trained by sft and rl, which must be in "
+                f"config field 'stages.order' and come after all others, got {config.stages.order!r}"
+            )
+        try:
+            re.compile(config.lora.targets)
+        except re.error as error:
+            yield f"config field 'lora.targets' is no regular expression: {error}, got {config.lora.targets!r}"
 
     rewards = config.rewards
     if not rewards.gate_low < rewards.gate_high:
@@ -407,39 +243,82 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
             f"config field 'rewards.gate_low' ({rewards.gate_low}) must be less than "
             f"rewards.gate_high ({rewards.gate_high})"
         )
-    objectives = OBJECTIVES[rewards.name]
+    objectives = reward_functions.objectives(rewards)
     if len(rewards.weights) != len(objectives):
         yield (
             f"config field 'rewards.weights' needs {len(objectives)} numbers for {rewards.name} "
             f"({', '.join(objectives)}), got {rewards.weights}"
         )
-    if not any(rewards.weights):
-        yield f"config field 'rewards.weights' must have a weight above 0, got {rewards.weights}"
+    if max(rewards.weights) < _LEAST:
+        yield f"config field 'rewards.weights' must have a weight above 0 (at least {_LEAST:g}), got {rewards.weights}"
+    if not rewards.length_start < rewards.length_end:
+        yield (
+            f"config field 'rewards.length_start' ({rewards.length_start}) must be less than rewards.length_end "
+            f"({rewards.length_end})"
+        )
+    if 0 < rollout.eval_temperature < _LEAST:
+        yield (
+            f"config field 'rollout.eval_temperature' must be 0 (greedy) or at least {_LEAST:g}, got "
+            f"{rollout.eval_temperature}"
+        )
+    yield from _data_problems(config, order)
     if config.judge.failure_rate and config.judge.name != "oracle":
         yield f"config field 'judge.failure_rate' is for the oracle judge only, and judge.name is {config.judge.name!r}"
 
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        yield f"config field 'mesh.data' must be >= 1, or -1 for all devices left, got {config.mesh.data}"
+    if config.judge.name == "remote":
+        yield from judge_settings.problems(config.judge)
+
+    for axis, size in config.mesh.items():
+        if size != -1 and size < 1:
+            yield f"config field 'mesh.{axis}' must be >= 1, or -1 for all devices left, got {size}"
+    if sum(size == -1 for size in config.mesh.values()) > 1:
+        yield f"only one of the config fields 'mesh.*' may be -1, got {config.mesh.to_dict()}"
     if not config.model.path:
         yield from _size_problems(config.model)
 
 
+def _data_problems(config: ConfigDict, order: Sequence[str]) -> Iterator[str]:
+    name = config.data.name
+    if name == "scenes":
+        return
+    if "vision" in order:
+        yield (
+            "config field 'stages.order' names the stage vision, which learns from scene graphs: the data set "
+            f"{name!r} has none; leave the stage out"
+        )
+    if config.judge.name == "oracle" and reward_functions.resolve(config.rewards.name).asks:
+        yield (
+            f"config field 'judge.name' is oracle, which knows the scenes only: with data.name {name!r} set it to "
+            "remote, or rewards.name to lexical, which needs no judge"
+        )
+    if name == "sharegpt4v" and not config.data.manual_dir:
+        yield (
+            "config field 'data.manual_dir' is empty: sharegpt4v needs the folder that holds its JSON and its images"
+        )
+    if config.data.name == "photos" and config.data.data_dir == _BY_NAME["data.data_dir"].default:
+        yield "config field 'data.data_dir' must be the folder, or the JSONL file, of your photographs"
+
+
 def _size_problems(model: ConfigDict) -> Iterator[str]:
-    for name, divisor in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("heads", "kv_heads")):
+    fixed_size = model.family == "llava"  # Others resize an image to what its own size asks for.
+    divisors = [("vision_width", "vision_heads"), ("heads", "kv_heads")]
+    for name, divisor in [("image_size", "patch_size"), *divisors] if fixed_size else divisors:
         if model[name] % model[divisor]:
             yield f"config field 'model.{name}' ({model[name]}) must be divisible by model.{divisor} ({model[divisor]})"
     if model.head_size % 2:
         yield f"config field 'model.head_size' must be even for rotary positions, got {model.head_size}"
-    if not 1 <= abs(model.feature_layer) <= model.vision_layers:
+    if fixed_size and not 1 <= abs(model.feature_layer) <= model.vision_layers:
         yield (
             f"config field 'model.feature_layer' must be in [-{model.vision_layers}, -1] or [1, {model.vision_layers}] "
             f"for {model.vision_layers} vision layers, got {model.feature_layer}"
         )
-    image_tokens = (model.image_size // model.patch_size) ** 2
+    image_tokens, why = model.max_image_tokens, "max_image_tokens"
+    if fixed_size:
+        image_tokens, why = (model.image_size // model.patch_size) ** 2, "image_size / patch_size, squared"
     if model.prompt_tokens <= image_tokens:
         yield (
             f"config field 'model.prompt_tokens' ({model.prompt_tokens}) leaves no room for text beside the "
-            f"{image_tokens} image tokens (image_size / patch_size, squared)"
+            f"{image_tokens} image tokens ({why})"
         )
 
 
@@ -523,7 +402,8 @@ def _parse(field: Field, text: str) -> Any:
     if field.kind == "bool":
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
     if field.kind in ("ints", "floats"):
-        parts = text.strip().removeprefix("(").removesuffix(")").removesuffix(",").split(",")
+        inside = text.strip().removeprefix("(").removesuffix(")").removesuffix(",")
+        parts = inside.split(",") if inside else []
         numbers_ = [_parse_number(field.kind.removesuffix("s"), part) for part in parts]
         return text if None in numbers_ else tuple(numbers_)
     number = _parse_number(field.kind, text)
@@ -601,7 +481,7 @@ def parse_command_line(
         parser = CommandParser()
         add_arguments(parser)
         parser.add_argument(
-            "--workdir", metavar="DIR", required=True, help="where the run is written, and resumed from"
+            "--workdir", type=place, metavar="DIR", required=True, help="where the run is written, and resumed from"
         )
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(rest)
@@ -621,19 +501,17 @@ def to_text(config: ConfigDict) -> str:
     return json.dumps(_canonical(config).to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_text(text: str) -> ConfigDict:
+def from_text(text: str | bytes, where: str = "the text", remedy: str = "give what `to_text` wrote") -> ConfigDict:
     """The inverse of `to_text`. Fields are not checked, so that an older version's text can still be compared.
 
     Raises:
-      UserError: the text is no JSON object.
+      UserError: the text is not that of a configuration; it begins with `where` and ends with `remedy`.
     """
+    tree = json_text.parse_object(text, where, remedy)
     try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not the JSON text of a configuration: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"not the JSON text of a configuration: {text[:40]!r}")
-    return _build({name: tuple(value) if isinstance(value, list) else value for name, value in _leaves(tree)})
+        return _build({name: tuple(value) if isinstance(value, list) else value for name, value in _leaves(tree)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is not JSON of a configuration ({error}); {remedy}") from error
 
 
 def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
@@ -665,7 +543,7 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
 
 def table(width: int = 160) -> str:
     """All fields as aligned text: name, type, default, range, meaning (wrapped at `width` characters)."""
-    rows = [(f.name, _TYPE_NAMES.get(f.kind, f.kind), _show(f.default), f.range_text, f.meaning) for f in FIELDS]
+    rows = [(f.name, TYPE_NAMES.get(f.kind, f.kind), _show(f.default), f.range_text, f.meaning) for f in FIELDS]
     header = ("field", "type", "default", "range", "meaning")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
     indent = sum(widths) + 2 * len(widths)
@@ -684,7 +562,7 @@ def table(width: int = 160) -> str:
 def _show(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, tuple):
-        return ",".join(_show(entry) for entry in value)
+        return ",".join(_show(entry) for entry in value) or "()"
     if isinstance(value, str):
         return value or '""'
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balcap_jax import json_text
 from balcap_jax.errors import UserError
 
 # --- (sum, count) metrics ---------------------------------------------------------------------------------------------
@@ -86,7 +87,8 @@ class MetricsWriter:
     `wandb` is a project name; the rest of W&B (entity, run id, mode) is set by its own WANDB_* environment variables.
     A writer that is not `enabled` (every process but 0) touches no file. Opening drops a torn last line, which a killed
     process may have left. Call `truncate` with the restored step before the first `write` of a resumed run.
-    Raises UserError when the disk is full or not writable, or when wandb is asked for and not installed.
+    Raises UserError when the disk is full or not writable, when the file holds something else, or when wandb is asked
+    for and cannot be started.
     """
 
     def __init__(
@@ -112,13 +114,14 @@ class MetricsWriter:
         if tensorboard:
             self._events = _EventFile(self.path.parent / "tensorboard")
         if wandb:
+            module = import_wandb()
             try:
-                module = importlib.import_module("wandb")
-            except ImportError as error:
+                self._wandb = module.init(project=wandb, dir=str(self.path.parent), config=dict(config or {}))
+            except Exception as error:  # of many kinds: no network, no login, a name that it does not take
                 raise UserError(
-                    "log.wandb is set but wandb is not installed; run `pip install wandb` or unset it"
+                    f"log.wandb: Weights & Biases cannot be started ({' '.join(str(error).split())}); mend that, set "
+                    "WANDB_MODE=offline, or leave log.wandb empty"
                 ) from error
-            self._wandb = module.init(project=wandb, dir=str(self.path.parent), config=dict(config or {}))
 
     def truncate(self, after_step: int) -> int:
         """Drops the lines with step > `after_step` and returns their number; -1 empties the file.
@@ -173,10 +176,10 @@ class MetricsWriter:
         self.close()
 
     def _reopen(self, keep: Callable[[dict], bool]) -> IO[bytes]:
-        """Rewrites the file without torn lines and lines that are not to `keep`, and opens it for appending."""
+        """Rewrites the file without a torn last line and lines not to `keep`, and opens it for appending."""
         if self.path.exists():
             old = self.path.read_bytes()
-            kept = b"".join(line for line in old.splitlines(keepends=True) if _is_kept(line, keep))
+            kept = b"".join(line + b"\n" for line, record in _records(self.path, old) if keep(record))
             if kept != old:
                 aside = self.path.with_name(self.path.name + ".tmp")
                 with aside.open("wb") as file:
@@ -187,14 +190,35 @@ class MetricsWriter:
         return self.path.open("ab", buffering=0)
 
 
-def _is_kept(line: bytes, keep: Callable[[dict], bool]) -> bool:
-    """A line without its newline, or that is no object with a step, was torn by a crash."""
+def import_wandb() -> Any:
+    """The module wandb. Raises UserError where it is not installed."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    whole = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
-    return whole and keep(record)
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError("log.wandb is set but wandb is not installed; run `pip install wandb` or unset it") from error
+
+
+def _records(path: Path, content: bytes) -> Iterator[tuple[bytes, dict]]:
+    """Lines without their ends, and what they hold. A crash may have torn the last one, which is left out then.
+
+    Raises:
+      UserError: what a crash does not do: another line, or the only one, is no record of ours.
+    """
+    remedy = "no run wrote that; move the file away (the run goes on without the earlier numbers), or mend the line"
+    *lines, rest = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            record = json_text.parse_object(line, where, remedy)
+            if not isinstance(record.get("step"), int):
+                raise UserError(f"{where} has no step; {remedy}")
+        except UserError:
+            if 1 < number == len(lines) and not rest:
+                return
+            raise
+        yield line, record
+    if not lines and rest and not rest.startswith(b"{"):
+        raise UserError(f"{path}, line 1 is no record of a run; {remedy}")
 
 
 def _count_lines(path: Path) -> int:
@@ -234,8 +258,9 @@ class _EventFile:
         self._event, self._summary = event_pb2, summary_pb2
         with _disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            # File names have a resolution of one second; with the process id a quick restart does not overwrite.
-            self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}.{id(self):x}")
+            # A file's own time stamp has a resolution of one second; a quick restart must not overwrite the first one.
+            suffix = f".{os.getpid()}.{time.time_ns():x}"
+            self._writer = EventsWriter(str(directory / "events"), filename_suffix=suffix)
         self._flushed = time.monotonic()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
@@ -365,17 +390,21 @@ class Progress:
         self._live = None
 
     def __enter__(self) -> "Progress":
-        # isatty decides, not rich: FORCE_COLOR and the like must not put control codes into a log file.
-        if self._enabled and self._stream.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            # Redrawn on update only: a refreshing thread would take time from the step on a small machine.
-            self._live = Live(console=Console(file=self._stream), auto_refresh=False)
-            self._live.start()
         return self
 
     def __exit__(self, *exception) -> None:
+        self._leave_line()
+
+    def _draw_line(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        # Redrawn on update only: a refreshing thread would take time from the step on a small machine.
+        self._live = Live(console=Console(file=self._stream), auto_refresh=False)
+        self._live.start()
+
+    def _leave_line(self) -> None:
+        """What is printed next comes below the line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -385,8 +414,12 @@ class Progress:
         if not self._enabled:
             return
         self._time_step(step, values)
-        if self._live is not None:
+        # isatty decides, not rich: FORCE_COLOR and the like must not put control codes into a log file.
+        if self._stream.isatty():
             from rich.text import Text
+
+            if self._live is None:  # Not before: a stage that has nothing left to do would show an empty line.
+                self._draw_line()
 
             width = min(LINE_WIDTH, self._live.console.width - 1)
             self._live.update(Text(self.line(step, values, width), no_wrap=True), refresh=True)
@@ -394,13 +427,11 @@ class Progress:
             print(self.line(step, values), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
-        """Prints one line beside the progress (above it on a terminal)."""
+        """Prints one line below the progress."""
         if not self._enabled:
             return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self._stream, flush=True)
+        self._leave_line()
+        print(text, file=self._stream, flush=True)
 
     def line(self, step: int, values: Mapping[str, float], width: int = LINE_WIDTH) -> str:
         """The text of one progress line; reward names are shortened before anything is cut."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import jinja2
 
+from balcap_jax.arguments import place
 from balcap_jax.charts import (
     BOTTOM,
     HEIGHT,
@@ -36,6 +37,7 @@ from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.runs import (
     PLAIN_TABLE,
     TABLE,
+    USUAL_ORDER,
     Cell,
     JudgedCaption,
     JudgedImage,
@@ -46,9 +48,11 @@ from balcap_jax.runs import (
     label_text,
     load_run,
     mapping,
+    rows_of,
 )
 
 GALLERY_IMAGES = 8
+_BALCAP_ROWS = 4  # of TABLE: its three objectives and b-CapScore
 MAX_IMAGE_BYTES = 4 << 20  # a picture beyond this is named, not embedded: the page should open on a phone
 EVALUATIONS = {"evaluations": "Sampled captions", "greedy": "Greedy captions"}  # in summary.json
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -57,18 +61,21 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # --- before and after -------------------------------------------------------------------------------------------------
 
 
-def before_after_table(summary: Mapping[str, Any]) -> str:
-    """The table printed at the end of a training: the first evaluation of `summary["evaluations"]` against the last."""
+def before_after_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
+    """The table printed at the end of a training with the stages `order`: the first evaluation of
+    `summary["evaluations"]` against the last."""
     evaluations = mapping(summary.get("evaluations"))
-    labels = before_and_after(evaluations)
+    labels = before_and_after(evaluations, order)
     if not labels:
         return "no evaluation yet"
     names = [label_text(label) for label in labels] + (["change"] if len(labels) > 1 else [])
     count = mapping(evaluations[labels[-1]]).get("n")
     captions = f"{count} captions" if is_number(count) else ""
     lines = [f"{captions:<24}" + "".join(f"{name:>10}" for name in names)]
-    for row in TABLE:
-        if row.key not in PLAIN_TABLE:
+    shown = [mapping(evaluations[label]) for label in labels]
+    balanced = any(cell_of(one, row).mean is not None for one in shown for row in TABLE[:_BALCAP_ROWS])
+    for row in rows_of(shown):
+        if row in TABLE and (row.key not in PLAIN_TABLE or (row in TABLE[:_BALCAP_ROWS] and not balanced)):
             continue
         cells = [cell_of(mapping(evaluations[label]), row) for label in labels]
         values = ["-" if cell.mean is None else f"{cell.mean:.1f}{row.unit}" for cell in cells]
@@ -86,7 +93,7 @@ def _delta(before: Cell, after: Cell) -> float | None:
 def _html_table(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
     """Rows of a table of the page; each run has its cells in the order of its labels, and the change."""
     rows = []
-    for row in TABLE:
+    for row in rows_of([run.evaluation(label, kind) for run in runs for label in run.labels]):
         per_run = []
         for run in runs:
             cells = [cell_of(run.evaluation(label, kind), row) for label in run.labels]
@@ -343,10 +350,13 @@ def _write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | None)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="python -m balcap_jax.report",
-        description="Writes one self-contained HTML page about one or several runs, side by side.",
+        description="Writes one self-contained HTML page about one or several runs, side by side: in the directory of "
+        "the one, or as report.html in the current directory about several.",
     )
-    parser.add_argument("workdirs", metavar="D", nargs="+", help="the --workdir of a training run")
-    parser.add_argument("--out", metavar="FILE", help="default: D/report.html; for several runs ./report.html")
+    parser.add_argument("workdirs", type=place, metavar="D", nargs="+", help="the --workdir of a training run")
+    parser.add_argument(
+        "--out", type=place, metavar="FILE", help="default: D/report.html; for several runs ./report.html"
+    )
     arguments = parser.parse_args(argv)
     path, runs = _write(arguments.workdirs, arguments.out)
     for run in runs:

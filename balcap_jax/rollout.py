@@ -6,13 +6,17 @@ One compiled program; the loop ends when every branch has ended. `sample` is the
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from balcap_jax import sharding
 from balcap_jax.models.policy import Params, Policy, Prompt
+
+_BLOCK = 256  # tokens of a block in `categorical`; near the square root of a large vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,30 +56,69 @@ def example_keys(ids: Sequence[str]) -> np.ndarray:
     return np.array([zlib.crc32(name.encode()) for name in ids], np.uint32)
 
 
-def make_rollout(policy: Policy, sampling: Sampling) -> Callable[..., Rollout]:
+def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
     """The compiled rollout: `rollout(params, prompt, keys [B] uint32, seed uint32, step uint32) -> Rollout`.
 
     Sample g of an example draws from a key made of (seed, step, example key, g) only, so it is the same on any mesh,
     in any batch and at any batch size.
     """
 
-    @jax.jit
-    def rollout(params: Params, prompt: Prompt, keys: jax.Array, seed: jax.Array, step: jax.Array) -> Rollout:
+    def rollout(
+        mesh: Mesh | None, params: Params, prompt: Prompt, keys: jax.Array, seed: jax.Array, step: jax.Array
+    ) -> Rollout:
         base = jax.random.fold_in(jax.random.key(seed), step)
         of_prompt = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
         members = jnp.arange(sampling.group_size)
         branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(of_prompt)
-        return sample(policy, params, prompt, branch_keys, sampling)
+        return sample(policy, params, prompt, branch_keys, sampling, mesh)
+
+    return RolloutProgram(rollout)
+
+
+class RolloutProgram:
+    """jit of `rollout(mesh, params, ...)` for the mesh that the parameters lie on."""
+
+    def __init__(self, rollout: Callable[..., Rollout]):
+        self._jit = jax.jit(rollout, static_argnums=0)
+
+    def __call__(self, params: Params, *inputs: Any) -> Rollout:
+        return self._jit(sharding.mesh_of(params), params, *inputs)
+
+    def lower(self, params: Params, *inputs: Any) -> jax.stages.Lowered:
+        return self._jit.lower(sharding.mesh_of(params), params, *inputs)
+
+
+def compile_rollout(
+    policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any
+) -> Callable[..., Rollout]:
+    """The rollout compiled for arguments like these, to be called with parameters as they are trained.
+
+    Before each rollout the decoder's are brought to the layout of sampling and to `dtype`, the compute type, where they
+    are not already; that copy lives as long as the rollout.
+    """
+    program, mesh = make_rollout(policy, sampling), sharding.mesh_of(params)
+    relay = sharding.make_relay(mesh, params, dtype) if mesh is not None else None
+    if relay is None:
+        return program.lower(params, *inputs).compile()
+    relay = relay.lower({"decoder": params["decoder"]}).compile()
+    sampled = sharding.abstract(relay.out_info, sharding.sampling_shardings(mesh, relay.out_info))
+    compiled = program.lower({**params, **sampled}, *inputs).compile()
+
+    def rollout(params: Params, *inputs: Any) -> Rollout:
+        return compiled({**params, **relay({"decoder": params["decoder"]})}, *inputs)
 
     return rollout
 
 
-def sample(policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, sampling: Sampling) -> Rollout:
+def sample(
+    policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, sampling: Sampling, mesh: Mesh | None = None
+) -> Rollout:
     """The decoding loop; `keys` [B, G] are PRNG keys, one per branch."""
     batch, group = keys.shape
-    image_embeds = policy.encode(params, prompt.images)
-    prefix, logits = policy.prefill(params, prompt, image_embeds)
-    branch = policy.empty_branch(batch, group, sampling.max_tokens)
+    with sharding.layout(mesh, sharding.TRAINING):  # A whole prompt is more than the weights that it meets.
+        image_embeds = policy.encode(params, prompt.images)
+        prefix, logits = policy.prefill(params, prompt, image_embeds)
+        branch = policy.empty_branch(batch, group, sampling.max_tokens)
 
     def draw(logits: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         if sampling.greedy:
@@ -85,7 +128,7 @@ def sample(policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, samp
             scaled = logits / sampling.temperature
             kept = truncate(scaled, sampling.top_p, sampling.top_k)
             step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(keys)
-            tokens = jax.vmap(jax.vmap(jax.random.categorical))(step_keys, kept).astype(jnp.int32)
+            tokens = categorical(step_keys, kept)
         return tokens, _log_prob(kept, tokens), _log_prob(scaled, tokens)
 
     def record(buffers, t, tokens, sampled, full, done):
@@ -118,7 +161,8 @@ def sample(policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, samp
 
     def extend(carry):
         t, branch, tokens, done, buffers = carry
-        branch, logits = policy.decode(params, prefix, branch, tokens, t - 1)
+        with sharding.layout(mesh, sharding.SAMPLING):
+            branch, logits = policy.decode(params, prefix, branch, tokens, t - 1)
         buffers, tokens, done = record(buffers, t, *draw(logits, t), done)
         return t + 1, branch, tokens, done, buffers
 
@@ -126,6 +170,38 @@ def sample(policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, samp
     out_tokens, mask, log_probs, policy_log_probs = buffers
     lengths = mask.sum(-1, dtype=jnp.int32)
     return Rollout(out_tokens, mask, log_probs, policy_log_probs, lengths, ~done, image_embeds)
+
+
+def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """Draws from softmax(logits [..., V]) with the PRNG keys [...]; int32 [...].
+
+    By inversion in two steps, first a block of tokens and then a token of it, with a uniform number for each: two
+    random numbers per draw, where the Gumbel maximum of `jax.random.categorical` takes V, and the second restores the
+    resolution that fp32 sums over a large V would lose. A token of probability 0 is never drawn.
+    """
+    vocab = logits.shape[-1]
+    blocks = -(-vocab // _BLOCK)
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * _BLOCK - vocab)]
+    mass = jnp.exp(logits - logits.max(-1, keepdims=True))
+    mass = jnp.pad(mass, padding).reshape(*logits.shape[:-1], blocks, _BLOCK)
+    uniform = jax.random.uniform
+    for _ in keys.shape:
+        uniform = jax.vmap(uniform, in_axes=(0, None))
+    draws = uniform(keys, (2,))
+    block = _invert(mass.sum(-1), draws[..., 0])
+    within = jnp.take_along_axis(mass, block[..., None, None], axis=-2)[..., 0, :]
+    return (block * _BLOCK + _invert(within, draws[..., 1])).astype(jnp.int32)
+
+
+def _invert(mass: jax.Array, draw: jax.Array) -> jax.Array:
+    """The index [...] at which the running sum of `mass` [..., N] passes the share `draw` [...] of the whole."""
+    total = jnp.cumsum(mass, axis=-1)
+    passed = total > draw[..., None] * total[..., -1:]
+    # Rounding may let a sum pass at an entry without mass, or nowhere: then the largest entry.
+    chosen = jnp.argmax(passed & (mass > 0), axis=-1)
+    return jnp.where(
+        jnp.take_along_axis(mass, chosen[..., None], axis=-1)[..., 0] > 0, chosen, jnp.argmax(mass, axis=-1)
+    )
 
 
 def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +17,8 @@ import pydantic
 from balcap_jax.errors import UserError
 from balcap_jax.judges.schema import Assertion
 
-STAGE_LABELS = {
-    "base": "Base",
-    "vision": "Vision",
-    "align": "Alignment",
-    "sft": "SFT base",
-    "rl": "RL",
-}  # in the order in which a run passes them
+STAGE_LABELS = {"base": "Base", "vision": "Vision", "align": "Alignment", "sft": "SFT", "rl": "RL"}
+USUAL_ORDER = ("vision", "align", "sft", "rl")
 
 
 def label_text(label: str) -> str:
@@ -31,13 +26,13 @@ def label_text(label: str) -> str:
     return f"{STAGE_LABELS.get(stage, stage)} at {step}" if dash else STAGE_LABELS.get(stage, stage)
 
 
-def before_and_after(labels: Iterable[str]) -> list[str]:
-    """The first and the last evaluation, or the only one.
+def before_and_after(labels: Iterable[str], order: Sequence[str] = USUAL_ORDER) -> list[str]:
+    """The first and the last evaluation of a run with the stages `order`, or the only one.
 
-    A label is a stage ("sft": at its end) or a stage and a step ("rl-40": on the way); the latter count as first or
-    last only while no two stages have ended.
+    A label is a stage ("sft": at its end; "base": before the first stage) or a stage and a step ("rl-40": on the way);
+    the latter count as first or last only while no two stages have ended.
     """
-    stages = list(STAGE_LABELS)
+    stages = ["base", *order]
 
     def place(label: str) -> tuple:
         stage, _, step = label.partition("-")
@@ -73,6 +68,7 @@ class JudgedCaption(pydantic.BaseModel):
     fluency: Number = None
     coherency: Number = None
     failures: dict[str, str] = {}
+    suspicious: list[str] = []
 
 
 class JudgedImage(pydantic.BaseModel):
@@ -107,7 +103,13 @@ class Run:
     @property
     def labels(self) -> list[str]:
         """The first and the last evaluated stage: what "before" and "after" mean for this run."""
-        return before_and_after({*self.evaluations, *mapping(self.summary.get("evaluations"))})
+        return before_and_after({*self.evaluations, *mapping(self.summary.get("evaluations"))}, self.order)
+
+    @property
+    def order(self) -> Sequence[str]:
+        """The stages in the order in which they ran, as far as the config says so."""
+        order = mapping(self.config.get("stages")).get("order")
+        return [part.strip() for part in order.split(",")] if isinstance(order, str) else USUAL_ORDER
 
     def evaluation(self, label: str, kind: str = "evaluations") -> Mapping[str, Any]:
         """What summary.json says about one evaluation ("greedy" is the other kind); empty where it says nothing."""
@@ -119,10 +121,6 @@ def load_run(directory: str | os.PathLike) -> Run:
     path = Path(directory)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; name the --workdir of a training run")
-    if not any((path / name).exists() for name in ("metrics.jsonl", "config.json", "summary.json", "samples")):
-        raise UserError(
-            f"{path}: not a run (no metrics.jsonl, config.json, summary.json or samples/); name a run's --workdir"
-        )
     notes: list[str] = []
     records = [record for _, record in _read_lines(path / "metrics.jsonl", notes)]
     config = _read_object(path / "config.json", notes)
@@ -139,6 +137,11 @@ def load_run(directory: str | os.PathLike) -> Run:
                 continue
             images[image.id] = image
         evaluations[file.stem.removeprefix("eval-")] = images
+    if not (records or config or summary or any(evaluations.values())):
+        raise UserError(
+            f"{path}: not a run (nothing readable in metrics.jsonl, config.json, summary.json or samples/); name a "
+            "run's --workdir"
+        )
     if not any(evaluations.values()):
         notes.append("samples/: no captions to show (no eval-*.jsonl with a readable line)")
     name = config.get("name") if isinstance(config.get("name"), str) else path.resolve().name
@@ -154,14 +157,11 @@ def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
         return []
     found, torn = [], []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            found.append((number, record))
-        else:
+        record = _object(line)
+        if record is None:
             torn.append(number)
+        else:
+            found.append((number, record))
     if torn:
         more = f" and {len(torn) - 1} more" if len(torn) > 1 else ""
         notes.append(f"{file.name}: line {torn[0]}{more} torn or not an object, skipped")
@@ -172,16 +172,22 @@ def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
 
 def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        value = _object(file.read_bytes())
     except OSError as error:
         notes.append(f"{file.name}: not readable ({error.strerror})")
-    except ValueError:
-        notes.append(f"{file.name}: torn or not JSON, ignored")
-    else:
-        if isinstance(value, dict):
-            return value
-        notes.append(f"{file.name}: not a JSON object, ignored")
-    return {}
+        return {}
+    if value is None:
+        notes.append(f"{file.name}: torn or not a JSON object, ignored")
+    return value or {}
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object of a text, None for any other text. The page can show what `json_text` refuses."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _continuous(records: Iterable[dict]) -> list[dict]:
@@ -229,7 +235,21 @@ TABLE = (
     Row("in band", "in_band", 100, unit="%"),
     Row("truncated", "truncated", 100, better=-1, unit="%"),
 )
+# What an evaluation holds beside the means of rewards.
+_OTHERS = frozenset({*(row.key for row in TABLE), "tokens", "n", "images", "invalid"})
 PLAIN_TABLE = ("precision", "recall", "linguistic", "b_capscore", "words", "in_band")
+
+
+def scale_of(reward: str) -> float:
+    """What turns a reward into what is shown: points, but for counts."""
+    return 1.0 if reward.endswith("count") else 100.0
+
+
+def rows_of(evaluations: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
+    """TABLE, and before it a row for each other reward that was evaluated."""
+    names = (name for evaluation in evaluations for name, value in evaluation.items() if isinstance(value, dict))
+    others = [name for name in dict.fromkeys(names) if name not in _OTHERS]
+    return (*(Row(name.replace("_", " "), name, scale_of(name)) for name in others), *TABLE)
 
 
 @dataclasses.dataclass(frozen=True)

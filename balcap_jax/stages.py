@@ -10,30 +10,37 @@ that no later step can meet a shape for the first time.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from balcap_jax import sharding, train_step
+from balcap_jax import distributed, lora, sharding, train_step
+from balcap_jax.config import stage_order
 from balcap_jax.data.scenes import labels
 from balcap_jax.data.scenes.world import Scene
 from balcap_jax.errors import UserError
-from balcap_jax.evals.bcapscore import b_capscore
+from balcap_jax.evals.bcapscore import b_capscore, three_of
 from balcap_jax.evals.held_out import Judged, summarise, to_samples
 from balcap_jax.metrics import PhaseClock, finalise
-from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.policy import Params, Policy, Prompt
-from balcap_jax.rewards import RewardFn, count_words
-from balcap_jax.rollout import Sampling, example_keys, make_rollout
+from balcap_jax.models.prompting import PromptProcessor
+from balcap_jax.rewards import RewardFn, Scores, count_words
+from balcap_jax.rollout import Rollout, Sampling, compile_rollout, example_keys
+from balcap_jax.rows import Rows, take
 from balcap_jax.train_step import RLBatch, SFTBatch, TrainState, VisionBatch
 
 Examples = Mapping[str, Any]
+
+# The stages that train adapters, where there are any.
+LORA_STAGES = ("sft", "rl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +50,36 @@ class Job:
     config: ConfigDict
     mesh: Mesh
     policy: Policy
-    processor: LlavaProcessor
+    processor: PromptProcessor
     reward: RewardFn
     clock: PhaseClock
+    measure: RewardFn | None = None  # what evaluations score; None = the reward
 
-    def put(self, tree: Any) -> Any:
-        """Host arrays with a leading B axis to the devices of the mesh."""
-        return jax.device_put(tree, sharding.batch_sharding(self.mesh))
+    def rows(self, batch_size: int) -> Rows:
+        """Which rows of a batch this process has; what follows takes and gives those, B being split by process."""
+        return Rows(self.mesh, batch_size)
 
     def put_scalar(self, value: int) -> jax.Array:
-        return jax.device_put(np.uint32(value), sharding.replicated(self.mesh))
+        with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.
+            return jax.make_array_from_callback((), sharding.replicated(self.mesh), lambda _: np.uint32(value))
 
     def prompt(self, examples: Examples) -> Prompt:
+        """Host arrays of the prompts of `examples`."""
         texts = [self.config.data.prompt or text for text in examples["prompt"]]
-        return self.put(self.processor(examples["image"], texts, examples["id"]))
+        return self.processor(examples["image"], texts, examples["id"])
 
-    def captions(self, tokens: np.ndarray) -> list[list[str]]:
-        """Tokens [B, G, R] to texts [B][G]."""
-        texts, group = self.processor.decode(tokens), tokens.shape[1]
-        return [texts[i : i + group] for i in range(0, len(texts), group)]
+    def judge(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Judged:
+        """Has `reward` score this process's own of the held rows, which `examples` and `drawn` (host arrays) hold."""
+        own, tokens = take(examples, rows.own), drawn.tokens[rows.own]
+        shape = tokens.shape[:2]
+        texts = self.processor.decode(tokens) if tokens.size else []
+        captions = [texts[i : i + shape[1]] for i in range(0, len(texts), shape[1])]
+        if captions:
+            scores = reward(to_samples(own, captions, drawn.lengths[rows.own]))
+        else:  # All that is held here is another process's to judge.
+            nothing = (*shape, len(reward.names))
+            scores = Scores(np.zeros(nothing, np.float32), np.zeros(nothing, bool), [])
+        return Judged(own, captions, drawn.lengths[rows.own], drawn.truncated[rows.own], scores)
 
 
 def make_optimizer(config: ConfigDict, stage: str) -> optax.GradientTransformation:
@@ -69,26 +87,75 @@ def make_optimizer(config: ConfigDict, stage: str) -> optax.GradientTransformati
     settings, optim = config.stages[stage], config.optim
     rate, warmup = settings.learning_rate, settings.warmup_steps
     if settings.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, settings.steps)
-    elif warmup:
-        # The first update is 1/warmup of the rate, not 0: a step that changes nothing is a step lost.
-        schedule = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(settings.steps, warmup) + 1)
     else:
-        schedule = optax.constant_schedule(rate)
+        schedule = optax.linear_schedule(0.0, rate, warmup) if warmup else optax.constant_schedule(rate)
+    # Updates count from 1 here: both ends of a schedule are 0, and a step that changes nothing is a step lost.
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay),
+        optax.adamw(
+            lambda count: schedule(count + 1),
+            optim.b1,
+            optim.b2,
+            optim.eps,
+            mu_dtype=optim.mu_dtype,
+            weight_decay=optim.weight_decay,
+        ),
     )
+
+
+def freeze_of(config: ConfigDict, stage: str) -> str:
+    """What is not trained in `stage`, as a regular expression; with LoRA everything but adapters."""
+    freeze = config.stages[stage].freeze
+    if not (config.lora.rank and stage in LORA_STAGES):
+        return freeze
+    return f"{lora.FREEZE_BASE}|{freeze}" if freeze else lora.FREEZE_BASE
+
+
+def check_freezes(config: ConfigDict, params: Params) -> None:
+    """Raises UserError where a stage's `freeze` matches no parameter or leaves none to train; `params` may be abstract.
+
+    Raises it too where lora.targets fit nothing.
+    """
+    for stage in stage_order(config):
+        params = jax.eval_shape(functools.partial(params_of, config, stage=stage), params)
+        freeze = config.stages[stage].freeze
+        where = f"config field 'stages.{stage}.freeze' ({freeze!r})"
+        if freeze and not train_step.split(params, freeze)[1]:
+            parts = ", ".join(f"{part}/" for part in params)
+            raise UserError(f"{where} matches no parameter; their paths begin with {parts}")
+        if not train_step.split(params, freeze_of(config, stage))[0]:
+            raise UserError(f"{where} leaves no parameter to train; match fewer, or set stages.{stage}.steps to 0")
+
+
+def params_of(config: ConfigDict, params: Params, stage: str) -> Params:
+    """The parameters as `stage` holds them, from those that it starts from.
+
+    With LoRA the first stage that imitates or reinforces captions adds the adapters and brings the base to its type.
+    Stages before it make a base where there was none, from random numbers, and train all of it. Without, what a stage
+    freezes is brought to `optim.frozen_dtype`, and what it trains is float32.
+    """
+    if not (config.lora.rank and stage in LORA_STAGES):
+        trainable, frozen = train_step.split(params, config.stages[stage].freeze)
+        trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
+        frozen = {path: leaf.astype(config.optim.frozen_dtype) for path, leaf in frozen.items()}
+        return train_step.join(trainable, frozen)
+    if lora.has_adapters(params):
+        return params
+    params = lora.add(params, config.lora.rank, config.lora.targets, jax.random.key(config.seed))
+    return lora.cast_base(params, config.lora.base_dtype)
 
 
 def start_state(job: Job, params: Params, stage: str) -> TrainState:
     """The state before the first update of `stage`, placed on the mesh."""
-    freeze = job.config.stages[stage].freeze
-    optimizer = make_optimizer(job.config, stage)
-    abstract = jax.eval_shape(lambda p: train_step.init_state(p, optimizer, freeze), params)
-    placed = state_shardings(job.mesh, abstract)
-    params = jax.device_put(params, placed.params)
-    return jax.jit(lambda p: train_step.init_state(p, optimizer, freeze), out_shardings=placed)(params)
+    optimizer, freeze = make_optimizer(job.config, stage), freeze_of(job.config, stage)
+
+    def start(params: Params) -> TrainState:
+        return train_step.init_state(params_of(job.config, params, stage), optimizer, freeze)
+
+    placed = state_shardings(job.mesh, jax.eval_shape(start, params))
+    params = jax.device_put(params, sharding.tree_shardings(job.mesh, params))
+    return jax.jit(start, out_shardings=placed)(params)
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
@@ -133,17 +200,30 @@ class VisionStage:
         del reference
         settings = job.config.stages.vision
         self.job = job
-        width, needed = job.config.model.vision_width, sum(labels.CLASSES)
-        if not job.config.model.path and width < needed:
+        self.rows = job.rows(settings.batch_size)
+        # Families differ in the number of features that a tower of some width gives.
+        size, processor = job.config.model.image_size, job.processor
+        blank = processor([np.zeros((size, size, 3), np.uint8)], [""])
+        params = jax.eval_shape(job.policy.init, jax.random.key(0))
+        width, needed = jax.eval_shape(job.policy.features, params, blank.images).shape[-1], sum(labels.CLASSES)
+        if width < needed:
             raise UserError(
-                f"config field 'model.vision_width' is {width}, but the stage vision tells {needed} classes apart and "
-                f"needs at least as many features; raise it to {needed} or more, or leave the stage out"
+                f"the vision tower gives {width} features, but the stage vision tells {needed} classes apart and needs "
+                f"at least as many; raise model.vision_width ({job.config.model.vision_width}), or leave the stage out"
+            )
+        placed = int((blank.tokens == processor.tokenizer.convert_tokens_to_ids(processor.image_token)).sum())
+        self._side = math.isqrt(placed)
+        if not placed == self._side**2 == processor.image_tokens:
+            raise UserError(
+                f"a picture of {size} x {size} pixels has {placed} image tokens of up to {processor.image_tokens}, but "
+                "the stage vision needs as many as there may be, in a square; set model.max_image_tokens to a square "
+                "number that the picture fills, or leave the stage out"
             )
         self._step = train_step.make_vision_step(
             job.policy,
             make_optimizer(job.config, "vision"),
             labels.CLASSES,
-            freeze=settings.freeze,
+            freeze=freeze_of(job.config, "vision"),
             micro_batches=settings.micro_batches,
         )
         self._program: Any = None
@@ -151,16 +231,15 @@ class VisionStage:
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], None]:
         """One update on the examples' images. -> (state, values for the log, no samples)"""
         job = self.job
-        side = math.isqrt(job.processor.image_tokens)
-        classes = np.stack([labels.of_tokens(Scene.from_json(text), side) for text in examples["scene"]])
-        batch = VisionBatch(job.put(examples["image"]), job.put(classes))
+        classes = np.stack([labels.of_tokens(Scene.from_json(text), self._side) for text in examples["scene"]])
+        batch = VisionBatch(*self.rows.put((job.prompt(examples).images, classes)))
         if self._program is None:
             with job.clock.phase("compile"):
                 self._program = self._step.lower(state, batch).compile()
         with job.clock.phase("update"):
             state, metrics = self._program(state, batch)
             values = finalise(metrics)
-        return state, values | {"tokens": float(classes[..., 0].size)}, None
+        return state, values | {"tokens": float(math.prod(batch.labels.shape[:-1]))}, None
 
 
 class SFTStage:
@@ -176,9 +255,13 @@ class SFTStage:
         del reference
         settings = job.config.stages[name]
         self.job = job
+        self.rows = job.rows(settings.batch_size)
         self.writes_captions = name == "sft"
         self._step = train_step.make_sft_step(
-            job.policy, make_optimizer(job.config, name), freeze=settings.freeze, micro_batches=settings.micro_batches
+            job.policy,
+            make_optimizer(job.config, name),
+            freeze=freeze_of(job.config, name),
+            micro_batches=settings.micro_batches,
         )
         self._programs: dict[int, Any] = {}
 
@@ -187,8 +270,8 @@ class SFTStage:
         job, buckets = self.job, self.job.config.rollout.buckets
         targets = examples["captions"] if self.writes_captions else [[text] for text in examples["reference"]]
         tokens, mask = job.processor.encode_responses(targets, buckets[-1])
-        length = bucket_of(buckets, int(mask.sum(-1).max()))
-        batch = SFTBatch(job.prompt(examples), job.put(tokens[..., :length]), job.put(mask[..., :length]))
+        length = bucket_of(buckets, distributed.largest(mask.sum(-1).max()))
+        batch = SFTBatch(*self.rows.put((job.prompt(examples), tokens[..., :length], mask[..., :length])))
         if not self._programs:
             with job.clock.phase("compile"):
                 for bucket in buckets:
@@ -197,7 +280,7 @@ class SFTStage:
         with job.clock.phase("update"):
             state, metrics = self._programs[length](state, batch)
             values = finalise(metrics)
-        return state, values | {"tokens": float(mask.sum())}, None
+        return state, values | {"tokens": values["length/tokens_mean"] * math.prod(batch.mask.shape[:2])}, None
 
 
 class RLStage:
@@ -210,10 +293,10 @@ class RLStage:
         config = job.config
         settings, rollout = config.stages.rl, config.rollout
         self.job = job
+        self.rows = job.rows(settings.batch_size)
         self._reference = reference
-        self._rollout_step = make_rollout(
-            job.policy,
-            Sampling(rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k),
+        self._sampling = Sampling(
+            rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k
         )
         objective = train_step.RLObjective(
             names=job.reward.names,
@@ -231,42 +314,53 @@ class RLStage:
             job.policy,
             make_optimizer(config, "rl"),
             objective,
-            freeze=settings.freeze,
+            freeze=freeze_of(config, "rl"),
             micro_batches=settings.micro_batches,
         )
         self._rollout: Any = None
         self._programs: dict[int, Any] = {}
 
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], Judged]:
-        """Samples G captions per example, has them judged, and updates. -> (state, values for the log, captions)"""
-        job, config, clock = self.job, self.job.config, self.job.clock
-        prompt = job.prompt(examples)
-        keys = job.put(example_keys(examples["id"]))
+        """Samples G captions per example, has them judged, and updates.
+
+        Returns the state, values for the log, and the captions that this process has judged.
+        """
+        job, config, clock, rows = self.job, self.job.config, self.job.clock, self.rows
+        prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
         draw = (state.params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
         if self._rollout is None:
             with clock.phase("compile"):
-                self._rollout = self._rollout_step.lower(*draw).compile()
+                self._rollout = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
         with clock.phase("rollout"):
             out = self._rollout(*draw)
             # The small arrays come to the host whole: cut to their bucket there, they need no compiled slice here.
-            drawn = jax.device_get(out._replace(image_embeds=None))
+            drawn = rows.fetch(out._replace(image_embeds=None))
 
         with clock.phase("judge"):
-            captions = job.captions(drawn.tokens)
-            scores = job.reward(to_samples(examples, captions))
+            judged = job.judge(rows, examples, drawn, job.reward)
+            words = [[count_words(text) for text in members] for members in judged.captions]
+            # From here on every process knows the scores of the whole batch.
+            scores, valid, words, lengths = rows.gather(
+                (
+                    judged.scores.rewards,
+                    judged.scores.valid,
+                    np.array(words, np.int32).reshape(judged.tokens.shape),
+                    judged.tokens,
+                )
+            )
 
-        length = bucket_of(config.rollout.buckets, int(drawn.lengths.max()))
+        length = bucket_of(config.rollout.buckets, int(lengths.max()))
         batch = RLBatch(
             prompt,
             out.image_embeds,
-            *job.put(
+            *rows.put(
                 (
                     drawn.tokens[..., :length],
                     drawn.mask[..., :length],
                     drawn.policy_log_probs[..., :length],
-                    scores.rewards,
-                    scores.valid,
-                    np.array([[count_words(text) for text in members] for members in captions], np.int32),
+                    scores[rows.held],
+                    valid[rows.held],
+                    words[rows.held],
                     np.array([count_words(text) for text in examples["reference"]], np.int32),
                     drawn.truncated,
                 )
@@ -281,45 +375,45 @@ class RLStage:
             state, metrics = self._programs[length](state, batch, self._reference)
             values = finalise(metrics)
 
-        values["b_capscore"] = b_capscore(*np.moveaxis(scores.rewards, -1, 0), scores.valid.all(-1))
-        values["tokens"] = float(drawn.lengths.sum())
-        return state, values, Judged(examples, captions, drawn.lengths, drawn.truncated, scores)
+        values["b_capscore"] = b_capscore(*three_of(scores, valid, job.reward.names))
+        values["tokens"] = float(lengths.sum())
+        values["failed_calls"], values["calls"] = int((~valid).sum()), valid.size
+        return state, values, judged
 
 
 class Evaluator:
-    """Captions held-out images with the current parameters and has them judged; compiled once per run."""
+    """Captions held-out images with the current parameters and has them judged; compiled once for each type of them."""
 
     def __init__(self, job: Job, *, greedy: bool):
         config = job.config
         self.job = job
         self.samples = 1 if greedy else config.log.eval_samples
         temperature = config.rollout.eval_temperature
-        self._rollout_step = make_rollout(
-            job.policy,
-            Sampling(
-                self.samples,
-                config.rollout.max_tokens,
-                temperature or 1.0,
-                greedy=greedy or not temperature,
-            ),
+        self._sampling = Sampling(
+            self.samples, config.rollout.max_tokens, temperature or 1.0, greedy=greedy or not temperature
         )
-        self._rollout: Any = None
+        self._rollouts: dict[tuple, Any] = {}
 
     def __call__(self, params: Params, batches: Sequence[tuple[Examples, int]], step: int) -> tuple[dict, list[dict]]:
-        """Judges captions of `batches` (columns and number of real rows each). -> (summary, records per image)"""
+        """Judges captions of `batches` (columns and number of real rows each). -> (summary, records per image)
+
+        All processes are given all batches, caption a part of each, and get all of the result.
+        """
         job, config = self.job, self.job.config
         gate = (config.rewards.gate_low, config.rewards.gate_high)
-        records = []
-        for examples, rows in batches:
-            prompt, keys = job.prompt(examples), job.put(example_keys(examples["id"]))
+        measure, records = job.measure or job.reward, []
+        for columns, real in batches:
+            rows = job.rows(len(columns["id"]))
+            examples = take(columns, rows.held)
+            prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
             draw = (params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
-            if self._rollout is None:
+            # A stage may keep what it freezes in another type than the one before it did.
+            types = tuple(leaf.dtype for leaf in jax.tree.leaves(params))
+            if types not in self._rollouts:
                 with job.clock.phase("compile"):
-                    self._rollout = self._rollout_step.lower(*draw).compile()
-            out = self._rollout(*draw)
-            tokens, lengths, truncated = jax.device_get((out.tokens, out.lengths, out.truncated))
-            captions = job.captions(tokens)
-            scores = job.reward(to_samples(examples, captions))
-            judged = Judged(examples, captions, lengths, truncated, scores)
-            records += judged.records(job.reward.names, gate)[:rows]
-        return summarise(records, job.reward.names), records
+                    self._rollouts[types] = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
+            out = self._rollouts[types](*draw)
+            read = out._replace(image_embeds=None, mask=None, log_probs=None, policy_log_probs=None)
+            judged = job.judge(rows, examples, rows.fetch(read), measure)
+            records += rows.gather_list(judged.records(measure.names, gate))[:real]
+        return summarise(records, measure.names), records

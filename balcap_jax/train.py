@@ -6,17 +6,16 @@ The same command goes on with a run that was stopped or killed, and shows the re
 """
 
 import contextlib
-import fcntl
 import functools
-import importlib.metadata
 import json
+import math
 import os
-import platform
 import shlex
 import shutil
+import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,33 @@ import jax
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import data, judges, models, report, rewards, sharding
+from balcap_jax import data, distributed, judges, layouts, lora, models, report, rewards, sharding
+from balcap_jax.arguments import place
 from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
+from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.data.input import as_columns, examples, make_dataset
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
 from balcap_jax.evals import held_out
-from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress
-from balcap_jax.stages import Evaluator, Job, RLStage, SFTStage, VisionStage, start_state, state_shardings
-from balcap_jax.train_step import TrainState
+from balcap_jax.judges import cost
+from balcap_jax.machine import device_text, use_compilation_cache, versions
+from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress, import_wandb
+from balcap_jax.models import arrays as model_arrays
+from balcap_jax.models import loading
+from balcap_jax.stages import (
+    LORA_STAGES,
+    Evaluator,
+    Job,
+    RLStage,
+    SFTStage,
+    VisionStage,
+    check_freezes,
+    freeze_of,
+    params_of,
+    start_state,
+    state_shardings,
+)
+from balcap_jax.train_step import TrainState, trained
+from balcap_jax.workdir import KINDS, check_saved, claim, dump_samples, not_ours, read_summary, readable
 
 STAGES = {
     "vision": VisionStage,
@@ -39,11 +57,13 @@ STAGES = {
     "sft": SFTStage,
     "rl": RLStage,
 }
-PACKAGES = ("balcap-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain")
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> dict[str, Any]:
     """Runs (or resumes) all stages of `config` in `workdir` and returns the summary.
+
+    Of several processes (`distributed.session`) each calls this with the same arguments; `workdir` is on a disk that
+    they share, and only process 0 writes to it, but for checkpoints.
 
     Raises:
       UserError: bad input, a full disk, too many failed judge calls, or a gradient that stays non-finite.
@@ -54,38 +74,65 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
     order = configuration.stage_order(config)
     steps = {name: config.stages[name].steps for name in order}
     total = sum(steps.values())
-    use_compilation_cache(config)
+    # What is made here may lie beside the data, but not in somebody's folder of photographs.
+    use_compilation_cache(*([config.data.data_dir] if config.data.name == "scenes" else []))
+    leads = distributed.is_first()
+    distributed.check_same("versions of packages", versions())
+    distributed.check_same("config", configuration.to_text(config))
     mesh = sharding.make_mesh(config.mesh)
     for name in order:
-        sharding.check_batch(mesh, config.stages[name].batch_size, f"stages.{name}.batch_size")
+        sharding.check_batch(mesh, name, config.stages[name].batch_size, config.stages[name].micro_batches)
+    if config.log.wandb and leads:
+        import_wandb()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(claim(workdir, config))
         stop = stack.enter_context(PreemptionFlag())
+        judge = judges.build(config.judge, config.seed)  # One that is down is found before anything is built.
+        stack.callback(judge.close)
+        spending = cost.Spending(judge, config.judge, workdir, failure_window(config))
 
         # ================================================================================================= data
-        # A saved model brings its own sizes, whatever the recipe says of them.
-        fields = models.read_fields(config.model.path) if config.model.path else config.model.to_dict()
-        with clock.phase("data"):
-            splits = data.load(config.data, fields.get("image_size", config.model.image_size))
+        fields, overrides = config.model.to_dict(), {}
+        if config.model.path:
+            own = models.read_fields(config.model.path)
+            overrides = {name: fields[name] for name in RUN_FIELDS if name in own and fields[name] != ""}
+            fields = own | overrides
+        with clock.phase("data"), distributed.first_goes_first():
+            size = fields.get("image_size", config.model.image_size)
+            splits = data.load(config.data, size, tokenizer=not config.model.path)
+            rewards.check(config.rewards, judge, splits.fields, config.data.name)
             with readable(config.data):
                 shown = examples(splits.test, config.log.eval_images)
 
         # =============================================================================================== policy
         if config.model.path:
-            policy, initial, processor = models.load(config.model.path)
+            # Adapters need a base of its own type only; what is trained whole is float32.
+            stored = config.lora.base_dtype if config.lora.rank and order[0] in LORA_STAGES else "float32"
+            policy, params, processor = models.load(config.model.path, mesh=mesh, param_dtype=stored, **overrides)
         else:
             policy, processor = models.build(config.model, splits.tokenizer)
-            initial = jax.jit(policy.init)(jax.random.key(config.seed))
-        reward = rewards.build(config.rewards, judges.build(config.judge, config.seed))
-        job = Job(config, mesh, policy, processor, reward, clock)
-        evaluators = {"evaluations": Evaluator(job, greedy=False), "greedy": Evaluator(job, greedy=True)}
-        # Evaluations run in batches of the RL stage's size, at most of the number of images.
-        shown_batches = held_out.batches(shown, min(len(shown), config.stages[order[-1]].batch_size), as_columns)
+            placed = sharding.tree_shardings(mesh, jax.eval_shape(policy.init, jax.random.key(0)))
+            params = jax.jit(lambda: policy.init(jax.random.key(config.seed)), out_shardings=placed)()
+        if config.lora.rank:
+            policy = lora.Adapted(policy, config.lora.alpha / config.lora.rank)
+        check_freezes(config, params)
+        reward = rewards.build(config.rewards, judge, config.seed)
+        measure = rewards.measure(reward, judge, splits.fields)
+        job = Job(config, mesh, policy, processor, reward, clock, measure)
+        evaluators = {kind: Evaluator(job, greedy=kind == "greedy") for kind in KINDS}
+        # Evaluations run in batches of the RL stage's size, at most of as many as there are images.
+        parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        size = min(-(-len(shown) // parts) * parts, config.stages[order[-1]].batch_size)
+        shown_batches = held_out.batches(shown, size, as_columns)
         for columns, _ in shown_batches:
             job.prompt(columns)  # A prompt that is too long is found here.
         # Only now: a config that cannot be run does not take the workdir.
-        held_out.write_text(workdir / "config.json", configuration.to_text(config))
+        if leads:
+            held_out.write_text(workdir / "config.json", configuration.to_text(config))
+            if splits.left_out:
+                lines = (json.dumps(one._asdict()) + "\n" for one in splits.left_out)
+                held_out.write_text(workdir / "left_out.jsonl", "".join(lines))
 
         # ============================================================================================== restore
         checkpointer = stack.enter_context(
@@ -99,18 +146,21 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 tensorboard=config.log.tensorboard,
                 wandb=config.log.wandb or None,
                 config=config.to_dict(),
+                enabled=leads,
             )
         )
         model = workdir / "model"
         done = checkpointer.latest_step() or 0
-        summary = read_summary(workdir) if done else {}
-        failures = deque(maxlen=config.judge.failure_window)
+        summary = distributed.from_first(read_summary(workdir) if done and leads else {})
+        failures = deque(maxlen=failure_window(config))
         saved: dict[str, Any] = {}
         if done:
             saved = checkpointer.extra(done)
+            check_saved(saved, checkpointer.directory / str(done))
             clock.restore(saved["clock"])
             failures.extend(map(tuple, saved["failures"]))
-            print(f"going on after step {done} of {total} ({saved['stage']})", flush=True)
+            if leads:
+                print(f"going on after step {done} of {total} ({saved['stage']})", flush=True)
         writer.truncate(done)
         summary |= {"command": command, "versions": versions(), "device": device_text()}
 
@@ -121,32 +171,41 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 for kind, evaluator in evaluators.items():
                     means, records = evaluator(params, shown_batches, held_out.EVALUATION_STEP)
                     summary.setdefault(kind, {})[label] = means
-                    if kind == "evaluations":
+                    if kind == "evaluations" and leads:
                         held_out.write(workdir, label, records, pictures)
+            spending.update()
             write_summary()
 
         def write_summary() -> None:
             summary["seconds"] = clock.totals()
-            held_out.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            if leads:
+                held_out.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-        def forget(label: str) -> None:
-            """Drops a result that more steps make outdated."""
-            shutil.rmtree(model, ignore_errors=True)
+        def forget(labels: Sequence[str]) -> None:
+            """Drops what more steps make outdated, whatever else was deleted by hand: the model and these results."""
             for kind in evaluators:
-                summary.get(kind, {}).pop(label, None)
-            write_summary()
+                for label in labels:
+                    summary.get(kind, {}).pop(label, None)
+            if leads:
+                shutil.rmtree(model, ignore_errors=True)
+                for label in labels:
+                    (workdir / "samples" / f"eval-{label}.jsonl").unlink(missing_ok=True)
+                if (workdir / "summary.json").exists():
+                    write_summary()
 
         def evaluated(label: str) -> bool:
             return label in summary.get("evaluations", {})
 
         # =============================================================================================== stages
-        params, first, stopped = initial, 0, False
+        first, stopped = 0, False
         for index, name in enumerate(order):
             last = first + steps[name]
             settings = config.stages[name]
             previous = order[index - 1] if index else ""
             if done >= last and name != order[-1]:
-                first = last  # A later stage is under way; its checkpoint holds the parameters.
+                first = last
+                if steps[name]:  # A later stage is under way; its checkpoint holds the parameters, of these shapes.
+                    params = jax.eval_shape(lambda p: params_of(config, p, name), params)  # noqa: B023
                 continue
 
             # ---- where this stage starts: from the stage before it, or from its own newest checkpoint
@@ -155,14 +214,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             if 0 < first <= done and (first == done or unseen):
                 params = restore_params(checkpointer, first, job, params)
             anchored = name == "rl" and config.loss.kl_coef > 0
-            like = jax.eval_shape(lambda: start_state(job, params, name))  # noqa: B023
             if first < done:
-                like = placed_like(job, like, anchored)
-                arrays, _ = checkpointer.restore(done, like)
+                like = jax.eval_shape(lambda p: start_state(job, p, name), params)  # noqa: B023
+                arrays, _ = checkpointer.restore(done, placed_like(job, like, name, anchored))
             else:
                 arrays = {"state": start_state(job, params, name)}
                 if anchored:
-                    arrays["reference"] = jax.tree.map(lambda x: x.copy(), arrays["state"].params)
+                    at_start = trained(arrays["state"].params, freeze_of(config, name))
+                    arrays["reference"] = jax.tree.map(lambda x: x.copy(), at_start)
             state, reference = arrays["state"], arrays.get("reference")
             del arrays
             if unseen:
@@ -170,22 +229,29 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 evaluate(before, (state if first >= done else start_state(job, params, name)).params)
             if first < done and is_due(done, settings.eval_every, last) and not evaluated(f"{name}-{done}"):
                 evaluate(f"{name}-{done}", state.params)  # Killed between the checkpoint and this.
+            params = None  # The state has its own: two copies of a large model do not fit.
 
-            if max(first, done) < last and evaluated(name):
-                forget(name)  # The stage was shorter when it was evaluated, or a checkpoint has been deleted.
+            if max(first, done) < last:
+                forget(order[index:])  # A stage was shorter when it was evaluated, or a checkpoint has been deleted.
 
-            # ---- data order of this stage
+            # ---- data order of this stage; each process reads the rows that its devices hold
+            stage = STAGES[name](job, reference)
             iterator = make_dataset(
                 splits.train,
                 batch_size=settings.batch_size,
                 seed=(config.seed * len(STAGES) + index) % 2**31,
                 threads=config.data.read_threads,
+                rows=stage.rows.held,
             )
             if first < done:
-                iterator.set_state(saved["iterator"])
+                try:
+                    iterator.set_state(saved["iterator"])
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise not_ours(checkpointer.directory / str(done), "iterator") from error
 
             def save(step: int, tag: str = "") -> None:
                 with clock.phase("save"):
+                    writer.flush()  # A resumed run does not log these steps again.
                     arrays = {"state": state} | ({"reference": reference} if reference is not None else {})  # noqa: B023
                     extra = {
                         "stage": name,  # noqa: B023
@@ -198,9 +264,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     checkpointer.save(step, arrays, extra, tag=tag)
 
             # ------------------------------------------------------------------------------------- the loop
-            stage = STAGES[name](job, reference)
             clock.step()
-            with Progress(last, name, first_step=first) as progress:
+            with Progress(last, name, first_step=first, enabled=leads) as progress:
                 for step in range(max(first, done) + 1, last + 1):
                     with readable(config.data):
                         batch = next(iterator)
@@ -210,11 +275,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     tokens = values.pop("tokens")
                     values["tokens_per_second"] = tokens / sum(values[f"time/{phase}"] for phase in stage.phases)
                     nonfinite = values.pop("nonfinite")
+                    calls = values.pop("failed_calls", 0), values.pop("calls", 0)
+                    if judged:
+                        values |= spending.step()
                     if step % config.log.every == 0 or step == last:
                         writer.write(step, name, values)
                     progress.update(step, values)
                     if judged and config.log.samples_every and step % config.log.samples_every == 0:
-                        dump_samples(workdir, step, judged.records(reward.names, gate_of(config)))
+                        records = stage.rows.gather_list(judged.records(reward.names, gate_of(config)))
+                        if leads:
+                            dump_samples(workdir, step, records)
 
                     if nonfinite >= config.optim.max_nonfinite:
                         save(step)
@@ -224,30 +294,36 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                             f"(optim.max_nonfinite); lower stages.{name}.learning_rate and go on in a new workdir"
                         )
                     if judged:
-                        failures.append((int((~judged.scores.valid).sum()), judged.scores.valid.size))
+                        failures.append(calls)
                         if failure_budget_spent(failures, config):
                             failed, asked = map(sum, zip(*failures, strict=True))
                             failures.clear()  # With its judge mended, the run goes on with a new window.
                             save(step)
                             checkpointer.wait()
+                            why = spending.reasons()
                             raise UserError(
                                 f"stopped at step {step}: {failed} of the last {asked} judge calls failed, more than "
                                 f"judge.max_failure_rate = {config.judge.max_failure_rate:g} allows over "
-                                f"{config.judge.failure_window} steps; the run is saved, mend the judge (reasons are "
-                                f"in {workdir / 'samples'}) and run the same command again"
+                                f"{failure_window(config)} steps{why}; the run is saved, mend the "
+                                f"judge (reasons are in {workdir / 'samples'}) and run the same command again"
                             )
+                        if spending.spent and step < last:
+                            save(step)
+                            checkpointer.wait()
+                            raise UserError(spending.stop_text(step))
+                    # All processes stop after the same step, whichever of them was asked to.
+                    asked_by = distributed.largest(stop.number)
                     every = config.checkpoint.every
                     if step == last:
                         save(step, tag=f"{name}-end")
-                    elif stop.requested or (every and step % every == 0):
+                    elif asked_by or (every and step % every == 0):
                         save(step)
                     if is_due(step, settings.eval_every, last):
                         evaluate(f"{name}-{step}", state.params)
-                    if stop.requested:
+                    if asked_by:
                         checkpointer.wait()
-                        progress.note(
-                            f"{stop.signal_name}: saved after step {step}; the same command goes on from here"
-                        )
+                        asked = signal.Signals(asked_by).name
+                        progress.note(f"{asked}: saved after step {step}; the same command goes on from here")
                         stopped = True
                         break
             if stopped:
@@ -258,25 +334,30 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
 
         # =============================================================================================== result
         checkpointer.wait()
-        if not model.exists():
-            models.save(model, fields, params, processor)
-        page = report.write_report([workdir], workdir / "report.html")
-        print(result_text(summary))
-        print(f"model:  {model}\nreport: {page}", flush=True)
+        merge = functools.partial(lora.merge, scale=policy.scale) if config.lora.rank else lambda params: params
+        if not distributed.from_first(leads and is_whole(model, jax.eval_shape(merge, params))):
+            fields["prompt"] = config.data.prompt or shown[0]["prompt"]  # `caption` asks it of other pictures too.
+            distributed.write_whole(
+                merge(params), lambda whole: models.save(model, fields, whole, processor, source=config.model.path)
+            )
+        if leads:
+            page = report.write_report([workdir], workdir / "report.html")
+            print(result_text(summary, order))
+            print(f"model:  {model}\nreport: {page}", flush=True)
         return summary
 
 
 # ------------------------------------------------------------------------------------------------- restoring
 
 
-def placed_like(job: Job, state: Any, anchored: bool) -> dict[str, Any]:
+def placed_like(job: Job, state: Any, stage: str, anchored: bool) -> dict[str, Any]:
     """The abstract arrays of a stage's checkpoint, with the shardings that they are to be restored to."""
 
     def place(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     state = jax.tree.map(place, state, state_shardings(job.mesh, state))
-    return {"state": state} | ({"reference": state.params} if anchored else {})
+    return {"state": state} | ({"reference": trained(state.params, freeze_of(job.config, stage))} if anchored else {})
 
 
 def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any) -> Any:
@@ -290,85 +371,30 @@ def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any)
     return arrays["state"].params
 
 
-# ------------------------------------------------------------------------------------------------- the workdir
-
-
-@contextlib.contextmanager
-def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Holds the workdir: refuses one of another config's run, or one that another process is training in."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "samples").mkdir(exist_ok=True)
-        lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is training in {workdir}; choose another --workdir") from error
-        refuse_another_run(workdir / "config.json", config)
-        yield
-    finally:
-        os.close(lock)
-
-
-def refuse_another_run(path: Path, config: ConfigDict) -> None:
-    try:
-        changed = configuration.differences(configuration.from_text(path.read_text()), config)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another --workdir") from error
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise UserError(
-            f"{path.parent} holds a run of another config ({changed[0]}{more}); "
-            "choose another --workdir, or give that run's config to go on with it"
-        )
-
-
-def read_summary(workdir: Path) -> dict[str, Any]:
-    path = workdir / "summary.json"
-    try:
-        summary = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it to have it made anew") from error
-    if not isinstance(summary, dict):
-        raise UserError(f"{path} is no JSON object; delete it to have it made anew")
-    return summary
-
-
-def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
-    """Every caption of a training step with its verdicts: samples/step-000120.jsonl."""
-    held_out.write_text(
-        workdir / "samples" / f"step-{step:06d}.jsonl", "".join(json.dumps(record) + "\n" for record in records)
-    )
-
-
-@contextlib.contextmanager
-def readable(settings: ConfigDict) -> Iterator[None]:
-    """Reading of the data set `settings.name`: what its C++ reader raises for a damaged file becomes a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        folder = Path(settings.data_dir).expanduser() / settings.name
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew"
-        ) from error
-
-
 # ------------------------------------------------------------------------------------------------- small parts
+
+
+def failure_window(config: ConfigDict) -> int:
+    """Steps over which failed judge calls are counted: no more than there are."""
+    return min(config.judge.failure_window, max(config.stages.rl.steps, 1))
 
 
 def failure_budget_spent(failures: Sequence[tuple[int, int]], config: ConfigDict) -> bool:
     """Whether more calls failed than a whole window of steps may lose; true early when everything fails."""
     failed = sum(count for count, _ in failures)
-    calls_of_window = failures[-1][1] * config.judge.failure_window
+    calls_of_window = failures[-1][1] * failure_window(config)
     return failed > config.judge.max_failure_rate * calls_of_window
+
+
+def is_whole(model: Path, params: Any) -> bool:
+    """Whether `model` is a saved model with arrays like `params`; what they hold is not read."""
+    try:
+        models.read_fields(model)
+        loading.read_tokenizer(model)
+        stored = {path: array.shape for path, array in model_arrays.open_all(model / loading.PARAMS).items()}
+    except UserError:
+        return False
+    return stored == loading.flat_shapes(params)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -380,34 +406,14 @@ def gate_of(config: ConfigDict) -> tuple[float, float]:
     return config.rewards.gate_low, config.rewards.gate_high
 
 
-def use_compilation_cache(config: ConfigDict) -> None:
-    """Keeps compiled programs on disk, so that a resumed or repeated run starts at once."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(config.data.data_dir).expanduser() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def device_text() -> str:
-    kinds = sorted({device.device_kind for device in jax.devices()})
-    return f"{jax.device_count()} x {', '.join(kinds)}, {os.cpu_count()} host cores"
-
-
-def result_text(summary: dict[str, Any]) -> str:
+def result_text(summary: dict[str, Any], order: Sequence[str]) -> str:
     """The before/after table of sampled and of greedy captions."""
     parts = []
-    for kind, title in (("evaluations", "sampled captions"), ("greedy", "greedy captions")):
-        if kind in summary:
-            images = next(iter(summary[kind].values()))["images"]
-            table = report.before_after_table(summary | {"evaluations": summary[kind]})
+    for kind, title in zip(KINDS, ("sampled captions", "greedy captions"), strict=True):
+        evaluations = summary.get(kind)
+        if evaluations:
+            images = next(reversed(evaluations.values())).get("images", "?")
+            table = report.before_after_table({"evaluations": evaluations}, order)
             parts.append(f"\n{images} held-out images, {title}\n{table}")
     return "\n".join(parts)
 
@@ -419,10 +425,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Trains a captioner by the stages of a recipe; the same command resumes a stopped run.",
     )
     configuration.add_arguments(parser)
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="where the run is written, and resumed from")
+    parser.add_argument("--workdir", type=place, metavar="DIR", help="where the run is written, and resumed from")
+    parser.add_argument(
+        "--print_sharding", action="store_true", help="print where each parameter lies on the devices, and stop"
+    )
+    parser.add_argument(
+        "--estimate_judge", action="store_true", help="print about how many judge calls, tokens and money, and stop"
+    )
     arguments = sys.argv[1:] if argv is None else list(argv)
     config, args = configuration.parse_command_line(arguments, parser)
-    train(config, args.workdir, command=shlex.join(["python", "-m", "balcap_jax.train", *arguments]))
+    if args.estimate_judge:
+        asked = rewards.resolve(config.rewards.name).asks
+        print(cost.estimate(config, configuration.stage_order(config), asked), flush=True)
+        return
+    if not args.workdir and not args.print_sharding:
+        parser.error("the following arguments are required: --workdir")
+    try:
+        with distributed.session():
+            if args.print_sharding:
+                table = layouts.describe(config, sharding.make_mesh(config.mesh))
+                if distributed.is_first():
+                    print(table, flush=True)
+                return
+            train(config, args.workdir, command=shlex.join(["python", "-m", "balcap_jax.train", *arguments]))
+    except KeyboardInterrupt:
+        # At once: in good order, Python would wait for the threads that write a checkpoint.
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from balcap_jax import advantages, losses
+from balcap_jax import advantages, losses, sharding
 from balcap_jax.metrics import Max, Mean
 from balcap_jax.models.policy import Params, Policy, Prompt
 
@@ -63,9 +63,9 @@ class SFTBatch(NamedTuple):
 
 
 class VisionBatch(NamedTuple):
-    """uint8 images [B, height, width, 3] and the classes of each image token by attribute, [B, I, A] int32."""
+    """`Prompt.images` and the classes of each image token by attribute, [B, I, A] int32."""
 
-    images: jax.Array
+    images: Any
     labels: jax.Array
 
 
@@ -115,10 +115,15 @@ def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
     return flax.traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
 
 
+def trained(params: Params, freeze: str) -> Params:
+    """The nested tree of the trainable parameters alone."""
+    return flax.traverse_util.unflatten_dict(split(params, freeze)[0], sep="/")
+
+
 def vision_is_frozen(params: Params, freeze: str) -> bool:
     """Whether no parameter behind `policy.encode` is trained, so that its output may be reused."""
     trainable, _ = split(params, freeze)
-    return not any(path.startswith(("vision/", "projector/")) for path in trainable)
+    return all(path.startswith("decoder/") for path in trainable)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, freeze: str) -> TrainState:
@@ -139,7 +144,8 @@ def make_rl_step(
 ) -> "CompiledStep":
     """The compiled RL update `step(state, batch: RLBatch, reference: Params | None) -> (state, metrics)`.
 
-    `reference` are the frozen parameters of the KL term and must be given when `kl_coef` > 0.
+    `reference` are the parameters that the KL term compares with and must be given when `kl_coef` > 0. Those that
+    `freeze` matches are taken from the state: `trained(params, freeze)` is enough.
     The batch is cut into `micro_batches` along B; their gradients add up to the whole batch's exactly, because every
     normaliser is computed before the cut.
     """
@@ -152,13 +158,16 @@ def make_rl_step(
 
         # 2. Per-objective advantages, normalised within the group before they are combined (c-GDPO).
         member_valid = ~batch.truncated if objective.exclude_truncated else jnp.ones_like(batch.truncated)
+        scores = {
+            "weights": jnp.asarray(objective.weights),
+            "valid": batch.valid,
+            "member_valid": member_valid,
+            "estimator": objective.estimator,
+        }
         advantage = advantages.compute(
             batch.rewards,
-            weights=jnp.asarray(objective.weights),
-            valid=batch.valid,
+            **scores,
             gate=gate,
-            member_valid=member_valid,
-            estimator=objective.estimator,
             batch_norm=objective.batch_norm,
             eps_group=objective.eps_group,
             eps_batch=objective.eps_batch,
@@ -167,9 +176,12 @@ def make_rl_step(
         )
 
         # 3. Clipped surrogate on shared-prefix log-probabilities, plus an optional KL term to the reference.
-        scored = member_valid & batch.valid.any(-1)
+        scored = advantages.counted(batch.rewards, **scores)
         weights = losses.token_weights(batch.mask, scored, objective.normaliser, objective.max_tokens)
         reuse = vision_is_frozen(state.params, freeze)
+        if objective.kl_coef:
+            at_start = flax.traverse_util.flatten_dict(reference, sep="/")
+            anchor = join(at_start, split(state.params, freeze)[1])
 
         def loss_fn(params: Params, part) -> tuple[jax.Array, dict[str, jax.Array]]:
             batch, combined, weights = part
@@ -187,11 +199,12 @@ def make_rl_step(
             )
             saved = {"log_probs": log_probs}
             if objective.kl_coef:
-                embeds = policy.encode(reference, batch.prompt.images)
-                anchor = policy.log_probs(
-                    reference, batch.prompt, embeds, batch.responses, temperature=objective.temperature
+                # A frozen vision side is the reference's too.
+                embeds = batch.image_embeds if reuse else policy.encode(anchor, batch.prompt.images)
+                anchor_log_probs = policy.log_probs(
+                    anchor, batch.prompt, embeds, batch.responses, temperature=objective.temperature
                 )
-                saved["kl"] = losses.kl_k3(log_probs, jax.lax.stop_gradient(anchor))
+                saved["kl"] = losses.kl_k3(log_probs, jax.lax.stop_gradient(anchor_log_probs))
                 surrogate = surrogate + objective.kl_coef * saved["kl"]
             return jnp.sum(weights * surrogate), saved
 
@@ -341,7 +354,13 @@ class CompiledStep:
         places = jax.tree.map(lambda x: x.sharding, state)
         key = tuple(jax.tree.leaves(places))
         if key not in self._by_place:
-            self._by_place[key] = jax.jit(self._step, donate_argnums=0, out_shardings=(places, None))
+            mesh = sharding.mesh_of(state.params)
+
+            def step(*inputs):
+                with sharding.layout(mesh, sharding.TRAINING):
+                    return self._step(*inputs)
+
+            self._by_place[key] = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         return self._by_place[key]
 
 
@@ -355,7 +374,7 @@ def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int)
     differentiate = jax.value_and_grad(lambda t, part: loss_fn(join(t, frozen), part), has_aux=True)
     if micro_batches == 1:
         (loss, saved), gradient = differentiate(trainable, batch)
-        return loss, saved, gradient
+        return loss, saved, sharding.constrain_tree(gradient)
 
     def cut(x):
         if x.shape[0] % micro_batches:
@@ -367,9 +386,10 @@ def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int)
     def add(carry, part):
         loss, gradient = carry
         (part_loss, saved), part_gradient = differentiate(trainable, part)
-        return (loss + part_loss, jax.tree.map(jnp.add, gradient, part_gradient)), saved
+        gradient = jax.tree.map(jnp.add, gradient, sharding.constrain_tree(part_gradient))
+        return (loss + part_loss, sharding.constrain_tree(gradient)), saved
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    zero = (jnp.zeros(()), sharding.constrain_tree(jax.tree.map(jnp.zeros_like, trainable)))
     (loss, gradient), saved = jax.lax.scan(add, zero, jax.tree.map(cut, batch))
     return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), saved), gradient
 
