@@ -13,6 +13,9 @@ os.environ["JAX_ENABLE_X64"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# Most of the time of these tests is compilation of programs that then run for milliseconds: machine code that is less
+# optimised is made in two thirds of it. XLA's own passes over a program stay as users have them.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # A shell's background job starts with SIGINT ignored, and commands inherit that: the tests of Ctrl-C need it back.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,6 +1,7 @@
 """The three rewards: what counts, what is missing and why; and b-CapScore."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ def make_samples(captions, units=None) -> Samples:
 
 class ScriptedJudge:
     """Answers from tables keyed by caption, and keeps what it was asked."""
+
+    about: ClassVar = {}
 
     def __init__(self, precision=None, recall=None, linguistic=None):
         self.tables = {"precision": precision or {}, "recall": recall or {}, "linguistic": linguistic or {}}

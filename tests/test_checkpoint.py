@@ -216,8 +216,11 @@ def test_tag_of_a_step_that_was_never_finished_is_not_found(tmp_path):
     (tmp_path / "tags.json").write_text('{"sft": 5}')
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.tagged_step("sft") is None
-    (tmp_path / "tags.json").write_text('{"sft": ')
-    assert "tags.json" in message_of(Checkpointer, tmp_path)
+    for content in ('{"sft": ', "[]", '{"sft": "x"}', '{"sft": ' * 100_000):
+        (tmp_path / "tags.json").write_text(content)
+        message = message_of(Checkpointer, tmp_path)
+        assert f"{tmp_path}/tags.json" in message
+        assert message.endswith("delete it, or choose another workdir")
 
 
 # ---- half-written and unreadable ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The settings table, its checks, recipes, the command line, and what may change when a run is resumed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_every_field_has_a_meaning_a_default_of_its_type_and_stands_in_the_table
     printed = [line.split()[0] for line in rows if line and not line.startswith(" ")]
     assert printed == ["field", *names]
     (row,) = [line for line in rows if line.startswith("rollout.top_p ")]
-    assert row.split()[:5] == ["rollout.top_p", "float", "1", "(0,", "1]"]
+    assert row.split()[:5] == ["rollout.top_p", "float", "1", "[0.0001,", "1]"]
 
 
 def test_one_default_config_does_not_change_another():
@@ -145,17 +146,24 @@ def test_ill_typed_value_names_field_type_and_value(name, value, kind):
 @pytest.mark.parametrize(
     ("name", "value", "demand"),
     [
-        ("rollout__temperature", 0.0, "> 0"),
-        ("rollout__top_p", 0.0, "in (0, 1]"),
-        ("rollout__top_p", 1.5, "in (0, 1]"),
-        ("optim__b2", 1.0, "in [0, 1)"),
-        ("loss__clip_low", 1.0, "in (0, 1)"),
-        ("loss__clip_low", 0.0, "in (0, 1)"),
-        ("loss__clip_high", 0, "> 0"),
+        ("rollout__temperature", 0.0, "in [0.01, 100]"),
+        ("rollout__temperature", 1e-40, "in [0.01, 100]"),
+        ("rollout__top_p", 0.0, "in [0.0001, 1]"),
+        ("rollout__top_p", 1e-300, "in [0.0001, 1]"),
+        ("rollout__top_p", 1.5, "in [0.0001, 1]"),
+        ("optim__b2", 1.0, "in [0, 0.99999]"),
+        ("optim__eps", 1e-300, "in [1e-20, 1]"),
+        ("loss__clip_low", 1.0, "in [0.0001, 1)"),
+        ("loss__clip_low", 0.0, "in [0.0001, 1)"),
+        ("loss__clip_high", 0, "in [0.0001, 100]"),
+        ("stages__rl__learning_rate", 1e300, "in [0, 10]"),
+        ("stages__rl__steps", 10**18, "in [0, 100000000]"),
+        ("stages__rl__batch_size", 10**12, "in [1, 65536]"),
         ("judge__failure_rate", -0.1, "in [0, 1]"),
         ("advantage__ddof", 2, "in [0, 1]"),
-        ("checkpoint__keep", 0, ">= 1"),
-        ("rewards__weights", (1.0, -1.0, 1.0), ">= 0"),
+        ("checkpoint__keep", 0, "in [1, 100000000]"),
+        ("rewards__weights", (1.0, -1.0, 1.0), "in [0, 1000]"),
+        ("rewards__weights", (1.0, 1e300, 1.0), "in [0, 1000]"),
         ("seed", 2**31, "in [0, 2147483647]"),
     ],
 )
@@ -170,6 +178,25 @@ def test_value_out_of_range(name, value, demand):
 )
 def test_ends_of_closed_ranges_are_allowed(name, value):
     config_lib.check(changed(**{name: value}))
+
+
+def test_every_number_has_bounds_within_what_fp32_and_int32_hold():
+    largest = {"int": 2**31 - 1, "float": 1e12}
+    for field in config_lib.FIELDS:
+        kind = field.kind.removesuffix("s")
+        if kind in largest:
+            assert -1024 <= field.low < field.high <= largest[kind], field.name
+            assert field.low == 0 or abs(field.low) >= 1e-20, field.name
+            for number in field.default if isinstance(field.default, tuple) else [field.default]:
+                assert field.holds(number), field.name
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800b"])
+def test_text_that_has_no_utf_8_form(text):
+    """What bytes of a command line that are no UTF-8 come as."""
+    message = error_of(config_lib.check, changed(data__prompt=text))
+    assert message.startswith("config field 'data.prompt' must be Unicode text, got ")
+    assert message.isascii()
 
 
 def test_choices():
@@ -203,8 +230,13 @@ def test_one_sample_in_a_group_is_fine_without_rl():
         ({"rewards__gate_low": 2.0}, ["rewards.gate_low", "rewards.gate_high"]),
         ({"rewards__weights": (1.0, 1.0)}, ["rewards.weights", "3 numbers", "precision, recall, linguistic"]),
         ({"rewards__weights": (0.0, 0.0, 0.0)}, ["rewards.weights", "above 0"]),
+        ({"rewards__weights": (0.0, 1e-300, 0.0)}, ["rewards.weights", "at least 0.01"]),
+        ({"rollout__eval_temperature": 1e-40}, ["rollout.eval_temperature", "0 (greedy) or at least 0.01"]),
         ({"stages__rl__freeze": "vision/("}, ["stages.rl.freeze", "regular expression"]),
-        ({"stages__rl__schedule": "cosine", "stages__rl__steps": 5}, ["stages.rl.warmup_steps", "cosine"]),
+        (
+            {"stages__rl__schedule": "cosine", "stages__rl__steps": 5},
+            ["'stages.rl.steps' (5)", "'stages.rl.warmup_steps' (5)", "cosine"],
+        ),
         ({"mesh__data": 0}, ["mesh.data", "-1"]),
         ({"model__image_size": 100}, ["model.image_size", "model.patch_size"]),
         ({"model__kv_heads": 3}, ["model.heads", "model.kv_heads"]),
@@ -275,6 +307,8 @@ def test_one_bucket_on_the_command_line_is_a_tuple(write_recipe):
         ("rollout.buckets", "64,ninety", ["rollout.buckets", "a tuple of integers", "'64,ninety'"]),
         ("rewards.gate", "maybe", ["rewards.gate", "True or False", "'maybe'"]),
         ("stages.rl", "5", ["'stages.rl' is a group", "learning_rate"]),
+        ("stages", "5", ["'stages' is a group (order, vision, align, sft, rl), it can't be set to '5'"]),
+        ("model", "5", ["'model' is a group (family, path, image_size, ", " more), it can't"]),
     ],
 )
 def test_bad_override(write_recipe, name, text, parts):
@@ -352,6 +386,7 @@ def test_negative_number_after_a_space(write_recipe):
     [
         (["--workdir=w"], ["--config"]),
         (["--config={recipe}"], ["--workdir"]),
+        (["--config={recipe}", "--workdir="], ["--workdir", "names no file or directory"]),
         (["--config={recipe}", "--workdir=w", "--config.seed"], ["--config.seed needs a value"]),
         (["--config={recipe}", "--config.seed", "--workdir=w"], ["--config.seed needs a value"]),
         (["--config={recipe}", "--workdir=w", "--seed=3"], ["--seed=3", "--config.seed=3"]),
@@ -426,9 +461,10 @@ def test_text_comes_back_whole_and_does_not_depend_on_how_it_was_written():
     config_lib.check(back)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"a": 2, "a.b": 1}', "[" * 100_000, '{"name": ' * 100_000])
 def test_text_of_something_else(text):
-    assert "not the JSON text" in error_of(config_lib.from_text, text)
+    message = error_of(config_lib.from_text, text, "run/config.json", "delete it")
+    assert re.fullmatch(r"run/config.json is (?:not|no) JSON .*; delete it", message)
 
 
 def test_differences_name_field_and_values():

@@ -80,19 +80,32 @@ def test_unshuffled_and_not_repeated():
     assert [indices(batch) for batch in iterator] == [list(range(i, i + 10)) for i in range(0, 50, 10)]
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_shards_are_disjoint_in_every_epoch_and_cover_the_unsharded_order(count):
-    per_epoch = LENGTH // count // 3
-    shards = [
-        take(data_input.make_dataset(Source(), batch_size=3, seed=4, shard_index=i, shard_count=count), 3 * per_epoch)
-        for i in range(count)
-    ]
-    for epoch in range(3):
-        seen = [i for shard in shards for batch in shard[epoch * per_epoch : (epoch + 1) * per_epoch] for i in batch]
-        assert len(set(seen)) == len(seen) == count * per_epoch * 3
-    # Step by step the shards together read the one global order: first batch of all shards, interleaved.
-    whole = take(data_input.make_dataset(Source(), batch_size=3 * count, seed=4), 1)[0]
-    assert [shards[i % count][0][i // count] for i in range(3 * count)] == whole
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_parts_of_a_batch_make_up_the_whole_whoever_reads_them(count):
+    class Counted(Source):
+        def __init__(self):
+            super().__init__()
+            self.read = 0
+
+        def __getitem__(self, i):
+            self.read += 1
+            return super().__getitem__(i)
+
+    whole = take(data_input.make_dataset(Source(), batch_size=6, seed=4), 20)
+    parts, states = [], []
+    for index in range(count):
+        source, rows = Counted(), np.arange(6)[index * 6 // count : (index + 1) * 6 // count]
+        iterator = data_input.make_dataset(source, batch_size=6, seed=4, rows=rows, threads=0, prefetch=0)
+        parts.append(take(iterator, 20))
+        states.append(iterator.get_state())
+        assert source.read == 20 * 6 // count, "what others have of the batch was read too"
+    assert [[i for part in step for i in part] for step in zip(*parts, strict=True)] == whole
+    # The state of any of them, or of the whole, is that of all.
+    assert all(state == states[0] for state in states)
+    iterator = data_input.make_dataset(Source(), batch_size=6, seed=4, rows=[5, 0])
+    iterator.set_state(states[0])
+    following = take(data_input.make_dataset(Source(), batch_size=6, seed=4), 21)[-1]
+    assert take(iterator, 1) == [[following[5], following[0]]]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -134,10 +147,10 @@ print(json.dumps(take(iterator, 15)))
 
 
 def test_too_few_examples_is_one_clear_line():
-    with pytest.raises(UserError, match=r"batch of 8 .*: 20 in the data set over 3 shard"):
-        data_input.make_dataset(Source(20), batch_size=8, seed=0, shard_count=3)
-    with pytest.raises(ValueError, match="shard_index 3"):
-        data_input.make_dataset(Source(20), batch_size=1, seed=0, shard_index=3, shard_count=3)
+    with pytest.raises(UserError, match=r"batch of 8 .*: 7 in the data set"):
+        data_input.make_dataset(Source(7), batch_size=8, seed=0)
+    with pytest.raises(ValueError, match=r"rows \[0, 8\]"):
+        data_input.make_dataset(Source(20), batch_size=8, seed=0, rows=[0, 8])
 
 
 def test_first_examples_in_order():

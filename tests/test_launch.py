@@ -37,7 +37,13 @@ case "$1 $2" in
     done
     mkdir -p "$workdir"
     if [[ -e "$state/slow-train" ]]; then
-      trap 'echo "saved at step 3"; exit 0' TERM
+      save() {
+        touch "$state/in-save"
+        while [[ -e "$state/slow-save" ]]; do sleep 0.05; done
+        echo "saved at step 3"
+        exit 0
+      }
+      trap save TERM
       touch "$state/in-train"
       while true; do sleep 0.05; done
     fi
@@ -299,6 +305,22 @@ def test_quickstart_lets_the_trainer_save_when_it_is_stopped(clone, to_group):
     assert "the same command goes on from there" in output.splitlines()[-1]
 
 
+def test_quickstart_ends_at_once_on_the_second_ctrl_c(clone):
+    clone.mark("slow-train")
+    clone.mark("slow-save")
+    process = clone.start("launch/quickstart.sh")
+    clone.wait_for("in-train")
+    os.killpg(process.pid, signal.SIGINT)
+    clone.wait_for("in-save")
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 137
+    text = (output + (errors or "")).splitlines()
+    assert [line for line in text if "Killed" in line] == []
+    assert "stopping after this step (once more: stop at once)" in text
+    assert any(line.startswith("quickstart: training ended with status 137 after ") for line in text)
+
+
 def test_quickstart_prints_its_help_without_installing(clone):
     result = clone.run("launch/quickstart.sh", "--help")
     assert result.returncode == 0
@@ -314,7 +336,8 @@ def test_checks_run_in_order_and_end_with_pytests_closing_line(clone, tmp_path, 
     result = clone.run(script, "tests/maths", "-k", "gate", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert clone.calls("ruff") == ["check .", "format --check ."]
-    assert clone.calls("pytest") == ["tests/maths -k gate"]
+    options = "-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
+    assert clone.calls("pytest") == [f"{options} tests/maths -k gate"]
     assert result.stdout.splitlines()[-1] == "7 passed in 0.01s"
 
 

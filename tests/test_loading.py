@@ -1,8 +1,10 @@
 """Model directories, and the processor between images, texts and the policy's arrays."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from balcap_jax.config import default_config
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
 from balcap_jax.errors import UserError
 from balcap_jax.models.llava.processing import VICUNA_TEMPLATE, LlavaProcessor, fit
+from balcap_jax.models.prompting import fill
 
 PROMPT = "Describe the scene."
 # 16 image tokens, the prompt's four, and one at the front.
@@ -116,27 +119,76 @@ def test_the_rest_of_an_interrupted_save_is_in_nobodys_way(model, saved):
 
 def test_a_directory_that_is_no_model(tmp_path):
     assert error_of(models.load, tmp_path / "none") == (
-        f"no model at {tmp_path / 'none'}: model.json is missing; give a directory that training wrote"
+        f"no model at {tmp_path / 'none'}: model.json is missing; give a directory that training or convert wrote, "
+        f"or a Hugging Face checkpoint"
     )
 
 
 def test_a_torn_model_file_is_named(saved):
     (saved / "model.json").write_text((saved / "model.json").read_text()[:40])
     message = error_of(models.load, saved)
-    assert message.startswith(f"the model at {saved} cannot be read: model.json is not JSON")
+    assert message.startswith(f"{saved / 'model.json'} is not JSON (")
+    assert message.endswith("); convert or save the model again")
 
 
 def test_a_field_that_is_missing_is_named(saved):
     fields = json.loads((saved / "model.json").read_text())
     del fields["kv_heads"]
     (saved / "model.json").write_text(json.dumps(fields))
-    assert error_of(models.load, saved).startswith(f"the model at {saved} lacks the field 'kv_heads'")
+    message = error_of(models.load, saved)
+    assert message == f"{saved / 'model.json'} lacks the field 'kv_heads'; convert or save the model again"
 
 
 def test_an_unknown_family_is_named(saved):
     fields = json.loads((saved / "model.json").read_text()) | {"family": "llama"}
     (saved / "model.json").write_text(json.dumps(fields))
-    assert error_of(models.load, saved) == f"the model at {saved} is of the unknown family 'llama'; there is llava"
+    assert error_of(models.load, saved) == (
+        f"{saved / 'model.json'}: config field 'model.family' must be one of llava, qwen2_5_vl, got 'llama'; did you "
+        f"mean 'llava'?; convert or save the model again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"width": "128"}, "'model.width' must be an integer, got '128'"),
+        ({"layers": 0}, "'model.layers' must be "),
+        ({"layers": 10**9}, "'model.layers' must be "),
+        ({"vocab": 10**15}, "'model.vocab' must be "),
+        ({"heads": -2}, "'model.heads' must be "),
+        ({"heads": 3, "kv_heads": 2}, "'model.heads' (3) must be divisible by model.kv_heads (2)"),
+        ({"norm_eps": None}, "'model.norm_eps' must be a number, got None"),
+        ({"rope_theta": float("inf")}, "'model.rope_theta' must be a number, got inf"),
+        ({"dtype": "float8"}, "'model.dtype' must be one of float32, bfloat16, got 'float8'"),
+        ({"family": {}}, "the field 'family' is an object, not one value"),
+        ({"template": ["a"]}, "'model.template' must be a string, got ['a']"),
+        ({"full_attention_layers": 3}, "'model.full_attention_layers' must be a tuple of integers, got 3"),
+        ({"full_attention_layers": {"a": 1}}, "the field 'full_attention_layers' is an object, not one value"),
+        ({"vision_norm_eps": "small"}, "the field 'vision_norm_eps' must be a number > 0, got 'small'"),
+        ({"prompt": 3}, "the field 'prompt' must be a string, got 3"),
+    ],
+)
+def test_odd_fields_are_named(saved, change, named):
+    fields = json.loads((saved / "model.json").read_text()) | change
+    (saved / "model.json").write_text(json.dumps(fields))
+    message = error_of(models.load, saved)
+    assert message.startswith(f"{saved / 'model.json'}: ")
+    assert named in message
+    assert message.endswith("; convert or save the model again")
+
+
+@pytest.mark.parametrize("name", ["dtype", "template", "prompt_tokens", "family"])
+def test_fields_that_are_no_sizes_are_missed_too(saved, name):
+    fields = json.loads((saved / "model.json").read_text())
+    del fields[name]
+    (saved / "model.json").write_text(json.dumps(fields))
+    assert f"lacks the field '{name}'" in error_of(models.read_fields, saved)
+
+
+@pytest.mark.parametrize("change", [{"prompt_tokens": -1}, {"prompt_tokens": 10}, {"dtype": "int8"}])
+def test_an_override_out_of_range_is_refused(saved, change):
+    message = error_of(models.load, saved, **change)
+    assert message.startswith(f"the model at {saved} cannot be changed so: config field 'model.{next(iter(change))}' ")
 
 
 def test_an_unknown_override_is_named(saved):
@@ -159,7 +211,13 @@ def test_an_override_that_changes_a_shape_is_refused(saved, change, named):
 
 def test_an_override_that_takes_a_parameter_away_is_refused(saved):
     message = error_of(models.load, saved, tied_embeddings=True)
-    assert message.startswith(f"the parameters at {saved}/params cannot be read")
+    assert message.startswith(f"the parameters at {saved}/params do not fit its fields: decoder/head is not among them")
+
+
+def test_numbers_that_are_no_parameters_are_refused(saved):
+    metadata = saved / "params" / "decoder.embed" / ".zarray"
+    metadata.write_text(metadata.read_text().replace("<f4", "<i4"))
+    assert "do not fit its fields: decoder/embed holds int32" in error_of(models.load, saved)
 
 
 def test_a_missing_tokenizer_is_named(saved):
@@ -168,24 +226,61 @@ def test_a_missing_tokenizer_is_named(saved):
     assert error_of(models.load, saved).startswith(f"the tokenizer at {saved} cannot be read")
 
 
-@pytest.mark.parametrize("damage", ["gone", "empty", "torn"])
-def test_damaged_parameters_are_named(saved, damage):
+Q = "decoder.layers.q.kernel"
+METADATA = "its _METADATA is not what this version writes"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("all gone", "/params/_METADATA: No such file or directory"),
+        ("all empty", "/params/_METADATA: No such file or directory"),
+        ("all torn", "/params/_METADATA is not JSON"),
+        (("remove", f"{Q}/1.0.0.0"), f'/params/{Q}/1.0.0.0" is missing'),
+        (("remove", f"{Q}/.zarray"), f'/params/{Q}/.zarray" does not exist'),
+        ((b"short", f"{Q}/1.0.0.0"), f"/params/{Q}/1.0.0.0: expected at least"),
+        ((b"{", f"{Q}/.zarray"), f"/params/{Q}/.zarray: Invalid JSON"),
+        ((b"{}", f"{Q}/.zarray"), f"/params/{Q}/.zarray: "),
+        ((b"[]", "_METADATA"), "/params/_METADATA is no JSON object"),
+        ((b"{}", "_METADATA"), METADATA),
+        ((b'{"tree_metadata": [1]}', "_METADATA"), METADATA),
+        ((b'{"tree_metadata": {"a": {"key_metadata": 3}}}', "_METADATA"), METADATA),
+        (('"value_type": "np.ndarray"', '"value_type": 3'), METADATA),
+        (('"skip_deserialize": false', '"skip_deserialize": true'), METADATA),
+        ((b"[" * 100_000, "_METADATA"), "nested too deeply"),
+    ],
+)
+def test_damaged_parameters_are_named(saved, damage, reason, monkeypatch, capfd):
     params = saved / "params"
-    if damage == "torn":
+    if damage == "all torn":
         for path in params.rglob("*"):
             if path.is_file():
                 path.write_bytes(path.read_bytes()[:10])
-    else:
+    elif isinstance(damage, str):
         shutil.rmtree(params)
-        if damage == "empty":
+        if damage == "all empty":
             params.mkdir()
-    assert error_of(models.load, saved).startswith(f"the parameters at {params} cannot be read")
+    elif damage[0][:1] == '"':
+        (params / "_METADATA").write_text((params / "_METADATA").read_text().replace(*damage, 1))
+    elif damage[0] == "remove":
+        (params / damage[1]).unlink()
+    else:
+        (params / damage[1]).write_bytes(damage[0])
+    beside = []
+    monkeypatch.setattr(sys, "unraisablehook", beside.append)
+    message = error_of(models.load, saved)
+    gc.collect()
+    assert reason in message
+    assert str(params) in message
+    assert message.endswith("; copy the model again, or convert or save it anew")
+    assert "tensorstore_spec" not in message
+    assert (beside, capfd.readouterr().err) == ([], "")
 
 
 def test_a_place_that_cannot_be_written(model, tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of(models.save, tmp_path / "file" / "model", MODEL, model[1], model[2])
-    assert message.startswith(f"cannot write the model to {tmp_path / 'file' / 'model'}")
+    assert message == f"cannot write the model to {tmp_path / 'file' / 'model'}: not a directory; name another place"
 
 
 # ------------------------------------------------------------------------------------------------- the processor
@@ -219,6 +314,36 @@ def test_image_tokens_are_counted_against_the_tower(tokenizer, template):
     message = error_of(processor, pictures(1), [PROMPT], ["picture 3"])
     placed = 16 * template.count("{image}")
     assert message.startswith(f"the prompt of picture 3 holds {placed} image tokens but the vision tower gives 16")
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{image.x} {prompt}", "{image.x} in it stands for nothing"),
+        ("{image[0]} {prompt}", "{image[0]} in it stands for nothing"),
+        ("{image!r} {prompt}", "{image} in it stands for nothing"),
+        ("{image:>9} {prompt}", "{image} in it stands for nothing"),
+        ("{image} {} {prompt}", "{} in it stands for nothing"),
+        ("{image} {words} {prompt}", "{words} in it stands for nothing"),
+        ("{image} {prompt", "expected '}' before end of string"),
+    ],
+)
+def test_a_template_takes_image_and_prompt_alone(tokenizer, template, named):
+    processor = LlavaProcessor(tokenizer, 32, 16, 64, template=template)
+    message = error_of(processor, pictures(1), [PROMPT])
+    assert (
+        message == f"model.template is no template ({named}); it takes {{image}} and {{prompt}}, other braces doubled"
+    )
+
+
+def test_doubled_braces_of_a_template_are_braces():
+    assert fill("{{a}} {image}{prompt}", image="<i>", prompt="{b}") == "{a} <i>{b}"
+
+
+@pytest.mark.parametrize("instruction", ["\ud800", "a \udcff ball"])
+def test_an_instruction_that_is_no_text_is_refused(model, instruction):
+    message = error_of(model[2], pictures(1), [instruction], ["picture 3"])
+    assert message.startswith("the prompt of picture 3 is no Unicode text")
 
 
 @pytest.mark.parametrize(

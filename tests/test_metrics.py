@@ -111,6 +111,27 @@ def test_opening_drops_a_torn_last_line(tmp_path, torn):
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("content", "number"),
+    [
+        (bytes(range(128, 256)), 1),
+        (b"\x80\n\xff\n\n\xfe", 1),
+        (b'{"step": 1}\nnoise\n{"step": 3}\n', 2),
+        (b'{"step": 1}\n{"loss": 1}\n{"step": 3}\n', 2),
+        (b'{"step": 1}\n' + b"[" * 100_000 + b'\n{"step": 3}\n', 2),
+        (b'{"step": 1}\n\x00\n{"st', 2),
+    ],
+)
+def test_what_no_run_wrote_is_refused_and_left_alone(tmp_path, content, number):
+    """A crash tears the last line of a file and nothing else."""
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        MetricsWriter(tmp_path, tensorboard=False)
+    assert str(caught.value).startswith(f"{tmp_path}/metrics.jsonl, line {number} ")
+    assert "move the file away" in str(caught.value)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
 def test_truncate_to_minus_one_starts_afresh(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(0, "rl", {})
@@ -157,6 +178,17 @@ def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         MetricsWriter(tmp_path, wandb="balcap")
+
+
+def test_wandb_that_cannot_be_started(tmp_path, monkeypatch):
+    class Module:
+        @staticmethod
+        def init(**_):
+            raise RuntimeError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    with pytest.raises(UserError, match=r"log.wandb: .*\(api_key not configured \(no-tty\)\); mend that"):
+        MetricsWriter(tmp_path, tensorboard=False, wandb="balcap")
 
 
 def test_wandb_gets_the_finite_values_by_stage(tmp_path, monkeypatch):
@@ -351,4 +383,12 @@ def test_a_terminal_gets_one_line_redrawn_in_place(monkeypatch):
     assert "\x1b[2K" in text  # erases the line it draws over
     assert all(f"rl {step}/200" in text for step in range(1, 31))
     assert text.count("\n") == 2  # the note, and the end of the line
-    assert "saved [x]" in text
+    assert text.index("rl 30/200") < text.index("saved [x]"), "the note is followed by a line that it repeats"
+    assert text.endswith("saved [x]\n")
+
+
+def test_a_stage_with_nothing_left_to_do_shows_no_line():
+    stream = Terminal()
+    with Progress(200, "rl", first_step=200, stream=stream):
+        pass
+    assert stream.getvalue() == ""

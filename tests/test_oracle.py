@@ -302,7 +302,14 @@ def test_failures_come_at_the_rate_asked_and_are_the_same_in_every_run():
 
 def test_metadata_without_a_readable_scene_is_one_clear_error():
     judge = OracleJudge()
-    for metadata in ({}, {"scene": None}, {"scene": "{"}, {"scene": "{}"}, {"scene": '{"objects": [{"a": 1}]}'}):
+    for metadata in (
+        {},
+        {"scene": None},
+        {"scene": "{"},
+        {"scene": "{}"},
+        {"scene": '{"objects": [{"a": 1}]}'},
+        {"scene": "[" * 100_000},
+    ):
         with pytest.raises(UserError, match="scene"):
             judge.precision([PrecisionQuestion("A red star.", None, metadata)])
     as_text, as_bytes = SCENE.to_json(), SCENE.to_json().encode()

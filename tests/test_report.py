@@ -351,7 +351,7 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
     page = Page(write_report([first, second]).read_text())
     assert (tmp_path / "report.html").exists()
     assert "run · run (2)" in page.text
-    assert "run (2) · SFT base" in page.text  # on the same cards: both runs have the same held-out images
+    assert "run (2) · SFT" in page.text  # on the same cards: both runs have the same held-out images
     assert page.tags.count("article") == 8
     assert "rollout.temperature 1.0 0.5" in page.text
     curves = [value for tag, name, value in page.attributes if tag == "path" and name == "class" and "curve" in value]
@@ -371,6 +371,30 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
 )
 def test_which_evaluations_are_before_and_after(labels, ends):
     assert before_and_after(labels) == ends
+
+
+def test_before_and_after_follow_the_order_in_which_the_stages_ran(tmp_path):
+    assert before_and_after(["base", "rl", "sft"], ("rl", "sft")) == ["base", "sft"]
+    assert before_and_after(["rl", "sft", "sft-9"], ("rl", "sft")) == ["rl", "sft"]
+    evaluations = {label: {"precision": value} for label, value in (("sft", 0.5), ("rl", 0.6), ("base", 0.1))}
+    assert "+40.0" in before_after_table({"evaluations": evaluations}, ("rl", "sft"))
+    (tmp_path / "config.json").write_text('{"stages": {"order": "rl, sft"}}')
+    (tmp_path / "summary.json").write_text(json.dumps({"evaluations": evaluations}))
+    assert load_run(tmp_path).labels == ["base", "sft"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "samples"])
+def test_a_run_directory_with_nothing_in_it(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "samples" else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"not a run \(nothing readable in metrics.jsonl"):
+        write_report([tmp_path])
+
+
+def test_files_nested_too_deeply_are_noted(tmp_path):
+    run = make_run(tmp_path / "run", images=2)
+    for name in ("summary.json", "config.json"):
+        (run / name).write_text("[" * 100_000)
+    assert page_of(run).text.count("torn or not a JSON object, ignored") == 2
 
 
 # --- charts ---
@@ -444,7 +468,7 @@ def test_torn_and_missing_files_are_said_and_the_rest_shown(tmp_path):
     page = page_of(run)
     for note in (
         "metrics.jsonl: line 181 torn or not an object, skipped",
-        "summary.json: torn or not JSON, ignored",
+        "summary.json: torn or not a JSON object, ignored",
         "config.json: not readable (No such file or directory)",
         "samples/eval-rl.jsonl line 2: skipped, bad field id",
         "eval-rl.jsonl: line 25 torn or not an object, skipped",
@@ -531,7 +555,7 @@ def test_before_after_table():
     }
     summary["evaluations"]["rl"]["n"] = 192
     assert before_after_table(summary).splitlines() == [
-        "192 captions              SFT base        RL    change",
+        "192 captions                   SFT        RL    change",
         "precision                     60.0      80.0     +20.0",
         "recall                        50.0         -         -",
         "linguistic                       -         -         -",

@@ -1,5 +1,6 @@
 """The scenes data set: pictures, questions, storage and tokenizer."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 
+from balcap_jax import data
 from balcap_jax.data import input as data_input
 from balcap_jax.data.scenes import builder, faults, language, questions, render, tokenizer, world
 from balcap_jax.errors import UserError
@@ -227,6 +229,28 @@ def test_splits_share_no_scene(prepared):
     assert not scenes["train"] & scenes["test"]
     assert not scenes["train"] & scenes["validation"]
     assert not scenes["test"] & scenes["validation"]
+
+
+def test_a_data_set_is_made_from_its_seed(tmp_path):
+    config = {"data_dir": tmp_path, "train_size": 3, "validation_size": 1, "test_size": 2, "captions_per_image": 1}
+    made = {seed: data.load(config | {"seed": seed}, 24) for seed in (0, 1, 2**31 - 1)}
+    scenes = [row["scene"] for one in made.values() for split in one[:3] for row in data_input.examples(split)]
+    assert len(set(scenes)) == len(scenes) == 3 * 6
+    again = data.load(config | {"seed": 1, "data_dir": tmp_path / "again"}, 24)
+    for one, other in zip(again[:3], made[1][:3], strict=True):
+        for row, same in zip(data_input.examples(one), data_input.examples(other), strict=True):
+            assert row.pop("image").tobytes() == same.pop("image").tobytes()
+            assert row == same
+
+
+def test_the_data_set_of_the_default_seed_is_what_it_has_always_been():
+    digest = hashlib.sha256()
+    for split in builder.FIRST_SEED:
+        for index in range(4):
+            made = builder.make_example(split, index, builder.ScenesSettings())
+            made.pop("image")  # It follows from the scene.
+            digest.update(json.dumps(made).encode())
+    assert digest.hexdigest()[:16] == "ca4c514ca7b90535"
 
 
 def test_second_preparation_reads_what_the_first_wrote(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 from tiny_llava import BOS, IMAGE, make_params, make_policy, make_prompt
 
 from balcap_jax.models.policy import Prompt
-from balcap_jax.rollout import Sampling, example_keys, make_rollout, truncate
+from balcap_jax.rollout import Sampling, categorical, example_keys, make_rollout, truncate
 
 PAD, EOS, V = 0, 2, 12
 IDS = ("beach", "forest", "street", "harbour", "kitchen")
@@ -248,6 +248,25 @@ def test_frequencies_and_log_probs_are_those_of_the_truncated_distribution(tempe
         assert gain.min() > 0.05  # something was cut everywhere, so what is left is likelier
     else:
         np.testing.assert_array_equal(out.log_probs, out.policy_log_probs)
+
+
+@pytest.mark.parametrize("vocab", [5, 256, 1000])
+def test_categorical_draws_from_the_softmax_and_never_what_has_no_mass(vocab):
+    logits = 3 * jax.random.normal(jax.random.key(0), (vocab,))
+    forbidden = jnp.arange(vocab) % 4 == 1
+    logits = jnp.where(forbidden, -1e30, logits).at[0].set(-jnp.inf)
+    draws = 200_000
+    keys = jax.random.split(jax.random.key(1), (100, draws // 100))
+    tokens = jax.jit(lambda keys: jax.lax.map(lambda k: categorical(k, jnp.tile(logits, (len(k), 1))), keys))(keys)
+    found = np.bincount(np.asarray(tokens).ravel(), minlength=vocab)
+    expected = draws * np.asarray(jax.nn.softmax(logits), np.float64)
+    assert not found[np.asarray(forbidden)].any()
+    assert found[0] == 0
+    common = expected > 5
+    chi2 = ((found - expected)[common] ** 2 / expected[common]).sum()
+    # Mean and deviation of chi-squared with n degrees of freedom are n and sqrt(2 n).
+    assert abs(chi2 - common.sum()) < 5 * np.sqrt(2 * common.sum())
+    assert abs(found[~common].sum() - expected[~common].sum()) < 5 * np.sqrt(expected[~common].sum() + 1)
 
 
 def test_members_and_positions_are_independent():

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_qwen
 from jax.sharding import PartitionSpec
 from tiny_llava import EOS, make_params, make_policy, make_prompt
 
-from balcap_jax import sharding
+from balcap_jax import hlo, lora, sharding
 from balcap_jax.errors import UserError
 from balcap_jax.metrics import finalise
-from balcap_jax.rollout import Sampling, example_keys, make_rollout
+from balcap_jax.rollout import Sampling, compile_rollout, example_keys
 from balcap_jax.stages import state_shardings
 from balcap_jax.train_step import (
     RLBatch,
@@ -31,7 +32,12 @@ from balcap_jax.train_step import (
 
 B, G, R, V = 16, 4, 9, 24
 SIZES = {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
-MESHES = {"data 8": {"data": 8}, "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 4, tensor 2": {"fsdp": 4, "tensor": 2},
+    "fsdp 2, tensor 4": {"fsdp": 2, "tensor": 4},
+    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
 
 
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:
@@ -39,8 +45,12 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(SIZES | sizes, jax.devices()[:devices])
 
 
-def paths_of(policy) -> dict[str, tuple[int, ...]]:
-    shapes = flax.traverse_util.flatten_dict(jax.eval_shape(policy.init, jax.random.key(0)), sep="/")
+def paths_of(policy, targets: str = "") -> dict[str, tuple[int, ...]]:
+    def init(key):
+        params = policy.init(key)
+        return lora.add(params, 2, targets, key) if targets else params
+
+    shapes = flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/")
     return {path: leaf.shape for path, leaf in shapes.items()}
 
 
@@ -49,7 +59,9 @@ def paths_of(policy) -> dict[str, tuple[int, ...]]:
 
 def test_every_parameter_matches_exactly_one_row_and_every_row_a_parameter():
     variants = ({}, {"tied_embeddings": True}, {"qkv_bias": True})
-    shapes = {path: shape for changes in variants for path, shape in paths_of(make_policy(**changes)).items()}
+    policies = [*(make_policy(**changes) for changes in variants), tiny_qwen.make_policy()]
+    dense = "/(q|k|v|o|gate|up|down|first|second)$"
+    shapes = {path: shape for policy in policies for path, shape in paths_of(policy, dense).items()}
     used = set()
     for path, shape in shapes.items():
         rows = [row for row in sharding.PARAMETER_AXES if re.search(row[0], path)]
@@ -103,9 +115,13 @@ def test_an_open_axis_takes_what_is_left():
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    sharding.check_batch(mesh, 8, "stages.rl.batch_size")
+    sharding.check_batch(mesh, "rl", 8)
+    sharding.check_batch(mesh, "rl", 8, micro_batches=2)
     with pytest.raises(UserError, match=r"stages\.rl\.batch_size is 6, which does not divide over 4 devices"):
-        sharding.check_batch(mesh, 6, "stages.rl.batch_size")
+        sharding.check_batch(mesh, "rl", 6)
+    message = r"stages\.rl\.micro_batches is 8: a part of 2 prompts does not divide over 4 .*; set it to 4 or less"
+    with pytest.raises(UserError, match=message):
+        sharding.check_batch(mesh, "rl", 16, micro_batches=8)
 
 
 def test_a_parameter_that_does_not_divide_is_named():
@@ -118,7 +134,7 @@ def test_a_parameter_that_does_not_divide_is_named():
 
 # ------------------------------------------------------------------------------------------------- equal numbers
 
-POLICY = make_policy(vocab=V, logits_chunk=32)
+POLICY = make_policy(tower={"heads": 4}, vocab=V, kv_heads=4, logits_chunk=32)
 # AdamW as in training, but with an epsilon above the rounding of a zero gradient, whose sign it would make a full step.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-3))
 OBJECTIVE = RLObjective(
@@ -162,7 +178,8 @@ def run_on(name: str) -> Run:
     state, prompt = new_state(freeze), put(make_prompt(POLICY, batch=B))
     reference = jax.tree.map(jnp.array, state.params)
     keys = put(example_keys([f"picture {b}" for b in range(B)]))
-    out = make_rollout(POLICY, Sampling(G, R, top_p=0.95))(state.params, prompt, keys, scalar(3), scalar(5))
+    draw = (state.params, prompt, keys, scalar(3), scalar(5))
+    out = compile_rollout(POLICY, Sampling(G, R, top_p=0.95), "float32", *draw)(*draw)
 
     rng = np.random.default_rng(8)
     valid = rng.random((B, G, 3)) > 0.1
@@ -203,7 +220,13 @@ def run_on(name: str) -> Run:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MESHES)
+# Half a minute of compilation each; the last mesh has all of their axes.
+SLOW_MESHES = ("fsdp 4, tensor 2", "fsdp 2, tensor 4")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_MESHES else name for name in MESHES]
+)
 def test_eight_devices_give_the_numbers_of_one(name):
     one, many = run_on("one"), run_on(name)
     assert (one.tokens == EOS).any()
@@ -225,6 +248,7 @@ def test_eight_devices_give_the_numbers_of_one(name):
 def test_data_parallel_devices_share_the_work_and_only_add_up():
     """Each device does its eighth of both micro-batches, and all they exchange are sums of gradients and losses."""
     one, many = (run_on(name).sft_program for name in ("one", "data 8"))
-    assert many.cost_analysis()["flops"] < 1.3 / 8 * one.cost_analysis()["flops"]
+    work_of_one, work_of_many = (hlo.Program(program.as_text()).analyse().flops for program in (one, many))
+    assert work_of_many < 1.05 / 8 * work_of_one  # The last chunk of logits is padded.
     collectives = r"(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)(?:-start)?\("
     assert set(re.findall(collectives, many.as_text())) == {"all-reduce"}

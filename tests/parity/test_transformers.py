@@ -1,15 +1,14 @@
-"""The decoder and the whole LLaVA against the implementations of Hugging Face transformers: tiny, random, fp32."""
+"""The decoder alone against the implementations of Hugging Face transformers: tiny, random, fp32."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_llava import BOS, EOS, IMAGE, PAD, V, make_policy
+from tiny_llava import BOS, EOS, PAD, V, make_policy
 
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.llava.modeling import Llava
-from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.policy import Prompt
 
 torch = pytest.importorskip("torch", reason="the reference implementations need torch, of the [dev] extra")
@@ -75,7 +74,7 @@ def response_logits(policy: Llava, params, prompt: Prompt, image_embeds, respons
     x = policy._prompt_embeddings(params, prompt, image_embeds)
     y = decoder.embed(policy.decoder, params["decoder"], responses)
     hidden = decoder.forward(policy.decoder, params["decoder"], x, prompt.mask, prompt.positions, y)
-    return hidden @ decoder.head(policy.decoder, params["decoder"])
+    return decoder.logits(policy.decoder, params["decoder"], hidden)
 
 
 def relative_error(ours, reference) -> float:
@@ -113,132 +112,3 @@ def test_the_decoder_equals_transformers(family, changes):
         sequences = torch.tensor(np.concatenate([np.tile(row, (G, 1)), responses[b]], axis=1))
         theirs = reference(sequences).logits[:, len(row) - 1 : -1]
         assert relative_error(ours[b], theirs) <= TOLERANCE
-
-
-def vision_params(state: dict, policy: Llava) -> dict:
-    """The vision tower's and the projector's parameters out of a transformers LLaVA's state dict."""
-    c, tower = policy.vision, "model.vision_tower."
-    tower += "vision_model." if f"{tower}vision_model.pre_layrnorm.weight" in state else ""
-
-    def array(name):
-        return jnp.asarray(state[name].numpy())
-
-    def stacked(name, *shape):
-        weights = [state[f"{tower}encoder.layers.{i}.{name}"].numpy() for i in range(c.used_layers)]
-        return jnp.asarray(np.stack([w.T.reshape(*shape) if shape else w.T for w in weights]))
-
-    def norm(name, read):
-        return {"scale": read(f"{name}.weight"), "bias": read(f"{name}.bias")}
-
-    size = c.width // c.heads
-    layers = {
-        "attention_norm": norm("layer_norm1", stacked),
-        "mlp_norm": norm("layer_norm2", stacked),
-        "o": {
-            "kernel": stacked("self_attn.out_proj.weight", c.heads, size, c.width),
-            "bias": stacked("self_attn.out_proj.bias"),
-        },
-        "up": {"kernel": stacked("mlp.fc1.weight"), "bias": stacked("mlp.fc1.bias")},
-        "down": {"kernel": stacked("mlp.fc2.weight"), "bias": stacked("mlp.fc2.bias")},
-    }
-    for name in "qkv":
-        layers[name] = {
-            "kernel": stacked(f"self_attn.{name}_proj.weight", c.width, c.heads, size),
-            "bias": stacked(f"self_attn.{name}_proj.bias", c.heads, size),
-        }
-    # Convolution weight [width, channel, row, column] to a matrix over (row, column, channel).
-    patch = array(f"{tower}embeddings.patch_embedding.weight").transpose(2, 3, 1, 0).reshape(-1, c.width)
-    linear = {"first": "linear_1", "second": "linear_2"}
-    return {
-        "vision": {
-            "patches": {
-                "patch": {"kernel": patch},
-                "class_token": array(f"{tower}embeddings.class_embedding"),
-                "positions": array(f"{tower}embeddings.position_embedding.weight"),
-                "norm": norm(f"{tower}pre_layrnorm", array),
-            },
-            "layers": layers,
-        },
-        "projector": {
-            ours: {
-                "kernel": array(f"model.multi_modal_projector.{theirs}.weight").T,
-                "bias": array(f"model.multi_modal_projector.{theirs}.bias"),
-            }
-            for ours, theirs in linear.items()
-        },
-    }
-
-
-@pytest.fixture(scope="module")
-def llava():
-    """(transformers model, our policy, its parameters) with the same weights."""
-    policy = make_policy()
-    c = policy.vision
-    tower = transformers.CLIPVisionConfig(
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        intermediate_size=c.mlp,
-        layer_norm_eps=c.norm_eps,
-    )
-    config = transformers.LlavaConfig(
-        vision_config=tower,
-        text_config=transformers.LlamaConfig(**SIZES),
-        image_token_index=IMAGE,
-        tie_word_embeddings=False,
-    )
-    assert (config.vision_feature_layer, config.projector_hidden_act) == (-2, "gelu")
-    reference = randomised(transformers.LlavaForConditionalGeneration(config))
-    state = reference.state_dict()
-    params = vision_params(state, policy) | {
-        "decoder": decoder_params(state, "model.language_model.", "lm_head.weight", policy.decoder)
-    }
-    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(policy.init, jax.random.key(0)))
-    assert jax.tree.map(lambda x: x.shape, params) == shapes
-    return reference, policy, params
-
-
-def pictures(policy: Llava) -> tuple[np.ndarray, "torch.Tensor"]:
-    """uint8 [B, S, S, 3], and the same as transformers' image processor would hand them over."""
-    side = policy.vision.image_size
-    images = np.random.default_rng(1).integers(0, 256, (B, side, side, 3)).astype(np.uint8)
-    pixels = (images / 255.0 - PIXEL_MEAN) / PIXEL_STD
-    return images, torch.tensor(np.moveaxis(pixels, -1, 1), dtype=torch.float32)
-
-
-def test_tower_and_projector_equal_transformers(llava):
-    reference, policy, params = llava
-    images, pixels = pictures(policy)
-    with torch.no_grad():
-        theirs = reference.model.get_image_features(pixels)
-    theirs = torch.stack(list(getattr(theirs, "pooler_output", theirs)))
-    ours = jax.jit(policy.encode)(params, images)
-    assert ours.shape == (B, policy.image_tokens, policy.decoder.width)
-    assert relative_error(ours, theirs) <= TOLERANCE
-
-
-def test_the_whole_llava_equals_transformers(llava):
-    reference, policy, params = llava
-    images, pixels = pictures(policy)
-    rng = np.random.default_rng(2)
-    rows = [[BOS, *[IMAGE] * policy.image_tokens, 5, 6, 7], [BOS, 9, *[IMAGE] * policy.image_tokens, 8]]
-    responses = rng.integers(4, V, (B, G, R))
-    prompt = padded_prompt(rows, policy.image_tokens + 6, images)
-
-    @jax.jit
-    def ours(params):
-        embeds = policy.encode(params, images)
-        _, first = policy.prefill(params, prompt, embeds)
-        return response_logits(policy, params, prompt, embeds, responses), first
-
-    logits, first = ours(params)
-    allowed = [v for v in range(V) if v not in policy.forbidden]
-    for b, row in enumerate(rows):
-        sequences = torch.tensor(np.concatenate([np.tile(row, (G, 1)), responses[b]], axis=1))
-        with torch.no_grad():
-            theirs = reference(input_ids=sequences, pixel_values=pixels[b].expand(G, -1, -1, -1)).logits
-        theirs = theirs[:, len(row) - 1 : -1]
-        assert relative_error(logits[b], theirs) <= TOLERANCE
-        assert relative_error(first[b, allowed], theirs[0, 0, allowed]) <= TOLERANCE

@@ -1,10 +1,13 @@
 """One data set and one finished run for all tests of this folder."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from commands import RECIPE, train
+from filelock import FileLock
 
 from balcap_jax import config, data
 
@@ -15,17 +18,38 @@ class FinishedRun(NamedTuple):
     errors: str
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` has filled, by whichever of the test processes came first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / name
+    with FileLock(shared / f"{name}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    recipe = config.load(str(RECIPE))
-    data.load(recipe.data.to_dict() | {"data_dir": str(folder)}, recipe.model.image_size)
-    return folder
+    def make(folder: Path) -> None:
+        recipe = config.load(str(RECIPE))
+        data.load(recipe.data.to_dict() | {"data_dir": str(folder)}, recipe.model.image_size)
+
+    return made_once(tmp_path_factory, "data", make)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data_dir) -> FinishedRun:
     """An uninterrupted run: started elsewhere, in a relative workdir whose path holds spaces."""
-    elsewhere = tmp_path_factory.mktemp("some where else")
-    done = train("my runs/the first run", data_dir, cwd=elsewhere)
-    return FinishedRun(elsewhere / "my runs" / "the first run", done.stdout, done.stderr)
+    workdir = Path("my runs") / "the first run"
+
+    def make(folder: Path) -> None:
+        done = train(str(workdir), data_dir, cwd=folder)
+        (folder / "output").write_text(done.stdout)
+        (folder / "errors").write_text(done.stderr)
+
+    elsewhere = made_once(tmp_path_factory, "some where else", make)
+    return FinishedRun(elsewhere / workdir, (elsewhere / "output").read_text(), (elsewhere / "errors").read_text())

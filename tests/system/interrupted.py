@@ -5,6 +5,7 @@
 WHERE is one of
     log:N         step N is computed, its line in metrics.jsonl is not; the checkpoint before it is whole
     rename:NAME   a file or directory is whole under its temporary name and is about to be renamed to NAME
+or several of them, joined by +
 """
 
 import os
@@ -49,5 +50,6 @@ def interrupt(number: signal.Signals, where: str) -> None:
 
 
 if __name__ == "__main__":
-    interrupt(signal.Signals[sys.argv[1]], sys.argv[2])
+    for point in sys.argv[2].split("+"):
+        interrupt(signal.Signals[sys.argv[1]], point)
     train.main(sys.argv[3:])

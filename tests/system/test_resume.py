@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 
+import pytest
 from commands import (
     arguments,
     assert_same_run,
@@ -112,15 +113,24 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(tmp_path, data_d
     assert_same_run(workdir, finished.workdir)
 
 
+def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path, data_dir):
+    """While the checkpoint of the first one is written."""
+    given = arguments(tmp_path, data_dir)
+    done = finish(start_interrupted(signal.SIGINT, "log:3+rename:3", *given), 130)
+    assert done.stderr == "interrupted; the same command goes on from the newest checkpoint\n"
+    assert checkpoints(tmp_path)[0] == 2
+
+
 def test_a_finished_run_shows_its_result_again(data_dir, finished):
     table = finished.output[finished.output.index("4 held-out images") :]
     assert "b-CapScore" in table
-    before = {path: path.stat().st_mtime_ns for path in (finished.workdir / "checkpoints").rglob("*")}
+    kept = [path for part in ("checkpoints", "model") for path in (finished.workdir / part).rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     done = train(finished.workdir, data_dir)
     assert done.stdout.endswith(table)
     assert "going on after step 10 of 10 (rl)" in done.stdout
     assert done.stderr == ""
-    assert before == {path: path.stat().st_mtime_ns for path in (finished.workdir / "checkpoints").rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in kept}
     assert len(read_metrics(finished.workdir)) == 10
 
 
@@ -144,6 +154,22 @@ def test_a_finished_run_that_is_given_more_steps(tmp_path, data_dir, finished):
         assert array.tobytes() == saved[f"['state']['params']{name}"].tobytes(), name
 
 
+def test_a_finished_run_whose_files_were_deleted_or_damaged(tmp_path, data_dir, finished):
+    """A model that is not whole is written again; one of fewer steps goes, although the summary does not tell."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
+    shutil.rmtree(workdir / "model" / "params")
+    train(workdir, data_dir)
+    assert_same_run(workdir, finished.workdir)
+
+    (workdir / "summary.json").unlink()
+    kill_at("log:11", workdir, data_dir, stages__rl__steps=8)
+    assert not (workdir / "model").exists(), "a model of 10 steps under the name of one of 12"
+    assert not (workdir / "samples" / "eval-rl.jsonl").exists()
+
+
+# test_families.py has the same of the other family, killed in other stages.
+@pytest.mark.slow
 def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path, data_dir):
     stages = {
         "stages__order": "vision,align,sft,rl",

@@ -1,0 +1,240 @@
+"""Several processes are one program: the same numbers, one end for all of them, and runs that go on."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import (
+    ROOT,
+    arguments,
+    assert_same_run,
+    checkpoints,
+    finish,
+    read_arrays,
+    read_metrics,
+    read_samples,
+    read_summary,
+)
+
+# Where a gradient is zero but for rounding, Adam makes a full step of the rounding error unless eps is above it.
+STEPS = {"stages__sft__steps": 5, "stages__rl__steps": 5, "optim__eps": 1e-4, "stages__rl__eval_every": 0}
+RTOL = 1e-5
+TRAIN = ("-m", "balcap_jax.train")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(
+    given: list[str], processes: int, devices: int, command: Sequence[str] = TRAIN, **victims: str
+) -> list[subprocess.Popen]:
+    """Training in `processes` of `devices` each; process_<i>="SIGNAL WHERE" strikes one (see interrupted.py)."""
+    port, started = free_port(), []
+    for index in range(processes):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+        if processes > 1:
+            environment["BALCAP_COORDINATOR"] = f"127.0.0.1:{port}"
+            environment["BALCAP_PROCESS_COUNT"] = str(processes)
+            environment["BALCAP_PROCESS_ID"] = str(index)
+        strike = victims.get(f"process_{index}", "").split()
+        script = [str(Path(__file__).with_name("interrupted.py")), *strike] if strike else command
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *script, *given],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    return started
+
+
+def train(workdir: Path, data_dir: Path, processes: int, devices: int, **overrides: Any) -> list[str]:
+    """A whole run; what each process printed."""
+    started = start(arguments(workdir, data_dir, **STEPS | overrides), processes, devices)
+    return [finish(process).stdout for process in started]
+
+
+def seconds_to_stop(started: list[subprocess.Popen], victim: int) -> tuple[list[str], float]:
+    """What the others wrote to stderr once the victim was killed, and how long the last of them went on."""
+    errors = {}
+    finish(started[victim], -signal.SIGKILL)
+    killed = time.monotonic()
+    for index, process in enumerate(started):
+        if index != victim:
+            errors[index] = process.communicate(timeout=90)[1]
+            assert process.returncode not in (0, None), f"process {index} ended as if nothing had been"
+    return list(errors.values()), time.monotonic() - killed
+
+
+def assert_close_run(run: Path, other: Path) -> float:
+    """Samples equal, logged values and every saved array within fp32 rounding; returns the largest error seen."""
+    assert list(read_samples(run)) == list(read_samples(other))
+    for name, content in read_samples(run).items():
+        assert content == read_samples(other)[name], name
+    largest = 0.0
+    for ours, theirs in zip(read_metrics(run), read_metrics(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if isinstance(ours[name], float) and isinstance(theirs[name], float):
+                np.testing.assert_allclose(ours[name], theirs[name], RTOL, RTOL, err_msg=f"{name} at {ours['step']}")
+                largest = max(largest, abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1.0))
+            else:
+                assert ours[name] == theirs[name], name
+    last = checkpoints(run)[-1]
+    assert last == checkpoints(other)[-1]
+    ours, theirs = (read_arrays(workdir / "checkpoints" / str(last) / "arrays") for workdir in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], RTOL, RTOL, err_msg=name)
+        largest = max(largest, float(np.abs(ours[name].astype(float) - theirs[name]).max()))
+    return largest
+
+
+def assert_says_why_it_stopped(errors: str) -> None:
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "another process has ended or cannot be reached" in last or "another one has ended" in last
+    assert last.endswith("the same command, started again in all processes, goes on from the newest checkpoint")
+
+
+def test_two_processes_one_of_which_is_killed_equal_one_process_with_as_many_devices(tmp_path, data_dir):
+    """Two processes with two devices each and one with four; the relaunch goes on in the middle of rl."""
+    train(tmp_path / "one", data_dir, 1, 4)
+    given = arguments(tmp_path / "two", data_dir, **STEPS)
+    errors, seconds = seconds_to_stop(start(given, 2, 2, process_1="SIGKILL log:9"), 1)
+    assert seconds < 60
+    assert_says_why_it_stopped(errors[0])
+    assert checkpoints(tmp_path / "two")[-1] == 8
+
+    outputs = train(tmp_path / "two", data_dir, 2, 2)
+    for index, output in enumerate(outputs):
+        assert f"process {index} of 2 on {socket.gethostname()}: 2 local of 4 devices, cpu" in output
+    assert "going on after step 8 of 10 (rl)" in outputs[0]
+    assert "rl 10/10" in outputs[0]
+    assert "/10" not in outputs[1], "process 0 alone shows progress"
+    assert len(read_metrics(tmp_path / "two")) == 10
+    assert_close_run(tmp_path / "two", tmp_path / "one")
+    for kind, evaluations in read_summary(tmp_path / "two").items():
+        assert list(evaluations) == ["sft", "rl"]
+        assert evaluations == read_summary(tmp_path / "one")[kind]
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, data_dir):
+    train(tmp_path / "straight", data_dir, 2, 2)
+    given = arguments(tmp_path / "run", data_dir, **STEPS)
+
+    done = [finish(process) for process in start(given, 2, 2, process_1="SIGTERM log:3")]
+    assert done[0].stdout.splitlines()[-1] == "SIGTERM: saved after step 3; the same command goes on from here"
+    assert checkpoints(tmp_path / "run") == [2, 3]
+
+    # The coordinator lives in process 0: without it JAX aborts the others.
+    errors, seconds = seconds_to_stop(start(given, 2, 2, process_0="SIGKILL log:8"), 0)
+    print(f"stopped after {seconds:.1f} s: {errors[0].splitlines()[-1]}")
+    assert seconds < 60
+    assert_says_why_it_stopped(errors[0])
+
+    train(tmp_path / "run", data_dir, 2, 2)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_four_processes_and_a_resume_with_two_equal_one(tmp_path, data_dir):
+    train(tmp_path / "one", data_dir, 1, 4)
+    train(tmp_path / "four", data_dir, 4, 1)
+    print(f"four processes: largest error {assert_close_run(tmp_path / 'four', tmp_path / 'one'):.2g}")
+    given = arguments(tmp_path / "mixed", data_dir, **STEPS)
+    for process in start(given, 4, 1, process_3="SIGTERM log:7", process_1="SIGTERM log:7"):
+        finish(process)
+    train(tmp_path / "mixed", data_dir, 2, 2)
+    print(f"four, then two: largest error {assert_close_run(tmp_path / 'mixed', tmp_path / 'one'):.2g}")
+
+
+@pytest.mark.slow
+def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_dir):
+    """No process holds a whole array: the checkpoints and the merged model are put together from both."""
+    overrides = {"mesh__data": 1, "mesh__fsdp": 2, "lora__rank": 2}
+    train(tmp_path / "one", data_dir, 1, 2, **overrides)
+    train(tmp_path / "two", data_dir, 2, 1, **overrides)
+    print(f"split parameters: largest error {assert_close_run(tmp_path / 'two', tmp_path / 'one'):.2g}")
+    ours, theirs = (read_arrays(tmp_path / run / "model" / "params") for run in ("two", "one"))
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], RTOL, RTOL, err_msg=name)
+
+
+ROWS = """
+import jax, numpy as np
+from balcap_jax import distributed, sharding
+from balcap_jax.rows import Rows, take
+with distributed.session():
+    p0, p1 = ([d for d in jax.devices() if d.process_index == p] for p in range(2))
+    mixed = [p0[0], p1[0], p0[1], p1[1]]
+    batch = {"x": np.arange(24).reshape(8, 3), "id": [f"row {i}" for i in range(8)]}
+    for sizes, devices, held in (
+        ((1, 4, 1, 1), jax.devices(), 4),
+        ((1, 4, 1, 1), mixed, 4),
+        ((1, 2, 1, 2), jax.devices(), 4),
+        ((1, 2, 1, 2), mixed, 8),
+        ((1, 1, 1, 4), jax.devices(), 8),
+    ):
+        rows = Rows(sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices), 8)
+        assert len(rows.held) == held, (sizes, rows.held)
+        mine = take(batch, rows.held)
+        placed = rows.put(mine["x"])
+        assert placed.shape == (8, 3)
+        assert int(jax.jit(lambda x: (x * x).sum())(placed)) == (batch["x"] ** 2).sum()
+        assert (rows.fetch(placed) == mine["x"]).all()
+        assert (rows.fetch(jax.jit(lambda x: x + 1)(placed)) == mine["x"] + 1).all()
+        assert (rows.gather(mine["x"][rows.own]) == batch["x"]).all()
+        assert rows.gather_list([mine["id"][i] for i in rows.own]) == batch["id"]
+        owners = np.concatenate(distributed.all_gather(rows.held[rows.own]))
+        assert sorted(owners) == list(range(8)), owners
+    distributed.check_same("nothing", 1)
+    try:
+        distributed.check_same("number", jax.process_index())
+    except Exception as error:
+        print(error)
+    print("all rows")
+"""
+
+
+def test_rows_that_processes_hold_alone_or_share():
+    """Where the tensor axis lies over processes both hold the same rows, and one of them judges each."""
+    first, second = [finish(process).stdout for process in start([], 2, 2, command=["-c", ROWS])]
+    assert "all rows" in first
+    assert "this one and process 0 differ in number (1 and 0); start all of them alike" in second
+
+
+SLEEPER = """
+import os, signal, time
+import jax
+from balcap_jax import distributed
+with distributed.session():
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_nobody_stops_too():
+    """As while it judges: no collective fails, but JAX misses the heartbeats of the one that was killed."""
+    started = start([], 2, 1, command=["-c", SLEEPER])
+    errors, seconds = seconds_to_stop(started, 1)
+    print(f"stopped after {seconds:.1f} s")
+    assert seconds < 60
+    assert_says_why_it_stopped(errors[0])

@@ -1,0 +1,31 @@
+"""Rewards other than BalCap's on the miniature, from command to report."""
+
+import json
+
+import pytest
+from commands import read_metrics, read_summary, train
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "objectives"),
+    [
+        ("caprl", "1,0.2", ("accuracy", "length")),
+        ("feedquill", "1,1,0.2", ("verified_fraction", "verified_count", "length")),
+    ],
+)
+def test_a_run(tmp_path, data_dir, name, weights, objectives):
+    overrides = {"rewards__name": name, "rewards__weights": weights, "rewards__length": "two_sided"}
+    steps = {"stages__sft__steps": 2, "stages__rl__steps": 3, "stages__rl__eval_every": 0}
+    train(tmp_path / "run", data_dir, **overrides, **steps)
+    logged = [line for line in read_metrics(tmp_path / "run") if line["stage"] == "rl"]
+    for line in logged:
+        assert {f"reward/{one}" for one in objectives} <= line.keys()
+        assert line["b_capscore"] is None
+        assert line["judge/failure_rate"] == 0
+    # Runs of different rewards are compared by the same three.
+    after = read_summary(tmp_path / "run")["evaluations"]["rl"]
+    assert {"precision", "recall", "linguistic", *objectives} <= after.keys()
+    assert after["b_capscore"]["mean"] is not None
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert objectives[0].replace("_", " ") in page
+    json.dumps(after)

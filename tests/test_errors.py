@@ -1,0 +1,109 @@
+"""How commands end: on Ctrl-C before and after they begin, and on JSON that others wrote."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from balcap_jax import disk_errors, json_text
+from balcap_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def ending(program: str) -> tuple[int, str]:
+    """(exit status, stderr) of a Python program that begins with the usual handler of Ctrl-C."""
+    begin = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    done = subprocess.run([sys.executable, "-c", begin + program], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line():
+    """`python -m balcap_jax.train` imports the package with argv ["-m"], and the command's own imports follow."""
+    swallowed = "try:\n os.kill(os.getpid(), signal.SIGINT)\n for _ in range(9): pass\nexcept BaseException: pass"
+    assert ending(f"sys.argv = ['-m']\nimport balcap_jax\n{swallowed}") == (130, "interrupted\n")
+    # A program that uses the package, or a job in the background, keeps what it had.
+    kept = "import balcap_jax\nassert signal.getsignal(signal.SIGINT) is {}"
+    assert ending("sys.argv = ['-c']\n" + kept.format("signal.default_int_handler")) == (0, "")
+    ignored = "sys.argv = ['-m']\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    assert ending(ignored + kept.format("signal.SIG_IGN")) == (0, "")
+
+
+def test_ctrl_c_in_a_command_lets_it_clean_up():
+    program = """sys.argv = ['-m']
+from balcap_jax.errors import exit_on_user_error
+@exit_on_user_error
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(9): pass
+    finally:
+        print("cleaned", file=sys.stderr)
+main()"""
+    assert ending(program) == (130, "cleaned\ninterrupted\n")
+
+
+def test_paths_that_are_no_text_can_be_printed():
+    program = "from balcap_jax.errors import exit_on_user_error\nexit_on_user_error(print)('a\\udcff.jpg')"
+    assert ending(program) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"a": ', "Expecting value: line 1 column 7 (char 6)"),
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (b'{"a": "\xff"}', "not a text file"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": ' * 200_000, "nested too deeply"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair is no character"),
+        (b'{"\\uDFFF": 1}', "half of a surrogate pair is no character"),
+        (b'"\xed\xa0\x80"', "not a text file"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_line(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        json_text.read(path, "write it again")
+    assert reason in str(caught.value)
+    assert str(caught.value).startswith(f"{path} is not JSON ")
+    assert str(caught.value).endswith("); write it again")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_that_can_be_read(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"a": "\U0001f600 ü", "b": [1, None, "\\ud83d"]}
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), "\ufeff" + json.dumps(value)):
+        path.write_text(text)
+        assert json_text.read_object(path, "") == value
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"a\.json is no JSON object; write it again"):
+        json_text.read_object(path, "write it again")
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); write it again"):
+        json_text.read(tmp_path, "write it again")
+    with pytest.raises(FileNotFoundError):
+        json_text.read(tmp_path / "none", "")
+
+
+def test_what_tensorstore_says_of_a_full_disk_is_not_logged_beside_the_line(caplog):
+    disk_errors.quieten_orbax()
+    log = logging.getLogger("asyncio")
+    with caplog.at_level(logging.ERROR, logger="asyncio"):
+        log.error(
+            "Future exception was never retrieved\nfuture: <Future exception=ValueError('RESOURCE_EXHAUSTED: Error "
+            'writing local file "/disk/run/model.writing/params/0": No space left on device\')>'
+        )
+        log.error("another task was destroyed")
+    assert [record.getMessage() for record in caplog.records] == ["another task was destroyed"]
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        json_text.replace_file(tmp_path / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,262 @@
+"""Photographs from a folder, a JSONL file or ShareGPT4V: what is read, what is left out, which split it is in."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from balcap_jax import config as configuration
+from balcap_jax import data
+from balcap_jax.data import photos, sharegpt4v
+from balcap_jax.data.input import examples, make_dataset
+from balcap_jax.errors import UserError
+
+SIZES = [(40, 30), (64, 20), (31, 77), (50, 50), (90, 45), (28, 28)]
+
+
+def picture(path, size, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
+
+
+def settings(folder, **changes) -> dict:
+    return {
+        "name": "photos",
+        "data_dir": str(folder),
+        "validation_share": 0.2,
+        "test_share": 0.2,
+        "max_pixels": 0,
+        **changes,
+    }
+
+
+def all_of(splits) -> dict[str, dict]:
+    return {one["id"]: one for part in splits[:3] for one in examples(part)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, size in enumerate(SIZES):
+        picture(tmp_path / f"{'deep/' if i % 2 else ''}{i}.png", size, i)
+        (tmp_path / f"{'deep/' if i % 2 else ''}{i}.txt").write_text(f" Caption number {i}.\n")
+    return tmp_path
+
+
+def test_a_folder_of_pictures_and_captions(folder, capsys):
+    picture(folder / "alone.jpg", (9, 9))
+    picture(folder / "silent.jpg", (9, 9))
+    (folder / "silent.txt").write_text(" \n")
+    (folder / "torn.png").write_bytes(b"no picture")
+    (folder / "torn.txt").write_text("A caption.")
+    splits = data.load(settings(folder), 0)
+    assert capsys.readouterr().out == (
+        "photos: 6 pictures; 3 left out: alone.jpg (no caption), silent.jpg (empty caption), torn.png (no picture in a "
+        "known format (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF, JPEG2000))\n"
+    )
+    found = all_of(splits)
+    assert sorted(found) == ["0.png", "2.png", "4.png", "deep/1.png", "deep/3.png", "deep/5.png"]
+    for i, (width, height) in enumerate(SIZES):
+        one = found[f"{'deep/' if i % 2 else ''}{i}.png"]
+        assert one["image"].shape == (height, width, 3)
+        assert one["reference"] == f"Caption number {i}."
+        assert one["captions"] == [one["reference"]]
+        assert one["prompt"] == photos.PROMPT
+    assert splits.fields == {"reference", "captions"}
+    assert [one.image for one in splits.left_out] == ["alone.jpg", "silent.jpg", "torn.png"]
+
+
+def test_batches_of_different_sizes_are_lists_and_the_iterator_goes_on(folder):
+    train = data.load(settings(folder), 0).train
+    whole = make_dataset(train, batch_size=2, seed=1, threads=0)
+    first = [next(whole) for _ in range(3)]
+    again = make_dataset(train, batch_size=2, seed=1, threads=0)
+    next(again)
+    state = json.loads(json.dumps(again.get_state()))
+    resumed = make_dataset(train, batch_size=2, seed=1, threads=0)
+    resumed.set_state(state)
+    assert [next(resumed)["id"] for _ in range(2)] == [batch["id"] for batch in first[1:]]
+    assert isinstance(first[0]["image"], list)
+
+
+def test_a_picture_stays_in_its_split_whatever_is_added(tmp_path):
+    names = [f"{i}.jpg" for i in range(2000)]
+    parts = {name: photos.split_of(name, 0.1, 0.2) for name in names}
+    counts = {part: list(parts.values()).count(part) for part in ("train", "validation", "test")}
+    assert 160 < counts["validation"] < 240
+    assert 350 < counts["test"] < 450
+    # Tiny sets have one of each all the same.
+    records = [photos.Record(name, tmp_path, "p", ("c",)) for name in names[:3]]
+    sizes = [len(part) for part in photos.make_splits(records, (), settings(tmp_path, test_share=0.0))[:3]]
+    assert sizes == [1, 1, 1]
+    with pytest.raises(UserError, match="2 pictures are too few"):
+        photos.make_splits(records[:2], (), settings(tmp_path))
+
+
+def lines_of(folder, *entries):
+    (folder / "captions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
+
+
+def test_a_jsonl_file_carries_all_that_rewards_need(folder):
+    question = {"question": "Which?", "choices": ["a", "b"], "answer": "b"}
+    rubric = {"criterion": "names it", "weight": 3}
+    lines_of(
+        folder,
+        {"image": "0.png", "caption": "One.", "prompt": "Say it.", "reference_units": ["u"], "questions": [question]},
+        {"image": "2.png", "captions": ["Two.", "Zwei."], "rubrics": [rubric]},
+        {"image": "4.png", "caption": "Four.", "reference": "A better four."},
+        {"image": "0.png", "caption": "Uno."},
+        {"image": "gone.png", "caption": "Gone."},
+    )
+    for source in (folder, folder / "captions.jsonl"):
+        splits = data.load(settings(source), 0)
+        found = all_of(splits)
+        assert sorted(found) == ["0.png", "2.png", "4.png"]
+        assert [found[name]["captions"] for name in sorted(found)] == [
+            ["One.", "Uno."], ["Two.", "Zwei."], ["A better four.", "Four."],
+        ]  # fmt: skip
+        assert found["0.png"]["prompt"] == "Say it."
+        assert found["0.png"]["reference_units"] == ["u"]
+        assert json.loads(found["0.png"]["questions"]) == [question]
+        assert json.loads(found["2.png"]["rubrics"]) == [rubric]
+        assert found["4.png"]["reference"] == "A better four."
+        assert splits.fields == {"reference", "captions", "reference_units", "questions", "rubrics"}
+        assert splits.left_out == (("gone.png", "no such file"),)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"caption": "x"}, '"image"'),
+        ({"image": "0.png"}, "has no caption"),
+        ({"image": "0.png", "caption": 3}, "must be text"),
+        ({"image": "0.png", "caption": "x", "reference_units": "u"}, "list of texts"),
+        (
+            {"image": "0.png", "caption": "x", "questions": [{"question": "?", "choices": ["a"], "answer": "a"}]},
+            "choices",
+        ),
+        (
+            {"image": "0.png", "caption": "x", "questions": [{"question": "?", "choices": ["a", "b"], "answer": "c"}]},
+            "answer",
+        ),
+        ({"image": "0.png", "caption": "x", "rubrics": [{"criterion": "c", "weight": 0}]}, "above 0"),
+    ],
+)
+def test_a_bad_line_is_named(folder, entry, reason):
+    lines_of(folder, {"image": "2.png", "caption": "Two."}, entry)
+    with pytest.raises(UserError, match=r"captions\.jsonl, line 2: ") as caught:
+        data.load(settings(folder), 0)
+    assert reason in str(caught.value)
+
+
+def test_a_picture_that_breaks_off_is_replaced_and_named_once(folder, capsys):
+    picture(folder / "cut.png", (200, 200))
+    content = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "cut.txt").write_text("Cut.")
+    found = data.load(settings(folder), 0)
+    part = next(part for part in found[:3] if any(record.id == "cut.png" for record in part.records))
+    ids = [examples(part)[i]["id"] for i in range(len(part))] + [examples(part)[i]["id"] for i in range(len(part))]
+    assert "cut.png" not in ids
+    errors = capsys.readouterr().err
+    assert errors.count("left out: cut.png: damaged") == 1
+
+
+def test_large_pictures_are_shrunk_in_their_own_aspect(folder):
+    found = all_of(data.load(settings(folder, max_pixels=600), 0))
+    for one in found.values():
+        assert np.prod(one["image"].shape[:2]) <= 600
+    assert found["0.png"]["image"].shape == (21, 28, 3)
+
+
+def test_the_tokenizer_is_the_same_each_time_and_loses_nothing(folder):
+    first, second = (data.load(settings(folder), 0) for _ in range(2))
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    text = "Caption number 3, naïve façade \N{SNOWMAN}!"
+    ids = first.tokenizer.encode(text, add_special_tokens=False)
+    assert first.tokenizer.decode(ids) == text
+    assert first.tokenizer.unk_token_id not in ids
+    assert data.load(settings(folder), 0, tokenizer=False).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data.name": "photos"}, "'data.data_dir' must be the folder"),
+        ({"data.name": "sharegpt4v", "rewards.name": "lexical", "rewards.weights": "1"}, "'data.manual_dir' is empty"),
+        ({"data.name": "photos", "data.data_dir": "x", "stages.order": "vision,rl"}, "scene graphs"),
+        ({"data.name": "photos", "data.data_dir": "x", "rewards.name": "balcap"}, "knows the scenes only"),
+        ({"rewards.name": "lexical"}, "needs 1 numbers for lexical"),
+        ({"rewards.length": "ramp"}, "needs 4 numbers"),
+        ({"rewards.length_start": "9", "rewards.length_end": "9"}, "must be less than"),
+        ({"rewards.name": "caprel"}, "did you mean 'caprl'"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, problem):
+    lexical = {"rewards.name": "lexical", "rewards.weights": "1"} if "data.name" in changes else {}
+    if changes.get("rewards.name") == "balcap":
+        lexical = {}
+    with pytest.raises(UserError, match=problem):
+        configuration.load("configs/forkme.py", lexical | changes)
+
+
+def test_nothing_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such folder or file"):
+        data.load(settings(tmp_path / "gone"), 0)
+    with pytest.raises(UserError, match="no picture with a caption"):
+        data.load(settings(tmp_path), 0)
+
+
+# ---- ShareGPT4V ------------------------------------------------------------------------------------------------------
+
+
+def sample(image: str, prompt: str, caption: str) -> dict:
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": caption}]
+    return {"id": "x", "image": image, "conversations": turns}
+
+
+@pytest.fixture
+def manual(tmp_path):
+    folder = tmp_path / "manual"
+    for i, size in enumerate(SIZES):
+        picture(folder / f"coco/train2017/{i}.jpg", size, i)
+    samples = [sample(f"coco/train2017/{i}.jpg", f"What is in {i}?\n<image>", f"It is {i}.") for i in range(len(SIZES))]
+    samples[3] = sample("coco/train2017/3.jpg", "<image>\nDescribe 3.", "First.\n\nSecond.")
+    samples.insert(2, sample("sam/images/gone.jpg", "<image>", "Gone."))
+    (folder / "list.json").write_text(json.dumps(samples))
+    return folder
+
+
+def test_sharegpt4v_keeps_prompts_and_counts_what_is_missing(tmp_path, manual, capsys):
+    chosen = settings(
+        tmp_path / "built", name="sharegpt4v", manual_dir=str(manual), annotations="list.json", max_pixels=500
+    )
+    for built_before in (False, True):
+        splits = data.load(chosen, 0)
+        out = capsys.readouterr().out
+        assert ("building from" in out) is not built_before
+        assert "sharegpt4v: 6 pictures; 1 left out: sam/images/gone.jpg (no such file)" in out
+        found = all_of(splits)
+        assert sorted(found) == [f"coco/train2017/{i}.jpg" for i in range(6)]
+        one = found["coco/train2017/3.jpg"]
+        assert (one["prompt"], one["reference"]) == ("Describe 3.", "First.\n\nSecond.")
+        assert found["coco/train2017/1.jpg"]["prompt"] == "What is in 1?"
+        assert all(np.prod(one["image"].shape[:2]) <= 500 for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("[]", "no list of samples"), ("{", "is not JSON"), ('[{"image": "a.jpg"}]', "entry 1 is no sample")],
+)
+def test_another_json_is_refused(tmp_path, manual, content, problem):
+    (manual / "list.json").write_text(content)
+    chosen = settings(tmp_path / "built", name="sharegpt4v", manual_dir=str(manual), annotations="list.json")
+    with pytest.raises(UserError, match=problem):
+        data.load(chosen, 0)
+    with pytest.raises(UserError, match=r"no other\.json in"):
+        sharegpt4v.prepare(str(tmp_path), str(manual), "other.json")
+
+
+def test_images_stay_inside_the_manual_directory():
+    with pytest.raises(UserError, match="outside the manual directory"):
+        sharegpt4v.read_sample(sample("../secret.jpg", "<image>", "x"), "here")

@@ -1,0 +1,80 @@
+"""A Qwen2.5-VL policy of toy sizes, its images and prompts: what the tests of this family run on.
+
+Two window layers, a full one, a window layer, a full one; images of at most 40 merged tokens, in windows of 4 x 4.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balcap_jax.models.decoder import DecoderConfig
+from balcap_jax.models.policy import Params
+from balcap_jax.models.qwen2_5_vl.modeling import Qwen25VL
+from balcap_jax.models.qwen2_5_vl.vision import QwenImages, VisionConfig
+from balcap_jax.models.qwen2_5_vl.windows import plan
+
+V = 41
+PAD, EOS, IMAGE, START = 0, 1, 2, 3
+
+
+def make_policy(*, tower: dict | None = None, logits_chunk: int = 10, **language) -> Qwen25VL:
+    """The toy policy; `tower` and the other keywords change sizes of the vision tower and of the decoder."""
+    sizes = VisionConfig(
+        patch_size=4,
+        width=32,
+        layers=5,
+        heads=2,
+        mlp=24,
+        window_size=32,
+        full_attention_layers=(2, 4),
+        max_image_tokens=40,
+    )
+    decoder = DecoderConfig(
+        vocab=V,
+        width=48,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_size=12,
+        mlp=40,
+        rope_theta=1e6,
+        mrope_section=(2, 2, 2),
+        norm_eps=1e-6,
+        qkv_bias=True,
+    )
+    return Qwen25VL(
+        dataclasses.replace(sizes, **(tower or {})),
+        dataclasses.replace(decoder, **language),
+        IMAGE,
+        PAD,
+        EOS,
+        forbidden=(PAD, IMAGE, START),
+        logits_chunk=logits_chunk,
+    )
+
+
+def make_images(policy: Qwen25VL, grids: list[tuple[int, int]], seed: int = 0) -> tuple[QwenImages, list[np.ndarray]]:
+    """Noise of `grids` (rows, columns of merged tokens), laid out; and the patches in the reference's order."""
+    c, rng = policy.vision, np.random.default_rng(seed)
+    patches, laid_out = [], []
+    for rows, columns in grids:
+        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=c.max_image_tokens)
+        patches.append(rng.integers(0, 256, (4 * rows * columns, c.patch_features)).astype(np.uint8))
+        # Empty slots hold noise too: nothing may depend on it.
+        noise = rng.integers(0, 256, (c.windows, c.slots, c.patch_features)).astype(np.uint8)
+        slots = np.where(where.mask[..., None], patches[-1][where.slot], noise)
+        laid_out.append(QwenImages(slots, where.mask, where.positions, where.back, where.token_mask))
+    return QwenImages(*map(np.stack, zip(*laid_out, strict=True))), patches
+
+
+def make_params(policy: Qwen25VL, scale: float = 0.2) -> Params:
+    """Random parameters of the policy's shapes; no bias is 0 and no norm's scale 1."""
+    rng = np.random.default_rng(3)
+
+    def random(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(random, jax.eval_shape(policy.init, jax.random.key(0)))
