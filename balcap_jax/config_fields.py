@@ -248,7 +248,7 @@ FIELDS: tuple[Field, ...] = (
     # rewards
     Field(
         "rewards.name", "str", "balcap",
-        "balcap, caprl, rubicap, feedquill, lexical, or package.module:Class for one of your own",
+        "balcap, caprl, rubicap, feedquill, lexical, text, or package.module:Class for one of your own",
     ),
     Field(
         "rewards.weights", "floats", (1.0, 1.0, 1.0),
