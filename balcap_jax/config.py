@@ -336,7 +336,31 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
       UserError: the recipe is missing or fails, or `check` fails.
     """
     config = _run_recipe(recipe)
-    for name, text in (overrides or {}).items():
+    _override(config, overrides or {}, f"recipe {recipe}")
+    return _canonical(config)
+
+
+def take_group(argv: Sequence[str], group: str, **defaults: Any) -> tuple[list[str], ConfigDict]:
+    """Takes `--GROUP.FIELD=VALUE` out of the command line of a command that has no recipe.
+
+    Args:
+      group: such as "judge"; `defaults` are values of its fields that differ from the schema's.
+
+    Returns:
+      (the other arguments, the checked group).
+
+    Raises:
+      UserError: a bad field or value.
+    """
+    rest, overrides = split_overrides(argv, f"--{group}.")
+    config = default_config()
+    config[group].update(defaults)
+    _override(config, {f"{group}.{name}": text for name, text in overrides.items()}, "the command line")
+    return rest, _canonical(config)[group]
+
+
+def _override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> None:
+    for name, text in overrides.items():
         if name not in _BY_NAME:
             raise _unknown(name, text)
         *groups, leaf = name.split(".")
@@ -344,9 +368,8 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         for depth, group in enumerate(groups):
             at = at.get(group)
             if not isinstance(at, ConfigDict):
-                raise UserError(f"recipe {recipe}: config group {'.'.join(groups[: depth + 1])!r} is missing")
+                raise UserError(f"{where}: config group {'.'.join(groups[: depth + 1])!r} is missing")
         at[leaf] = _parse(_BY_NAME[name], text)
-    return _canonical(config)
 
 
 def _run_recipe(recipe: str) -> ConfigDict:
@@ -441,8 +464,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line.
+def split_overrides(argv: Sequence[str], prefix: str = _OVERRIDE) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line; `prefix` is what they begin with.
 
     Returns:
       (other arguments, {FIELD: VALUE}); the last value of a repeated field wins.
@@ -450,10 +473,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     rest, overrides = [], {}
     arguments = iter(argv)
     for argument in arguments:
-        if not argument.startswith(_OVERRIDE):
+        if not argument.startswith(prefix):
             rest.append(argument)
             continue
-        name, equals, value = argument.removeprefix(_OVERRIDE).partition("=")
+        name, equals, value = argument.removeprefix(prefix).partition("=")
         if not equals:
             value = next(arguments, None)
             if value is None or value.startswith("--"):

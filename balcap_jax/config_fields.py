@@ -248,7 +248,7 @@ FIELDS: tuple[Field, ...] = (
     # rewards
     Field(
         "rewards.name", "str", "balcap",
-        "balcap, caprl, rubicap, feedquill, lexical, or package.module:Class for one of your own",
+        "balcap, caprl, rubicap, feedquill, lexical, text, or package.module:Class for one of your own",
     ),
     Field(
         "rewards.weights", "floats", (1.0, 1.0, 1.0),
@@ -290,14 +290,14 @@ FIELDS: tuple[Field, ...] = (
     Field("judge.temperature", "float", 0.0, "sampling temperature of the judge", low=0, high=2),
     Field("judge.max_tokens", "int", 2048, "longest answer of the judge, tokens", low=16, high=SIZE),
     Field(
-        "judge.concurrency", "int", 32, "requests under way at once, in each process", low=1, high=4096, resumable=True
+        "judge.concurrency", "int", 32, "requests under way at once, of all processes", low=1, high=4096, resumable=True
     ),
     Field(
-        "judge.rpm", "int", 0, "requests a minute, for each endpoint and process; 0 = no limit",
+        "judge.rpm", "int", 0, "requests a minute to each endpoint, of all processes; 0 = no limit",
         low=0, high=IMAGES, resumable=True,
     ),
     Field(
-        "judge.tpm", "int", 0, "tokens a minute, for each endpoint and process; 0 = no limit",
+        "judge.tpm", "int", 0, "tokens a minute to each endpoint, of all processes; 0 = no limit",
         low=0, high=2_000_000_000, resumable=True,
     ),
     Field(

@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         stop = stack.enter_context(PreemptionFlag())
         judge = judges.build(config.judge, config.seed)  # One that is down is found before anything is built.
         stack.callback(judge.close)
-        spending = cost.Spending(judge, config.judge, workdir, failure_window(config))
+        spending = cost.Spending(judge, config.judge, workdir / cost.LEDGER, failure_window(config))
 
         # ================================================================================================= data
         fields, overrides = config.model.to_dict(), {}

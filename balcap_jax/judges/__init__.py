@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import Judge
 
 
 def build(config: Mapping[str, Any], seed: int) -> Judge:
-    """The judge of the config group `judge`. Close it in the end.
+    """The judge of the config group `judge`, whose limits all processes of the run share. Close it in the end.
 
     Raises:
       UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model.
@@ -17,7 +19,7 @@ def build(config: Mapping[str, Any], seed: int) -> Judge:
         return OracleJudge(failure_rate=config["failure_rate"], seed=seed)
     from balcap_jax.judges.remote import RemoteJudge, make_client  # HTTP only where it is needed.
 
-    client = make_client(config, seed)
+    client = make_client(config, seed, jax.process_count())
     try:
         client.connect()
     except BaseException:

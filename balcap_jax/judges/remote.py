@@ -161,15 +161,22 @@ class RemoteJudge:
         return Ask(prompts.name_of("rubric"), messages, _Rubric, self.max_tokens, check=check)
 
 
-def make_client(config: Mapping[str, Any], seed: int) -> ChatClient:
-    """The client of the config group `judge`, not yet connected. Raises UserError where the key is not set."""
+def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> ChatClient:
+    """The client of the config group `judge`, not yet connected. Raises UserError where the key is not set.
+
+    Of `processes` that judge at once each gets its share of the limits, at least one request at a time and a minute.
+    """
+
+    def share(limit: int) -> int:
+        return max(limit // processes, 1) if limit else 0
+
     settings = ChatSettings(
         endpoints=parse_endpoints(config["endpoints"]),
         model=config["model"],
         api_key_env=config["api_key_env"],
-        concurrency=config["concurrency"],
-        rpm=config["rpm"],
-        tpm=config["tpm"],
+        concurrency=share(config["concurrency"]),
+        rpm=share(config["rpm"]),
+        tpm=share(config["tpm"]),
         deadline=config["deadline"],
         attempt_timeout=config["timeout"],
         retries=config["retries"],

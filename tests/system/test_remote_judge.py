@@ -183,19 +183,19 @@ def test_a_ledger_adds_up_and_one_that_is_torn_is_refused(tmp_path):
 
     config = default_config().judge
     config.update({"name": "remote", "price_in": 1.0, "price_out": 10.0, "max_cost": 7.0})
-    spending = Spending(Judge(), config, tmp_path, window=2)
+    spending = Spending(Judge(), config, tmp_path / "judge.json", window=2)
     assert spending.step()["judge/cost"] == pytest.approx(3.0)
     assert spending.step() == dict.fromkeys(COUNTED, 0) | {"judge/cost_total": pytest.approx(3.0)}
-    again = Spending(Judge(), config, tmp_path, window=2)
+    again = Spending(Judge(), config, tmp_path / "judge.json", window=2)
     again.update()
     values = again.step()
     assert (values["judge/cost"], values["judge/cost_total"]) == (pytest.approx(3.0), pytest.approx(6.0))
     assert values["judge/cache_hit_rate"] == 0.4
     assert not again.spent
-    Spending(Judge(), config, tmp_path, window=2).update()
+    Spending(Judge(), config, tmp_path / "judge.json", window=2).update()
     with pytest.raises(UserError, match=r"the judge has cost 9, and judge.max_cost is 7; raise it to go on"):
-        Spending(Judge(), config, tmp_path, window=2)
+        Spending(Judge(), config, tmp_path / "judge.json", window=2)
     (tmp_path / "judge.json").write_text('{"calls": 3}')
     with pytest.raises(UserError, match="is no ledger of a judge; delete it"):
-        Spending(Judge(), config, tmp_path, window=2)
+        Spending(Judge(), config, tmp_path / "judge.json", window=2)
     assert os.listdir(tmp_path) == ["judge.json"]
