@@ -245,6 +245,12 @@ FIELDS: tuple[Field, ...] = (
     Field("rollout.top_p", "float", 1.0, "nucleus: fewest tokens with this mass", low=1e-4, high=1),
     Field("rollout.top_k", "int", 0, "only the k likeliest tokens; 0 = all", low=0, high=WIDE),
     Field("rollout.eval_temperature", "float", 1.0, "sampling temperature in evaluations; 0 = greedy", low=0, high=100),
+    # pipeline
+    Field(
+        "pipeline.depth", "int", 0,
+        "batches sampled ahead in rl: 1 judges a batch beside the next one's rollout, and is one update off-policy",
+        low=0, high=1,
+    ),
     # rewards
     Field(
         "rewards.name", "str", "balcap",

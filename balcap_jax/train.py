@@ -35,6 +35,7 @@ from balcap_jax.machine import device_text, use_compilation_cache, versions
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress, import_wandb
 from balcap_jax.models import arrays as model_arrays
 from balcap_jax.models import loading
+from balcap_jax.pipeline import abstract_kept
 from balcap_jax.stages import (
     LORA_STAGES,
     Evaluator,
@@ -45,6 +46,7 @@ from balcap_jax.stages import (
     check_freezes,
     freeze_of,
     params_of,
+    sampling_of,
     start_state,
     state_shardings,
 )
@@ -222,7 +224,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 if anchored:
                     at_start = trained(arrays["state"].params, freeze_of(config, name))
                     arrays["reference"] = jax.tree.map(lambda x: x.copy(), at_start)
-            state, reference = arrays["state"], arrays.get("reference")
+            state, reference, in_flight = (arrays.get(part) for part in ("state", "reference", "in_flight"))
             del arrays
             if unseen:
                 # Never from parameters that this stage has trained, even if summary.json was lost on the way.
@@ -234,8 +236,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             if max(first, done) < last:
                 forget(order[index:])  # A stage was shorter when it was evaluated, or a checkpoint has been deleted.
 
+            # ---- what judging took, taken down while nothing is asked; no batch is asked of a run that is to stop
+            judging: dict[str, float] = {}
+
+            def settle(step: int, failed: int, calls: int) -> bool:
+                judging.update(spending.step())  # noqa: B023
+                window = deque([*failures, (failed, calls)], failures.maxlen)
+                spent = spending.spent or failure_budget_spent(window, config)
+                return step < last and not (spent or stop.requested)  # noqa: B023
+
             # ---- data order of this stage; each process reads the rows that its devices hold
-            stage = STAGES[name](job, reference)
+            stage = STAGES[name](job, reference, settle)
             iterator = make_dataset(
                 splits.train,
                 batch_size=settings.batch_size,
@@ -253,9 +264,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 with clock.phase("save"):
                     writer.flush()  # A resumed run does not log these steps again.
                     arrays = {"state": state} | ({"reference": reference} if reference is not None else {})  # noqa: B023
+                    if stage.depth:  # noqa: B023
+                        arrays["in_flight"] = stage.in_flight  # noqa: B023
                     extra = {
                         "stage": name,  # noqa: B023
-                        "iterator": iterator.get_state(),  # noqa: B023
+                        # A batch in flight is read once more, and meets the captions that are saved with it.
+                        "iterator": before if stage.depth else iterator.get_state(),  # noqa: B023
                         "clock": clock.state(),
                         "failures": list(failures),
                         "config": configuration.to_text(config),
@@ -266,9 +280,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             # ------------------------------------------------------------------------------------- the loop
             clock.step()
             with Progress(last, name, first_step=first, enabled=leads) as progress:
-                for step in range(max(first, done) + 1, last + 1):
+                begin = max(first, done) + 1
+                if stage.depth and begin <= last:
                     with readable(config.data):
                         batch = next(iterator)
+                    with jax.transfer_guard("disallow"):
+                        stage.begin(state, batch, begin, in_flight)
+                in_flight = None  # The stage has it, and lets go of it after its update.
+                for step in range(begin, last + 1):
+                    before = iterator.get_state()
+                    with readable(config.data):
+                        batch = next(iterator)  # With a depth of 1, the next step's.
                     with jax.transfer_guard("disallow"):
                         state, values, judged = stage.advance(state, batch, step)
                     values |= clock.step()
@@ -277,7 +299,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     nonfinite = values.pop("nonfinite")
                     calls = values.pop("failed_calls", 0), values.pop("calls", 0)
                     if judged:
-                        values |= spending.step()
+                        values |= judging
                     if step % config.log.every == 0 or step == last:
                         writer.write(step, name, values)
                     progress.update(step, values)
@@ -289,6 +311,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     if nonfinite >= config.optim.max_nonfinite:
                         save(step)
                         checkpointer.wait()
+                        spending.update()
                         raise UserError(
                             f"stopped at step {step}: {int(nonfinite)} updates in a row had a non-finite gradient "
                             f"(optim.max_nonfinite); lower stages.{name}.learning_rate and go on in a new workdir"
@@ -319,9 +342,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     elif asked_by or (every and step % every == 0):
                         save(step)
                     if is_due(step, settings.eval_every, last):
+                        if stage.depth:
+                            stage.finish_judging()
                         evaluate(f"{name}-{step}", state.params)
                     if asked_by:
                         checkpointer.wait()
+                        spending.update()  # What was asked ahead is paid for.
                         asked = signal.Signals(asked_by).name
                         progress.note(f"{asked}: saved after step {step}; the same command goes on from here")
                         stopped = True
@@ -356,8 +382,17 @@ def placed_like(job: Job, state: Any, stage: str, anchored: bool) -> dict[str, A
     def place(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
+    config = job.config
     state = jax.tree.map(place, state, state_shardings(job.mesh, state))
-    return {"state": state} | ({"reference": trained(state.params, freeze_of(job.config, stage))} if anchored else {})
+    arrays = {"state": state}
+    if anchored:
+        arrays["reference"] = trained(state.params, freeze_of(config, stage))
+    if stage == "rl" and config.pipeline.depth:
+        size = config.stages.rl.batch_size
+        arrays["in_flight"] = abstract_kept(
+            job.mesh, job.policy, job.processor, state.params, size, sampling_of(config)
+        )
+    return arrays
 
 
 def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any) -> Any:
