@@ -1,4 +1,4 @@
-"""How far a command is that goes through many pictures."""
+"""How far a command is that goes through many things."""
 
 import sys
 import time
@@ -7,12 +7,13 @@ PLAIN_SECONDS = 10.0  # between progress lines, when the output is no terminal
 
 
 class ProgressLine:
-    """A bar on a terminal, else a plain line every few seconds: pictures done of all, pictures per second, ETA.
+    """A bar on a terminal, else a plain line every few seconds: how many are done of all, how many a second, ETA.
 
-    what: what is made of the pictures, such as "captions".
+    what: what is made of the pictures, or other `things`, such as "captions".
     """
 
-    def __init__(self, what: str, total: int, done: int):
+    def __init__(self, what: str, total: int, done: int, things: str = "pictures"):
+        self.things = things
         self.what, self.total, self.done, self._start_done = what, total, done, done
         self._bar = self._task = None
         self._start = self._said = time.monotonic()
@@ -26,7 +27,7 @@ class ProgressLine:
             self._bar.start()
             self._task = self._bar.add_task("", total=self.total, completed=self.done)
         else:
-            print(f"{self.total - self.done} of {self.total} pictures lack {self.what}", flush=True)
+            print(f"{self.total - self.done} of {self.total} {self.things} lack {self.what}", flush=True)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -42,4 +43,4 @@ class ProgressLine:
             self._said = now
             rate = (self.done - self._start_done) / max(now - self._start, 1e-9)
             left = round((self.total - self.done) / rate)
-            print(f"{self.what} {self.done}/{self.total}  {rate:.2f} pictures/s  {left} s left", flush=True)
+            print(f"{self.what} {self.done}/{self.total}  {rate:.2f} {self.things}/s  {left} s left", flush=True)

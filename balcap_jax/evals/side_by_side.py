@@ -96,3 +96,18 @@ def markdown(comparison: Comparison) -> str:
         cells.append(" / ".join(f"{value:.0f}" for value in comparison.win_tie_loss(question)))
         lines.append(f"| {question} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def as_json(found: Iterable[Comparison]) -> list[dict[str, Any]]:
+    """Win, tie and loss, and the five levels, of each question of each comparison, in percent."""
+    return [
+        {
+            "name": one.name,
+            "sources": one.sources,
+            "questions": {
+                question: {"win_tie_loss": one.win_tie_loss(question), "levels": one.row(question)}
+                for question in one.votes
+            },
+        }
+        for one in found
+    ]

@@ -6,12 +6,14 @@ Unparsable answers to multiple-choice questions are wrong, and counted; nothing 
 harnesses do.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from balcap_jax.evals import vqa_rules as rules
+from balcap_jax.evals.engine import Item, Metric, ratio
 from balcap_jax.evals.vqa_data import Question
 
 _SHORT = "Answer the question using a single word or phrase."
@@ -24,8 +26,8 @@ class Benchmark:
 
     score: points of a prediction, in [0, 1], and what was read from it ("" = a letter could not be told; None = there
     is nothing to read). tokens: longest answer. ask: what is added to the question. average: "mean" over questions,
-    "count" of right ones, "circular" over groups of rotations that are all right, "categories" the mean of the
-    categories' means (lmms-eval's MMStar). by: the field of a question that categories are, besides its own.
+    "count" of right ones, "circular" over groups of rotations that are all right. by_kind: figures by `Question.kind`
+    too, such as ChartQA's human and augmented, or l2-categories.
     """
 
     score: Callable[[Question, str], tuple[float, str | None]]
@@ -77,72 +79,57 @@ def prompt_of(benchmark: Benchmark, question: Question) -> str:
     return "\n".join([*lines, benchmark.ask] if benchmark.ask else lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """One question's points; `read` as in `Benchmark.score`, `answered` False where there was no prediction."""
+class Answers(Metric):
+    """A benchmark as a metric. Items are questions, or, with rotations, groups of them; `caption` is the prediction.
 
-    id: str
-    group: str
-    category: str
-    kind: str
-    points: float
-    read: str | None
-    answered: bool = True
-
-
-def score(benchmark: Benchmark, question: Question, prediction: str | None) -> Scored:
-    """The points of one prediction; a question without one has none, and is counted."""
-    points, read = (0.0, None) if prediction is None else benchmark.score(question, prediction)
-    return Scored(question.id, question.group, question.category, question.kind, points, read, prediction is not None)
-
-
-def units(benchmark: Benchmark, scored: Iterable[Scored]) -> list[tuple[Scored, float]]:
-    """What is averaged: (a question, its points), or with rotations (the first of a group, whether all are right)."""
-    if benchmark.average != "circular":
-        return [(one, one.points) for one in scored]
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.group, []).append(one)
-    return [(members[0], float(all(one.points == 1.0 for one in members))) for members in groups.values()]
-
-
-def aggregate(benchmark: Benchmark, scored: Sequence[Scored]) -> dict[str, Any]:
-    """{"score", "n", "questions", "unparsable", "unanswered", "categories", and for some "kinds", "circular_free"}.
-
-    Scores are x100, of OCRBench the number of right answers. Unparsable and unanswered questions are in the mean,
-    as wrong.
+    data is [(question, prediction or None), ...]; nobody is asked. A question without a prediction is an invalid item,
+    a group with one too. A judgement is {"points", "read"}, a list of each, by question.
     """
-    averaged = units(benchmark, scored)
-    points = [value for _, value in averaged]
-    count = benchmark.average == "count"
-    result: dict[str, Any] = {
-        "score": (sum(points) if count else 100.0 * _mean(points)),
-        "n": len(averaged),
-        "questions": len(scored),
-        "unparsable": sum(one.answered and one.read == "" for one in scored),
-        "unanswered": sum(not one.answered for one in scored),
-        "categories": _by(averaged, lambda one: one.category, count),
-    }
-    if benchmark.by_kind:
-        result["kinds"] = _by(averaged, lambda one: one.kind, count)
-    if benchmark.average == "circular":
-        result["each_rotation"] = 100.0 * _mean([one.points for one in scored])
-    if benchmark is BENCHMARKS["mmstar"]:
-        means = [one["score"] for one in result["kinds"].values()]
-        result["mean_of_kinds"] = _mean(means)
-    return result
 
+    prompts: tuple[str, ...] = ()
 
-def _by(averaged: Sequence[tuple[Scored, float]], key: Callable[[Scored], str], count: bool) -> dict[str, Any]:
-    parts: dict[str, list[float]] = collections.defaultdict(list)
-    for one, value in averaged:
-        parts[key(one)].append(value)
-    return {
-        name: {"score": sum(values) if count else 100.0 * _mean(values), "n": len(values)}
-        for name, values in sorted(parts.items())
-        if name
-    }
+    def __init__(self, name: str):
+        self.name, self.benchmark = name, BENCHMARKS[name]
+        self._kinds: list[str] = []
 
+    def items(self, questions: Iterable[Question], predictions: Mapping[str, str]) -> list[Item]:
+        groups: dict[str, list[Question]] = {}
+        for question in questions:
+            circular = self.benchmark.average == "circular"
+            groups.setdefault(question.group if circular else question.id, []).append(question)
+        found = []
+        for name, members in groups.items():
+            pairs = [(question, predictions.get(question.id)) for question in members]
+            said = [prediction for _, prediction in pairs]
+            whole = None if None in said else "\n".join(said)
+            found.append(Item(name, whole, pairs, members[0].category))
+        self._kinds = sorted({members[0].kind for members in groups.values()} - {""}) if self.benchmark.by_kind else []
+        return found
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    def judge(self, client: Any, items: Sequence[Item]) -> list[Mapping[str, Any]]:
+        del client
+        scored = [[self.benchmark.score(question, said) for question, said in item.data] for item in items]
+        return [{"points": [points for points, _ in one], "read": [read for _, read in one]} for one in scored]
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
+        """(points of the item, 1, points of its questions, questions, unparsable ones), then (points, 1) by kind."""
+        each, kind = judgement["points"], item.data[0][0].kind
+        points = float(all(one == 1.0 for one in each)) if self.benchmark.average == "circular" else float(each[0])
+        of_kind = [value for name in self._kinds for value in ((points, 1.0) if name == kind else (0.0, 0.0))]
+        return (points, 1.0, sum(each), float(len(each)), float(judgement["read"].count("")), *of_kind)
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """x100; of OCRBench the number of right answers."""
+        if self.benchmark.average == "count":
+            return np.asarray(sums)[..., 0]
+        return ratio(sums[..., 0], sums[..., 1])
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        found = {"questions": float(sums[3]), "unparsable": float(sums[4])}
+        kinds = {name: float(ratio(sums[5 + 2 * k], sums[6 + 2 * k])) for k, name in enumerate(self._kinds)}
+        found |= {f"kind/{name}": value for name, value in kinds.items()}
+        if self.benchmark.average == "circular":
+            found["each_rotation"] = float(ratio(sums[2], sums[3]))
+        if self.name == "mmstar" and kinds:
+            found["mean_of_kinds"] = float(np.mean(list(kinds.values())))  # what lmms-eval reports
+        return found
