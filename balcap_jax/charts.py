@@ -6,6 +6,7 @@ sheet decides on them for light and dark pages.
 
 import dataclasses
 import functools
+import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -304,3 +305,41 @@ def time_chart(run: Run) -> dict[str, Any] | None:
 
 def _seconds(record: Mapping[str, Any], key: str) -> float:
     return float(record[key]) if is_number(record.get(key)) else 0.0
+
+
+# ---- bars of scores --------------------------------------------------------------------------------------------------
+
+_ROW, _NAMES, _SCALE = 26, 260, 360  # pixels: height of a bar's row, width of its name, of the axis
+
+
+def bars(entries: Sequence[tuple[str, float, Sequence[float] | None, str]]) -> str:
+    """Horizontal bars as one inline SVG: (name, score, interval or None, words) each, zero where the axis has it.
+
+    The words stand behind the score: a caption's length belongs beside whatever it earns.
+    """
+    if not entries:
+        return ""
+    ends = [value for _, score, interval, _ in entries for value in (0.0, score, *(interval or ()))]
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return _NAMES + _SCALE * (value - low) / span
+
+    height = _ROW * len(entries) + 8
+    drawn = []
+    for row, (name, score, interval, words) in enumerate(entries):
+        y = _ROW * row + 4
+        left, right = sorted((x(0.0), x(score)))
+        shown = name if len(name) <= 34 else "…" + name[-33:]
+        drawn.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{html.escape(shown)}</text>')
+        drawn.append(
+            f'<rect x="{left:.1f}" y="{y + 3}" width="{right - left:.1f}" height="{_ROW - 10}" fill="#4c78a8"/>'
+        )
+        if interval:
+            start, stop, middle = x(interval[0]), x(interval[1]), y + 3 + (_ROW - 10) / 2
+            drawn.append(f'<path d="M{start:.1f} {middle:.1f}H{stop:.1f}" stroke="#000" stroke-width="1.5"/>')
+        label = f"{score:.2f}" + (f" ({words} words)" if words else "")
+        drawn.append(f'<text x="{_NAMES + _SCALE + 8}" y="{y + 15}">{html.escape(label)}</text>')
+    width = _NAMES + _SCALE + 150
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="13">{"".join(drawn)}</svg>'

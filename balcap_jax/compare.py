@@ -3,11 +3,10 @@
     python -m balcap_jax.compare runs/base/eval/dcscore runs/rl/eval/dcscore runs/rl/eval/captionqa --out=comparison
 
 Each folder is one that `evaluate` wrote. Of each metric the first folder is what the others are compared with, on the
-items that both have valid: the mean difference of their scores item by item, its interval by a paired bootstrap, and the
-two-sided sign test. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
+items that both have valid: the mean difference of their scores item by item, its interval by a paired bootstrap, and
+the two-sided sign test. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
 """
 
-import argparse
 import dataclasses
 import html
 import json
@@ -28,7 +27,18 @@ from balcap_jax.evals.engine import interval, resampled_sums
 from balcap_jax.evals.held_out import write_text
 
 _REMEDY = "give folders that `evaluate` wrote"
-_HEAD = ("evaluation", "score", "95% interval", "words", "n", "invalid", "difference", "95% interval", "better / worse", "p")
+_HEAD = (
+    "evaluation",
+    "score",
+    "95% interval",
+    "words",
+    "n",
+    "invalid",
+    "difference",
+    "95% interval",
+    "better / worse",
+    "p",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +170,8 @@ def page(evaluations: Sequence[Evaluation]) -> str:
         parts.append(f"<h2>{html.escape(metric)}</h2>{picture}<table><tr>{head}</tr>{body}</table>")
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
+        "table{border-collapse:collapse;margin:1em 0}"
+        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
         "td:first-child,th:first-child{text-align:left}"
     )
     return (

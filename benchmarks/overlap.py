@@ -28,7 +28,6 @@ from balcap_jax import data, judges, models, rewards, sharding, stages
 from balcap_jax.data.input import make_dataset
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.metrics import HIDDEN, PhaseClock
-from balcap_jax.rollout import compile_rollout
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scenes.py"
 SMALL = {"stages.rl.batch_size": "4", "rollout.group_size": "2", "rollout.max_tokens": "8", "rollout.buckets": "8"}
