@@ -143,7 +143,7 @@ def _value_range(members: Sequence[tuple[Curve, list]], runs: Sequence[Run]) -> 
     return min(values), max(values)
 
 
-def _ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
     if high - low < 1e-9 * max(1.0, abs(high)):
         pad = abs(high) * 0.1 or 1.0
@@ -173,7 +173,7 @@ class _Axes:
 
     def __init__(self, steps: tuple[float, float], values: tuple[float, float]):
         self.first, self.last = steps[0], max(steps[1], steps[0] + 1)
-        self.ticks = _ticks(*values)
+        self.ticks = ticks(*values)
         self.low, self.high = self.ticks[0], self.ticks[-1]
         # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
         largest = max(abs(self.low), abs(self.high))
@@ -192,7 +192,7 @@ class _Axes:
 
     def frame(self) -> dict[str, Any]:
         gap = (self.ticks[1] - self.ticks[0]) * self.factor
-        span = [tick for tick in _ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
+        span = [tick for tick in ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
         return {
             "y_ticks": [(self.y(tick), short_number(tick * self.factor, gap)) for tick in self.ticks],
             "x_ticks": [(self.x(tick), short_number(tick, 1)) for tick in span],

@@ -242,6 +242,28 @@ class Checkpointer:
         )
 
 
+def branch(source: Path, target: Path) -> int:
+    """Makes `target` a checkpoint directory that holds the newest whole step of `source` alone; returns that step.
+
+    The step stays tagged as it was, so that a run that goes on from it never deletes it.
+
+    Raises:
+      UserError: `source` holds no whole step, or the disk refuses.
+    """
+    steps = [int(path.name) for path in source.glob("*") if path.name.isdecimal() and not _missing_parts(path)]
+    if not steps:
+        raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
+    step = max(steps)
+    try:
+        tags = json_text.read_object(source / _TAGS, "delete that run to have it made anew")
+        kept = {tag: tagged for tag, tagged in tags.items() if tagged == step}
+        shutil.copytree(source / str(step), target / str(step))
+        (target / _TAGS).write_text(json.dumps(kept, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"can't copy {source / str(step)} to {target}: {reason_of(error)}; make room there") from error
+    return step
+
+
 class _LatestAndTagged(checkpoint_managers.PreservationPolicy):
     """Keeps the newest checkpoints and every tagged one; `tags` is the Checkpointer's own dict, which grows."""
 

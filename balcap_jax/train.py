@@ -30,6 +30,7 @@ from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.data.input import as_columns, examples, make_dataset
 from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
 from balcap_jax.evals import held_out
+from balcap_jax.evals.miniature import with_miniature
 from balcap_jax.judges import cost
 from balcap_jax.machine import device_text, use_compilation_cache, versions
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress, import_wandb
@@ -120,7 +121,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             policy = lora.Adapted(policy, config.lora.alpha / config.lora.rank)
         check_freezes(config, params)
         reward = rewards.build(config.rewards, judge, config.seed)
-        measure = rewards.measure(reward, judge, splits.fields)
+        measure = with_miniature(rewards.measure(reward, judge, splits.fields), judge, splits.fields)
         job = Job(config, mesh, policy, processor, reward, clock, measure)
         evaluators = {kind: Evaluator(job, greedy=kind == "greedy") for kind in KINDS}
         # Evaluations run in batches of the RL stage's size, at most of as many as there are images.

@@ -81,6 +81,21 @@ def _hold(workdir: Path) -> int:
         os.close(lock)  # It was that of a run which was refused, and is gone.
 
 
+def is_held(workdir: Path) -> bool:
+    """Whether another process is training in the workdir."""
+    try:
+        lock = os.open(workdir / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def see_claim(workdir: Path) -> None:
     """Returns when the workdir that process 0 has claimed is seen here; raises UserError when it is another disk's."""
     token = distributed.from_first(None)
