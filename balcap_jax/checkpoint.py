@@ -101,10 +101,7 @@ class Checkpointer:
         text = _encode(dict(extra or {}), "extra")
         self.wait()
         try:
-            if tag and self._tags.get(tag) != step:
-                self._tags[tag] = step
-                if distributed.is_first():
-                    self._write_tags()
+            self._set_tag(step, tag)
             if step not in self.steps():
                 self._manager.save(
                     step,
@@ -116,6 +113,20 @@ class Checkpointer:
                 )
         except Exception as error:
             raise self._write_error(error, f"checkpoint {step}") from error
+
+    def tag(self, step: int, tag: str) -> None:
+        """Moves `tag` to `step`, one that was saved; what it kept before goes with the next save."""
+        self.wait()  # Until the step is whole, the tag protects the one before it.
+        try:
+            self._set_tag(step, tag)
+        except OSError as error:
+            raise self._write_error(error, f"the tag of checkpoint {step}") from error
+
+    def _set_tag(self, step: int, tag: str) -> None:
+        if tag and self._tags.get(tag) != step:
+            self._tags[tag] = step
+            if distributed.is_first():
+                self._write_tags()
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending."""

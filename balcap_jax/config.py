@@ -261,6 +261,11 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
             f"config field 'rollout.eval_temperature' must be 0 (greedy) or at least {_LEAST:g}, got "
             f"{rollout.eval_temperature}"
         )
+    if config.checkpoint.best_metric and not (order[-1] == "rl" and config.stages.rl.eval_every):
+        yield (
+            "config field 'checkpoint.best_metric' needs stages.rl.eval_every above 0, and rl as the last of "
+            f"stages.order, got {config.stages.rl.eval_every} and {config.stages.order!r}"
+        )
     yield from _data_problems(config, order)
     if config.judge.failure_rate and config.judge.name != "oracle":
         yield f"config field 'judge.failure_rate' is for the oracle judge only, and judge.name is {config.judge.name!r}"

@@ -403,6 +403,11 @@ FIELDS: tuple[Field, ...] = (
         "checkpoint.keep", "int", 2, "newest checkpoints kept, besides the stage ends",
         low=1, high=STEPS, resumable=True,
     ),
+    Field(
+        "checkpoint.best_metric", "str", "",
+        "keep what scores best in it on greedy captions of validation images, every stages.rl.eval_every updates: "
+        "b_capscore, an objective, with scenes dcscore, captionqa, arena; empty = none",
+    ),
     Field("checkpoint.asynchronous", "bool", True, "write while training goes on", resumable=True),
     # log
     Field("log.every", "int", 1, "updates between lines of metrics.jsonl", low=1, high=STEPS, resumable=True),

@@ -25,6 +25,8 @@ from ml_collections import ConfigDict
 from balcap_jax import config as configuration
 from balcap_jax import data, distributed, judges, layouts, lora, models, report, rewards, sharding
 from balcap_jax.arguments import place
+from balcap_jax.best import TAG, Best
+from balcap_jax.best import check as check_best_metric
 from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
 from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.data.input import as_columns, examples, make_dataset
@@ -122,13 +124,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         check_freezes(config, params)
         reward = rewards.build(config.rewards, judge, config.seed)
         measure = with_miniature(rewards.measure(reward, judge, splits.fields), judge, splits.fields)
+        check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
         job = Job(config, mesh, policy, processor, reward, clock, measure)
         evaluators = {kind: Evaluator(job, greedy=kind == "greedy") for kind in KINDS}
         # Evaluations run in batches of the RL stage's size, at most of as many as there are images.
         parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         size = min(-(-len(shown) // parts) * parts, config.stages[order[-1]].batch_size)
         shown_batches = held_out.batches(shown, size, as_columns)
-        for columns, _ in shown_batches:
+        validation = []
+        if config.checkpoint.best_metric:
+            with readable(config.data):
+                validation = examples(splits.validation, config.log.eval_images)
+        validation_batches = held_out.batches(validation, size, as_columns)
+        for columns, _ in (*shown_batches, *validation_batches):
             job.prompt(columns)  # A prompt that is too long is found here.
         # Only now: a config that cannot be run does not take the workdir.
         if leads:
@@ -152,7 +160,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 enabled=leads,
             )
         )
-        model = workdir / "model"
+        model, best_model = workdir / "model", workdir / "best"
+        best = Best(
+            config.checkpoint.best_metric,
+            lambda params: evaluators["greedy"](params, validation_batches, held_out.EVALUATION_STEP)[0],
+        )
         done = checkpointer.latest_step() or 0
         summary = distributed.from_first(read_summary(workdir) if done and leads else {})
         failures = deque(maxlen=failure_window(config))
@@ -162,6 +174,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             check_saved(saved, checkpointer.directory / str(done))
             clock.restore(saved["clock"])
             failures.extend(map(tuple, saved["failures"]))
+            best.restore(saved.get("best", {}))
             if leads:
                 print(f"going on after step {done} of {total} ({saved['stage']})", flush=True)
         writer.truncate(done)
@@ -179,6 +192,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             spending.update()
             write_summary()
 
+        def validate(step: int, params: Any) -> None:
+            """Scores a saved step on the validation images; the best checkpoint so far outlives `checkpoint.keep`."""
+            with clock.phase("evaluate"):
+                best.measure(step, params)
+            if best.step is not None:
+                checkpointer.tag(best.step, TAG)
+                summary["best"] = best.summary()
+            write_summary()
+
         def write_summary() -> None:
             summary["seconds"] = clock.totals()
             if leads:
@@ -190,7 +212,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 for label in labels:
                     summary.get(kind, {}).pop(label, None)
             if leads:
-                shutil.rmtree(model, ignore_errors=True)
+                for path in (model, best_model):
+                    shutil.rmtree(path, ignore_errors=True)
                 for label in labels:
                     (workdir / "samples" / f"eval-{label}.jsonl").unlink(missing_ok=True)
                 if (workdir / "summary.json").exists():
@@ -232,6 +255,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 evaluate(before, (state if first >= done else start_state(job, params, name)).params)
             if first < done and is_due(done, settings.eval_every, last) and not evaluated(f"{name}-{done}"):
                 evaluate(f"{name}-{done}", state.params)  # Killed between the checkpoint and this.
+            if first < done and best.is_due(name, done, settings.eval_every, last):
+                validate(done, state.params)
             params = None  # The state has its own: two copies of a large model do not fit.
 
             if max(first, done) < last:
@@ -273,6 +298,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                         "iterator": before if stage.depth else iterator.get_state(),  # noqa: B023
                         "clock": clock.state(),
                         "failures": list(failures),
+                        "best": best.state(),
                         "config": configuration.to_text(config),
                         "versions": versions(),
                     }
@@ -340,12 +366,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     every = config.checkpoint.every
                     if step == last:
                         save(step, tag=f"{name}-end")
-                    elif asked_by or (every and step % every == 0):
+                    elif (
+                        asked_by or (every and step % every == 0) or best.is_due(name, step, settings.eval_every, last)
+                    ):
                         save(step)
                     if is_due(step, settings.eval_every, last):
                         if stage.depth:
                             stage.finish_judging()
                         evaluate(f"{name}-{step}", state.params)
+                    if best.is_due(name, step, settings.eval_every, last):
+                        validate(step, state.params)
                     if asked_by:
                         checkpointer.wait()
                         spending.update()  # What was asked ahead is paid for.
@@ -362,15 +392,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         # =============================================================================================== result
         checkpointer.wait()
         merge = functools.partial(lora.merge, scale=policy.scale) if config.lora.rank else lambda params: params
-        if not distributed.from_first(leads and is_whole(model, jax.eval_shape(merge, params))):
-            fields["prompt"] = config.data.prompt or shown[0]["prompt"]  # `caption` asks it of other pictures too.
+        fields["prompt"] = config.data.prompt or shown[0]["prompt"]  # `caption` asks it of other pictures too.
+        like = jax.eval_shape(lambda p: p, params)
+        for path, step in ((model, first), (best_model, best.step)):
+            if step is None or distributed.from_first(leads and is_whole(path, jax.eval_shape(merge, like))):
+                continue
+            if step != first:
+                params = None  # Two copies of a large model do not fit.
+                params = restore_params(checkpointer, step, job, like)
             distributed.write_whole(
-                merge(params), lambda whole: models.save(model, fields, whole, processor, source=config.model.path)
+                merge(params),
+                lambda whole: models.save(path, fields, whole, processor, source=config.model.path),  # noqa: B023
             )
         if leads:
             page = report.write_report([workdir], workdir / "report.html")
             print(result_text(summary, order))
             print(f"model:  {model}\nreport: {page}", flush=True)
+            if best.step is not None:
+                score = best.scores[best.step]
+                print(f"best:   {best_model} (step {best.step}, validation {best.metric} {score:.4g})", flush=True)
         return summary
 
 
