@@ -119,7 +119,7 @@ class Miniature:
             caption = samples.captions[b][g]
             values = dcscore(caption, scene, units), captionqa(caption, scene), arena(caption, scene, units)
             scored.append([(value, {}) for value in values])
-        return collect(samples, self.names, scored, None)
+        return collect(self, samples, scored, None)
 
 
 @functools.lru_cache(maxsize=4096)
