@@ -77,7 +77,8 @@ class Sources:
             for number, entry in enumerate(sharegpt4v.read_annotations(source), start=1):
                 sample = sharegpt4v.read_sample(entry, f"{source}, entry {number}")
                 line = {"image": sample["id"], "prompt": sample["prompt"], "caption": sample["reference"]}
-                items.append(Item(f"{number}", sample["id"], folder / sample["id"], sample["prompt"], entry=line))
+                line |= {name: entry[name] for name in sharegpt4v.REWARDED if name in entry}
+                items.append(Item(sample["id"], sample["id"], folder / sample["id"], sample["prompt"], entry=line))
         else:
             items = list_items(source, self.prompt)
         if self.kind != "references":

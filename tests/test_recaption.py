@@ -122,6 +122,20 @@ def test_units_and_rubrics_are_added_to_what_lines_say(photos, tmp_path):
     assert left == {"error": "the student's file has no caption of it", "image": "photos/e.png"}
 
 
+def test_rubrics_of_sharegpt4v_find_the_students_captions_by_path(photos, tmp_path):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}]
+    source = photos / "share.json"
+    source.write_text(json.dumps([{"image": "deep/d.png", "conversations": turns, "reference_units": ["A dog"]}]))
+    students = tmp_path / "students.jsonl"
+    students.write_text('{"image": "deep/d.png", "caption": "a hog"}\n')
+    out = tmp_path / "out.jsonl"
+    with JudgeServer(well_behaved) as server:
+        run(tmp_path, server, "--write=rubrics", f"--images={source}", f"--students={students}", f"--out={out}")
+    (line,) = lines_of(out)
+    assert [one["criterion"] for one in line["rubrics"]] == ["is not a hog"]
+    assert (line["image"], line["reference_units"]) == ("photos/deep/d.png", ["A dog"])
+
+
 def test_failures_are_named_and_asked_again_on_demand(photos, tmp_path):
     def behave(body):
         if kind_of(body) == "describe" or "asked" not in text_of(body):

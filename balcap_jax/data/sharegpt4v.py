@@ -2,7 +2,8 @@
 
 The JSON is a list of {"id", "image": "coco/train2017/000000000009.jpg", "conversations": [{"from": "human", "value":
 "prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}. Pictures that are missing, or do not begin as pictures, are
-counted and named. Their files are stored as they are; each sample keeps its own prompt.
+counted and named. Their files are stored as they are; each sample keeps its own prompt, and what an entry holds for
+rewards in the form of `data.photos`: `reference_units`, `questions`, `rubrics`.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from balcap_jax import json_text
-from balcap_jax.data import images, photos
+from balcap_jax.data import fields, images, photos
 from balcap_jax.data.photos import LeftOut, Record, Splits
 from balcap_jax.errors import UserError
 
+REWARDED = ("reference_units", "questions", "rubrics")  # stored as JSON text
 _NAMED = 100  # pictures left out that are named in the data set's own metadata
 _REMEDY = "give ShareGPT4V's own JSON (data.annotations)"
 
@@ -36,7 +39,7 @@ class ShareGPT4VConfig(tfds.core.BuilderConfig):
 class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
     """Pictures with GPT-4V's captions, in one split: which part is for training is decided when it is read."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The JSON of ShareGPT4V and the folders of images that it names."
     url_infos: ClassVar[dict] = {}  # no download, no checksums
     BUILDER_CONFIGS: ClassVar[list[ShareGPT4VConfig]] = [ShareGPT4VConfig(name="cap100k", description="100K captions")]
@@ -46,6 +49,7 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict(
             # A file as it is: readers of our own decode it, upright and in RGB, without TensorFlow.
             {"id": text, "image": tfds.features.Text(), "prompt": text, "reference": text}
+            | dict.fromkeys(REWARDED, text)
         )
         return self.dataset_info_from_configs(
             features=features, disable_shuffling=True, supervised_keys=None, metadata=tfds.core.MetadataDict()
@@ -89,8 +93,10 @@ def read_annotations(path: Path) -> list[Any]:
 def read_sample(entry: Any, where: str) -> dict[str, str]:
     """{"id": the image's path, "prompt", "reference"} of an entry; its image tag may stand before or after the prompt.
 
+    Beside these `reference_units`, `questions` and `rubrics`, as JSON text, "[]" where the entry has none.
+
     Raises:
-      UserError: it is no sample of a picture, a question and an answer.
+      UserError: it is no sample of a picture, a question and an answer, or what is for rewards is of another form.
     """
     turns = entry.get("conversations") if isinstance(entry, Mapping) else None
     said = {}
@@ -103,7 +109,11 @@ def read_sample(entry: Any, where: str) -> dict[str, str]:
     if Path(image).is_absolute() or ".." in Path(image).parts:
         raise UserError(f"{where} names an image outside the manual directory ({image!r}); {_REMEDY}")
     prompt = said["human"].replace("<image>", "").strip() or photos.PROMPT
-    return {"id": image, "prompt": prompt, "reference": said["gpt"].strip()}
+    rewarded = {name: entry[name] for name in REWARDED if name in entry}
+    record = fields.read_record({"image": image, "reference": said["gpt"], **rewarded}, where)
+    units = json.dumps(record.pop("reference_units"))
+    sample = {"id": image, "prompt": prompt, "reference": said["gpt"].strip(), "reference_units": units}
+    return sample | {name: record[name] for name in ("questions", "rubrics")}
 
 
 def load(config: Mapping[str, Any]) -> Splits:
@@ -124,14 +134,14 @@ def load(config: Mapping[str, Any]) -> Splits:
     # Texts are held, pictures are not: half a kilobyte a sample.
     texts = _texts(source)
     records = [
-        Record(name, functools.partial(_content, source, i), prompt, (reference,))
-        for i, (name, prompt, reference) in enumerate(texts)
+        Record(name, functools.partial(_content, source, i), prompt, (reference,), tuple(json.loads(units)), *rest)
+        for i, (name, prompt, reference, units, *rest) in enumerate(texts)
     ]
     return photos.make_splits(records, left_out, config)
 
 
-def _texts(source: Any) -> list[tuple[str, str, str]]:
-    return [tuple(_text(one[field]) for field in ("id", "prompt", "reference")) for one in source]
+def _texts(source: Any) -> list[tuple[str, ...]]:
+    return [tuple(_text(one[field]) for field in ("id", "prompt", "reference", *REWARDED)) for one in source]
 
 
 def _text(value: bytes | str) -> str:
