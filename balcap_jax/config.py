@@ -267,6 +267,8 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
 
     if config.judge.name == "remote":
         yield from judge_settings.problems(config.judge)
+    if config.judge.name == "policy":
+        yield from judge_settings.policy_problems(config.judge)
 
     for axis, size in config.mesh.items():
         if size != -1 and size < 1:

@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
     with contextlib.ExitStack() as stack:
         stack.enter_context(claim(workdir, config))
         stop = stack.enter_context(PreemptionFlag())
-        judge = judges.build(config.judge, config.seed)  # One that is down is found before anything is built.
+        judge = judges.build(config.judge, config.seed, mesh)  # One that is down is found before anything is built.
         stack.callback(judge.close)
         spending = cost.Spending(judge, config.judge, workdir, failure_window(config))
 

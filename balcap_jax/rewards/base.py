@@ -97,9 +97,10 @@ def collect(samples: Samples, names: Sequence[str], scored: Sequence[Sequence[Sc
 
 
 def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
-    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them."""
-    if not questions:
-        return []
+    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them.
+
+    It is called without questions too: a judge on the mesh of several processes answers in all of them at once.
+    """
     answers = list(ask(questions))
     if len(answers) != len(questions):
         raise ValueError(f"{ask.__qualname__} returned {len(answers)} answers to {len(questions)} questions")
