@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import os
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -43,10 +42,10 @@ from balcap_jax.jsonl import AppendedLines
 from balcap_jax.machine import use_compilation_cache
 from balcap_jax.models import Prompt
 from balcap_jax.models.prompting import PromptTooLong
+from balcap_jax.progress import ProgressLine
 from balcap_jax.rollout import Rollout, Sampling, example_keys, make_rollout
 
 DEFAULT_PROMPT = "Describe this image in detail."  # of models that name none
-PLAIN_SECONDS = 10.0  # between progress lines, when the output is no terminal
 _SCHEMA = {field.name: field for field in FIELDS}
 _RANGES = {
     "temperature": _SCHEMA["rollout.eval_temperature"],
@@ -236,7 +235,7 @@ def caption(
             captioner = Captioner(model, options)
         captioner.check_prompts(pending)
         caption_settings.write(out, settings)
-        with ProgressLine(len(items), len(items) - len(pending)) as progress:
+        with ProgressLine("captions", len(items), len(items) - len(pending)) as progress:
             ready: list[tuple[Item, Prompt]] = []
             for number, (item, prompt) in enumerate(
                 read_ahead(pending, captioner.read, options.threads, options.batch_size + options.threads), start=1
@@ -296,42 +295,6 @@ def _enough_memory() -> Iterator[None]:
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
-
-
-class ProgressLine:
-    """A bar on a terminal, else a plain line every few seconds: pictures done of all, pictures per second, ETA."""
-
-    def __init__(self, total: int, done: int):
-        self.total, self.done, self._start_done = total, done, done
-        self._bar = self._task = None
-        self._start = self._said = time.monotonic()
-
-    def __enter__(self) -> "ProgressLine":
-        if sys.stdout.isatty():  # isatty decides, not rich: FORCE_COLOR must not put control codes into a log file
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Progress("captions", *columns)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self.total, completed=self.done)
-        else:
-            print(f"{self.total - self.done} of {self.total} pictures to caption", flush=True)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done)
-        elif self.done == self.total or now - self._said >= PLAIN_SECONDS:
-            self._said = now
-            rate = (self.done - self._start_done) / max(now - self._start, 1e-9)
-            left = round((self.total - self.done) / rate)
-            print(f"captions {self.done}/{self.total}  {rate:.2f} pictures/s  {left} s left", flush=True)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

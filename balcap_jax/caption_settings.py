@@ -61,15 +61,16 @@ def check(out: Path, settings: dict[str, Any]) -> None:
         raise UserError(
             f"{out} has lines already, but {path.name} beside it, which says how they were made, is missing; {remedy}"
         ) from error
-    if before.get("model_digest") != settings["model_digest"]:
+    if before.get("model_digest") != settings.get("model_digest"):
         raise UserError(
             f"{out} has captions of another model (then {before.get('model')}, now {settings['model']}); "
             f"name another file with --out"
         )
     for name in {**before, **settings}:
-        if name != "model" and before.get(name) != settings.get(name):  # a model that was moved is the same model
+        moved = name == "model" and "model_digest" in settings  # a model that was moved is the same model
+        if not moved and before.get(name) != settings.get(name):
             raise UserError(
-                f"{out} has captions made with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
+                f"{out} has lines made with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
                 f"name another file with --out"
             )
 

@@ -6,6 +6,7 @@ sheet decides on them for light and dark pages.
 
 import dataclasses
 import functools
+import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -142,7 +143,7 @@ def _value_range(members: Sequence[tuple[Curve, list]], runs: Sequence[Run]) -> 
     return min(values), max(values)
 
 
-def _ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
     if high - low < 1e-9 * max(1.0, abs(high)):
         pad = abs(high) * 0.1 or 1.0
@@ -172,7 +173,7 @@ class _Axes:
 
     def __init__(self, steps: tuple[float, float], values: tuple[float, float]):
         self.first, self.last = steps[0], max(steps[1], steps[0] + 1)
-        self.ticks = _ticks(*values)
+        self.ticks = ticks(*values)
         self.low, self.high = self.ticks[0], self.ticks[-1]
         # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
         largest = max(abs(self.low), abs(self.high))
@@ -191,7 +192,7 @@ class _Axes:
 
     def frame(self) -> dict[str, Any]:
         gap = (self.ticks[1] - self.ticks[0]) * self.factor
-        span = [tick for tick in _ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
+        span = [tick for tick in ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
         return {
             "y_ticks": [(self.y(tick), short_number(tick * self.factor, gap)) for tick in self.ticks],
             "x_ticks": [(self.x(tick), short_number(tick, 1)) for tick in span],
@@ -304,3 +305,41 @@ def time_chart(run: Run) -> dict[str, Any] | None:
 
 def _seconds(record: Mapping[str, Any], key: str) -> float:
     return float(record[key]) if is_number(record.get(key)) else 0.0
+
+
+# ---- bars of scores --------------------------------------------------------------------------------------------------
+
+_ROW, _NAMES, _SCALE = 26, 260, 360  # pixels: height of a bar's row, width of its name, of the axis
+
+
+def bars(entries: Sequence[tuple[str, float, Sequence[float] | None, str]]) -> str:
+    """Horizontal bars as one inline SVG: (name, score, interval or None, words) each, zero where the axis has it.
+
+    The words stand behind the score: a caption's length belongs beside whatever it earns.
+    """
+    if not entries:
+        return ""
+    ends = [value for _, score, interval, _ in entries for value in (0.0, score, *(interval or ()))]
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return _NAMES + _SCALE * (value - low) / span
+
+    height = _ROW * len(entries) + 8
+    drawn = []
+    for row, (name, score, interval, words) in enumerate(entries):
+        y = _ROW * row + 4
+        left, right = sorted((x(0.0), x(score)))
+        shown = name if len(name) <= 34 else "…" + name[-33:]
+        drawn.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{html.escape(shown)}</text>')
+        drawn.append(
+            f'<rect x="{left:.1f}" y="{y + 3}" width="{right - left:.1f}" height="{_ROW - 10}" fill="#4c78a8"/>'
+        )
+        if interval:
+            start, stop, middle = x(interval[0]), x(interval[1]), y + 3 + (_ROW - 10) / 2
+            drawn.append(f'<path d="M{start:.1f} {middle:.1f}H{stop:.1f}" stroke="#000" stroke-width="1.5"/>')
+        label = f"{score:.2f}" + (f" ({words} words)" if words else "")
+        drawn.append(f'<text x="{_NAMES + _SCALE + 8}" y="{y + 15}">{html.escape(label)}</text>')
+    width = _NAMES + _SCALE + 150
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="13">{"".join(drawn)}</svg>'

@@ -101,10 +101,7 @@ class Checkpointer:
         text = _encode(dict(extra or {}), "extra")
         self.wait()
         try:
-            if tag and self._tags.get(tag) != step:
-                self._tags[tag] = step
-                if distributed.is_first():
-                    self._write_tags()
+            self._set_tag(step, tag)
             if step not in self.steps():
                 self._manager.save(
                     step,
@@ -116,6 +113,20 @@ class Checkpointer:
                 )
         except Exception as error:
             raise self._write_error(error, f"checkpoint {step}") from error
+
+    def tag(self, step: int, tag: str) -> None:
+        """Moves `tag` to `step`, one that was saved; what it kept before goes with the next save."""
+        self.wait()  # Until the step is whole, the tag protects the one before it.
+        try:
+            self._set_tag(step, tag)
+        except OSError as error:
+            raise self._write_error(error, f"the tag of checkpoint {step}") from error
+
+    def _set_tag(self, step: int, tag: str) -> None:
+        if tag and self._tags.get(tag) != step:
+            self._tags[tag] = step
+            if distributed.is_first():
+                self._write_tags()
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending."""
@@ -240,6 +251,28 @@ class Checkpointer:
             f"can't write {what} in {self.directory}: {reason_of(error)}; {go_on}, "
             "make room or choose another workdir, and run the same command again"
         )
+
+
+def branch(source: Path, target: Path) -> int:
+    """Makes `target` a checkpoint directory that holds the newest whole step of `source` alone; returns that step.
+
+    The step stays tagged as it was, so that a run that goes on from it never deletes it.
+
+    Raises:
+      UserError: `source` holds no whole step, or the disk refuses.
+    """
+    steps = [int(path.name) for path in source.glob("*") if path.name.isdecimal() and not _missing_parts(path)]
+    if not steps:
+        raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
+    step = max(steps)
+    try:
+        tags = json_text.read_object(source / _TAGS, "delete that run to have it made anew")
+        kept = {tag: tagged for tag, tagged in tags.items() if tagged == step}
+        shutil.copytree(source / str(step), target / str(step))
+        (target / _TAGS).write_text(json.dumps(kept, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"can't copy {source / str(step)} to {target}: {reason_of(error)}; make room there") from error
+    return step
 
 
 class _LatestAndTagged(checkpoint_managers.PreservationPolicy):

@@ -261,6 +261,11 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
             f"config field 'rollout.eval_temperature' must be 0 (greedy) or at least {_LEAST:g}, got "
             f"{rollout.eval_temperature}"
         )
+    if config.checkpoint.best_metric and not (order[-1] == "rl" and config.stages.rl.eval_every):
+        yield (
+            "config field 'checkpoint.best_metric' needs stages.rl.eval_every above 0, and rl as the last of "
+            f"stages.order, got {config.stages.rl.eval_every} and {config.stages.order!r}"
+        )
     yield from _data_problems(config, order)
     if config.judge.failure_rate and config.judge.name != "oracle":
         yield f"config field 'judge.failure_rate' is for the oracle judge only, and judge.name is {config.judge.name!r}"
@@ -269,6 +274,11 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
         yield from judge_settings.problems(config.judge)
     if config.judge.name == "policy":
         yield from judge_settings.policy_problems(config.judge)
+        if config.pipeline.depth:
+            yield (
+                "config field 'pipeline.depth' is 1 and judge.name is policy: a judge on the devices that sample has "
+                "nothing to run beside; set pipeline.depth to 0"
+            )
 
     for axis, size in config.mesh.items():
         if size != -1 and size < 1:
@@ -338,7 +348,31 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
       UserError: the recipe is missing or fails, or `check` fails.
     """
     config = _run_recipe(recipe)
-    for name, text in (overrides or {}).items():
+    _override(config, overrides or {}, f"recipe {recipe}")
+    return _canonical(config)
+
+
+def take_group(argv: Sequence[str], group: str, **defaults: Any) -> tuple[list[str], ConfigDict]:
+    """Takes `--GROUP.FIELD=VALUE` out of the command line of a command that has no recipe.
+
+    Args:
+      group: such as "judge"; `defaults` are values of its fields that differ from the schema's.
+
+    Returns:
+      (the other arguments, the checked group).
+
+    Raises:
+      UserError: a bad field or value.
+    """
+    rest, overrides = split_overrides(argv, f"--{group}.")
+    config = default_config()
+    config[group].update(defaults)
+    _override(config, {f"{group}.{name}": text for name, text in overrides.items()}, "the command line")
+    return rest, _canonical(config)[group]
+
+
+def _override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> None:
+    for name, text in overrides.items():
         if name not in _BY_NAME:
             raise _unknown(name, text)
         *groups, leaf = name.split(".")
@@ -346,9 +380,8 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         for depth, group in enumerate(groups):
             at = at.get(group)
             if not isinstance(at, ConfigDict):
-                raise UserError(f"recipe {recipe}: config group {'.'.join(groups[: depth + 1])!r} is missing")
+                raise UserError(f"{where}: config group {'.'.join(groups[: depth + 1])!r} is missing")
         at[leaf] = _parse(_BY_NAME[name], text)
-    return _canonical(config)
 
 
 def _run_recipe(recipe: str) -> ConfigDict:
@@ -443,8 +476,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line.
+def split_overrides(argv: Sequence[str], prefix: str = _OVERRIDE) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line; `prefix` is what they begin with.
 
     Returns:
       (other arguments, {FIELD: VALUE}); the last value of a repeated field wins.
@@ -452,10 +485,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     rest, overrides = [], {}
     arguments = iter(argv)
     for argument in arguments:
-        if not argument.startswith(_OVERRIDE):
+        if not argument.startswith(prefix):
             rest.append(argument)
             continue
-        name, equals, value = argument.removeprefix(_OVERRIDE).partition("=")
+        name, equals, value = argument.removeprefix(prefix).partition("=")
         if not equals:
             value = next(arguments, None)
             if value is None or value.startswith("--"):

@@ -245,10 +245,16 @@ FIELDS: tuple[Field, ...] = (
     Field("rollout.top_p", "float", 1.0, "nucleus: fewest tokens with this mass", low=1e-4, high=1),
     Field("rollout.top_k", "int", 0, "only the k likeliest tokens; 0 = all", low=0, high=WIDE),
     Field("rollout.eval_temperature", "float", 1.0, "sampling temperature in evaluations; 0 = greedy", low=0, high=100),
+    # pipeline
+    Field(
+        "pipeline.depth", "int", 0,
+        "batches sampled ahead in rl: 1 judges a batch beside the next one's rollout, and is one update off-policy",
+        low=0, high=1,
+    ),
     # rewards
     Field(
         "rewards.name", "str", "balcap",
-        "balcap, caprl, rubicap, feedquill, lexical, or package.module:Class for one of your own",
+        "balcap, caprl, rubicap, feedquill, lexical, text, or package.module:Class for one of your own",
     ),
     Field(
         "rewards.weights", "floats", (1.0, 1.0, 1.0),
@@ -304,14 +310,14 @@ FIELDS: tuple[Field, ...] = (
     Field("judge.temperature", "float", 0.0, "sampling temperature of the judge", low=0, high=2),
     Field("judge.max_tokens", "int", 2048, "longest answer of the judge, tokens", low=16, high=SIZE),
     Field(
-        "judge.concurrency", "int", 32, "requests under way at once, in each process", low=1, high=4096, resumable=True
+        "judge.concurrency", "int", 32, "requests under way at once, of all processes", low=1, high=4096, resumable=True
     ),
     Field(
-        "judge.rpm", "int", 0, "requests a minute, for each endpoint and process; 0 = no limit",
+        "judge.rpm", "int", 0, "requests a minute to each endpoint, of all processes; 0 = no limit",
         low=0, high=IMAGES, resumable=True,
     ),
     Field(
-        "judge.tpm", "int", 0, "tokens a minute, for each endpoint and process; 0 = no limit",
+        "judge.tpm", "int", 0, "tokens a minute to each endpoint, of all processes; 0 = no limit",
         low=0, high=2_000_000_000, resumable=True,
     ),
     Field(
@@ -410,6 +416,11 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "checkpoint.keep", "int", 2, "newest checkpoints kept, besides the stage ends",
         low=1, high=STEPS, resumable=True,
+    ),
+    Field(
+        "checkpoint.best_metric", "str", "",
+        "keep what scores best in it on greedy captions of validation images, every stages.rl.eval_every updates: "
+        "b_capscore, an objective, with scenes dcscore, captionqa, arena; empty = none",
     ),
     Field("checkpoint.asynchronous", "bool", True, "write while training goes on", resumable=True),
     # log

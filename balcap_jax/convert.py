@@ -26,6 +26,7 @@ from balcap_jax.config import CommandParser
 from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.models import Policy, arrays, hf, loading, safetensors_files
+from balcap_jax.progress import PLAIN_SECONDS
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -34,7 +35,6 @@ DTYPES = {
 }
 SHARD_GB = 5.0
 """Largest shard; the one that transformers writes."""
-PLAIN_SECONDS = 10.0  # between progress lines, when the output is no terminal
 
 Report = Callable[[int], None]
 

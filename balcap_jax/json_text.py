@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def read(path: Path, remedy: str) -> Any:
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """As `read`; raises UserError for anything but an object too."""
     return parse_object(_content(path, remedy), str(path), remedy)
+
+
+def read_lines(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line of a JSONL file; `where` names file and line. Empty lines are passed over.
+
+    Raises:
+      UserError: there is no such file, it cannot be read, or a line is no object.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, parse_object(line, where, remedy)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 def replace_file(path: Path, text: str) -> None:

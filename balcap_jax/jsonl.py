@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +13,8 @@ from balcap_jax.errors import UserError
 
 
 class AppendedLines:
-    """Opens `path` to go on with it: `entries` are the objects of its lines; a torn last line is dropped.
+    """Opens `path` to go on with it: `entries` are the objects of its lines, or what `remember` makes of each; a torn
+    last line is dropped.
 
     One process at a time may hold the file. Where there is none it is made, at once or, if `lazy`, with its first line;
     one that stays empty is removed again.
@@ -22,10 +23,13 @@ class AppendedLines:
       UserError: it cannot be read or written, holds anything but objects, or another process holds it.
     """
 
-    def __init__(self, path: str | os.PathLike, *, lazy: bool = False):
+    def __init__(
+        self, path: str | os.PathLike, *, lazy: bool = False, remember: Callable[[dict[str, Any]], Any] | None = None
+    ):
         self.path = Path(path)
         self._lazy = lazy
-        self.entries: list[dict[str, Any]] = []
+        self._remember = remember or (lambda entry: entry)
+        self.entries: list[Any] = []
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "AppendedLines":
@@ -60,20 +64,23 @@ class AppendedLines:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise self._failure("written", error) from error
-        self.entries += entries
+        self.entries += map(self._remember, entries)
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Removes the lines of all other entries: the one change that is no addition."""
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Removes the lines of all other entries; for files whose entries are remembered whole."""
         kept = [entry for entry in self.entries if wanted(entry)]
-        if len(kept) == len(self.entries):
-            return
+        if len(kept) < len(self.entries):
+            self.replace(kept)
+
+    def replace(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Writes these in place of all lines: the one change that is no addition."""
         try:
-            json_text.replace_file(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            json_text.replace_file(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
         except OSError as error:
             raise self._failure("written", error) from error
         self._file.close()
         self._open()
-        self.entries = kept
+        self.entries = [self._remember(entry) for entry in entries]
 
     def _open(self) -> None:
         try:
@@ -95,7 +102,7 @@ class AppendedLines:
             self._file.truncate(whole)
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
             where = f"{self.path}, line {number}"
-            self.entries.append(json_text.parse_object(line, where, "mend or remove that line"))
+            self.entries.append(self._remember(json_text.parse_object(line, where, "mend or remove that line")))
 
     def _failure(self, what: str, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be {what} ({error.strerror}); make room there or name another file")

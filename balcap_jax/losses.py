@@ -77,7 +77,8 @@ def sampling_logits(logits, temperature=1.0, forbidden=None) -> jax.Array:
     The sampler and the loss both call this; otherwise the ratio of an on-policy step is not 1.
     """
     logits = jnp.asarray(logits, jnp.float32) / temperature
-    return logits if forbidden is None else jnp.where(forbidden, FORBIDDEN_LOGIT, logits)
+    # Added, not selected: a selection would keep a constant of the logits' shape and its condition beside them.
+    return logits if forbidden is None else logits + jnp.where(forbidden, FORBIDDEN_LOGIT, 0.0)
 
 
 def chunked_log_probs(
@@ -126,7 +127,7 @@ def chunked_log_probs(
         logits = sampling_logits(head(chunk_hidden), temperature, forbidden)
         # A comparison in place of a gather: it fuses, and needs no gathered logits where V is sharded.
         is_target = jnp.arange(logits.shape[-1]) == chunk_targets[..., None]
-        return jnp.where(is_target, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+        return (logits * is_target).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
 
     # prevent_cse is only needed outside a scan, and costs speed inside.
     log_probs = jax.lax.map(jax.checkpoint(log_probs_of_chunk, prevent_cse=False), (cut(hidden), cut(targets)))

@@ -1,8 +1,8 @@
 """Metrics from the compiled step to the disk and the terminal: exact accumulation, writers, phase clock, progress line.
 
 Scales: `reward/<name>`, `gate/in_band`, `judge/failure_rate` and `length/truncated_frac` are fractions in [0, 1];
-`b_capscore` is in points, 0 to 100; `length/mean` counts whitespace words; `time/*` are seconds. `step` counts over
-all stages of a run, so that it orders the lines of metrics.jsonl.
+`b_capscore` is in points, 0 to 100; `length/mean` counts whitespace words; `time/*` are seconds, which add up to those
+of the step without `HIDDEN`. `step` counts over all stages of a run, so that it orders the lines of metrics.jsonl.
 """
 
 import contextlib
@@ -292,6 +292,8 @@ class _EventFile:
 # --- phase clock ------------------------------------------------------------------------------------------------------
 
 STEP_PHASES = ("rollout", "judge", "update")
+HIDDEN = "time/judge_hidden"
+"""Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum."""
 
 
 class PhaseClock:
@@ -466,9 +468,9 @@ class Progress:
     def _time_step(self, step: int, values: Mapping[str, float]) -> None:
         """The clock's seconds where given (they leave compiling out), else the wall time between updates."""
         now = self._now()
-        phases = [value for name, value in values.items() if name.startswith("time/") and _known(value)]
+        phases = _phase_seconds(values)
         if phases:
-            self._recent.append(sum(phases))
+            self._recent.append(sum(phases.values()))
         elif self._last is not None and step > self._last_step:
             self._recent.append((now - self._last) / (step - self._last_step))
         self._last, self._last_step = now, step
@@ -488,14 +490,18 @@ def _points(value: float | None) -> str:
 
 def _shares(values: Mapping[str, float]) -> str:
     """Shares of the step's phases, such as " (rollout 61 judge 4 update 33%)"; what is missing to 100 is "other"."""
-    seconds = {
-        name.removeprefix("time/"): value
-        for name, value in values.items()
-        if name.startswith("time/") and _known(value)
-    }
+    seconds = _phase_seconds(values)
     total = sum(seconds.values())
     shares = [f"{name} {100 * value / total:.0f}" for name, value in seconds.items() if name != "other" and value > 0]
     return f" ({' '.join(shares)}%)" if shares else ""
+
+
+def _phase_seconds(values: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name.removeprefix("time/"): value
+        for name, value in values.items()
+        if name.startswith("time/") and name != HIDDEN and _known(value)
+    }
 
 
 def _short(value: float) -> str:

@@ -3,7 +3,7 @@
     vision   classes of image tokens -> update
     align    references -> update
     SFT      target captions -> update
-    RL       rollout (compiled) -> judge (host) -> update (compiled)
+    RL       rollout (compiled) -> judge (host) -> update (compiled); `pipeline` has another order of them
 
 A stage owns its compiled programs. All of them are compiled before its first step, one update per length bucket, so
 that no later step can meet a shape for the first time.
@@ -12,7 +12,7 @@ that no later step can meet a shape for the first time.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,18 @@ from balcap_jax.data.scenes.world import Scene
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import b_capscore, three_of
 from balcap_jax.evals.held_out import Judged, summarise, to_samples
-from balcap_jax.metrics import PhaseClock, finalise
+from balcap_jax.metrics import HIDDEN, PhaseClock, finalise
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
+from balcap_jax.pipeline import Flight, Judging, kept
 from balcap_jax.rewards import RewardFn, Scores, count_words
 from balcap_jax.rollout import Rollout, Sampling, compile_rollout, example_keys
 from balcap_jax.rows import Rows, take
 from balcap_jax.train_step import RLBatch, SFTBatch, TrainState, VisionBatch
 
 Examples = Mapping[str, Any]
+# (step, failed, calls): called when the captions of a step are judged and nothing is being asked; whether to ask more.
+Settle = Callable[[int, int, int], bool]
 
 # The stages that train adapters, where there are any.
 LORA_STAGES = ("sft", "rl")
@@ -70,16 +73,31 @@ class Job:
 
     def judge(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Judged:
         """Has `reward` score this process's own of the held rows, which `examples` and `drawn` (host arrays) hold."""
+        return self.asking(rows, examples, drawn, reward)()
+
+    def asking(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Callable[[], Judged]:
+        """`judge` as a function that any thread may call: what needs the tokenizer, which is not for two, is done."""
         own, tokens = take(examples, rows.own), drawn.tokens[rows.own]
         shape = tokens.shape[:2]
         texts = self.processor.decode(tokens) if tokens.size else []
         captions = [texts[i : i + shape[1]] for i in range(0, len(texts), shape[1])]
-        if captions:
-            scores = reward(to_samples(own, captions, drawn.lengths[rows.own]))
-        else:  # All that is held here is another process's to judge.
-            nothing = (*shape, len(reward.names))
-            scores = Scores(np.zeros(nothing, np.float32), np.zeros(nothing, bool), [])
-        return Judged(own, captions, drawn.lengths[rows.own], drawn.truncated[rows.own], scores)
+        lengths, truncated = drawn.lengths[rows.own], drawn.truncated[rows.own]
+
+        def ask() -> Judged:
+            if captions:
+                scores = reward(to_samples(own, captions, lengths))
+            else:  # All that is held here is another process's to judge.
+                nothing = (*shape, len(reward.names))
+                scores = Scores(np.zeros(nothing, np.float32), np.zeros(nothing, bool), [])
+            return Judged(own, captions, lengths, truncated, scores)
+
+        return ask
+
+
+def sampling_of(config: ConfigDict) -> Sampling:
+    """How captions are drawn in training."""
+    rollout = config.rollout
+    return Sampling(rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
 
 
 def make_optimizer(config: ConfigDict, stage: str) -> optax.GradientTransformation:
@@ -195,9 +213,10 @@ class VisionStage:
 
     phases = ("update",)
     writes_captions = False
+    depth = 0
 
-    def __init__(self, job: Job, reference: Params | None = None):
-        del reference
+    def __init__(self, job: Job, reference: Params | None = None, settle: Settle | None = None):
+        del reference, settle
         settings = job.config.stages.vision
         self.job = job
         self.rows = job.rows(settings.batch_size)
@@ -250,9 +269,10 @@ class SFTStage:
     """
 
     phases = ("update",)
+    depth = 0
 
-    def __init__(self, job: Job, reference: Params | None = None, *, name: str = "sft"):
-        del reference
+    def __init__(self, job: Job, reference: Params | None = None, settle: Settle | None = None, *, name: str = "sft"):
+        del reference, settle
         settings = job.config.stages[name]
         self.job = job
         self.rows = job.rows(settings.batch_size)
@@ -284,20 +304,24 @@ class SFTStage:
 
 
 class RLStage:
-    """Rollout, judgement and the BalCapRL update."""
+    """Rollout, judgement and the BalCapRL update.
+
+    With `depth` 1 a batch is always in flight between two steps: sampled, and being judged unless `settle` forbade it.
+    """
 
     phases = ("rollout", "judge", "update")
     writes_captions = True
 
-    def __init__(self, job: Job, reference: Params | None = None):
+    def __init__(self, job: Job, reference: Params | None = None, settle: Settle | None = None):
         config = job.config
         settings, rollout = config.stages.rl, config.rollout
         self.job = job
         self.rows = job.rows(settings.batch_size)
+        self.depth = config.pipeline.depth
         self._reference = reference
-        self._sampling = Sampling(
-            rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k
-        )
+        self._settle = settle or (lambda *_: True)
+        self._flight: Flight | None = None
+        self._sampling = sampling_of(config)
         objective = train_step.RLObjective(
             names=job.reward.names,
             weights=tuple(config.rewards.weights),
@@ -320,24 +344,46 @@ class RLStage:
         self._rollout: Any = None
         self._programs: dict[int, Any] = {}
 
+    @property
+    def in_flight(self) -> Rollout:
+        """What a checkpoint must hold of the batch in flight."""
+        return self._flight.out
+
+    def begin(self, state: TrainState, examples: Examples, step: int, out: Rollout | None = None) -> None:
+        """Puts the batch of `step`, the next one, in flight: sampled now, or `out`, which a checkpoint held."""
+        if out is None:
+            self._flight = self._sample(state.params, examples, step)
+        else:
+            prompt = self.rows.put(self.job.prompt(examples))
+            self._flight = Flight(examples, prompt, out, self.rows.fetch(out._replace(image_embeds=None)))
+        self._judge_aside(self._flight)
+
+    def finish_judging(self) -> None:
+        """Returns when nothing is being asked: a judge is asked one thing after the other."""
+        if self._flight is not None and self._flight.judging is not None:
+            with self.job.clock.phase("judge"):
+                self._flight.judging.wait()
+
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], Judged]:
         """Samples G captions per example, has them judged, and updates.
+
+        With `depth` 1, `examples` are those of step + 1, and the update is on the batch in flight.
 
         Returns the state, values for the log, and the captions that this process has judged.
         """
         job, config, clock, rows = self.job, self.job.config, self.job.clock, self.rows
-        prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
-        draw = (state.params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
-        if self._rollout is None:
-            with clock.phase("compile"):
-                self._rollout = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
-        with clock.phase("rollout"):
-            out = self._rollout(*draw)
-            # The small arrays come to the host whole: cut to their bucket there, they need no compiled slice here.
-            drawn = rows.fetch(out._replace(image_embeds=None))
+        if self.depth:
+            flight = self._flight
+            self._judge_aside(flight)
+            self._flight = self._sample(state.params, examples, step + 1)
+        else:
+            flight = self._sample(state.params, examples, step)
 
         with clock.phase("judge"):
-            judged = job.judge(rows, examples, drawn, job.reward)
+            if flight.judging is None:
+                judged = job.judge(rows, flight.examples, flight.drawn, job.reward)
+            else:
+                judged = flight.judging.wait()
             words = [[count_words(text) for text in members] for members in judged.captions]
             # From here on every process knows the scores of the whole batch.
             scores, valid, words, lengths = rows.gather(
@@ -348,11 +394,15 @@ class RLStage:
                     judged.tokens,
                 )
             )
+        failed, calls = int((~valid).sum()), valid.size
+        if self._settle(step, failed, calls) and self.depth:
+            self._judge_aside(self._flight)
 
         length = bucket_of(config.rollout.buckets, int(lengths.max()))
+        drawn = flight.drawn
         batch = RLBatch(
-            prompt,
-            out.image_embeds,
+            flight.prompt,
+            flight.out.image_embeds,
             *rows.put(
                 (
                     drawn.tokens[..., :length],
@@ -361,7 +411,7 @@ class RLStage:
                     scores[rows.held],
                     valid[rows.held],
                     words[rows.held],
-                    np.array([count_words(text) for text in examples["reference"]], np.int32),
+                    np.array([count_words(text) for text in flight.examples["reference"]], np.int32),
                     drawn.truncated,
                 )
             ),
@@ -377,8 +427,32 @@ class RLStage:
 
         values["b_capscore"] = b_capscore(*three_of(scores, valid, job.reward.names))
         values["tokens"] = float(lengths.sum())
-        values["failed_calls"], values["calls"] = int((~valid).sum()), valid.size
+        values["failed_calls"], values["calls"] = failed, calls
+        if flight.judging is not None:
+            values[HIDDEN] = flight.judging.hidden
         return state, values, judged
+
+    def _sample(self, params: Params, examples: Examples, step: int) -> Flight:
+        """Draws G captions per example from `params`, with the random numbers of `step`."""
+        job, config, clock, rows = self.job, self.job.config, self.job.clock, self.rows
+        prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
+        draw = (params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
+        if self._rollout is None:
+            with clock.phase("compile"):
+                self._rollout = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
+        with clock.phase("rollout"):
+            out = self._rollout(*draw)
+            if self.depth:
+                out = kept(job.mesh, out)
+            # The small arrays come to the host whole: cut to their bucket there, they need no compiled slice here.
+            drawn = rows.fetch(out._replace(image_embeds=None))
+        return Flight(examples, prompt, out, drawn)
+
+    def _judge_aside(self, flight: Flight) -> None:
+        if flight.judging is None:
+            job = self.job
+            with job.clock.phase("judge"):
+                flight.judging = Judging(job.asking(self.rows, flight.examples, flight.drawn, job.reward))
 
 
 class Evaluator:

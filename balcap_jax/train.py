@@ -25,16 +25,20 @@ from ml_collections import ConfigDict
 from balcap_jax import config as configuration
 from balcap_jax import data, distributed, judges, layouts, lora, models, report, rewards, sharding
 from balcap_jax.arguments import place
+from balcap_jax.best import TAG, Best
+from balcap_jax.best import check as check_best_metric
 from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
 from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.data.input import as_columns, examples, make_dataset
 from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
 from balcap_jax.evals import held_out
+from balcap_jax.evals.miniature import with_miniature
 from balcap_jax.judges import cost
 from balcap_jax.machine import device_text, use_compilation_cache, versions
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress, import_wandb
 from balcap_jax.models import arrays as model_arrays
 from balcap_jax.models import loading
+from balcap_jax.pipeline import abstract_kept
 from balcap_jax.stages import (
     LORA_STAGES,
     Evaluator,
@@ -45,6 +49,7 @@ from balcap_jax.stages import (
     check_freezes,
     freeze_of,
     params_of,
+    sampling_of,
     start_state,
     state_shardings,
 )
@@ -88,9 +93,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
     with contextlib.ExitStack() as stack:
         stack.enter_context(claim(workdir, config))
         stop = stack.enter_context(PreemptionFlag())
-        judge = judges.build(config.judge, config.seed, mesh)  # One that is down is found before anything is built.
+        judge = judges.build(config.judge, config.seed)  # One that is down is found before anything is built.
         stack.callback(judge.close)
-        spending = cost.Spending(judge, config.judge, workdir, failure_window(config))
+        spending = cost.Spending(judge, config.judge, workdir / cost.LEDGER, failure_window(config))
 
         # ================================================================================================= data
         fields, overrides = config.model.to_dict(), {}
@@ -118,14 +123,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             policy = lora.Adapted(policy, config.lora.alpha / config.lora.rank)
         check_freezes(config, params)
         reward = rewards.build(config.rewards, judge, config.seed)
-        measure = rewards.measure(reward, judge, splits.fields)
+        measure = with_miniature(rewards.measure(reward, judge, splits.fields), judge, splits.fields)
+        check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
         job = Job(config, mesh, policy, processor, reward, clock, measure)
         evaluators = {kind: Evaluator(job, greedy=kind == "greedy") for kind in KINDS}
         # Evaluations run in batches of the RL stage's size, at most of as many as there are images.
         parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         size = min(-(-len(shown) // parts) * parts, config.stages[order[-1]].batch_size)
         shown_batches = held_out.batches(shown, size, as_columns)
-        for columns, _ in shown_batches:
+        validation = []
+        if config.checkpoint.best_metric:
+            with readable(config.data):
+                validation = examples(splits.validation, config.log.eval_images)
+        validation_batches = held_out.batches(validation, size, as_columns)
+        for columns, _ in (*shown_batches, *validation_batches):
             job.prompt(columns)  # A prompt that is too long is found here.
         # Only now: a config that cannot be run does not take the workdir.
         if leads:
@@ -149,7 +160,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 enabled=leads,
             )
         )
-        model = workdir / "model"
+        model, best_model = workdir / "model", workdir / "best"
+        best = Best(
+            config.checkpoint.best_metric,
+            lambda params: evaluators["greedy"](params, validation_batches, held_out.EVALUATION_STEP)[0],
+        )
         done = checkpointer.latest_step() or 0
         summary = distributed.from_first(read_summary(workdir) if done and leads else {})
         failures = deque(maxlen=failure_window(config))
@@ -159,6 +174,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             check_saved(saved, checkpointer.directory / str(done))
             clock.restore(saved["clock"])
             failures.extend(map(tuple, saved["failures"]))
+            best.restore(saved.get("best", {}))
             if leads:
                 print(f"going on after step {done} of {total} ({saved['stage']})", flush=True)
         writer.truncate(done)
@@ -176,6 +192,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             spending.update()
             write_summary()
 
+        def validate(step: int, params: Any) -> None:
+            """Scores a saved step on the validation images; the best checkpoint so far outlives `checkpoint.keep`."""
+            with clock.phase("evaluate"):
+                best.measure(step, params)
+            if best.step is not None:
+                checkpointer.tag(best.step, TAG)
+                summary["best"] = best.summary()
+            write_summary()
+
         def write_summary() -> None:
             summary["seconds"] = clock.totals()
             if leads:
@@ -187,7 +212,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 for label in labels:
                     summary.get(kind, {}).pop(label, None)
             if leads:
-                shutil.rmtree(model, ignore_errors=True)
+                for path in (model, best_model):
+                    shutil.rmtree(path, ignore_errors=True)
                 for label in labels:
                     (workdir / "samples" / f"eval-{label}.jsonl").unlink(missing_ok=True)
                 if (workdir / "summary.json").exists():
@@ -222,20 +248,31 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 if anchored:
                     at_start = trained(arrays["state"].params, freeze_of(config, name))
                     arrays["reference"] = jax.tree.map(lambda x: x.copy(), at_start)
-            state, reference = arrays["state"], arrays.get("reference")
+            state, reference, in_flight = (arrays.get(part) for part in ("state", "reference", "in_flight"))
             del arrays
             if unseen:
                 # Never from parameters that this stage has trained, even if summary.json was lost on the way.
                 evaluate(before, (state if first >= done else start_state(job, params, name)).params)
             if first < done and is_due(done, settings.eval_every, last) and not evaluated(f"{name}-{done}"):
                 evaluate(f"{name}-{done}", state.params)  # Killed between the checkpoint and this.
+            if first < done and best.is_due(name, done, settings.eval_every, last):
+                validate(done, state.params)
             params = None  # The state has its own: two copies of a large model do not fit.
 
             if max(first, done) < last:
                 forget(order[index:])  # A stage was shorter when it was evaluated, or a checkpoint has been deleted.
 
+            # ---- what judging took, taken down while nothing is asked; no batch is asked of a run that is to stop
+            judging: dict[str, float] = {}
+
+            def settle(step: int, failed: int, calls: int) -> bool:
+                judging.update(spending.step())  # noqa: B023
+                window = deque([*failures, (failed, calls)], failures.maxlen)
+                spent = spending.spent or failure_budget_spent(window, config)
+                return step < last and not (spent or stop.requested)  # noqa: B023
+
             # ---- data order of this stage; each process reads the rows that its devices hold
-            stage = STAGES[name](job, reference)
+            stage = STAGES[name](job, reference, settle)
             iterator = make_dataset(
                 splits.train,
                 batch_size=settings.batch_size,
@@ -253,11 +290,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 with clock.phase("save"):
                     writer.flush()  # A resumed run does not log these steps again.
                     arrays = {"state": state} | ({"reference": reference} if reference is not None else {})  # noqa: B023
+                    if stage.depth:  # noqa: B023
+                        arrays["in_flight"] = stage.in_flight  # noqa: B023
                     extra = {
                         "stage": name,  # noqa: B023
-                        "iterator": iterator.get_state(),  # noqa: B023
+                        # A batch in flight is read once more, and meets the captions that are saved with it.
+                        "iterator": before if stage.depth else iterator.get_state(),  # noqa: B023
                         "clock": clock.state(),
                         "failures": list(failures),
+                        "best": best.state(),
                         "config": configuration.to_text(config),
                         "versions": versions(),
                     }
@@ -266,9 +307,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             # ------------------------------------------------------------------------------------- the loop
             clock.step()
             with Progress(last, name, first_step=first, enabled=leads) as progress:
-                for step in range(max(first, done) + 1, last + 1):
+                begin = max(first, done) + 1
+                if stage.depth and begin <= last:
                     with readable(config.data):
                         batch = next(iterator)
+                    with jax.transfer_guard("disallow"):
+                        stage.begin(state, batch, begin, in_flight)
+                in_flight = None  # The stage has it, and lets go of it after its update.
+                for step in range(begin, last + 1):
+                    before = iterator.get_state()
+                    with readable(config.data):
+                        batch = next(iterator)  # With a depth of 1, the next step's.
                     with jax.transfer_guard("disallow"):
                         state, values, judged = stage.advance(state, batch, step)
                     values |= clock.step()
@@ -277,7 +326,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     nonfinite = values.pop("nonfinite")
                     calls = values.pop("failed_calls", 0), values.pop("calls", 0)
                     if judged:
-                        values |= spending.step()
+                        values |= judging
                     if step % config.log.every == 0 or step == last:
                         writer.write(step, name, values)
                     progress.update(step, values)
@@ -289,6 +338,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     if nonfinite >= config.optim.max_nonfinite:
                         save(step)
                         checkpointer.wait()
+                        spending.update()
                         raise UserError(
                             f"stopped at step {step}: {int(nonfinite)} updates in a row had a non-finite gradient "
                             f"(optim.max_nonfinite); lower stages.{name}.learning_rate and go on in a new workdir"
@@ -316,12 +366,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                     every = config.checkpoint.every
                     if step == last:
                         save(step, tag=f"{name}-end")
-                    elif asked_by or (every and step % every == 0):
+                    elif (
+                        asked_by or (every and step % every == 0) or best.is_due(name, step, settings.eval_every, last)
+                    ):
                         save(step)
                     if is_due(step, settings.eval_every, last):
+                        if stage.depth:
+                            stage.finish_judging()
                         evaluate(f"{name}-{step}", state.params)
+                    if best.is_due(name, step, settings.eval_every, last):
+                        validate(step, state.params)
                     if asked_by:
                         checkpointer.wait()
+                        spending.update()  # What was asked ahead is paid for.
                         asked = signal.Signals(asked_by).name
                         progress.note(f"{asked}: saved after step {step}; the same command goes on from here")
                         stopped = True
@@ -335,15 +392,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         # =============================================================================================== result
         checkpointer.wait()
         merge = functools.partial(lora.merge, scale=policy.scale) if config.lora.rank else lambda params: params
-        if not distributed.from_first(leads and is_whole(model, jax.eval_shape(merge, params))):
-            fields["prompt"] = config.data.prompt or shown[0]["prompt"]  # `caption` asks it of other pictures too.
+        fields["prompt"] = config.data.prompt or shown[0]["prompt"]  # `caption` asks it of other pictures too.
+        like = jax.eval_shape(lambda p: p, params)
+        for path, step in ((model, first), (best_model, best.step)):
+            if step is None or distributed.from_first(leads and is_whole(path, jax.eval_shape(merge, like))):
+                continue
+            if step != first:
+                params = None  # Two copies of a large model do not fit.
+                params = restore_params(checkpointer, step, job, like)
             distributed.write_whole(
-                merge(params), lambda whole: models.save(model, fields, whole, processor, source=config.model.path)
+                merge(params),
+                lambda whole: models.save(path, fields, whole, processor, source=config.model.path),  # noqa: B023
             )
         if leads:
             page = report.write_report([workdir], workdir / "report.html")
             print(result_text(summary, order))
             print(f"model:  {model}\nreport: {page}", flush=True)
+            if best.step is not None:
+                score = best.scores[best.step]
+                print(f"best:   {best_model} (step {best.step}, validation {best.metric} {score:.4g})", flush=True)
         return summary
 
 
@@ -356,8 +423,17 @@ def placed_like(job: Job, state: Any, stage: str, anchored: bool) -> dict[str, A
     def place(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
+    config = job.config
     state = jax.tree.map(place, state, state_shardings(job.mesh, state))
-    return {"state": state} | ({"reference": trained(state.params, freeze_of(job.config, stage))} if anchored else {})
+    arrays = {"state": state}
+    if anchored:
+        arrays["reference"] = trained(state.params, freeze_of(config, stage))
+    if stage == "rl" and config.pipeline.depth:
+        size = config.stages.rl.batch_size
+        arrays["in_flight"] = abstract_kept(
+            job.mesh, job.policy, job.processor, state.params, size, sampling_of(config)
+        )
+    return arrays
 
 
 def restore_params(checkpointer: Checkpointer, step: int, job: Job, params: Any) -> Any:

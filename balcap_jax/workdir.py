@@ -18,7 +18,7 @@ from balcap_jax.evals import held_out
 
 # What a run writes.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
-DIRECTORIES = ("checkpoints", "model", "samples", "tensorboard")
+DIRECTORIES = ("best", "checkpoints", "model", "samples", "tensorboard")
 # Evaluations in summary.json: of sampled captions, and of greedy ones.
 KINDS = ("evaluations", "greedy")
 
@@ -81,6 +81,21 @@ def _hold(workdir: Path) -> int:
         os.close(lock)  # It was that of a run which was refused, and is gone.
 
 
+def is_held(workdir: Path) -> bool:
+    """Whether another process is training in the workdir."""
+    try:
+        lock = os.open(workdir / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def see_claim(workdir: Path) -> None:
     """Returns when the workdir that process 0 has claimed is seen here; raises UserError when it is another disk's."""
     token = distributed.from_first(None)
@@ -134,12 +149,13 @@ def read_summary(workdir: Path) -> dict[str, Any]:
 
 def check_saved(saved: dict[str, Any], path: Path) -> None:
     """Raises UserError unless `saved`, the JSON part of the checkpoint `path`, holds what `train` goes on from."""
-    clock, failures = saved.get("clock"), saved.get("failures")
+    clock, failures, best = saved.get("clock"), saved.get("failures"), saved.get("best", {})
     right = {
         "stage": isinstance(saved.get("stage"), str),
         "iterator": isinstance(saved.get("iterator"), str | bytes | dict),
         "clock": isinstance(clock, dict) and all(isinstance(value, int | float) for value in clock.values()),
         "failures": isinstance(failures, list) and all(_is_pair(entry) for entry in failures),
+        "best": isinstance(best, dict) and all(_is_score(step, score) for step, score in best.items()),
     }
     for name, is_right in right.items():
         if not is_right:
@@ -152,6 +168,10 @@ def not_ours(path: Path, name: str) -> UserError:
         f"unreadable checkpoint {path}: {name} is missing or odd in its part extra; delete this directory to go on "
         "from the checkpoint before it, or choose another workdir"
     )
+
+
+def _is_score(step: str, score: Any) -> bool:
+    return step.isdecimal() and isinstance(score, int | float | None)
 
 
 def _is_pair(entry: Any) -> bool:

@@ -5,14 +5,27 @@
 FOLDER holds a.jpg and its caption a.txt, or captions.jsonl; see `balcap_jax/data/photos.py`. A policy of the Qwen2.5-VL
 family of a million parameters is trained from random numbers, in 20 supervised and 20 reinforced steps: it shows that
 everything runs, and learns next to nothing. For a model that captions, set model.path to one (`convert`).
+
+Variants: other rewards, of a judge behind judge.endpoints (`docs/judges.md`); what they read beside a caption is in
+captions.jsonl, and `recaption` writes most of it.
+    :balcap      precision, recall, language; needs reference_units, and a judge that sees pictures
+    :text        recall and language of a judge that sees none; needs reference_units
+    :caprl       questions answered from the caption; needs questions
+    :rubicap     weighted criteria; needs rubrics
+    :feedquill   verified share and number of units; needs a judge that sees pictures
 """
 
 from ml_collections import ConfigDict
 
 from balcap_jax.config import default_config
+from balcap_jax.errors import UserError
+
+WEIGHTS = {"balcap": (1.0, 1.0, 1.0), "text": (1.0, 1.0), "caprl": (1.0,), "rubicap": (1.0,), "feedquill": (1.0, 1.0)}
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
+    if variant and variant not in WEIGHTS:
+        raise UserError(f"unknown variant {variant!r}; there are {', '.join(WEIGHTS)}")
     config = default_config()
     config.name = "photos"
     config.data.name = "photos"
@@ -21,6 +34,10 @@ def get_config() -> ConfigDict:
     config.data.max_pixels = 262_144
     config.rewards.name = "lexical"
     config.rewards.weights = (1.0,)
+    if variant:
+        config.rewards.name = variant
+        config.rewards.weights = WEIGHTS[variant]
+        config.judge.name = "remote"
 
     # Pictures of any size have 4 to 16 image tokens of 28 x 28 pixels; whatever they have, one program serves them.
     config.model.family = "qwen2_5_vl"

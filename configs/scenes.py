@@ -8,11 +8,16 @@ Variants, which may be joined as in `:qwen,tiny`:
     :lora   SFT and RL train adapters on the base that the first two stages leave, kept in bfloat16; not yet run at
             full length
 
-Leave-one-outs of the method, and the rewards that it is compared with; not yet run at full length:
+Leave-one-outs of the method, which `python -m balcap_jax.ablate` runs and compares (docs/results.md):
     :no_precision :no_recall :no_linguistic   without that objective
+    :precision_only :recall_only :linguistic_only   with no other objective
     :no_pointability   precision asks only what is true     :no_gate   language counts at any length
-    :grpo      vanilla GRPO: the weighted sum is normalised, in place of each objective
+    :tau_1_1 :tau_1_5 :tau_3   another upper end of the length band, in lengths of the reference
     :two_sided :ramp :ramp_reference   a linear length penalty in place of the gate
+    :grpo      vanilla GRPO: the weighted sum is normalised, in place of each objective
+    :dr_grpo :rloo   other estimators of one summed reward     :no_batch_norm   c-GDPO without its batch step
+
+Rewards that the method is compared with; not yet run at full length:
     :caprl     accuracy of questions answered from the caption     :feedquill   verified share and number of units
     :lexical   ROUGE-L to the reference, no judge
 """
@@ -23,10 +28,13 @@ from balcap_jax.config import default_config
 from balcap_jax.errors import UserError
 
 WITHOUT = {"no_precision": (0.0, 1.0, 1.0), "no_recall": (1.0, 0.0, 1.0), "no_linguistic": (1.0, 1.0, 0.0)}
+ONLY = {"precision_only": (1.0, 0.0, 0.0), "recall_only": (0.0, 1.0, 0.0), "linguistic_only": (0.0, 0.0, 1.0)}
+TAU_U = {"tau_1_1": 1.1, "tau_1_5": 1.5, "tau_3": 3.0}
+ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 PENALTIES = ("two_sided", "ramp", "ramp_reference")
 REWARDS = {"caprl": (1.0,), "feedquill": (1.0, 1.0), "lexical": (1.0,)}
-OTHERS = ("tiny", "qwen", "lora", "no_pointability", "no_gate", "grpo")
-VARIANTS = (*OTHERS, *WITHOUT, *PENALTIES, *REWARDS)
+OTHERS = ("tiny", "qwen", "lora", "no_pointability", "no_gate", "no_batch_norm")
+VARIANTS = (*OTHERS, *ESTIMATORS, *WITHOUT, *ONLY, *TAU_U, *PENALTIES, *REWARDS)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -94,7 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # Ten times fewer numbers, which start at 0, take larger steps.
         config.stages.sft.learning_rate = 2e-3
         config.stages.rl.learning_rate = 1e-3
-    for name, weights in (WITHOUT | REWARDS).items():
+    for name, weights in (WITHOUT | ONLY | REWARDS).items():
         if name in variants:
             config.rewards.weights = weights
             config.rewards.name = name if name in REWARDS else "balcap"
@@ -109,8 +117,14 @@ def get_config(variant: str = "") -> ConfigDict:
         config.rewards.pointability = False
     if "no_gate" in variants:
         config.rewards.gate = False
-    if "grpo" in variants:
-        config.advantage.estimator = "grpo"
+    for name, bound in TAU_U.items():
+        if name in variants:
+            config.rewards.gate_high = bound
+    for name in ESTIMATORS:
+        if name in variants:
+            config.advantage.estimator = name
+    if "no_batch_norm" in variants:
+        config.advantage.batch_norm = "none"
     if "tiny" in variants:
         config.data.train_size = 64
         for stage in (config.stages.vision, config.stages.align):

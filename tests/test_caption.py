@@ -312,7 +312,7 @@ def test_settings_are_not_mixed_in_one_file(llava, folder, tmp_path):
         ({"max_tokens": 13}, "max_tokens 12, not 13"),
     ]:
         message = error_of(caption, llava, folder, out, Options(**vars(OPTIONS) | change))
-        assert message == f"{out} has captions made with {named}; name another file with --out"
+        assert message == f"{out} has lines made with {named}; name another file with --out"
     # What greedy captions don't depend on may differ; and a model that was moved is the same model.
     moved = shutil.copytree(llava, tmp_path / "moved")
     assert caption(moved, listed, out, Options(**vars(OPTIONS) | {"batch_size": 2, "seed": 5}))["captions"] == 1

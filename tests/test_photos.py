@@ -1,17 +1,21 @@
 """Photographs from a folder, a JSONL file or ShareGPT4V: what is read, what is left out, which split it is in."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from judges.misbehaving import JudgeServer, digest, well_behaved
 from PIL import Image
 
 from balcap_jax import config as configuration
-from balcap_jax import data
+from balcap_jax import data, judges, rewards
 from balcap_jax.data import photos, sharegpt4v
-from balcap_jax.data.input import examples, make_dataset
+from balcap_jax.data.input import as_columns, examples, make_dataset
 from balcap_jax.errors import UserError
+from balcap_jax.evals.held_out import to_samples
 
+RECIPE = Path(__file__).parents[1] / "configs" / "photos.py"
 SIZES = [(40, 30), (64, 20), (31, 77), (50, 50), (90, 45), (28, 28)]
 
 
@@ -260,3 +264,68 @@ def test_another_json_is_refused(tmp_path, manual, content, problem):
 def test_images_stay_inside_the_manual_directory():
     with pytest.raises(UserError, match="outside the manual directory"):
         sharegpt4v.read_sample(sample("../secret.jpg", "<image>", "x"), "here")
+
+
+# ---- rewards of a judge ---------------------------------------------------------------------------------------------
+
+UNITS = ["A dog is there.", "The dog is red.", "It rains."]
+QUESTIONS = [{"question": "What is there?", "choices": ["a dog", "a cat"], "answer": "a dog"}]
+RUBRICS = [{"criterion": "names the dog", "weight": 3}, {"criterion": "says that it rains", "weight": 1}]
+
+
+def expected_scores(variant: str, caption: str) -> list[float]:
+    """The objectives of one caption, from what the server thinks of each part of it, computed by hand."""
+    parts = [part for part in caption.split(".") if part.strip()]
+    verified = [digest(part) % 3 > 0 for part in parts]
+    held = [seen and digest(part) % 5 > 0 for part, seen in zip(parts, verified, strict=True)]
+    recall = sum(digest(unit + caption) % 2 == 0 for unit in UNITS) / 3
+    marks = sum(1 + digest(name + caption) % 5 for name in ("clarity", "fluency", "coherency")) / 15
+    weights = [one["weight"] * (digest(one["criterion"] + caption) % 2 == 0) for one in RUBRICS]
+    return {
+        "balcap": [sum(held) / len(parts), recall, marks],
+        "text": [recall, marks],
+        "rubicap": [sum(weights) / 4],
+        "feedquill": [sum(verified) / len(parts), sum(verified)],
+    }[variant]
+
+
+@pytest.mark.parametrize("variant", ["balcap", "text", "rubicap", "feedquill", "caprl"])
+def test_each_variant_of_the_recipe_scores_photographs(folder, variant):
+    lines = [
+        {
+            "image": name,
+            "caption": f"Picture {i}.",
+            "reference_units": UNITS,
+            "questions": QUESTIONS,
+            "rubrics": RUBRICS,
+        }
+        for i, name in enumerate(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png")))
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    captions = ["A dog. It sits on a mat. It is bored.", "A hat. Nothing else."]
+    with JudgeServer(well_behaved) as server:
+        given = {"data.data_dir": str(folder), "judge.endpoints": server.url, "judge.model": "m", "judge.cache_dir": ""}
+        config = configuration.load(f"{RECIPE}:{variant}", given)
+        splits = data.load(config.data, config.model.image_size, tokenizer=False)
+        judge = judges.build(config.judge, config.seed)
+        rewards.check(config.rewards, judge, splits.fields, "photos")
+        reward = rewards.build(config.rewards, judge, config.seed)
+        columns = as_columns(list(examples(splits.train))[:2])
+        scores = reward(to_samples(columns, [captions, captions[::-1]]))
+        judge.close()
+    assert scores.valid.all()
+    if variant == "caprl":  # Of 8 shuffled draws some are right, whoever guesses A, B or C.
+        assert set(np.round(scores.rewards.ravel() * 8) / 8) == set(scores.rewards.ravel())
+        assert 0 < scores.rewards.mean() < 1
+        assert {one["answer"] for one in scores.detail[0][0]["answers"]} <= set("ABC")
+    else:
+        one, other = (expected_scores(variant, caption) for caption in captions)
+        assert scores.rewards == pytest.approx(np.array([[one, other], [other, one]]))
+
+
+def test_a_variant_without_its_fields_is_one_line(folder):
+    (folder / "captions.jsonl").write_text('{"image": "0.png", "caption": "A."}\n' * 3)
+    with pytest.raises(UserError, match="needs 'rubrics' beside a picture"):
+        rewards.check({"name": "rubicap"}, None, frozenset({"captions"}), "photos")
+    with pytest.raises(UserError, match="unknown variant 'rubric'"):
+        configuration.load(f"{RECIPE}:rubric")

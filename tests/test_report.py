@@ -442,7 +442,7 @@ def test_a_stage_that_counts_from_one_again_follows_the_last(tmp_path):
     ],
 )
 def test_ticks_cover_the_range_in_round_steps(low, high, ticks):
-    assert charts._ticks(low, high) == pytest.approx(ticks, abs=1e-12)
+    assert charts.ticks(low, high) == pytest.approx(ticks, abs=1e-12)
 
 
 def test_thinning_keeps_the_mean_and_long_runs_small(tmp_path):

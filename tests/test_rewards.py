@@ -329,6 +329,7 @@ def test_objectives_of_each_reward():
         "rubicap": ("rubric",),
         "feedquill": ("verified_fraction", "verified_count"),
         "lexical": ("rouge_l",),
+        "text": ("recall", "linguistic"),
     }
     assert {name: rewards.objectives(config_of(name=name)) for name in rewards.REWARDS} == expected
     assert rewards.objectives(config_of(name="caprl", length="two_sided")) == ("accuracy", "length")

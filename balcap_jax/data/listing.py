@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from balcap_jax import json_text
 from balcap_jax.data import images
@@ -13,7 +15,7 @@ from balcap_jax.errors import UserError
 class Item:
     """One picture to caption. `key` is its id, or its path as listed: what resuming and sampling go by.
 
-    `error` says why it cannot be captioned, where that is known before it is read.
+    `error` says why it cannot be captioned, where that is known before it is read. `entry` is the line it is from.
     """
 
     key: str
@@ -22,6 +24,7 @@ class Item:
     prompt: str
     id: str | None = None
     error: str = ""
+    entry: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def names(self) -> dict[str, str]:
@@ -97,5 +100,5 @@ def _listed(source: Path, prompt: str) -> list[Item]:
             raise UserError(f'{source}, line {number}: {key!r} is line {lines[key]} already; give each its own "id"')
         lines[key] = number
         path = source.parent / entry["image"]
-        items.append(Item(key, entry["image"], path, entry.get("prompt", prompt), entry.get("id")))
+        items.append(Item(key, entry["image"], path, entry.get("prompt", prompt), entry.get("id"), entry=entry))
     return items

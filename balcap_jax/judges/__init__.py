@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
+import jax
 
 from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import Judge
 
 
-def build(config: Mapping[str, Any], seed: int, mesh: Mesh | None = None) -> Judge:
-    """The judge of the config group `judge`, one that is a policy on `mesh` (None: all devices). Close it in the end.
+def build(config: Mapping[str, Any], seed: int) -> Judge:
+    """The judge of the config group `judge`, whose limits all processes of the run share. Close it in the end.
 
     Raises:
       UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model; or the model of a
@@ -21,10 +21,10 @@ def build(config: Mapping[str, Any], seed: int, mesh: Mesh | None = None) -> Jud
     if config["name"] == "policy":
         from balcap_jax.judges.policy import build_judge  # The judges know models only where a model judges.
 
-        return build_judge(config, mesh)
+        return build_judge(config)
     from balcap_jax.judges.remote import RemoteJudge, make_client  # HTTP only where it is needed.
 
-    client = make_client(config, seed)
+    client = make_client(config, seed, jax.process_count())
     try:
         client.connect()
     except BaseException:

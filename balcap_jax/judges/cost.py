@@ -19,17 +19,17 @@ _MILLION = 1e6
 
 
 class Spending:
-    """The run's ledger: what its judge took in all processes and over all restarts, in `workdir`/judge.json.
+    """The ledger of a run: what its judge took in all processes and over all restarts, in the file `path`.
 
     The file is written after each step, not with the checkpoints: what was paid for steps that a killed run makes once
     more was paid all the same. All processes make one and call its methods at the same places. A judge that asks
-    nobody (the oracle) has no ledger.
+    nobody (the oracle) has no ledger. Of `judge` only `usage()` is called; `window` updates are kept for `reasons`.
 
     Raises UserError when the file is unreadable, or when judge.max_cost has been reached already.
     """
 
-    def __init__(self, judge: Judge, config: Mapping[str, Any], workdir: Path, window: int):
-        self._judge, self._config, self._path = judge, config, workdir / LEDGER
+    def __init__(self, judge: Judge, config: Mapping[str, Any], path: Path, window: int = 1):
+        self._judge, self._config, self._path = judge, config, path
         self._counts = config["name"] != "oracle"
         self._seen = Usage()  # of this process, at the last update
         self._since = Usage()  # of all processes, since the last step
@@ -39,7 +39,7 @@ class Spending:
         if self._counts:
             self.totals = distributed.from_first(self._read() if distributed.is_first() else None)
             if self.spent:
-                raise UserError(f"{self._path}: {self._limit_text()}; raise it to go on")
+                raise UserError(f"{self._path}: {self.limit_text()}; raise it to go on")
 
     @property
     def spent(self) -> bool:
@@ -86,11 +86,9 @@ class Spending:
         return f" (most often {'; '.join(f'{number} x {reason}' for reason, number in counts)})" if counts else ""
 
     def stop_text(self, step: int) -> str:
-        return (
-            f"stopped at step {step}: {self._limit_text()}; the run is saved, raise it and run the same command again"
-        )
+        return f"stopped at step {step}: {self.limit_text()}; the run is saved, raise it and run the same command again"
 
-    def _limit_text(self) -> str:
+    def limit_text(self) -> str:
         return f"the judge has cost {self.totals['cost']:.4g}, and judge.max_cost is {self._config['max_cost']:g}"
 
     def _read(self) -> dict[str, float]:

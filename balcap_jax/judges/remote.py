@@ -154,7 +154,7 @@ class RemoteJudge:
 
     def _recall_ask(self, question: RecallQuestion) -> Ask:
         messages = prompts.render("recall", caption=question.caption, units=list(question.units))
-        check = _numbered(len(question.units), "units", lambda answer: [one.unit for one in answer.units])
+        check = numbered(range(1, len(question.units) + 1), "units", lambda answer: [one.unit for one in answer.units])
         return Ask(prompts.name_of("recall"), messages, _Recall, self.max_tokens, check=check)
 
     def _linguistic_ask(self, question: LinguisticQuestion) -> Ask:
@@ -169,19 +169,28 @@ class RemoteJudge:
     def _rubric_ask(self, question: RubricQuestion) -> Ask:
         criteria = list(question.criteria)
         messages = prompts.render("rubric", caption=question.caption, criteria=criteria)
-        check = _numbered(len(criteria), "criteria", lambda answer: [one.criterion for one in answer.criteria])
+        check = numbered(
+            range(1, len(criteria) + 1), "criteria", lambda answer: [one.criterion for one in answer.criteria]
+        )
         return Ask(prompts.name_of("rubric"), messages, _Rubric, self.max_tokens, check=check)
 
 
-def make_client(config: Mapping[str, Any], seed: int) -> ChatClient:
-    """The client of the config group `judge`, not yet connected. Raises UserError where the key is not set."""
+def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> ChatClient:
+    """The client of the config group `judge`, not yet connected. Raises UserError where the key is not set.
+
+    Of `processes` that judge at once each gets its share of the limits, at least one request at a time and a minute.
+    """
+
+    def share(limit: int) -> int:
+        return max(limit // processes, 1) if limit else 0
+
     settings = ChatSettings(
         endpoints=parse_endpoints(config["endpoints"]),
         model=config["model"],
         api_key_env=config["api_key_env"],
-        concurrency=config["concurrency"],
-        rpm=config["rpm"],
-        tpm=config["tpm"],
+        concurrency=share(config["concurrency"]),
+        rpm=share(config["rpm"]),
+        tpm=share(config["tpm"]),
         deadline=config["deadline"],
         attempt_timeout=config["timeout"],
         retries=config["retries"],
@@ -202,14 +211,14 @@ def _said(caption: str, ask: Callable[[], Ask]) -> Ask | None:
     return ask() if caption.strip() else None
 
 
-def _numbered(count: int, what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:
-    """A check that an answer is on the units or criteria (`what`) 1 to `count`, each once."""
+def numbered(wanted: Sequence[int], what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:
+    """A check that an answer is on each of the `wanted` numbers of units or criteria (`what`) once."""
 
     def check(answer: Any) -> str:
         numbers = numbers_of(answer)
-        if len(numbers) != count:
-            return f"answer on {'fewer' if len(numbers) < count else 'more'} {what} than were asked"
-        return "" if sorted(numbers) == list(range(1, count + 1)) else f"answer on other {what} than were asked"
+        if len(numbers) != len(wanted):
+            return f"answer on {'fewer' if len(numbers) < len(wanted) else 'more'} {what} than were asked"
+        return "" if sorted(numbers) == list(wanted) else f"answer on other {what} than were asked"
 
     return check
 

@@ -130,8 +130,9 @@ class RubricVerdict(pydantic.BaseModel):
 class Judge(Protocol):
     """Answers in batches so that an implementation may run them concurrently; one answer or Failure per question.
 
-    `about` is what records say of the judge (model, prompt versions), empty where there is nothing to say. A judge may
-    lack methods: which of them a reward calls is in its `asks`, and one that is missing is found at the start.
+    `about` is what records say of the judge: its "model", and the prompt behind each method; empty where there is
+    nothing to say. A judge may lack methods: which of them a reward calls is in its `asks`, and one that is missing is
+    found at the start.
     """
 
     about: Mapping[str, str]

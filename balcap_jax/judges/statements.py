@@ -3,10 +3,10 @@
 A statement is a sentence. One ends
 - at a line's end,
 - at a semicolon that white space follows,
-- at . ! ? or their like, closing quotes and brackets after them included, where white space follows; but not at the full
-  stop of an abbreviation (`_ABBREVIATIONS`, or a single letter: "e.g.", "J. Smith").
-What begins a list item ("- ", "* ", "3. ", "3) ") is left out, and so is a part without a letter or digit. What a caption
-says twice counts once, whatever its case and its full stop.
+- at . ! ? or their like, closing quotes and brackets after them included, where white space follows; but not at the
+  full stop of an abbreviation (`_ABBREVIATIONS`, or a single letter: "e.g.", "J. Smith").
+What begins a list item ("- ", "* ", "3. ", "3) ") is left out, and so is a part without a letter or digit. What a
+caption says twice counts once, whatever its case and its full stop.
 
 So a statement is coarser than the assertions that a language model writes: a sentence with one wrong detail is wrong.
 """
@@ -15,7 +15,8 @@ import re
 
 _END = re.compile(r"(?<=[.!?…。！？])([\"'”’»)\]]*)(\s+|\Z)|;\s+|(?<=[。！？])")
 _ITEM = re.compile(r"^\s*(?:[-*•–]|\d{1,3}[.)])\s+")
-_ABBREVIATIONS = frozenset("mr mrs ms dr prof st vs approx fig inc jr sr ft cm mm km lb oz".split())
+_SHORT = "mr mrs ms dr prof st vs approx fig inc jr sr ft cm mm km lb oz"
+_ABBREVIATIONS = frozenset(_SHORT.split())
 _LAST_WORD = re.compile(r"([^\W\d_]+)\.$")
 
 

@@ -11,6 +11,15 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
+def bias(allowed: jax.Array) -> jax.Array:
+    """What is added to fp32 attention logits: 0 where `allowed`, else MASKED, which swallows any logit.
+
+    A selection between logits and a constant would have that constant, as large as the logits, and the selection's
+    condition kept through the whole update: both are the same in every layer, so they are taken out of the layer scan.
+    """
+    return jnp.where(allowed, 0.0, MASKED)
+
+
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Causal attention inside the prompt.
 
@@ -26,9 +35,12 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     q = q.reshape(batch, length, groups, heads // groups, size)
     logits = jnp.einsum("bqmrh,bmkh->bmrqk", q, k, preferred_element_type=jnp.float32) * size**-0.5
     allowed = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, :]
-    logits = jnp.where(allowed[:, None, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bmrqk,bmkh->bqmrh", weights, v).reshape(batch, length, heads, size)
+    logits = logits + bias(allowed)[:, None, None]
+    # Normalised after the values are read: the backward pass keeps one array of the logits' size, not three.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1)[..., None].astype(v.dtype)
+    read = jnp.einsum("bmrqk,bmkh->bmrqh", weights.astype(v.dtype), v) / total
+    return read.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
 def prefix_and_branch(
@@ -60,9 +72,9 @@ def prefix_and_branch(
     kv_heads = prefix_k.shape[1]
     q = (q * size**-0.5).reshape(batch, group, length, kv_heads, heads // kv_heads, size)
     over_prefix = jnp.einsum("bgtmrh,bmph->bmgtrp", q, prefix_k, preferred_element_type=jnp.float32)
-    over_prefix = jnp.where(prefix_mask[:, None, None, None, None, :], over_prefix, MASKED)
+    over_prefix = over_prefix + bias(prefix_mask)[:, None, None, None, None, :]
     over_branch = jnp.einsum("bgtmrh,bgmsh->bgmtrs", q, branch_k, preferred_element_type=jnp.float32)
-    over_branch = jnp.where(branch_mask[:, None, :], over_branch, MASKED)
+    over_branch = over_branch + bias(branch_mask)[:, None, :]
 
     # [B, M, G, T, rep] and [B, G, M, T, rep]; the maximum only guards against overflow, so no gradient goes through it.
     top = jnp.maximum(over_prefix.max(-1).swapaxes(1, 2), over_branch.max(-1))

@@ -19,6 +19,7 @@ from balcap_jax.rewards.joined import Joined
 from balcap_jax.rewards.length import LengthPenalised
 from balcap_jax.rewards.lexical import LexicalReward
 from balcap_jax.rewards.rubicap import RubicapReward
+from balcap_jax.rewards.text import TextReward
 
 REWARDS: dict[str, type] = {
     "balcap": BalCapReward,
@@ -26,6 +27,7 @@ REWARDS: dict[str, type] = {
     "rubicap": RubicapReward,
     "feedquill": FeedquillReward,
     "lexical": LexicalReward,
+    "text": TextReward,
 }
 
 

@@ -41,28 +41,17 @@ class BalCapReward:
         """Rewards [B, G, 3]. A detail is {"assertions", "covered", "clarity", "fluency", "coherency", "failures"}, with
         "judge" where it says what it is and "suspicious" where the caption speaks to it; the parts of a failed
         objective are left out. Raises ValueError when the judge loses an answer."""
-        where = samples.where
-        captions = [samples.captions[b][g] for b, g in where]
         precision = ask_all(self.judge.precision, precision_questions(samples, pointability=self.pointability))
-        # Samples without reference units have no recall: there is nothing to ask.
-        asked = [i for i, (b, _) in enumerate(where) if len(samples.reference_units[b])]
-        answers = ask_all(
-            self.judge.recall,
-            [RecallQuestion(captions[i], samples.reference_units[where[i][0]]) for i in asked],
-        )
-        recall: list = [None] * len(where)
-        for i, answer in zip(asked, answers, strict=True):
-            recall[i] = answer
-        linguistic = ask_all(self.judge.linguistic, [LinguisticQuestion(caption) for caption in captions])
+        recall, linguistic = ask_recall(self.judge, samples), ask_linguistic(self.judge, samples)
         scored = [
             (
                 score_precision(precision[i], pointability=self.pointability),
                 score_recall(recall[i], len(samples.reference_units[b]), samples.example_ids[b]),
                 score_linguistic(linguistic[i]),
             )
-            for i, (b, _) in enumerate(where)
+            for i, (b, _) in enumerate(samples.where)
         ]
-        return collect(samples, self.names, scored, self.judge)
+        return collect(self, samples, scored, self.judge)
 
 
 def precision_questions(samples: Samples, *, pointability: bool = True) -> list[PrecisionQuestion]:
@@ -74,6 +63,19 @@ def precision_questions(samples: Samples, *, pointability: bool = True) -> list[
         )
         for b, g in samples.where
     ]
+
+
+def ask_recall(judge: Judge, samples: Samples) -> list[RecallVerdict | Failure | None]:
+    """One answer per caption, in the order of `samples.where`; None where there are no reference units."""
+    asked = [(b, g) for b, g in samples.where if len(samples.reference_units[b])]
+    questions = [RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in asked]
+    answers = dict(zip(asked, ask_all(judge.recall, questions), strict=True))
+    return [answers.get(place) for place in samples.where]
+
+
+def ask_linguistic(judge: Judge, samples: Samples) -> list[LinguisticVerdict | Failure]:
+    """One answer per caption, in the order of `samples.where`."""
+    return ask_all(judge.linguistic, [LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where])
 
 
 def score_precision(verdict: PrecisionVerdict | Failure, *, pointability: bool = True) -> Scored:

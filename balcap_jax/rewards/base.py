@@ -72,15 +72,17 @@ class RewardFn(Protocol):
 Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is none; and what a report shows of it
 
 
-def collect(samples: Samples, names: Sequence[str], scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
+def collect(reward: "RewardFn", samples: Samples, scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
     """Scores from one Scored per objective for each caption, in the order of `samples.where`.
 
-    A Failure becomes a missing value with its reason. A detail says also what the judge says of itself, under "judge",
-    and where a caption speaks to its judge, under "suspicious".
+    A Failure becomes a missing value with its reason. A detail says also what the judge says of itself and of the
+    prompts that `reward` asks, under "judge", and where a caption speaks to its judge, under "suspicious".
     """
+    names = reward.names
     shape = (*samples.shape, len(names))
     rewards, valid = np.zeros(shape, np.float32), np.zeros(shape, bool)
-    about = {} if judge is None else dict(judge.about)
+    told = {} if judge is None else judge.about
+    about = {name: told[name] for name in ("model", *reward.asks) if name in told}
     detail: list[list[dict[str, Any]]] = [[{} for _ in group] for group in samples.captions]
     for (b, g), values in zip(samples.where, scored, strict=True):
         flags = [] if judge is None else suspicious(samples.captions[b][g])
@@ -97,10 +99,9 @@ def collect(samples: Samples, names: Sequence[str], scored: Sequence[Sequence[Sc
 
 
 def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
-    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them.
-
-    It is called without questions too: a judge on the mesh of several processes answers in all of them at once.
-    """
+    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them."""
+    if not questions:
+        return []
     answers = list(ask(questions))
     if len(answers) != len(questions):
         raise ValueError(f"{ask.__qualname__} returned {len(answers)} answers to {len(questions)} questions")

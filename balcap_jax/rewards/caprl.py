@@ -41,7 +41,7 @@ class CaprlReward:
         for (b, _), one in zip(samples.where, drawn, strict=True):
             verdicts = [(question, gold, next(answers)) for question, gold in one]
             scored.append([score_answers(verdicts, samples.example_ids[b])])
-        return collect(samples, self.names, scored, self.judge)
+        return collect(self, samples, scored, self.judge)
 
     def _draw(self, samples: Samples, b: int, g: int) -> list[tuple[ChoiceQuestion, str]]:
         """(question, letter of its answer) for one caption."""

@@ -25,7 +25,7 @@ class FeedquillReward:
 
     def __call__(self, samples: Samples) -> Scores:
         verdicts = ask_all(self.judge.precision, precision_questions(samples, pointability=False))
-        return collect(samples, self.names, [score_units(verdict) for verdict in verdicts], self.judge)
+        return collect(self, samples, [score_units(verdict) for verdict in verdicts], self.judge)
 
 
 def score_units(verdict: PrecisionVerdict | Failure) -> tuple[Scored, Scored]:

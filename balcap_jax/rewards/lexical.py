@@ -25,7 +25,7 @@ class LexicalReward:
     def __call__(self, samples: Samples) -> Scores:
         references = [_words(text) for text in samples.references]
         scored = [[(rouge_l(_words(samples.captions[b][g]), references[b]), {})] for b, g in samples.where]
-        return collect(samples, self.names, scored, None)
+        return collect(self, samples, scored, None)
 
 
 def rouge_l(words: Sequence[str], reference: Sequence[str]) -> float:

@@ -28,7 +28,7 @@ class RubicapReward:
         verdicts = dict(zip(asked, ask_all(self.judge.rubric, questions), strict=True))
         none = [Failure(f"example {name} has no rubrics") for name in samples.example_ids]
         scored = [[score_rubric(verdicts.get((b, g), none[b]), rubrics[b])] for b, g in samples.where]
-        return collect(samples, self.names, scored, self.judge)
+        return collect(self, samples, scored, self.judge)
 
 
 def score_rubric(verdict: RubricVerdict | Failure, rubrics: Sequence[Mapping[str, Any]]) -> Scored:

@@ -7,7 +7,8 @@ folder=$1
 shift
 [ $# -ge 1 ] || set -- trl verl swift tunix
 
-# torch first and by this version: where the index offers it, that is the build without CUDA.
+# torch first and by this version: where the index offers it, that is the build without CUDA. Named again beside what
+# needs it, so that nothing replaces it.
 TORCH="torch==2.13.0"
 
 for name in "$@"; do
@@ -17,20 +18,20 @@ for name in "$@"; do
     trl)
         # The environment of the transformers peer too.
         "$pip" install -q "$TORCH"
-        "$pip" install -q "trl==1.16.0" "transformers==5.23.0" safetensors
+        "$pip" install -q "$TORCH" "trl==1.16.0" "transformers==5.23.0" safetensors
         ;;
     verl)
         # Only verl.trainer.ppo.core_algos is imported; all of verl's requirements would bring its rollout engines' too.
         "$pip" install -q "$TORCH" numpy
         "$pip" install -q --no-deps "verl==0.9.1"
-        "$pip" install -q "ray>=2.41" "tensordict<=0.10.0" "transformers>=5.5.3,<5.11" omegaconf packaging codetiming
+        "$pip" install -q "$TORCH" "ray>=2.41" "tensordict<=0.10.0" "transformers>=5.5.3,<5.11" omegaconf packaging codetiming
         ;;
     swift)
         # Only swift.rl_core.advantage is imported; the rest is what it needs to load.
         "$pip" install -q "$TORCH" numpy
         "$pip" install -q --no-deps "ms-swift==4.6.0"
-        "$pip" install -q "transformers<5.15" "datasets<4.8.5" modelscope "trl<1.0" "peft<0.21" accelerate pandas \
-            requests json_repair pillow
+        "$pip" install -q "$TORCH" "transformers<5.15" "datasets<4.8.5" modelscope "trl<1.0" "peft<0.21" accelerate \
+            pandas requests json_repair pillow
         ;;
     tunix) "$pip" install -q "google-tunix==0.1.7" ;;
     *)

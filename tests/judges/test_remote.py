@@ -14,7 +14,7 @@ from balcap_jax.judges import prompts
 from balcap_jax.judges.client import ChatClient, ChatSettings
 from balcap_jax.judges.injection import suspicious
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
-from balcap_jax.judges.remote import RemoteJudge, units_ask
+from balcap_jax.judges.remote import RemoteJudge, make_client, units_ask
 from balcap_jax.judges.schema import (
     ChoiceQuestion,
     Failure,
@@ -383,3 +383,10 @@ def test_texts_of_requests_hold_the_caption_once():
         judge.linguistic([LinguisticQuestion("A very special car.")])
         judge.close()
     assert text_of(server.seen[0]).count("A very special car.") == 1
+
+
+def test_several_processes_share_the_limits_of_the_run():
+    judge = configuration.default_config().judge
+    judge.update(concurrency=10, rpm=100, tpm=0, cache_dir="")
+    settings = [make_client(judge, 0, processes).settings for processes in (1, 4, 32)]
+    assert [(one.concurrency, one.rpm, one.tpm) for one in settings] == [(10, 100, 0), (2, 25, 0), (1, 3, 0)]

@@ -134,9 +134,11 @@ def test_two_processes_one_of_which_is_killed_equal_one_process_with_as_many_dev
 
 
 @pytest.mark.slow
-def test_stopped_and_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, data_dir):
-    train(tmp_path / "straight", data_dir, 2, 2)
-    given = arguments(tmp_path / "run", data_dir, **STEPS)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_stopped_and_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, data_dir, depth):
+    ahead = {"pipeline__depth": depth}
+    train(tmp_path / "straight", data_dir, 2, 2, **ahead)
+    given = arguments(tmp_path / "run", data_dir, **STEPS, **ahead)
 
     done = [finish(process) for process in start(given, 2, 2, process_1="SIGTERM log:3")]
     assert done[0].stdout.splitlines()[-1] == "SIGTERM: saved after step 3; the same command goes on from here"
@@ -148,26 +150,29 @@ def test_stopped_and_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_pat
     assert seconds < 60
     assert_says_why_it_stopped(errors[0])
 
-    train(tmp_path / "run", data_dir, 2, 2)
+    train(tmp_path / "run", data_dir, 2, 2, **ahead)
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 @pytest.mark.slow
-def test_four_processes_and_a_resume_with_two_equal_one(tmp_path, data_dir):
-    train(tmp_path / "one", data_dir, 1, 4)
-    train(tmp_path / "four", data_dir, 4, 1)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_four_processes_and_a_resume_with_two_equal_one(tmp_path, data_dir, depth):
+    ahead = {"pipeline__depth": depth}
+    train(tmp_path / "one", data_dir, 1, 4, **ahead)
+    train(tmp_path / "four", data_dir, 4, 1, **ahead)
     print(f"four processes: largest error {assert_close_run(tmp_path / 'four', tmp_path / 'one'):.2g}")
-    given = arguments(tmp_path / "mixed", data_dir, **STEPS)
+    given = arguments(tmp_path / "mixed", data_dir, **STEPS, **ahead)
     for process in start(given, 4, 1, process_3="SIGTERM log:7", process_1="SIGTERM log:7"):
         finish(process)
-    train(tmp_path / "mixed", data_dir, 2, 2)
+    train(tmp_path / "mixed", data_dir, 2, 2, **ahead)
     print(f"four, then two: largest error {assert_close_run(tmp_path / 'mixed', tmp_path / 'one'):.2g}")
 
 
 @pytest.mark.slow
-def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_dir):
+@pytest.mark.parametrize("depth", [0, 1])
+def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_dir, depth):
     """No process holds a whole array: the checkpoints and the merged model are put together from both."""
-    overrides = {"mesh__data": 1, "mesh__fsdp": 2, "lora__rank": 2}
+    overrides = {"mesh__data": 1, "mesh__fsdp": 2, "lora__rank": 2, "pipeline__depth": depth}
     train(tmp_path / "one", data_dir, 1, 2, **overrides)
     train(tmp_path / "two", data_dir, 2, 1, **overrides)
     print(f"split parameters: largest error {assert_close_run(tmp_path / 'two', tmp_path / 'one'):.2g}")

@@ -52,7 +52,10 @@ def numbers_of(workdir: Path) -> list[dict]:
     ]
 
 
-def test_a_run_killed_in_mid_judging_repeats_no_cached_call_and_no_key_is_written(tmp_path, data_dir, monkeypatch):
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_in_mid_judging_repeats_no_cached_call_and_no_key_is_written(
+    tmp_path, data_dir, monkeypatch, depth
+):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     process, killed = None, threading.Event()
 
@@ -67,7 +70,7 @@ def test_a_run_killed_in_mid_judging_repeats_no_cached_call_and_no_key_is_writte
         return Reply("text", json.dumps(answer))
 
     with JudgeServer(behave, key=KEY) as server:
-        given = remote(server, tmp_path, judge__api_key_env="JUDGE_KEY", judge__concurrency=1)
+        given = remote(server, tmp_path, judge__api_key_env="JUDGE_KEY", judge__concurrency=1, pipeline__depth=depth)
         process = start("balcap_jax.train", *arguments(tmp_path / "killed", data_dir, **given))
         finish(process, expected=-9)
         before = len(server.seen)
@@ -123,14 +126,16 @@ def test_too_many_failures_name_the_endpoint_and_the_reason(tmp_path, data_dir):
         train(tmp_path / "run", data_dir, **given)
 
 
-def test_a_judge_that_has_cost_enough_stops_the_run_which_can_go_on(tmp_path, data_dir):
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_judge_that_has_cost_enough_stops_the_run_which_can_go_on(tmp_path, data_dir, depth):
     with JudgeServer(well_behaved) as server:
-        given = remote(server, tmp_path, judge__max_cost=0.01)
+        given = remote(server, tmp_path, judge__max_cost=0.01, pipeline__depth=depth)
         done = train(tmp_path / "run", data_dir, expected=2, **given)
         line = the_one_line(done.stderr)
         assert "stopped at step 1: the judge has cost 0.01" in line
         assert "judge.max_cost is 0.01; the run is saved, raise it" in line
         asked = server.requests
+        assert asked < 2 * 4 * 3 * 3 + 10, "the next batch was asked about as well"  # evaluation and step are 36 each
         done = train(tmp_path / "run", data_dir, expected=2, **given)
         assert "judge.max_cost is 0.01; raise it to go on" in the_one_line(done.stderr)
         assert server.requests == asked
@@ -183,19 +188,19 @@ def test_a_ledger_adds_up_and_one_that_is_torn_is_refused(tmp_path):
 
     config = default_config().judge
     config.update({"name": "remote", "price_in": 1.0, "price_out": 10.0, "max_cost": 7.0})
-    spending = Spending(Judge(), config, tmp_path, window=2)
+    spending = Spending(Judge(), config, tmp_path / "judge.json", window=2)
     assert spending.step()["judge/cost"] == pytest.approx(3.0)
     assert spending.step() == dict.fromkeys(COUNTED, 0) | {"judge/cost_total": pytest.approx(3.0)}
-    again = Spending(Judge(), config, tmp_path, window=2)
+    again = Spending(Judge(), config, tmp_path / "judge.json", window=2)
     again.update()
     values = again.step()
     assert (values["judge/cost"], values["judge/cost_total"]) == (pytest.approx(3.0), pytest.approx(6.0))
     assert values["judge/cache_hit_rate"] == 0.4
     assert not again.spent
-    Spending(Judge(), config, tmp_path, window=2).update()
+    Spending(Judge(), config, tmp_path / "judge.json", window=2).update()
     with pytest.raises(UserError, match=r"the judge has cost 9, and judge.max_cost is 7; raise it to go on"):
-        Spending(Judge(), config, tmp_path, window=2)
+        Spending(Judge(), config, tmp_path / "judge.json", window=2)
     (tmp_path / "judge.json").write_text('{"calls": 3}')
     with pytest.raises(UserError, match="is no ledger of a judge; delete it"):
-        Spending(Judge(), config, tmp_path, window=2)
+        Spending(Judge(), config, tmp_path / "judge.json", window=2)
     assert os.listdir(tmp_path) == ["judge.json"]

@@ -1,0 +1,213 @@
+"""Several evaluations side by side: scores with their intervals and lengths, and paired tests against the first.
+
+    python -m balcap_jax.compare runs/base/eval/dcscore runs/rl/eval/dcscore runs/rl/eval/captionqa --out=comparison
+
+Each folder is one that `evaluate` wrote. Of each metric the first folder is what the others are compared with, on the
+items that both have valid: the mean difference of their scores item by item, its interval by a paired bootstrap, and
+the two-sided sign test. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
+"""
+
+import dataclasses
+import html
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from balcap_jax import json_text
+from balcap_jax.arguments import place
+from balcap_jax.charts import bars
+from balcap_jax.config import CommandParser
+from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.evals.engine import interval, resampled_sums
+from balcap_jax.evals.held_out import write_text
+
+_REMEDY = "give folders that `evaluate` wrote"
+_HEAD = (
+    "evaluation",
+    "score",
+    "95% interval",
+    "words",
+    "n",
+    "invalid",
+    "difference",
+    "95% interval",
+    "better / worse",
+    "p",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """results.json, and the score of each valid item by id."""
+
+    name: str
+    results: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Differences to another evaluation over `items` common items; p is that of the sign test."""
+
+    items: int
+    difference: float
+    confidence: list[float] | None
+    better: int
+    worse: int
+    p: float
+
+
+def read(folder: str | Path) -> Evaluation:
+    """Raises UserError where the folder holds no finished evaluation."""
+    folder = Path(folder)
+    try:
+        results = json_text.read_object(folder / "results.json", _REMEDY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} has no results.json; {_REMEDY}") from error
+    if not isinstance(results.get("metric"), str) or "score" not in results:
+        raise UserError(f"{folder}/results.json has no metric and score; {_REMEDY}")
+    scores = {}
+    for where, line in json_text.read_lines(folder / "items.jsonl", _REMEDY):
+        if not isinstance(line.get("id"), str):
+            raise UserError(f"{where} has no id; {_REMEDY}")
+        if isinstance(line.get("score"), int | float):
+            scores[line["id"]] = float(line["score"])
+    return Evaluation(str(folder), results, scores)
+
+
+def paired(base: Evaluation, other: Evaluation) -> Paired | None:
+    """`other` against `base`; None where they have fewer than two valid items in common."""
+    common = sorted(base.scores.keys() & other.scores.keys())
+    if len(common) < 2:
+        return None
+    differences = np.array([other.scores[name] - base.scores[name] for name in common])
+    means = resampled_sums(differences[:, None])[:, 0] / len(common)
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    return Paired(len(common), float(differences.mean()), interval(means), better, worse, sign_test(better, worse))
+
+
+def sign_test(better: int, worse: int) -> float:
+    """The two-sided probability of so uneven a split, or a more uneven one, of better + worse fair coins."""
+    tosses, fewer = better + worse, min(better, worse)
+    if tosses == 0:
+        return 1.0
+    # In logarithms: the coefficients of 100,000 tosses are no floats.
+    logs = [
+        math.lgamma(tosses + 1) - math.lgamma(k + 1) - math.lgamma(tosses - k + 1) - tosses * math.log(2)
+        for k in range(fewer + 1)
+    ]
+    top = max(logs)
+    return min(1.0, 2 * math.exp(top) * math.fsum(math.exp(one - top) for one in logs))
+
+
+def groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
+    """By metric, in the order given."""
+    found: dict[str, list[Evaluation]] = {}
+    for one in evaluations:
+        found.setdefault(one.results["metric"], []).append(one)
+    return found
+
+
+def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
+    """The cells of a metric's table."""
+    cells = []
+    for number, one in enumerate(group):
+        found = one.results
+        test = paired(group[0], one) if number else None
+        cells.append(
+            (
+                one.name,
+                _shown(found.get("score")),
+                _span(found.get("confidence")),
+                _shown(found.get("words"), 1),
+                str(found.get("n", "")),
+                str(found.get("invalid", "")),
+                *(
+                    (
+                        f"{test.difference:+.2f}",
+                        _span(test.confidence),
+                        f"{test.better} / {test.worse} of {test.items}",
+                        f"{test.p:.2g}",
+                    )
+                    if test
+                    else ("", "", "", "")
+                ),
+            )
+        )
+    return cells
+
+
+def markdown(evaluations: Sequence[Evaluation]) -> str:
+    """One table for each metric."""
+    texts = []
+    for metric, group in groups(evaluations).items():
+        lines = [f"## {metric}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(group)]
+        texts.append("\n".join(lines) + "\n")
+    return "\n".join(texts)
+
+
+def page(evaluations: Sequence[Evaluation]) -> str:
+    """A self-contained page: for each metric its bars, with intervals and words, and its table."""
+    parts = []
+    for metric, group in groups(evaluations).items():
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEAD)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(group)
+        )
+        picture = bars(
+            [
+                (one.name, one.results["score"], one.results.get("confidence"), _shown(one.results.get("words"), 0))
+                for one in group
+                if isinstance(one.results.get("score"), int | float)
+            ]
+        )
+        parts.append(f"<h2>{html.escape(metric)}</h2>{picture}<table><tr>{head}</tr>{body}</table>")
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
+        "table{border-collapse:collapse;margin:1em 0}"
+        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}"
+    )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{style}</style>"
+        f"<h1>Comparison</h1>{''.join(parts)}</html>\n"
+    )
+
+
+def _shown(value: Any, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else ""
+
+
+def _span(pair: Any) -> str:
+    return f"{pair[0]:.2f} to {pair[1]:.2f}" if isinstance(pair, list) and len(pair) == 2 else ""
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="python -m balcap_jax.compare",
+        description="Evaluations side by side, each tested against the first of its metric on the items of both.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", type=place, help="folders that `evaluate` wrote")
+    parser.add_argument("--out", metavar="DIR", type=place, help="where comparison.md and comparison.html are written")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if len({Path(folder).resolve() for folder in args.folders}) < len(args.folders):
+        parser.error("a folder is named twice")
+    evaluations = [read(folder) for folder in args.folders]
+    text = markdown(evaluations)
+    if args.out:
+        write_text(Path(args.out) / "comparison.md", text)
+        write_text(Path(args.out) / "comparison.html", page(evaluations))
+        results = [{"folder": one.name, **one.results} for one in evaluations]
+        write_text(Path(args.out) / "comparison.json", json.dumps(results, indent=2) + "\n")
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""b-CapScore of captions: precision, recall and language by a judge, and their harmonic mean (method, section 5)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from balcap_jax import json_text
+from balcap_jax.data import fields, images
+from balcap_jax.errors import UserError
+from balcap_jax.evals.bcapscore import OBJECTIVES, harmonic_mean
+from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.judges import prompts
+from balcap_jax.judges.client import ChatClient
+from balcap_jax.judges.remote import RemoteJudge
+from balcap_jax.judges.schema import Failure
+from balcap_jax.rewards.balcap import BalCapReward
+from balcap_jax.rewards.base import Samples
+
+_REMEDY = '--references takes lines {"image", "caption" (the reference), "reference_units"}, as `recaption` writes them'
+
+
+class BCapScore(Metric):
+    """Items are pictures, with data (path, reference, its units).
+
+    A judgement is {"precision", "recall", "linguistic"} in [0, 1], with all that the judge said in "detail".
+    """
+
+    name = "bcapscore"
+    prompts = tuple(prompts.name_of(name) for name in OBJECTIVES)
+
+    def __init__(self, max_tokens: int = 2048):
+        self.max_tokens = max_tokens
+
+    def items(self, captions: Mapping[str, str], references: Path, folder: Path | None) -> list[Item]:
+        found = []
+        for where, line in json_text.read_lines(references, _REMEDY):
+            record = fields.read_record(line, where)
+            if not record["reference_units"]:
+                raise UserError(f"{where} has no reference_units; `recaption --write=units` writes them")
+            names = (str(line.get("id", record["image"])), record["image"], Path(record["image"]).name)
+            caption = next((captions[name] for name in names if name in captions), None)
+            path = (folder or Path(references).parent) / record["image"]
+            found.append(Item(names[0], caption, (path, record["captions"][0], record["reference_units"])))
+        return found
+
+    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
+        reward = BalCapReward(RemoteJudge(client, self.max_tokens))
+        found: dict[str, Mapping[str, Any] | Failure] = {}
+        pictures = {}
+        for item in items:
+            try:
+                pictures[item.id] = images.read(item.data[0])
+            except images.ImageError as error:
+                found[item.id] = Failure(f"{item.data[0].name}: {error}")
+        asked = [item for item in items if item.id in pictures]
+        if asked:
+            samples = Samples(
+                example_ids=[item.id for item in asked],
+                captions=[[item.caption] for item in asked],
+                references=[item.data[1] for item in asked],
+                reference_units=[item.data[2] for item in asked],
+                images=[pictures[item.id] for item in asked],
+                metadata=[{}] * len(asked),
+            )
+            scores = reward(samples)
+            for b, item in enumerate(asked):
+                detail = scores.detail[b][0]
+                if scores.valid[b].all():
+                    rewards = dict(zip(OBJECTIVES, map(float, scores.rewards[b, 0]), strict=True))
+                    found[item.id] = rewards | {"detail": detail}
+                else:
+                    found[item.id] = Failure("; ".join(f"{k}: {why}" for k, why in detail["failures"].items()))
+        return [found[item.id] for item in items]
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
+        three = [float(judgement[name]) for name in OBJECTIVES]
+        if not all(0 <= value <= 1 for value in three):
+            raise ValueError(f"scores beyond [0, 1]: {three}")
+        return (float(harmonic_mean(*three)), *three, 1.0)
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        return ratio(sums[..., 0], sums[..., -1])
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        means = {name: float(ratio(sums[k], sums[-1])) for k, name in enumerate(OBJECTIVES, start=1)}
+        corpus = 100.0 * float(harmonic_mean(*(value / 100.0 for value in means.values())))
+        return means | {"corpus_b_capscore": corpus}

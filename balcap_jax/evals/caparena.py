@@ -1,0 +1,144 @@
+"""CapArena-Auto: pairs of captions, one of the model's and one of a fixed opponent's, compared by a judge (3.3)."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from balcap_jax import json_text
+from balcap_jax.data import images
+from balcap_jax.errors import UserError
+from balcap_jax.evals.engine import Item, Metric, mean_of_known, ratio
+from balcap_jax.judges import prompts
+from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.schema import Failure
+
+ARENA = "arena.v1"
+# The exact strings that the published script counts, with or without a full stop; all else is skipped.
+_VERDICTS = {"Caption 1 is better": 1, "Caption 2 is better": 2, "Tie": 0}
+_REMEDY = '--opponents takes {picture: {"captions": {"human": text, name: text, ...}, "ref_model": name}}'
+
+
+class _Winner(pydantic.BaseModel):
+    why: str
+    winner: Literal["caption 1", "caption 2", "tie"]
+
+
+class CapArena(Metric):
+    """Items are pictures; their data hold "opponent", "other" (its caption), "reference", "path" and "first" (ours is
+    shown first).
+
+    A judgement is {"winner": "caption 1" | "caption 2" | "tie"}, or the text of the published result rows. A win is +1,
+    a loss -1; each opponent's sum is scaled to [-100, 100] over all its pictures, skipped ones too, and the score is
+    the mean over opponents.
+    """
+
+    name = "caparena"
+    prompts = (ARENA,)
+
+    def __init__(self, max_tokens: int = 1500, model: str = ""):
+        """`model`: a name that the opponents' file knows; its own pictures are skipped."""
+        self.max_tokens, self.model = max_tokens, model
+        self._opponents: list[str] = []
+        self._counts: dict[str, int] = {}
+
+    def items(self, captions: Mapping[str, str], opponents: Path, folder: Path) -> list[Item]:
+        try:
+            entries = json_text.read_object(opponents, _REMEDY)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"no such file: {opponents}; {_REMEDY}") from error
+        items = []
+        for name, entry in entries.items():
+            given = entry.get("captions") if isinstance(entry, dict) else None
+            rival = entry.get("ref_model") if isinstance(entry, dict) else None
+            if not isinstance(given, dict) or not isinstance(given.get(rival), str):
+                raise UserError(f"{opponents}: {name!r} has no caption of its opponent; {_REMEDY}")
+            if rival == self.model:
+                continue
+            self._counts[rival] = self._counts.get(rival, 0) + 1
+            data = {"opponent": rival, "other": given[rival], "reference": str(given.get("human", ""))}
+            data |= {"path": folder / name, "first": shown_first(name)}
+            items.append(Item(name, captions.get(name), data, rival))
+        self._opponents = sorted(self._counts)
+        return items
+
+    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
+        found: list[Any] = [None] * len(items)
+        asks: dict[int, Ask] = {}
+        for i, item in enumerate(items):
+            try:
+                picture = images.read(item.data["path"])
+            except images.ImageError as error:
+                found[i] = Failure(f"{item.id}: {error}")
+                continue
+            pair = (item.caption, item.data["other"])
+            first, second = pair if item.data["first"] else pair[::-1]
+            messages = prompts.render(ARENA, first=first, second=second, reference=item.data["reference"])
+            asks[i] = Ask(ARENA, messages, _Winner, self.max_tokens, picture)
+        for i, answer in zip(asks, client.ask(list(asks.values())), strict=True):
+            found[i] = answer if isinstance(answer, Failure) else answer.value.model_dump()
+        return found
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
+        """(sum, 1) of each opponent, then characters between spaces, as the board counts words."""
+        winner = verdict_of(judgement["winner"])
+        if winner is None:
+            return None
+        won = 0 if not winner else 1 if (winner == 1) == item.data["first"] else -1
+        mine = [value for name in self._opponents for value in ((won, 1) if name == item.category else (0, 0))]
+        return (*map(float, mine), float(len((item.caption or "").split(" "))), 1.0)
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        return mean_of_known([self._against(sums, k) for k in range(len(self._opponents))])
+
+    def of_item(self, parts: Sequence[float]) -> float:
+        """100 for a win, -100 for a loss, whichever opponent it was."""
+        return 100.0 * sum(parts[: 2 * len(self._opponents) : 2])
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        against = {f"against/{name}": float(self._against(sums, k)) for k, name in enumerate(self._opponents)}
+        return against | {"board_words": float(ratio(sums[-2], sums[-1], 1.0))}
+
+    def _against(self, sums: np.ndarray, k: int) -> np.ndarray:
+        # Not renormalised for what was skipped: 200 pictures of an opponent are 200, as published.
+        met = np.asarray(sums)[..., 2 * k + 1] > 0
+        return np.where(met, 100.0 * np.asarray(sums)[..., 2 * k] / self._counts[self._opponents[k]], np.nan)
+
+
+def shown_first(name: str) -> bool:
+    """Whether the model's caption is shown first: random, but always the same for a picture."""
+    return hashlib.sha256(name.encode(errors="replace")).digest()[0] % 2 == 0
+
+
+def verdict_of(text: str) -> int | None:
+    """1 or 2 for the better caption, 0 for a tie, None for what the published script skips."""
+    if text in ("caption 1", "caption 2", "tie"):
+        return {"caption 1": 1, "caption 2": 2, "tie": 0}[text]
+    return _VERDICTS.get(text.removesuffix("."))
+
+
+def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
+    """Judgements by picture from result rows of the published script ({"img", "source1", "source2", "judge", ...}).
+
+    Raises:
+      UserError: a row of another form.
+    """
+    found = {}
+    remedy = "--judgements takes items.jsonl, or result rows of CapArena"
+    for where, row in json_text.read_lines(path, remedy):
+        try:
+            text, first = row["judge"], row["source1"]
+            winner = verdict_of(text)
+            mine = 1 if first == model else 2
+            if winner:
+                ours_won = winner == mine
+                # In the order in which we would have shown them.
+                winner = (1 if shown_first(row["img"]) else 2) if ours_won else (2 if shown_first(row["img"]) else 1)
+            named = {0: "tie", 1: "caption 1", 2: "caption 2"}
+            found[row["img"]] = {"winner": text if winner is None else named[winner]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where} is no result row; {remedy}") from error
+    return found

@@ -1,0 +1,156 @@
+"""CaptionQA: how many multiple-choice questions about a picture its caption answers (3.2)."""
+
+import random
+import re
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from balcap_jax import json_text
+from balcap_jax.errors import UserError
+from balcap_jax.evals.engine import Item, Metric, mean_of_known, ratio
+from balcap_jax.judges import prompts
+from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.schema import Failure
+
+LETTERS = string.ascii_uppercase
+CANNOT_ANSWER = "The caption does not say."
+BONUS = 0.05  # of saying that one cannot answer, beyond guessing
+DOMAINS = {"nat": "natural", "doc": "document", "ecom": "e-commerce", "emb": "embodied"}
+_VERBS = "is are was were do does did have has had can could will would should shall may might must"
+_YES_NO_STARTS = tuple(f"{word} " for word in _VERBS.split())
+_ISOLATED = re.compile(r"\b([A-Z])\b")
+_NUMBER = re.compile(r"\b([1-9][0-9]?)\b")
+_REMEDY = '--questions takes entries {"id", "questions": [{"question", "choices", "answer", "category"}]}'
+
+
+def is_yes_no(question: str, choices: Sequence[str]) -> bool:
+    """Whether a question needs no way to say that one cannot answer.
+
+    As published: some choice contains the letters "yes" and some contains "no", or the question begins like one.
+    """
+    lower = [choice.lower() for choice in choices]
+    pair = any("yes" in choice for choice in lower) and any("no" in choice for choice in lower)
+    return pair or question.strip().lower().startswith(_YES_NO_STARTS)
+
+
+def parse_letter(answer: str, options: int) -> int | None:
+    """Which of so many options an answer names, by the published order of rules; None where it cannot be told.
+
+    What follows "</think>", then "Answer: ", then the first line break; in capitals; the first letter that stands
+    alone, or else the first number from 1.
+    """
+    text = answer.rsplit("</think>", 1)[-1].rsplit("Answer: ", 1)[-1]
+    _, newline, rest = text.partition("\n")
+    text = (rest if newline else text).upper()
+    letter = _ISOLATED.search(text)
+    if letter:
+        place = LETTERS.index(letter[1])
+        return place if place < options else None
+    number = _NUMBER.search(text)
+    return int(number[1]) - 1 if number and int(number[1]) <= options else None
+
+
+class CaptionQA(Metric):
+    """Items are questions, with data {"question", "options", "gold", "cannot" (place or None), "choices" (K)}.
+
+    A judgement is {"answer": text}; one that names no option scores 0, and is counted as "unparsable". Saying that one
+    cannot answer scores 1/K + 0.05.
+    """
+
+    name = "captionqa"
+    prompts = (prompts.name_of("choice"),)
+
+    def __init__(self, max_tokens: int = 64):
+        self.max_tokens = max_tokens
+        self._domains: list[str] = []
+
+    def items(self, captions: Mapping[str, str], questions: Path) -> list[Item]:
+        """One item per usable question, in the order of the file, all shuffled by one generator, as published.
+
+        Questions with fewer than two choices, or whose answer is none of them, and pictures without a caption draw
+        nothing from the generator. A picture without a caption is one invalid item.
+        """
+        rng, items, domains = random.Random(0), [], set()
+        for where, entry in read_entries(questions):
+            name, asked = entry.get("id"), entry.get("questions")
+            if not isinstance(name, str) or not isinstance(asked, list):
+                raise UserError(f"{where} has no id and questions; {_REMEDY}")
+            domain = DOMAINS.get(name.partition("_")[0], name.partition("_")[0])
+            domains.add(domain)
+            caption = captions.get(name)
+            if caption is None:
+                items.append(Item(name, None, None, domain))
+                continue
+            for number, one in enumerate(asked):
+                choices = [str(choice) for choice in one.get("choices") or []] if isinstance(one, dict) else []
+                if len(choices) < 2 or one.get("answer") not in choices or not isinstance(one.get("question"), str):
+                    continue
+                options = [*choices] if is_yes_no(one["question"], choices) else [*choices, CANNOT_ANSWER]
+                order = list(range(len(options)))
+                rng.shuffle(order)
+                shown = [options[k] for k in order]
+                cannot = shown.index(CANNOT_ANSWER) if len(options) > len(choices) else None
+                data = {"question": one["question"], "options": shown, "gold": shown.index(one["answer"])}
+                data |= {"cannot": cannot, "choices": len(choices), "domain": domain}
+                items.append(Item(f"{name}#{number}", caption, data, _category(one)))
+        self._domains = sorted(domains)
+        return items
+
+    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
+        asks = []
+        for item in items:
+            options = [[LETTERS[k], text] for k, text in enumerate(item.data["options"][: len(LETTERS)])]
+            texts = {"caption": item.caption, "question": item.data["question"], "options": options}
+            asks.append(Ask(self.prompts[0], prompts.render("choice", **texts), _Letter, self.max_tokens))
+        return [a if isinstance(a, Failure) else {"answer": a.value.answer} for a in client.ask(asks)]
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
+        """(points, right, cannot answer, unparsable, 1) and (points, 1) of each domain."""
+        data, place = item.data, parse_letter(judgement["answer"], len(item.data["options"]))
+        cannot = place is not None and place == data["cannot"]
+        right = place == data["gold"]
+        points = 1.0 if right else 1.0 / data["choices"] + BONUS if cannot else 0.0
+        of_domain = [value for name in self._domains for value in ((points, 1.0) if name == data["domain"] else (0, 0))]
+        return (points, float(right), float(cannot), float(place is None), 1.0, *of_domain)
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """Mean over questions; of several domains the mean of their means, which is the board's "overall"."""
+        means = [ratio(sums[..., 5 + 2 * k], sums[..., 6 + 2 * k]) for k in range(len(self._domains))]
+        return mean_of_known(means)
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        """Of all questions: points and right answers in percent; numbers of "cannot answer" and of unparsable ones."""
+        domains = {
+            f"domain/{name}": float(ratio(sums[5 + 2 * k], sums[6 + 2 * k])) for k, name in enumerate(self._domains)
+        }
+        micro = {"micro": float(ratio(sums[0], sums[4])), "right": float(ratio(sums[1], sums[4]))}
+        return micro | {"cannot_answer": float(sums[2]), "unparsable": float(sums[3])} | domains
+
+
+class _Letter(pydantic.BaseModel):
+    answer: str
+
+
+def _category(question: Mapping[str, Any]) -> str:
+    given = question.get("category")
+    return str(given[0]) if isinstance(given, list) and given else str(given or "")
+
+
+def read_entries(path: Path):
+    """(where, entry) of the official JSON list, or of a JSONL file. Raises UserError for anything else."""
+    if Path(path).suffix != ".json":
+        yield from json_text.read_lines(path, _REMEDY)
+        return
+    try:
+        content = json_text.read(Path(path), _REMEDY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no such file: {path}; {_REMEDY}") from error
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise UserError(f"{path} is no list of entries; {_REMEDY}")
+    for number, entry in enumerate(content, start=1):
+        yield f"{path}, entry {number}", entry

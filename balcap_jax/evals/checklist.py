@@ -1,0 +1,97 @@
+"""Checklists (CAPEval): yes/no questions about a picture, answered from its caption alone (3.8).
+
+Coverage is the share of questions that the caption answers at all, precision the share of these that it answers with
+yes, as the picture has it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from balcap_jax import json_text
+from balcap_jax.errors import UserError
+from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.judges import prompts
+from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.schema import Failure
+
+CHECKLIST = "checklist.v1"
+_REMEDY = '--checklists takes lines {"id", "items": [{"kind", "question"}, ...]}'
+
+
+class _One(pydantic.BaseModel):
+    question: int
+    why: str
+    answer: Literal["yes", "no", "not_mentioned"]
+
+
+class _Answers(pydantic.BaseModel):
+    answers: list[_One]
+
+
+class Checklist(Metric):
+    """Items are pictures, with data [(kind, question), ...]; the score is precision, coverage stands beside it.
+
+    A judgement is {"answers": {number from 1, as text: answer}}; a question that the judge left out is "not_mentioned".
+    """
+
+    name = "checklist"
+    prompts = (CHECKLIST,)
+
+    def __init__(self, max_tokens: int = 4096):
+        self.max_tokens = max_tokens
+        self._kinds: list[str] = []
+
+    def items(self, captions: Mapping[str, str], checklists: Path) -> list[Item]:
+        found = []
+        for where, line in json_text.read_lines(checklists, _REMEDY):
+            asked = line.get("items")
+            if not isinstance(line.get("id"), str) or not isinstance(asked, list) or not asked:
+                raise UserError(f"{where} is no checklist; {_REMEDY}")
+            try:
+                data = [(str(one.get("kind", "")), one["question"]) for one in asked]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{where} has an item without a question; {_REMEDY}") from error
+            names = (line["id"], str(line.get("image", "")))
+            caption = next((captions[name] for name in names if name in captions), None)
+            found.append(Item(line["id"], caption, data))
+        self._kinds = sorted({kind for item in found for kind, _ in item.data})
+        return found
+
+    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
+        asks = []
+        for item in items:
+            messages = prompts.render(CHECKLIST, caption=item.caption, questions=[text for _, text in item.data])
+            asks.append(Ask(CHECKLIST, messages, _Answers, self.max_tokens))
+        return [
+            a if isinstance(a, Failure) else {"answers": {str(one.question): one.answer for one in a.value.answers}}
+            for a in client.ask(asks)
+        ]
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
+        """(yes, no, questions) of all kinds together, then of each."""
+        answers = judgement["answers"]
+        sums = {kind: [0.0, 0.0, 0.0] for kind in ["", *self._kinds]}
+        for number, (kind, _) in enumerate(item.data, start=1):
+            answer = answers.get(str(number), "not_mentioned")
+            if answer not in ("yes", "no", "not_mentioned"):
+                raise ValueError(f"answer {answer!r}")
+            for place in ("", kind):
+                sums[place][0] += answer == "yes"
+                sums[place][1] += answer == "no"
+                sums[place][2] += 1
+        return [value for kind in ["", *self._kinds] for value in sums[kind]]
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        return ratio(sums[..., 0], sums[..., 0] + sums[..., 1])
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        found = {"coverage": float(ratio(sums[0] + sums[1], sums[2])), "questions": float(sums[2])}
+        for k, kind in enumerate(self._kinds, start=1):
+            yes, no, total = sums[3 * k : 3 * k + 3]
+            found[f"coverage/{kind}"] = float(ratio(yes + no, total))
+            found[f"precision/{kind}"] = float(ratio(yes, yes + no))
+        return found

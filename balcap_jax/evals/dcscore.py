@@ -1,0 +1,191 @@
+"""DCScore on DeCapBench: F1 over primitive statements of a caption, matched with a reference's and checked (3.1).
+
+Three questions to a judge: split the caption into statements, match them with the reference's, check them against the
+picture. Matching and checking are drawn `DRAWS` times each, and all pairs of draws are averaged.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from balcap_jax import json_text
+from balcap_jax.data import images
+from balcap_jax.errors import UserError
+from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.judges import prompts
+from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.remote import numbered
+from balcap_jax.judges.schema import Failure
+
+DRAWS = 3
+_TINY = 1e-8  # in the official F1
+EXTRACT, MATCH, VERIFY = "dc_extract.v1", "dc_match.v1", "dc_verify.v1"
+_REMEDY = '--references takes lines {"image_name", "oracle_caption", "oracle_facts": [...]}'
+
+
+class _Fact(pydantic.BaseModel):
+    fact: str
+    relevance: int = pydantic.Field(ge=0, le=1)
+
+
+class _Facts(pydantic.BaseModel):
+    facts: list[_Fact]
+
+
+class _Match(pydantic.BaseModel):
+    fact: int
+    why: str
+    match: int
+
+
+class _Matches(pydantic.BaseModel):
+    matches: list[_Match]
+
+
+class _Checked(pydantic.BaseModel):
+    fact: int
+    why: str
+    verified: bool
+
+
+class _Checks(pydantic.BaseModel):
+    facts: list[_Checked]
+
+
+def precision_recall_f1(
+    verified: Sequence[int], matched: Sequence[int | None], counts: Mapping[int, int], oracle: int
+) -> tuple[float, float, float]:
+    """One trial over some statements.
+
+    verified[p] 0 or 1, matched[p] the reference's statement or None; counts[k] is how many statements of the whole
+    caption, true ones or not, are matched with k: saying one thing often must not count often. oracle: how many
+    statements the reference has. A true statement that the reference lacks counts for recall, above and below.
+    """
+    if not verified:
+        return 0.0, 0.0, 0.0
+    precision = sum(verified) / len(verified)
+    extra = sum(1 for v, k in zip(verified, matched, strict=True) if v and k is None)
+    covered = sum(1.0 / counts[k] for v, k in zip(verified, matched, strict=True) if v and k is not None)
+    recall = (covered + extra) / (oracle + extra) if oracle + extra else 0.0
+    return precision, recall, 2 * precision * recall / (precision + recall + _TINY)
+
+
+def image_score(
+    relevance: Sequence[int], matches: Sequence[Sequence[int | None]], checks: Sequence[Sequence[int]], oracle: int
+) -> tuple[float, float, float, float, float, float]:
+    """(P, R, F1 of all statements, P, R, F1 of the relevant ones), averaged over all pairs of draws.
+
+    The relevant ones use the counts of all statements, as the published script does.
+    """
+    trials = []
+    for matched, verified in itertools.product(matches, checks):
+        counts: dict[int, int] = {}
+        for k in matched:
+            if k is not None:
+                counts[k] = counts.get(k, 0) + 1
+        kept = [p for p, relevant in enumerate(relevance) if relevant]
+        every = precision_recall_f1(verified, matched, counts, oracle)
+        relevant = precision_recall_f1([verified[p] for p in kept], [matched[p] for p in kept], counts, oracle)
+        trials.append((*every, *relevant))
+    return tuple(np.mean(trials, axis=0))  # type: ignore[return-value]
+
+
+class DCScore(Metric):
+    """Items have data (reference caption, its statements, path of the picture).
+
+    A judgement is {"facts", "relevance", "matches" [draws][facts] (null = none), "verified" [draws][facts]}. A caption
+    without a statement, or without a relevant one, is invalid, as in the published script.
+    """
+
+    name = "dcscore"
+    prompts = (EXTRACT, MATCH, VERIFY)
+
+    def __init__(self, max_tokens: int = 2048):
+        self.max_tokens = max_tokens
+
+    def items(self, captions: Mapping[str, str], references: Path, folder: Path) -> list[Item]:
+        """One item per line of `references`. Raises UserError for a line of another form."""
+        found = []
+        for where, line in json_text.read_lines(references, _REMEDY):
+            name, facts = line.get("image_name"), line.get("oracle_facts")
+            if not isinstance(name, str) or not isinstance(facts, list) or not all(isinstance(f, str) for f in facts):
+                raise UserError(f"{where} is no reference; {_REMEDY}")
+            data = (str(line.get("oracle_caption", "")), facts, folder / name)
+            found.append(Item(name, captions.get(name), data))
+        return found
+
+    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
+        texts = [prompts.render(EXTRACT, caption=item.caption) for item in items]
+        split = client.ask([Ask(EXTRACT, messages, _Facts, self.max_tokens) for messages in texts])
+        found: list[Mapping[str, Any] | Failure] = []
+        asked: list[tuple[int, list[str]]] = []
+        for i, answer in enumerate(split):
+            if isinstance(answer, Failure):
+                found.append(answer)
+                continue
+            facts = [one.fact for one in answer.value.facts]
+            found.append({"facts": facts, "relevance": [one.relevance for one in answer.value.facts]})
+            if facts:
+                asked.append((i, facts))
+        asks = []
+        for i, facts in asked:
+            picture = _picture(items[i].data[2])
+            if isinstance(picture, Failure):
+                found[i] = picture
+                continue
+            asks += self._asks(i, items[i], facts, picture)
+        for (i, kind), answer in zip([one for one, _ in asks], client.ask([ask for _, ask in asks]), strict=True):
+            if isinstance(found[i], Failure):
+                continue
+            if isinstance(answer, Failure):
+                found[i] = answer
+            else:
+                found[i].setdefault(kind, []).append(_in_order(answer.value))  # type: ignore[union-attr]
+        return found
+
+    def _asks(self, i: int, item: Item, facts: list[str], picture: np.ndarray) -> list[tuple[tuple[int, str], Ask]]:
+        reference, oracle, _ = item.data
+        match = prompts.render(MATCH, facts=facts, oracle=oracle)
+        verify = prompts.render(VERIFY, facts=facts, reference=reference)
+        every = range(len(facts))
+        check_match = numbered(every, "statements", lambda answer: [one.fact for one in answer.matches])
+        check_facts = numbered(every, "statements", lambda answer: [one.fact for one in answer.facts])
+        asks: list[tuple[tuple[int, str], Ask]] = []
+        for draw in range(DRAWS):
+            asks.append(((i, "matches"), Ask(MATCH, match, _Matches, self.max_tokens, None, check_match, draw)))
+            asks.append(((i, "verified"), Ask(VERIFY, verify, _Checks, self.max_tokens, picture, check_facts, draw)))
+        return asks
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
+        relevance = judgement["relevance"]
+        if not relevance or not any(relevance):
+            return None
+        draws = [*judgement["matches"], *judgement["verified"]]
+        if not judgement["matches"] or not judgement["verified"] or any(len(d) != len(relevance) for d in draws):
+            raise ValueError("draws of other lengths than there are statements")
+        return (*image_score(relevance, judgement["matches"], judgement["verified"], len(item.data[1])), 1.0)
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        return ratio((sums[..., 2] + sums[..., 5]) / 2, sums[..., -1])
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        names = ("precision", "recall", "f1", "precision_relevant", "recall_relevant", "f1_relevant")
+        return {name: float(ratio(sums[k], sums[-1])) for k, name in enumerate(names)}
+
+
+def _picture(path: Path) -> np.ndarray | Failure:
+    try:
+        return images.read(path)
+    except images.ImageError as error:
+        return Failure(f"{path.name}: {error}")
+
+
+def _in_order(answer: _Matches | _Checks) -> list[int | None]:
+    if isinstance(answer, _Matches):
+        ordered = sorted(answer.matches, key=lambda one: one.fact)
+        return [None if one.match < 0 else one.match for one in ordered]
+    return [int(one.verified) for one in sorted(answer.facts, key=lambda one: one.fact)]

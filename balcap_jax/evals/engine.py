@@ -1,0 +1,334 @@
+"""The run of one evaluation: items are judged, each judgement is a line at once, and the lines are added up.
+
+    DIR/items.jsonl     one line an item: id, category, words, the judgement, and its `parts`, or an "error"
+    DIR/results.json    the figures
+    DIR/settings.json   what was evaluated with what; keeps other captions and judges out of the same folder
+
+A metric gives each item a vector of `parts` that add up over items, and a function of the sums: a mean is (points, 1)
+and the quotient. So figures of categories, confidence intervals by bootstrap and paired comparisons are the same few
+lines for every metric, and only these vectors stay in memory.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import balcap_jax
+from balcap_jax import json_text
+from balcap_jax.errors import UserError
+from balcap_jax.evals.held_out import write_text
+from balcap_jax.jsonl import AppendedLines
+from balcap_jax.judges.client import ChatClient
+from balcap_jax.judges.cost import Spending
+from balcap_jax.judges.schema import Failure
+from balcap_jax.progress import ProgressLine
+
+RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
+NO_CAPTION = "no caption"
+UNPARSED = "unparsed"
+_REMEDY = "delete the folder, or name another one with --out"
+_CHUNK = 1 << 22  # numbers of a block of resampled counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing to judge. `caption` None: there is none, which is counted. `data` is the metric's own."""
+
+    id: str
+    caption: str | None
+    data: Any = None
+    category: str = ""
+
+    @property
+    def words(self) -> int:
+        return len((self.caption or "").split())
+
+
+class Metric:
+    """How captions, or answers, are scored.
+
+    prompts: names and versions of what a judge is asked; () = nobody is.
+    """
+
+    name: str
+    prompts: tuple[str, ...] = ()
+
+    def judge(self, client: ChatClient | None, items: Sequence[Item]) -> "list[Mapping[str, Any] | Failure]":
+        """A JSON-able judgement of each item, all of which have captions."""
+        raise TypeError(f"{type(self).__name__} judges nothing")
+
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
+        """What adds up over items; None where the judgement cannot be used. Raises KeyError, TypeError, IndexError or
+        ValueError for a judgement of another form."""
+        raise TypeError(f"{type(self).__name__} has no parts")
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """The score of sums [..., P] of parts, [...]; NaN where nothing was added up."""
+        raise TypeError(f"{type(self).__name__} has no score")
+
+    def of_item(self, parts: Sequence[float]) -> float:
+        """The score of one item alone, for comparisons item by item."""
+        return float(self.score(np.asarray(parts, float)))
+
+    def figures(self, sums: np.ndarray) -> dict[str, float]:
+        """Other figures of sums [P], beside the score."""
+        del sums
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is kept of an item's line: `parts` None = it is invalid, `error` says why."""
+
+    id: str
+    category: str
+    words: int
+    parts: tuple[float, ...] | None
+    error: str = ""
+
+
+def evaluate(
+    metric: Metric,
+    items: Sequence[Item],
+    out: Path,
+    identity: Mapping[str, Any],
+    *,
+    client: ChatClient | None = None,
+    judge: Mapping[str, Any] | None = None,
+    judgements: Mapping[str, Mapping[str, Any]] | None = None,
+    retry_errors: bool = False,
+) -> dict[str, Any]:
+    """Judges what `out` still lacks, writes the results and returns them.
+
+    Args:
+      identity: what else the judgements depend on, such as a digest of the captions.
+      client, judge: who is asked, and its config group; None for metrics that ask nobody.
+      judgements: judgements by id, made elsewhere, in place of a client.
+
+    Raises:
+      UserError: the folder holds another evaluation, judge.max_cost is reached, or it cannot be written.
+    """
+    settings = {"metric": metric.name, "judge": client.model if client else "", **identity}
+    settings["prompts"] = ", ".join(metric.prompts) if client else ""
+    _claim(out, settings)
+    spending = Spending(client, judge, out / "judge.json") if client else None
+    batch = 4 * judge["concurrency"] if client else 1024
+    with AppendedLines(out / "items.jsonl", remember=read_row) as lines:
+        if retry_errors:
+            _forget_errors(lines)
+        done = {row.id for row in lines.entries}
+        pending = [item for item in items if item.id not in done]
+        with ProgressLine("judgements", len(items), len(items) - len(pending), "items") as progress:
+            for start in range(0, len(pending), batch):
+                part = pending[start : start + batch]
+                lines.append(_lines(metric, part, client, judgements))
+                progress.advance(len(part))
+                if spending:
+                    spending.update()
+                    if spending.spent and start + len(part) < len(pending):
+                        raise UserError(f"{spending.limit_text()}; {out} has what was judged, raise it to go on")
+        rows = {row.id: row for row in lines.entries}
+    results = settings | summarise(metric, [rows[item.id] for item in items])
+    results["version"] = balcap_jax.__version__
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, known: Mapping | None) -> list[dict]:
+    asked = [item for item in items if item.caption is not None and (known is None or item.id in known)]
+    found = [known[item.id] for item in asked] if known is not None else metric.judge(client, asked)
+    judged = dict(zip((item.id for item in asked), found, strict=True))
+    lines = []
+    for item in items:
+        line: dict[str, Any] = {"id": item.id, "category": item.category, "words": item.words}
+        judgement = judged.get(item.id)
+        if item.caption is None:
+            line["error"] = NO_CAPTION
+        elif judgement is None:
+            line["error"] = "no judgement of it is given"
+        elif isinstance(judgement, Failure):
+            line["error"] = judgement.reason
+        else:
+            line["judgement"] = judgement
+            try:
+                parts = metric.parts(item, judgement)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                parts, line["error"] = None, f"a judgement of another form ({type(error).__name__}: {error})"
+            if parts is not None:
+                line["parts"] = [float(part) for part in parts]
+                line["score"] = _finite(metric.of_item(parts))
+            else:
+                line.setdefault("error", UNPARSED)
+        lines.append(line)
+    return lines
+
+
+def read_row(line: Mapping[str, Any]) -> Row:
+    """The row of a line of items.jsonl. Raises UserError for one that is none of ours."""
+    parts = line.get("parts")
+    if not isinstance(line.get("id"), str) or not (parts is None or isinstance(parts, list)):
+        raise UserError(f"a line of items.jsonl has no id, or parts that are no list; {_REMEDY}")
+    numbers = None if parts is None else tuple(float(part) for part in parts)
+    return Row(
+        line["id"], str(line.get("category", "")), int(line.get("words", 0)), numbers, str(line.get("error", ""))
+    )
+
+
+def _forget_errors(lines: AppendedLines) -> None:
+    """Drops the lines that have an error, so that they are judged anew."""
+    if any(row.error for row in lines.entries):
+        kept = [line for _, line in json_text.read_lines(lines.path, _REMEDY) if "error" not in line]
+        lines.replace(kept)
+
+
+def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+    path = out / "settings.json"
+    try:
+        before = json_text.read_object(path, _REMEDY)
+    except FileNotFoundError:
+        if (out / "items.jsonl").exists():
+            raise UserError(
+                f"{out} has items.jsonl without settings.json, which says what they are; {_REMEDY}"
+            ) from None
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise UserError(
+                f"{out} holds an evaluation with {name} {before.get(name)!r}, not {settings.get(name)!r}; {_REMEDY}"
+            )
+
+
+# --- adding up --------------------------------------------------------------------------------------------------------
+
+
+def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
+    """{"score", "confidence", "n", "invalid", "errors", "words", "categories", ...} of rows, in the items' order."""
+    valid = [row for row in rows if row.parts is not None]
+    errors: dict[str, int] = {}
+    for row in rows:
+        if row.parts is None:
+            reason = row.error[:120]
+            errors[reason] = errors.get(reason, 0) + 1
+    result: dict[str, Any] = {"score": None, "confidence": None}
+    categories: dict[str, Any] = {}
+    if valid:
+        matrix = np.array([row.parts for row in valid], np.float64)
+        sums = matrix.sum(0)
+        result["score"] = _finite(metric.score(sums))
+        result["confidence"] = interval(metric.score(resampled_sums(matrix)))
+        result |= {name: _finite(value) for name, value in metric.figures(sums).items()}
+        names = np.array([row.category for row in valid])
+        for name in sorted(set(names.tolist()) - {""}):
+            inside = names == name
+            categories[name] = {"score": _finite(metric.score(matrix[inside].sum(0))), "n": int(inside.sum())}
+    said = [row.words for row in rows if row.error != NO_CAPTION]
+    return result | {
+        "n": len(valid),
+        "invalid": len(rows) - len(valid),
+        "errors": dict(sorted(errors.items(), key=lambda pair: -pair[1])[:20]),
+        "words": float(np.mean(said)) if said else None,
+        "categories": categories,
+    }
+
+
+def resampled_sums(matrix: np.ndarray, count: int = RESAMPLES) -> np.ndarray:
+    """Sums [count, P] of `count` samples, with replacement, of the n rows of `matrix` [n, P]; always the same ones.
+
+    Two matrices of as many rows are resampled alike: that is what makes a comparison of them paired.
+    """
+    rng, n = np.random.default_rng(SEED), len(matrix)
+    block = max(1, _CHUNK // max(n, 1))
+    sums = []
+    for start in range(0, count, block):
+        times = rng.multinomial(n, np.full(n, 1 / n), size=min(block, count - start))
+        sums.append(times @ matrix)
+    return np.concatenate(sums)
+
+
+def interval(values: np.ndarray) -> list[float] | None:
+    """The central COVERAGE of resampled values; None where one of them is not a number."""
+    if not np.isfinite(values).all():
+        return None
+    tail = (1 - COVERAGE) / 2
+    return [float(value) for value in np.quantile(values, [tail, 1 - tail])]
+
+
+def ratio(above: np.ndarray, below: np.ndarray, scale: float = 100.0) -> np.ndarray:
+    """scale * above / below; NaN where below is 0."""
+    return scale * np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) != 0)
+
+
+def mean_of_known(values: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over the first axis of what is not NaN; NaN where all is."""
+    stacked = np.stack(values)
+    known = np.isfinite(stacked)
+    return ratio(np.where(known, stacked, 0.0).sum(0), known.sum(0), 1.0)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+_IDS = ("id", "image", "image_path", "image_name", "question_id", "questionId", "index")
+
+
+def read_captions(path: str | os.PathLike, what: str = "captions") -> dict[str, str]:
+    """Captions, or predictions (`what`), by id.
+
+    A JSON object {id: caption}, or JSONL lines with "caption" or "prediction", and an "id", "image", "image_path" or
+    "question_id". A picture's path stands for itself and for its file name.
+
+    Raises:
+      UserError: no such file, another form, or two captions of one id.
+    """
+    path, remedy = Path(path), f'--{what} takes {{id: text}}, or lines {{"id" or "image", "caption" or "prediction"}}'
+    if path.suffix == ".json":
+        try:
+            content = json_text.read_object(path, remedy)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"no such file: {path}; {remedy}") from error
+        for key, caption in content.items():
+            if not isinstance(caption, str):
+                raise UserError(f"{path}: the text of {key!r} is none; {remedy}")
+        return content
+    found: dict[str, str] = {}
+    for where, line in json_text.read_lines(path, remedy):
+        key = next((line[name] for name in _IDS if line.get(name) is not None), None)
+        text = line.get("caption", line.get("prediction"))
+        if not isinstance(key, str | int) or isinstance(key, bool) or not isinstance(text, str):
+            raise UserError(f"{where} has no id and text; {remedy}")
+        if str(key) in found:
+            raise UserError(f"{where}: {key!r} has a text already; keep one of them")
+        found[str(key)] = text
+    return found
+
+
+def by_file_name(captions: Mapping[str, str]) -> dict[str, str]:
+    """The captions, also under the file names of their paths where these are no other picture's."""
+    names = [Path(key).name for key in captions]
+    counts = collections.Counter(names)
+    once = {name for name in names if counts[name] == 1}
+    return {**{n: text for n, text in zip(names, captions.values(), strict=True) if n in once}, **captions}
+
+
+def digest_of(*paths: str | os.PathLike | None) -> str:
+    """A digest of the content of files, for `identity`. Raises UserError where one cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if path:
+            try:
+                digest.update(Path(path).read_bytes())
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    return digest.hexdigest()[:16]

@@ -1,0 +1,187 @@
+"""Questions of the general benchmarks, from the files that they are published in.
+
+.tsv     VLMEvalKit's form of any of them: index, question, answer, A, B, ..., category, l2-category, split, and the
+         picture as `image` (base64) or `image_path`
+.json    ChartQA (a list with imgname, query, label), DocVQA and InfoVQA ({"data": [...]} with questionId, question,
+         answers), TextVQA ({"data": [...]} with question_id, answers), OCRBench.json (a list with question, answers,
+         type), SEED-Bench ({"questions": [...]} with choice_a ...), ScienceQA (problems.json, by id)
+.jsonl   one question a line, with the fields of any of these
+"""
+
+import ast
+import base64
+import binascii
+import contextlib
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from balcap_jax import json_text
+from balcap_jax.errors import UserError
+from balcap_jax.evals.vqa_rules import LETTERS
+
+_REMEDY = "give a file in the benchmark's own form (balcap_jax/evals/vqa_data.py)"
+_ROTATION = 1_000_000  # MMBench: rotations of question i have the indices i + k * 1,000,000
+_ID = ("index", "question_id", "questionId", "id", "image_path", "imgname")
+_LONGEST_FIELD = 1 << 28  # characters of a TSV field: pictures in base64
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question: its `answers`, all of them right, or, with `options` {letter: text}, the letter of the right one.
+
+    group: what the rotations of one question share. kind: of an OCRBench question, or the dataset that it is from.
+    picture: path below the images' folder, or the bytes of a file; None where the file names none.
+    """
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    options: Mapping[str, str]
+    category: str
+    group: str
+    kind: str = ""
+    hint: str = ""
+    picture: str | bytes | None = dataclasses.field(default=None, repr=False)
+
+
+def read_questions(path: Path, split: str = "") -> Iterator[Question]:
+    """The questions of a file, in its order; with `split`, those whose line names it.
+
+    Raises:
+      UserError: no such file, another form, a question without an answer, or two with one id.
+    """
+    seen: dict[str, int] = {}
+    number = 0
+    for number, (where, entry) in enumerate(_entries(Path(path)), start=1):
+        if split and str(entry.get("split", "")) != split:
+            continue
+        question = _question(entry, where, number)
+        if question.id in seen:
+            raise UserError(f"{where}: the question {question.id!r} is number {seen[question.id]} already; {_REMEDY}")
+        seen[question.id] = number
+        yield question
+    if not seen:
+        raise UserError(
+            f"{path} has no question{f' of the split {split!r} among {number}' if number else ''}; {_REMEDY}"
+        )
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path.suffix == ".jsonl":
+        yield from json_text.read_lines(path, _REMEDY)
+    elif path.suffix == ".tsv":
+        yield from _rows(path)
+    elif path.suffix == ".json":
+        try:
+            content = json_text.read(path, _REMEDY)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"no such file: {path}; {_REMEDY}") from error
+        if isinstance(content, dict):
+            inside = content.get("data", content.get("questions"))
+            content = (
+                inside if isinstance(inside, list) else [{"id": key, **_object(one)} for key, one in content.items()]
+            )
+        if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
+            raise UserError(f"{path} holds no list of questions; {_REMEDY}")
+        for number, entry in enumerate(content, start=1):
+            yield f"{path}, question {number}", entry
+    else:
+        raise UserError(f"{path} ends in none of .tsv, .json and .jsonl; {_REMEDY}")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=1):
+                yield f"{path}, row {number}", {key: value for key, value in row.items() if key and value is not None}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no table of text ({error}); {_REMEDY}") from error
+
+
+def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
+    text = _text(entry, "question", "query")
+    options = _options(entry)
+    answers = _answers(entry, options)
+    if not text or not answers:
+        missing = "answer" if text else "question"
+        raise UserError(f"{where} has no {missing}; {_REMEDY}")
+    if options and answers[0] not in options:
+        raise UserError(f"{where}: the answer {answers[0]!r} is none of the options {', '.join(options)}; {_REMEDY}")
+    name = next((str(entry[key]) for key in _ID if entry.get(key) not in (None, "")), str(number))
+    if "questionId" not in entry and "index" not in entry and "question_id" not in entry and "id" not in entry:
+        name = str(number)  # A picture may have several questions.
+    rotated = name.isdecimal() and "index" in entry
+    return Question(
+        name,
+        text,
+        answers,
+        options,
+        _text(entry, "category", "type", "data_type", "question_type_id", "topic"),
+        str(int(name) % _ROTATION) if rotated else name,
+        _text(entry, "dataset_name", "l2-category", "l2_category", "split"),
+        _text(entry, "hint"),
+        _picture(entry, where),
+    )
+
+
+def _text(entry: Mapping[str, Any], *names: str) -> str:
+    return next((str(entry[name]).strip() for name in names if entry.get(name) not in (None, "")), "")
+
+
+def _options(entry: Mapping[str, Any]) -> dict[str, str]:
+    if isinstance(entry.get("choices"), list):
+        return {LETTERS[i]: str(text) for i, text in enumerate(entry["choices"][: len(LETTERS)])}
+    seed = {letter: entry.get(f"choice_{letter.lower()}") for letter in LETTERS}
+    plain = {letter: entry.get(letter) for letter in LETTERS}
+    given = seed if seed["A"] is not None else plain
+    # VLMEvalKit leaves the options that a question lacks empty, or writes nan.
+    return {letter: str(text) for letter, text in given.items() if text not in (None, "", "nan")}
+
+
+def _answers(entry: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
+    found = entry.get("answers", entry.get("answer", entry.get("label")))
+    if isinstance(found, str) and not options and found.startswith("[") and found.endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError):
+            found = ast.literal_eval(found)  # VLMEvalKit's TSV holds Python lists
+    if isinstance(found, int) and not isinstance(found, bool) and options:
+        return (LETTERS[found],) if 0 <= found < len(LETTERS) else ()  # ScienceQA counts from 0
+    if isinstance(found, list):
+        return tuple(str(one["answer"] if isinstance(one, dict) and "answer" in one else one) for one in found)
+    if found is None or (isinstance(found, str) and not found.strip()):
+        return ()
+    return (str(found).strip(),)
+
+
+def _picture(entry: Mapping[str, Any], where: str) -> str | bytes | None:
+    for name in ("image_path", "imgname", "image"):
+        value = entry.get(name)
+        if isinstance(value, str) and value:
+            break
+    else:
+        return None
+    if name != "image" or Path(value).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif"):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{where}: its image is neither a path nor base64 ({error}); {_REMEDY}") from error
+
+
+def to_line(question: Question) -> str:
+    """The question as a line of a .jsonl that `read_questions` takes; its picture as a path alone."""
+    entry: dict[str, Any] = {"id": question.id, "question": question.text, "category": question.category}
+    entry |= {"choices": list(question.options.values())} if question.options else {}
+    entry |= {"answer": question.answers[0]} if question.options else {"answers": list(question.answers)}
+    entry |= {"image": question.picture} if isinstance(question.picture, str) else {}
+    return json.dumps(entry)

@@ -1,0 +1,212 @@
+"""When an answer to a question about a picture is right: the rules of the published benchmarks, quirks included.
+
+Sources: the official scorers, as open-compass/VLMEvalKit and EvolvingLMMs-Lab/lmms-eval run them (August 2026).
+"""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+
+RELAXED_TOLERANCE = 0.05  # ChartQA: of the target
+ANLS_THRESHOLD = 0.5
+AGREEING = 3  # TextVQA: people who must have given an answer for it to be wholly right
+_LAST_TOKENS = 5  # among which VLMEvalKit looks for a letter
+REFUSED = "Z"  # VLMEvalKit's letter of an answer that refuses
+
+
+# ---- ChartQA ---------------------------------------------------------------------------------------------------------
+
+
+def relaxed_match(prediction: str, target: str) -> bool:
+    """ChartQA's relaxed accuracy: numbers within 5% of the target, other answers equal but for case.
+
+    "12%" is 0.12. A target of 0, and an answer that is no number, are compared as text.
+    """
+    predicted, wanted = _number(prediction), _number(target)
+    if predicted is not None and wanted:
+        return abs(predicted - wanted) / abs(wanted) <= RELAXED_TOLERANCE
+    return prediction.strip().lower() == target.strip().lower()
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        value = float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    return value if abs(value) < float("inf") else None
+
+
+# ---- DocVQA, InfoVQA -------------------------------------------------------------------------------------------------
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Normalised Levenshtein similarity to the nearest answer, in [0, 1]; below 0.5 it is 0 (Biten et al. 2019).
+
+    Distances are those of the lower-case texts with single spaces, lengths those of the texts as they are.
+    """
+    best = max((_similarity(prediction, answer) for answer in answers), default=0.0)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def _similarity(prediction: str, answer: str) -> float:
+    longest = max(len(prediction), len(answer))
+    if not longest:
+        return 1.0
+    one, other = (" ".join(text.lower().split()) for text in (prediction, answer))
+    # The distance is at least the difference of the lengths: what cannot reach the threshold is not computed.
+    if abs(len(one) - len(other)) > (1 - ANLS_THRESHOLD) * longest:
+        return 0.0
+    return 1.0 - levenshtein(one, other) / longest
+
+
+def levenshtein(one: str, other: str) -> int:
+    """Edit distance by bit-vectors (Myers 1999, in Hyyro's form): one step of long integers for each character.
+
+    Bit i of `up` says that the table grows from row i to row i + 1 of the current column, of `down` that it shrinks.
+    """
+    if not one:
+        return len(other)
+    positions: dict[str, int] = {}
+    for i, character in enumerate(one):
+        positions[character] = positions.get(character, 0) | 1 << i
+    every, last = (1 << len(one)) - 1, 1 << (len(one) - 1)
+    up, down, distance = every, 0, len(one)
+    for character in other:
+        matches = positions.get(character, 0)
+        diagonal = (((matches & up) + up) ^ up) | matches | down
+        grows, shrinks = (down | ~(diagonal | up)) & every, up & diagonal
+        distance += bool(grows & last) - bool(shrinks & last)
+        grows = grows << 1 | 1
+        up, down = (shrinks << 1 | ~(diagonal | grows)) & every, grows & diagonal & every
+    return distance
+
+
+# ---- TextVQA ---------------------------------------------------------------------------------------------------------
+
+_NUMBERS = {"none": "0", "zero": "0"} | {
+    word: str(number)
+    for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), 1)
+}
+_ARTICLES = ("a", "an", "the")
+# Forms that the scorer restores where an apostrophe is missing. Not among them, since they are words without it: he'll,
+# she'll, we'll, it's, let's, we'd, she'd.
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
+    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've "
+    "might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've "
+    "shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll "
+    "someone's something'd something'd've something'll that's there'd there'd've there're there's they'd "
+    "they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've "
+    "when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't "
+    "would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+)
+_RESTORED = {
+    form[:i] + form[i + 1 :]: form
+    for form in _CONTRACTED.split()
+    for i, character in enumerate(form)
+    if character == "'"
+}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+
+
+def vqa_normalised(text: str) -> str:
+    """An answer as the VQA scorer compares it: lower case, without punctuation and articles, numbers as digits."""
+    text = text.lower().replace("\n", " ").replace("\t", " ").strip()
+    has_digit_comma = bool(_DIGIT_COMMA.search(text))
+    spaced = text
+    for mark in _PUNCTUATION:
+        # The scorer asks the text as it came, and replaces in the text as it has become.
+        apart = f"{mark} " in text or f" {mark}" in text or has_digit_comma
+        spaced = spaced.replace(mark, "" if apart else " ")
+    words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", spaced).split())
+    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """TextVQA's accuracy: min(1, n/3) with n people who said the same, averaged over leaving out each of them (10)."""
+    if not answers:
+        return 0.0
+    said, others = vqa_normalised(prediction), [vqa_normalised(answer) for answer in answers]
+    same = sum(other == said for other in others)
+    return sum(min(1.0, (same - (other == said)) / AGREEING) for other in others) / len(others)
+
+
+# ---- OCRBench --------------------------------------------------------------------------------------------------------
+
+
+def contains_answer(prediction: str, answers: Sequence[str], *, formula: bool = False) -> bool:
+    """OCRBench: any answer stands in the prediction, in lower case; of a `formula` (HME100k) without spaces, as it is.
+
+    An empty answer is in nothing.
+    """
+    if formula:
+        said = prediction.strip().replace("\n", " ").replace(" ", "")
+        wanted = [answer.strip().replace("\n", " ").replace(" ", "") for answer in answers]
+    else:
+        said = prediction.lower().strip().replace("\n", " ")
+        wanted = [answer.lower().strip().replace("\n", " ") for answer in answers]
+    return any(answer and answer in said for answer in wanted)
+
+
+# ---- multiple choice -------------------------------------------------------------------------------------------------
+
+_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_REFUSALS = (
+    "sorry, i can't help",
+    "i can't process this file",
+    "i'm sorry, but without the image",
+    "cannot determine the answer",
+)
+_LETTER = re.compile(r"\(?\b([A-Z])\b\)?")
+
+
+def infer_option(answer: str, options: Mapping[str, str]) -> str:
+    """The letter that an answer names, as VLMEvalKit infers it; REFUSED of a refusal, "" where it cannot be told.
+
+    One option's letter, once among the words and within the last five of them; else the one option whose text is in an
+    answer that is at most twice as long as all options together. An "A" in an answer of more than three words may be
+    the article, and is no letter.
+    """
+    if any(phrase in answer.lower() for phrase in _REFUSALS):
+        return REFUSED
+    words = answer.translate(_MARKS).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1:
+        (letter,) = named
+        article = letter == "A" and len(words) > 3
+        if not article and words.count(letter) == 1 and words.index(letter) >= len(words) - _LAST_TOKENS:
+            return letter
+    elif not named and words.count(REFUSED) == 1:
+        return REFUSED
+    lower = answer.lower()
+    if len(lower) <= 2 * sum(len(text) for text in options.values()):
+        held = [letter for letter, text in options.items() if text and text.lower() in lower]
+        if len(held) == 1:
+            return held[0]
+    return ""
+
+
+def first_letter(answer: str, options: Mapping[str, str]) -> str:
+    """BLINK (lmms-eval): the first capital that stands alone, with or without brackets; "" where it is no option."""
+    found = _LETTER.search(answer)
+    return found[1] if found and found[1] in options else ""
+
+
+def first_character(answer: str, options: Mapping[str, str]) -> str:
+    """SEED-Bench (lmms-eval): the first character of the answer; "" where it is no option."""
+    letter = answer.strip()[:1].upper()
+    return letter if letter in options else ""
+
+
+def letter_or_prefix(answer: str, options: Mapping[str, str]) -> str:
+    """ScienceQA (lmms-eval): the letter alone, or the letter and a full stop at the beginning; "" for all else."""
+    text = answer.strip()
+    letter = text[:1]
+    exact = len(text) == 1 or text[1:2] == "."
+    return letter if exact and letter in options else ""
+
+
+LETTERS = string.ascii_uppercase

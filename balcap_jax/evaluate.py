@@ -1,0 +1,229 @@
+"""Scores captions, or answers, as the published metrics do; `docs/evaluation.md` says what each takes and asks.
+
+    python -m balcap_jax.evaluate --metric=dcscore --captions=F.jsonl --references=oracle.jsonl --images=DIR --out=D
+    python -m balcap_jax.evaluate --metric=captionqa --captions=F.json --questions=questions.json --out=D
+    python -m balcap_jax.evaluate --metric=caparena --captions=F.json --opponents=auto_600.json --images=DIR --out=D
+    python -m balcap_jax.evaluate --metric=bcapscore --captions=F.jsonl --references=captions.jsonl --out=D
+    python -m balcap_jax.evaluate --metric=checklist --captions=F.jsonl --checklists=checklists.jsonl --out=D
+    python -m balcap_jax.evaluate --metric=capture --graphs=graphs.jsonl --out=D
+    python -m balcap_jax.evaluate --metric=chartqa --questions=test.json --predictions=F.jsonl --out=D
+    python -m balcap_jax.evaluate --metric=mmbench --questions=MMBench.tsv --model=DIR --out=D
+    python -m balcap_jax.evaluate --metric=side_by_side --votes=DOCCI_Test.jsonl --out=D
+
+D/items.jsonl has a line for each judgement, D/results.json the figures. The same command goes on where it was stopped
+or killed; `--retry_errors` judges again what failed. Metrics that need a judge take `--judge.FIELD=VALUE` for the
+fields of the config group `judge` (endpoints, model, api_key_env, limits, cache_dir, prices, max_cost), or
+`--judgements=F.jsonl`: judgements that were made before, one line {"id", "judgement"} each, such as another folder's
+items.jsonl.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from balcap_jax import json_text
+from balcap_jax.arguments import place
+from balcap_jax.config import CommandParser, take_group
+from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
+from balcap_jax.evals import caparena, side_by_side, vqa
+from balcap_jax.evals.balanced import BCapScore
+from balcap_jax.evals.caparena import CapArena
+from balcap_jax.evals.captionqa import CaptionQA
+from balcap_jax.evals.capture import Capture
+from balcap_jax.evals.checklist import Checklist
+from balcap_jax.evals.dcscore import DCScore
+from balcap_jax.evals.engine import Item, Metric, by_file_name, digest_of, evaluate, read_captions
+from balcap_jax.evals.held_out import write_text
+from balcap_jax.evals.vqa_data import read_questions
+from balcap_jax.judges.remote import make_client
+
+JUDGED = {
+    "dcscore": DCScore,
+    "captionqa": CaptionQA,
+    "caparena": CapArena,
+    "bcapscore": BCapScore,
+    "checklist": Checklist,
+}
+NEEDS = {
+    "dcscore": ("captions", "references", "images"),
+    "captionqa": ("captions", "questions"),
+    "caparena": ("captions", "opponents", "images"),
+    "bcapscore": ("captions", "references"),
+    "checklist": ("captions", "checklists"),
+    "capture": ("graphs",),
+    "side_by_side": ("votes",),
+    **dict.fromkeys(vqa.BENCHMARKS, ("questions",)),
+}
+FILES = (
+    "captions",
+    "references",
+    "questions",
+    "opponents",
+    "checklists",
+    "graphs",
+    "predictions",
+    "votes",
+    "judgements",
+)
+_FILE_HELP = {
+    "captions": "captions: {id: caption}, or the lines that `caption` writes",
+    "references": "dcscore: lines with oracle_facts; bcapscore: lines with reference_units",
+    "questions": "of captionqa, or of a general benchmark, in its own form",
+    "opponents": "caparena: caparena_auto_600.json",
+    "checklists": "checklist: lines {id, items}",
+    "graphs": "capture: lines {id, candidate, references}",
+    "predictions": "general benchmarks: lines {question_id, prediction}",
+    "votes": "side_by_side: lines of ImageInWords",
+    "judgements": "judgements made before, in place of a judge",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m balcap_jax.evaluate",
+        description="Scores captions, or answers; the same command goes on where it was stopped. --judge.FIELD=VALUE "
+        "sets the fields judge.* that `python -m balcap_jax.config` lists.",
+    )
+    add = parser.add_argument
+    add("--metric", required=True, choices=tuple(NEEDS), metavar="NAME", help=", ".join(NEEDS))
+    add("--out", required=True, metavar="DIR", type=place, help="where results.json and items.jsonl are written")
+    for name in FILES:
+        add(f"--{name}", metavar="FILE", type=place, help=_FILE_HELP[name])
+    add("--images", metavar="DIR", type=place, help="the folder that paths of pictures are below")
+    add("--model", metavar="DIR", type=place, help="general benchmarks: the model that answers, greedily")
+    add(
+        "--name",
+        default="",
+        help="the evaluated model's own name; caparena skips the pictures where it is the opponent",
+    )
+    add("--split", default="", help="general benchmarks: only questions of this split")
+    add("--retry_errors", action="store_true", help="judge again what failed")
+    return parser
+
+
+def build(args: argparse.Namespace) -> tuple[Metric, list[Item]]:
+    """The metric and its items. Raises UserError for bad input."""
+    captions = by_file_name(read_captions(args.captions)) if args.captions else {}
+    folder = Path(args.images) if args.images else None
+    if args.metric == "capture":
+        return (metric := Capture()), metric.items(args.graphs, captions)
+    if args.metric == "dcscore":
+        return (metric := DCScore()), metric.items(captions, args.references, folder)
+    if args.metric == "captionqa":
+        return (metric := CaptionQA()), metric.items(captions, args.questions)
+    if args.metric == "caparena":
+        return (metric := CapArena(model=args.name)), metric.items(captions, args.opponents, folder)
+    if args.metric == "bcapscore":
+        return (metric := BCapScore()), metric.items(captions, args.references, folder)
+    if args.metric == "checklist":
+        return (metric := Checklist()), metric.items(captions, args.checklists)
+    questions = read_questions(args.questions, args.split)
+    return (metric := vqa.Answers(args.metric)), metric.items(questions, read_captions(args.predictions, "predictions"))
+
+
+def answer(args: argparse.Namespace) -> str:
+    """Has `args.model` answer the questions, going on where it was stopped; returns the file of its predictions."""
+    from balcap_jax import caption  # JAX only where a model is run.
+
+    out, listing = Path(args.out), []
+    benchmark = vqa.BENCHMARKS[args.metric]
+    folder = Path(args.images).absolute() if args.images else Path(args.questions).absolute().parent
+    for question in read_questions(args.questions, args.split):
+        if isinstance(question.picture, bytes):
+            path = out / "images" / f"{len(listing)}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(question.picture)
+        elif question.picture:
+            path = folder / question.picture
+        else:
+            raise UserError(f"the question {question.id!r} of {args.questions} has no picture for a model to look at")
+        prompt = vqa.prompt_of(benchmark, question)
+        listing.append({"id": question.id, "image": str(path.absolute()), "prompt": prompt})
+    write_text(out / "questions.jsonl", "".join(json.dumps(line) + "\n" for line in listing))
+    options = caption.Options(max_tokens=benchmark.tokens, prompt="")
+    predictions = out / "predictions.jsonl"
+    caption.caption(args.model, out / "questions.jsonl", predictions, options)
+    return str(predictions)
+
+
+def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Judgements by id. Raises UserError for a line without one."""
+    if args.metric == "caparena" and "judgement" not in next(iter(json_text.read_lines(path, "")), ("", {}))[1]:
+        return caparena.read_results(path, args.name)
+    found = {}
+    remedy = '--judgements takes lines {"id", "judgement"}'
+    for where, line in json_text.read_lines(path, remedy):
+        if not isinstance(line.get("id"), str) or not isinstance(line.get("judgement", {}), dict):
+            raise UserError(f"{where} is no judgement; {remedy}")
+        if "judgement" in line:
+            found[line["id"]] = line["judgement"]
+    return found
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    rest, judge = take_group(sys.argv[1:] if argv is None else argv, "judge", name="remote")
+    parser = make_parser()
+    args = parser.parse_args(rest)
+    needs = NEEDS[args.metric]
+    if args.metric in vqa.BENCHMARKS and not args.predictions and not args.model:
+        parser.error(f"--metric={args.metric} needs --predictions=F.jsonl, or --model=DIR")
+    for name in needs:
+        if not getattr(args, name):
+            parser.error(f"--metric={args.metric} needs --{name}")
+    warnings.filterwarnings("ignore", module="PIL")  # `data.images` makes an error of what Pillow warns of.
+    out = Path(args.out)
+    if args.metric == "side_by_side":
+        found = side_by_side.comparisons(json_text.read_lines(args.votes, "--votes takes lines of ImageInWords"))
+        text = "\n\n".join(f"{one.name or Path(args.votes).stem}\n\n{side_by_side.markdown(one)}" for one in found)
+        write_text(out / "table.md", text + "\n")
+        write_text(
+            out / "results.json", json.dumps({"metric": "side_by_side", "comparisons": side_by_side.as_json(found)})
+        )
+        print(text, flush=True)
+        return
+    if args.model and args.metric in vqa.BENCHMARKS and not args.predictions:
+        args.predictions = answer(args)
+    metric, items = build(args)
+    if not items:
+        raise UserError(
+            f"there is nothing to evaluate in {getattr(args, needs[-1] if needs[-1] != 'images' else needs[1])}"
+        )
+    asks = args.metric in JUDGED and not args.judgements
+    identity = {"inputs": digest_of(*(getattr(args, name) for name in FILES)), "name": args.name, "split": args.split}
+    client = make_client(judge, seed=0) if asks else None
+    try:
+        if client:
+            client.connect()
+        known = read_judgements(args.judgements, args) if args.judgements else None
+        options = {"client": client, "judge": judge, "judgements": known, "retry_errors": args.retry_errors}
+        results = evaluate(metric, items, out, identity, **options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        if client:
+            client.close()
+    print(told(results, out), flush=True)
+
+
+def told(results: dict[str, Any], out: Path) -> str:
+    """The result in a line or two."""
+    if results["score"] is None:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
+        raise UserError(f"none of the {results['invalid']} items has a valid judgement ({reasons}); {out}/items.jsonl")
+    low, high = results["confidence"] or (float("nan"), float("nan"))
+    words = f", {results['words']:.1f} words" if results["words"] is not None else ""
+    text = f"{results['metric']}: {results['score']:.2f} [{low:.2f}, {high:.2f}] over {results['n']} items{words}"
+    if results["invalid"]:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
+        text += f"\n{results['invalid']} items are not in it ({reasons})"
+    return f"{text}\n{out}/results.json"
+
+
+if __name__ == "__main__":
+    main()

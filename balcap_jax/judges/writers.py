@@ -1,0 +1,150 @@
+"""What a judge writes offline about pictures: references and their units, and the criteria of RubiCap.
+
+A writer takes items of a listing and gives, for each, the fields of an output line or the reason why there are none.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from balcap_jax.data import fields, images, photos
+from balcap_jax.data.listing import Item
+from balcap_jax.errors import UserError
+from balcap_jax.judges import prompts
+from balcap_jax.judges.client import ChatClient
+from balcap_jax.judges.pictures import picture_hash
+from balcap_jax.judges.remote import units_ask
+from balcap_jax.judges.schema import Failure
+from balcap_jax.judges.tasks import DESCRIBE, RUBRIC_WRITER, describe_ask, rubrics_ask
+
+UNITS = prompts.name_of("units")
+PICTURE = "picture"  # the field of a line that holds the hash of its picture
+_TEXTS = ("caption", "captions", "reference", "reference_units")  # what a new reference replaces
+
+Written = dict[str, Any] | str
+
+
+class Writer(Protocol):
+    """`prompts`: names and versions of what it asks."""
+
+    prompts: tuple[str, ...]
+
+    def __call__(self, items: Sequence[Item]) -> list[Written]: ...
+
+
+class References:
+    """Describes pictures under their own prompts, and splits the descriptions into units; each picture once.
+
+    Of a picture whose pixels have a line already, or get one in the same call, the result is {"same_as": its name}.
+    """
+
+    prompts: tuple[str, ...] = (DESCRIBE, UNITS)
+
+    def __init__(self, client: ChatClient, max_tokens: int, max_pixels: int, threads: int):
+        self._client, self._max_tokens, self._max_pixels = client, max_tokens, max_pixels
+        self._names: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(threads)
+
+    def know(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Tells it of the lines that there are."""
+        self._names |= {line[PICTURE]: line["image"] for line in lines if isinstance(line.get(PICTURE), str)}
+
+    def __call__(self, items: Sequence[Item]) -> list[Written]:
+        found: list[Written] = []
+        pictures: dict[int, np.ndarray] = {}
+        first: dict[str, str] = {}
+        for i, picture in enumerate(self._pool.map(self._read, items)):
+            if isinstance(picture, str):
+                found.append(picture)
+                continue
+            name = picture_hash(picture)
+            same = self._names.get(name) or first.setdefault(name, items[i].image)
+            if same != items[i].image:
+                found.append({"same_as": same})
+            else:
+                found.append({PICTURE: name})
+                pictures[i] = picture
+        asks = [describe_ask(picture, items[i].prompt, self._max_tokens) for i, picture in pictures.items()]
+        captions: dict[int, str] = {}
+        for i, answer in zip(pictures, self._client.ask(asks), strict=True):
+            if isinstance(answer, Failure):
+                found[i] = answer.reason
+            else:
+                captions[i] = answer.value.caption.strip()
+        units = split_into_units(self._client, list(captions.values()), self._max_tokens)
+        for (i, caption), one in zip(captions.items(), units, strict=True):
+            if isinstance(one, str):
+                found[i] = one
+                continue
+            kept = {name: value for name, value in items[i].entry.items() if name not in _TEXTS}
+            found[i] = {**kept, "prompt": items[i].prompt, "caption": caption, **one, **found[i]}
+            self._names[found[i][PICTURE]] = items[i].image
+        failed = {items[i].image: found[i] for i in pictures if isinstance(found[i], str)}
+        return [
+            failed[one["same_as"]] if isinstance(one, dict) and one.get("same_as") in failed else one for one in found
+        ]
+
+    def _read(self, item: Item) -> np.ndarray | str:
+        if item.error:
+            return item.error
+        try:
+            return photos.shrunk(images.read(item.path), self._max_pixels)
+        except images.ImageError as error:
+            return str(error)
+
+
+class Units:
+    """Splits the references that lines have."""
+
+    prompts: tuple[str, ...] = (UNITS,)
+
+    def __init__(self, client: ChatClient, max_tokens: int):
+        self._client, self._max_tokens = client, max_tokens
+
+    def __call__(self, items: Sequence[Item]) -> list[Written]:
+        found = split_into_units(self._client, [reference_of(item) for item in items], self._max_tokens)
+        return [one if isinstance(one, str) else {**item.entry, **one} for item, one in zip(items, found, strict=True)]
+
+
+class Rubrics:
+    """Writes criteria about what a student's caption lacks beside the reference; `students` are captions by key."""
+
+    prompts: tuple[str, ...] = (RUBRIC_WRITER,)
+
+    def __init__(self, client: ChatClient, max_tokens: int, students: Mapping[str, str]):
+        self._client, self._max_tokens, self._students = client, max_tokens, students
+
+    def __call__(self, items: Sequence[Item]) -> list[Written]:
+        known = [item for item in items if item.key in self._students]
+        asks = [rubrics_ask(self._students[item.key], reference_of(item), self._max_tokens) for item in known]
+        answers = {item.key: answer for item, answer in zip(known, self._client.ask(asks), strict=True)}
+
+        def written(item: Item) -> Written:
+            answer = answers.get(item.key)
+            if answer is None:
+                return "the student's file has no caption of it"
+            return answer.reason if isinstance(answer, Failure) else {**item.entry, **answer.value.model_dump()}
+
+        return [written(item) for item in items]
+
+
+def split_into_units(client: ChatClient, references: Sequence[str], max_tokens: int) -> list[Written]:
+    """{"reference_units": [...]} of each reference; one that states nothing is a failure, as recall would have no
+    denominator."""
+
+    def written(answer: Any) -> Written:
+        if isinstance(answer, Failure):
+            return answer.reason
+        units = list(dict.fromkeys(unit.strip() for unit in answer.value.units if unit.strip()))
+        return {"reference_units": units} if units else "the judge finds no fact in the reference"
+
+    return [written(answer) for answer in client.ask([units_ask(one, max_tokens) for one in references])]
+
+
+def reference_of(item: Item) -> str:
+    """The reference that an item's line has. Raises UserError where it has none."""
+    if not item.entry:
+        raise UserError(f"{item.image} has no reference: units and rubrics are written for lines of a JSONL file")
+    return fields.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]

@@ -1,0 +1,244 @@
+"""Writes with a judge model what training and rewards read beside pictures: references with their units, or criteria.
+
+    python -m balcap_jax.recaption --images=photos --out=photos/captions.jsonl --judge.endpoints=http://localhost:8000/v1
+    python -m balcap_jax.recaption --images=sharegpt4v.json --root=DIR --out=recaptioned.jsonl --judge.model=MODEL
+    python -m balcap_jax.recaption --write=units --images=captions.jsonl --out=with_units.jsonl
+    python -m balcap_jax.recaption --write=rubrics --images=captions.jsonl --students=F.jsonl --out=with_rubrics.jsonl
+
+`--images` is a folder, a JSONL file as `caption` and `data.photos` read it, or the JSON of ShareGPT4V. What is written
+(`--write`):
+
+    references  the judge, which sees the picture, describes it under the sample's own prompt, and then splits its
+                description into units; the same pixels are asked about once, copies go to F.duplicates.jsonl
+    units       of the references that the lines have
+    rubrics     RubiCap's criteria: what a student's caption (`--students`, a file of `caption`) lacks beside the
+                reference
+
+`--out` is what `data.name=photos` reads as `data.data_dir`; other fields of a line stay. What cannot be read or was not
+answered goes to F.errors.jsonl as {"image", "error"}; `--retry_errors` asks again. The same command goes on where an
+earlier one was stopped or killed, and what was paid for stands in F.judge.json. `--judge.FIELD=VALUE` sets the fields
+of the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, prices, max_cost.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from balcap_jax import caption_settings, json_text
+from balcap_jax.arguments import place
+from balcap_jax.caption_settings import beside
+from balcap_jax.config import CommandParser, take_group
+from balcap_jax.data import photos, sharegpt4v
+from balcap_jax.data.listing import Item, list_items
+from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
+from balcap_jax.jsonl import AppendedLines
+from balcap_jax.judges import cost, prompts
+from balcap_jax.judges.client import ChatClient
+from balcap_jax.judges.remote import make_client
+from balcap_jax.judges.writers import References, Rubrics, Units, Writer, reference_of
+from balcap_jax.progress import ProgressLine
+
+KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
+MAX_PIXELS = 1_048_576  # of what the judge is shown: hosted models shrink larger pictures themselves
+_THREADS = 8  # that read pictures
+_MILLION = 1e6
+# About, for --estimate: tokens of a question beside its prompt, and of its answer.
+_TOKENS = {"describe.v1": (1400, 300), "units.v1": (300, 350), "rubric_writer.v1": (450, 250)}
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Which pictures, and what is written of them.
+
+    kind: one of KINDS. prompt: of pictures without their own. root: where ShareGPT4V's images lie (None: beside its
+    JSON). students: a file of `caption`, for "rubrics".
+    """
+
+    images: str
+    kind: str = "references"
+    prompt: str = photos.PROMPT
+    root: str | None = None
+    students: str | None = None
+
+    def items(self) -> list[Item]:
+        """Raises UserError where nothing is there, a line is bad, or a reference is needed and missing."""
+        source = Path(self.images)
+        if source.suffix.lower() == ".json" and source.is_file():
+            folder = Path(self.root) if self.root else source.parent
+            items = []
+            for number, entry in enumerate(sharegpt4v.read_annotations(source), start=1):
+                sample = sharegpt4v.read_sample(entry, f"{source}, entry {number}")
+                line = {"image": sample["id"], "prompt": sample["prompt"], "caption": sample["reference"]}
+                items.append(Item(f"{number}", sample["id"], folder / sample["id"], sample["prompt"], entry=line))
+        else:
+            items = list_items(source, self.prompt)
+        if self.kind != "references":
+            for item in items:
+                reference_of(item)
+        return items
+
+    def drafts(self) -> dict[str, str]:
+        """The students' captions by the id, or the path, of their pictures."""
+        found = {}
+        remedy = "--students takes a file that `caption` wrote"
+        for where, entry in json_text.read_lines(Path(self.students or ""), remedy):
+            if not isinstance(_key(entry), str) or not isinstance(entry.get("caption"), str):
+                raise UserError(f"{where} has no picture and caption; {remedy}")
+            found[_key(entry)] = entry["caption"]
+        return found
+
+
+def recaption(
+    sources: Sources, out: str | os.PathLike, judge: ConfigDict, *, retry_errors: bool = False, max_pixels=MAX_PIXELS
+) -> dict[str, int]:
+    """Writes the lines that `out` still lacks; returns the numbers of "lines", "errors", "duplicates", and "new" lines.
+
+    `judge` is the config group of that name.
+
+    Raises:
+      UserError: bad input, a judge that is down, judge.max_cost is reached, a file that cannot be written.
+    """
+    out = Path(out).absolute()
+    items = [_seen_from(out.parent, item) for item in sources.items()]
+    client = make_client(judge, seed=0)
+    try:
+        writer = _writer(sources, client, judge, max_pixels)
+        with (
+            AppendedLines(out) as lines,
+            AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors,
+            AppendedLines(beside(out, ".duplicates.jsonl"), lazy=True) as duplicates,
+        ):
+            spending = cost.Spending(client, judge, beside(out, ".judge.json"))
+            client.connect()
+            settings = {"write": sources.kind, "judge": client.model, "prompts": ", ".join(writer.prompts)}
+            if lines.entries or errors.entries or duplicates.entries:
+                caption_settings.check(out, settings)
+            caption_settings.write(out, settings)
+            if retry_errors:
+                wanted = {_key(item.names) for item in items}
+                errors.keep(lambda entry: _key(entry) not in wanted)
+            if isinstance(writer, References):
+                writer.know(lines.entries)
+            done = {_key(entry) for file in (lines, errors, duplicates) for entry in file.entries}
+            named = {_key(item.names): item for item in reversed(items)}  # ShareGPT4V names some pictures twice.
+            pending = [item for key, item in reversed(named.items()) if key not in done]
+            new = len(lines.entries)
+            with ProgressLine(sources.kind, len(named), len(named) - len(pending)) as progress:
+                for start in range(0, len(pending), judge.concurrency):
+                    part = pending[start : start + judge.concurrency]
+                    for item, one in zip(part, writer(part), strict=True):
+                        file = errors if isinstance(one, str) else duplicates if "same_as" in one else lines
+                        fields = {"error": one} if isinstance(one, str) else one
+                        file.append([{**fields, **item.names}])
+                    progress.advance(len(part))
+                    spending.update()
+                    if spending.spent and start + len(part) < len(pending):
+                        raise UserError(f"{spending.limit_text()}; {out} has what was written, raise it to go on")
+            files = {"lines": lines, "errors": errors, "duplicates": duplicates}
+            return {name: len(file.entries) for name, file in files.items()} | {"new": len(lines.entries) - new}
+    finally:
+        client.close()
+
+
+def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels: int) -> Writer:
+    if sources.kind == "references":
+        return References(client, judge.max_tokens, max_pixels, _THREADS)
+    if sources.kind == "units":
+        return Units(client, judge.max_tokens)
+    return Rubrics(client, judge.max_tokens, sources.drafts())
+
+
+def _seen_from(folder: Path, item: Item) -> Item:
+    """The item under the name that a file in `folder` gives it; what it is known by to others is its key."""
+    return dataclasses.replace(item, image=Path(os.path.relpath(item.path.absolute(), folder)).as_posix())
+
+
+def _key(entry: Mapping[str, Any]) -> Any:
+    return entry.get("id", entry.get("image"))
+
+
+def estimate(sources: Sources, judge: ConfigDict) -> str:
+    """A table of calls, tokens and cost, if nothing is in the cache."""
+    count = len(sources.items())
+    lines = [f"{count:,} pictures; about:", f"{'prompt':18}{'calls':>12}{'tokens in':>16}{'tokens out':>16}"]
+    sums = [0, 0]
+    for name in KINDS[sources.kind].prompts:
+        texts = {"describe.v1": {"request": ""}, "units.v1": {"reference": ""}}
+        messages = prompts.render(name, **texts.get(name, {"caption": "", "reference": ""}))
+        fixed = sum(len(message["content"]) for message in messages) // _CHARACTERS_PER_TOKEN
+        each = fixed + _TOKENS[name][0], min(_TOKENS[name][1], judge.max_tokens)
+        row = [count * tokens for tokens in each]
+        sums = [a + b for a, b in zip(sums, row, strict=True)]
+        lines.append(f"{name:18}{count:12,}{row[0]:16,}{row[1]:16,}")
+    cost_text = "set --judge.price_in and --judge.price_out (per million tokens)"
+    if judge.price_in or judge.price_out:
+        cost_text = f"{(sums[0] * judge.price_in + sums[1] * judge.price_out) / _MILLION:,.2f}"
+    return "\n".join([*lines, f"cost: {cost_text}"])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m balcap_jax.recaption",
+        description="Writes references, units or criteria with a judge model; the same command goes on where it was "
+        "stopped. --judge.FIELD=VALUE sets the fields judge.* that `python -m balcap_jax.config` lists.",
+    )
+    add = parser.add_argument
+    images_help = "a folder, a JSONL file, or ShareGPT4V's JSON"
+    add("--images", metavar="DIR_OR_FILE", type=place, required=True, help=images_help)
+    add("--out", metavar="F.jsonl", type=place, help="one line each; beside it F.errors.jsonl, F.judge.json, ...")
+    add("--write", choices=tuple(KINDS), default="references", help="what is written (default: %(default)s)")
+    add("--students", metavar="F.jsonl", type=place, help="for rubrics: captions that `caption` wrote")
+    add("--root", metavar="DIR", type=place, help="where the images of ShareGPT4V's JSON lie (default: beside it)")
+    add("--prompt", default=photos.PROMPT, help="for pictures without their own (default: %(default)r)")
+    add("--max_pixels", type=int, default=MAX_PIXELS, help="of what the judge is shown (default: %(default)s)")
+    add("--retry_errors", action="store_true", help="ask about the pictures of F.errors.jsonl again")
+    add("--estimate", action="store_true", help="print about how many calls, tokens and money, and stop")
+    return parser
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    rest, judge = take_group(sys.argv[1:] if argv is None else argv, "judge", name="remote")
+    parser = make_parser()
+    arguments = parser.parse_args(rest)
+    if (arguments.write == "rubrics") != bool(arguments.students):
+        parser.error("--write=rubrics needs --students=F.jsonl, and nothing else takes it")
+    if arguments.max_pixels < 1:
+        parser.error(f"--max_pixels={arguments.max_pixels} is out of range: it must be at least 1")
+    sources = Sources(arguments.images, arguments.write, arguments.prompt, arguments.root, arguments.students)
+    if arguments.estimate:
+        print(estimate(sources, judge), flush=True)
+        return
+    if not arguments.out:
+        parser.error("the following arguments are required: --out")
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.images):
+        parser.error("--out must be another file than --images")
+    warnings.filterwarnings("ignore", module="PIL")  # `data.images` makes an error of what Pillow warns of.
+    try:
+        counts = recaption(
+            sources, arguments.out, judge, retry_errors=arguments.retry_errors, max_pixels=arguments.max_pixels
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    errors = beside(Path(arguments.out), ".errors.jsonl")
+    if not counts["lines"]:
+        raise UserError(f"nothing was written for any of the {counts['errors']} pictures; {errors} says why")
+    more = f"; {counts['duplicates']} copies left out" if counts["duplicates"] else ""
+    more += f"; {counts['errors']} failed: {errors}" if counts["errors"] else ""
+    print(f"{counts['lines']} lines ({counts['new']} new): {arguments.out}{more}")
+
+
+if __name__ == "__main__":
+    main()

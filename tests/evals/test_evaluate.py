@@ -1,0 +1,367 @@
+"""The command: judging through a server, kills and resumes, what is counted, and bad input."""
+
+import json
+import random
+import threading
+
+import numpy as np
+import pytest
+from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, text_of
+from PIL import Image
+from system.commands import finish, start
+
+from balcap_jax import evaluate
+
+CHECK = "--metric=checklist"
+
+
+def checklists(tmp_path, count=8):
+    path = tmp_path / "checklists.jsonl"
+    lines = [
+        {"id": f"p{i}", "items": [{"kind": "count" if j % 2 else "text", "question": f"Is {i} {j}?"} for j in range(3)]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def captions(tmp_path, count=8, name="captions.jsonl", shuffle=None):
+    lines = [json.dumps({"image": f"images/p{i}", "caption": f"Caption {i}."}) for i in range(count)]
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(lines)
+    path = tmp_path / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def opinion(text: str) -> str:
+    return ("yes", "no", "not_mentioned")[digest(text) % 3]
+
+
+def answers(body: dict) -> Reply:
+    """Answers each question of a checklist by a digest of it and the caption."""
+    blocks = blocks_of(body)
+    caption = blocks[-1][1]
+    found = [
+        {"question": i, "why": "so", "answer": opinion(question + caption)}
+        for i, (kind, question) in enumerate(blocks[:-1], start=1)
+        if kind == "question"
+    ]
+    return Reply("text", json.dumps({"answers": found}))
+
+
+def judged_by(server, tmp_path, **fields):
+    given = {"endpoints": server.url, "model": "the-model", "cache_dir": "", "retries": 0} | fields
+    return [f"--judge.{name}={value}" for name, value in given.items()]
+
+
+def results_of(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+
+
+def expected_precision(numbers=range(8)) -> float:
+    said = [opinion(f"Is {i} {j}?Caption {i}.") for i in numbers for j in range(3)]
+    return 100 * said.count("yes") / (said.count("yes") + said.count("no"))
+
+
+def test_results_say_what_was_judged_and_by_whom(tmp_path, capsys):
+    given = [
+        CHECK,
+        f"--captions={captions(tmp_path)}",
+        f"--checklists={checklists(tmp_path)}",
+        f"--out={tmp_path / 'o'}",
+    ]
+    with JudgeServer(answers) as server:
+        evaluate.main([*given, *judged_by(server, tmp_path)])
+        evaluate.main([*given, *judged_by(server, tmp_path)])
+        assert server.requests == 8
+    results = results_of(tmp_path / "o")
+    assert results["score"] == pytest.approx(expected_precision())
+    low, high = results["confidence"]
+    assert low <= results["score"] <= high
+    assert (results["n"], results["invalid"], results["words"]) == (8, 0, 2.0)
+    assert (results["judge"], results["prompts"]) == ("the-model", "checklist.v1")
+    assert len(lines_of(tmp_path / "o")) == 8
+    assert "checklist: " in capsys.readouterr().out
+
+
+def test_the_order_of_lines_changes_nothing(tmp_path):
+    found = []
+    with JudgeServer(answers) as server:
+        for seed in (None, 1):
+            out = tmp_path / f"o{seed}"
+            given = [f"--captions={captions(tmp_path, name=f'{seed}.jsonl', shuffle=seed)}", f"--out={out}"]
+            evaluate.main([CHECK, f"--checklists={checklists(tmp_path)}", *given, *judged_by(server, tmp_path)])
+            found.append({k: v for k, v in results_of(out).items() if k != "inputs"})
+    assert found[0] == found[1]
+
+
+def test_failures_are_counted_shown_and_judged_again_on_demand(tmp_path, capsys):
+    def behave(body):
+        caption = blocks_of(body)[-1][1]
+        if caption == "Caption 3.":
+            return Reply("status", "no", status=400)
+        return Reply("text", "no JSON") if caption == "Caption 5." else answers(body)
+
+    out = tmp_path / "o"
+    given = [CHECK, f"--captions={captions(tmp_path, 7)}", f"--checklists={checklists(tmp_path)}", f"--out={out}"]
+    with JudgeServer(behave) as server:
+        evaluate.main([*given, *judged_by(server, tmp_path)])
+        results = results_of(out)
+        assert (results["n"], results["invalid"]) == (5, 3)
+        assert results["errors"]["no caption"] == 1
+        assert any("HTTP 400" in reason for reason in results["errors"])
+        assert results["score"] == pytest.approx(expected_precision([0, 1, 2, 4, 6]))
+        assert "3 items are not in it" in capsys.readouterr().out
+        server.behave = answers
+        evaluate.main([*given, *judged_by(server, tmp_path), "--retry_errors"])
+    results = results_of(out)
+    assert (results["n"], results["invalid"]) == (7, 1)
+    assert results["score"] == pytest.approx(expected_precision(range(7)))
+
+
+def test_killed_at_any_point_nothing_is_judged_twice_and_the_result_is_the_same(tmp_path):
+    process, killed = None, threading.Event()
+
+    def behave(body):
+        if process is not None and server.requests > 9 and not killed.is_set():
+            killed.set()
+            process.kill()
+        return answers(body)
+
+    given = [CHECK, f"--captions={captions(tmp_path, 20)}", f"--checklists={checklists(tmp_path, 20)}"]
+    with JudgeServer(behave) as server:
+        judge = judged_by(server, tmp_path, concurrency=1, cache_dir=tmp_path / "cache")
+        process = start("balcap_jax.evaluate", *given, *judge, f"--out={tmp_path / 'killed'}")
+        finish(process, expected=-9)
+        before = server.requests
+        assert 9 < before < 13
+        assert 0 < len(lines_of(tmp_path / "killed")) < 20
+        process = None
+        finish(start("balcap_jax.evaluate", *given, *judge, f"--out={tmp_path / 'killed'}"))
+        texts = [text_of(body) for body in server.seen]
+        assert len(texts) - len(set(texts)) <= 1, "only the one under way may come twice"
+        other = judged_by(server, tmp_path, concurrency=1)
+        evaluate.main([*given, *other, f"--out={tmp_path / 'whole'}"])
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+
+
+def test_judgements_of_another_folder_need_no_judge(tmp_path):
+    given = [CHECK, f"--captions={captions(tmp_path)}", f"--checklists={checklists(tmp_path)}"]
+    with JudgeServer(answers) as server:
+        evaluate.main([*given, *judged_by(server, tmp_path), f"--out={tmp_path / 'o'}"])
+    items = tmp_path / "o" / "items.jsonl"
+    kept = items.read_text().splitlines()
+    items.write_text(
+        "\n".join([kept[0], json.dumps({"id": "p1", "judgement": {"answers": {"1": "maybe"}}}), *kept[2:7]])
+    )
+    evaluate.main([*given, f"--judgements={items}", f"--out={tmp_path / 'again'}"])
+    results = results_of(tmp_path / "again")
+    assert (results["n"], results["judge"]) == (6, "")
+    assert results["errors"]["no judgement of it is given"] == 1
+    assert any("another form" in reason for reason in results["errors"])
+    assert results["score"] == pytest.approx(expected_precision([0, 2, 3, 4, 5, 6]))
+
+
+def test_dcscore_from_pictures_to_the_score(tmp_path):
+    """A judge that finds each sentence a fact, matches equal ones, and holds all but "wrong" ones for true."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "oracle.jsonl").write_text(
+        json.dumps({"image_name": "a.png", "oracle_caption": "o", "oracle_facts": ["one", "two"]})
+        + "\n"
+        + json.dumps({"image_name": "gone.png", "oracle_caption": "o", "oracle_facts": ["one"]})
+        + "\n"
+    )
+    (tmp_path / "c.json").write_text(json.dumps({"a.png": "one. wrong. mood", "gone.png": "one"}))
+
+    def behave(body):
+        blocks = blocks_of(body)
+        system = body["messages"][0]["content"]
+        if system.startswith("You split a caption"):
+            facts = blocks[0][1].split(". ")
+            return Reply("text", json.dumps({"facts": [{"fact": f, "relevance": int(f != "mood")} for f in facts]}))
+        said = [text for kind, text in blocks if kind == "statement"]
+        if system.startswith("You match"):
+            known = [text for kind, text in blocks if kind == "reference"]
+            found = [{"fact": i, "why": "", "match": known.index(f) if f in known else -1} for i, f in enumerate(said)]
+            return Reply("text", json.dumps({"matches": found[::-1]}))
+        found = [{"fact": i, "why": "", "verified": f != "wrong"} for i, f in enumerate(said)]
+        return Reply("text", json.dumps({"facts": found}))
+
+    given = [f"--captions={tmp_path / 'c.json'}", f"--references={tmp_path / 'oracle.jsonl'}", f"--images={tmp_path}"]
+    with JudgeServer(behave) as server:
+        evaluate.main(["--metric=dcscore", *given, f"--out={tmp_path / 'o'}", *judged_by(server, tmp_path)])
+    results = results_of(tmp_path / "o")
+    assert (results["n"], results["invalid"]) == (1, 1)
+    assert "gone.png: no such file" in results["errors"]
+    # All: P 2/3, R (1 + 1) / (2 + 1). Relevant: P 1/2, R 1/2.
+    assert results["score"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 2, abs=1e-4)
+
+
+# ---- general benchmarks ----------------------------------------------------------------------------------------------
+
+
+def run_benchmark(tmp_path, metric, questions, predictions):
+    path = tmp_path / f"q{questions[0]}"
+    path.write_text(questions[1])
+    said = tmp_path / "predictions.jsonl"
+    said.write_text("".join(json.dumps({"question_id": k, "prediction": v}) + "\n" for k, v in predictions.items()))
+    out = tmp_path / "o"
+    evaluate.main([f"--metric={metric}", f"--questions={path}", f"--predictions={said}", f"--out={out}"])
+    return results_of(out)
+
+
+def test_mmbench_counts_a_question_when_all_its_rotations_are_right(tmp_path):
+    rows = ["index\tquestion\tA\tB\tanswer\tcategory\tl2-category"]
+    right = {}
+    for i, (first, second) in enumerate([(True, True), (True, False), (False, False)]):
+        for k, is_right in enumerate((first, second)):
+            index = i + k * 1_000_000
+            rows.append(f"{index}\tq{i}\tred\tblue\t{'AB'[k]}\tcolour\tfine")
+            right[str(index)] = "AB"[k] if is_right else "BA"[k]
+    results = run_benchmark(tmp_path, "mmbench", (".tsv", "\n".join(rows)), right)
+    assert results["score"] == pytest.approx(100 / 3)
+    assert results["each_rotation"] == pytest.approx(50.0)
+    assert (results["n"], results["questions"]) == (3, 6)
+    assert results["kind/fine"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "suffix", "content", "predictions", "score"),
+    [
+        (
+            "chartqa",
+            ".json",
+            [{"imgname": "a.png", "query": "n?", "label": "10"}, {"imgname": "a.png", "query": "m?", "label": "x"}],
+            {"1": "10.4", "2": "y"},
+            50.0,
+        ),
+        (
+            "docvqa",
+            ".json",
+            {"data": [{"questionId": 7, "question": "q", "answers": ["hello"], "image": "d/a.png"}]},
+            {"7": "hell"},
+            80.0,
+        ),
+        (
+            "textvqa",
+            ".json",
+            {"data": [{"question_id": 3, "question": "q", "answers": ["stop"] * 2 + ["go"] * 8}]},
+            {"3": "Stop."},
+            60.0,
+        ),
+        (
+            "ocrbench",
+            ".json",
+            [{"dataset_name": "HME100k", "image_path": "a.jpg", "question": "q", "answers": ["x ^ 2"], "type": "t"}],
+            {"1": "it is x^2"},
+            1.0,
+        ),
+        (
+            "seedbench",
+            ".json",
+            {"questions": [{"question_id": "s1", "question": "q", "choice_a": "x", "choice_b": "y", "answer": "B"}]},
+            {"s1": "b"},
+            100.0,
+        ),
+        (
+            "scienceqa",
+            ".json",
+            {"12": {"question": "q", "choices": ["x", "y"], "answer": 1, "hint": "h", "split": "test"}},
+            {"12": "B. y"},
+            100.0,
+        ),
+        (
+            "blink",
+            ".jsonl",
+            [{"id": "1", "question": "q", "choices": ["x", "y"], "answer": "A"}],
+            {"1": "(A) x"},
+            100.0,
+        ),
+        ("mmstar", ".jsonl", [{"id": "1", "question": "q", "choices": ["x", "y"], "answer": "A"}], {"1": "hm"}, 0.0),
+        ("infovqa", ".jsonl", [{"id": "1", "question": "q", "answers": ["abc"]}], {"1": "abd"}, 100 * 2 / 3),
+    ],
+)
+def test_official_forms(tmp_path, metric, suffix, content, predictions, score):
+    lines = "\n".join(map(json.dumps, content)) if suffix == ".jsonl" else json.dumps(content)
+    results = run_benchmark(tmp_path, metric, (suffix, lines), predictions)
+    assert results["score"] == pytest.approx(score)
+    assert results["unparsable"] == (1 if metric == "mmstar" else 0)
+
+
+def test_many_answers(tmp_path):
+    rng = random.Random(0)
+    wanted = [rng.choice(["yes", "no"]) for _ in range(20_000)]
+    said = {str(i): rng.choice(["yes", "no"]) for i in range(19_000)}
+    lines = (json.dumps({"id": str(i), "question": "q", "answers": [text]}) for i, text in enumerate(wanted))
+    results = run_benchmark(tmp_path, "docvqa", (".jsonl", "\n".join(lines)), said | {"5": "word " * 100_000})
+    right = sum(wanted[i] == said[str(i)] for i in range(19_000) if i != 5)
+    assert results["score"] == pytest.approx(100 * right / 19_000)
+    assert (results["n"], results["invalid"]) == (19_000, 1000)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'{"id": "p1", "caption": "a"}\n{"id": "p1", "caption": "b"}\n', "'p1' has a text already"),
+        (b'{"id": "p1", "caption": "\xff"}\n', "line 1 is not JSON (not a text file)"),
+        (b'{"id": "p1"}\n', "line 1 has no id and text"),
+        (b"[1]\n", "line 1 is no JSON object"),
+    ],
+)
+def test_bad_captions_are_one_line(tmp_path, capsys, content, named):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([CHECK, f"--captions={path}", f"--checklists={checklists(tmp_path)}", f"--out={tmp_path / 'o'}"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_captions_of_nothing_that_is_asked_are_a_plain_error(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"elsewhere": "x"}')
+    given = [CHECK, f"--captions={tmp_path / 'c.json'}", f"--checklists={checklists(tmp_path, 1)}"]
+    given.append(f"--out={tmp_path / 'o'}")
+    with pytest.raises(SystemExit):
+        evaluate.main([*given, "--judge.endpoints=http://127.0.0.1:9/v1"])
+    assert "127.0.0.1:9" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    with JudgeServer(answers) as server, pytest.raises(SystemExit):
+        evaluate.main([*given, *judged_by(server, tmp_path)])
+    assert "1 x no caption" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_evaluation_is_left_alone(tmp_path, capsys):
+    given = [CHECK, f"--checklists={checklists(tmp_path)}", f"--out={tmp_path / 'o'}"]
+    with JudgeServer(answers) as server:
+        evaluate.main([*given, f"--captions={captions(tmp_path)}", *judged_by(server, tmp_path)])
+        before = (tmp_path / "o" / "items.jsonl").read_bytes()
+        with pytest.raises(SystemExit):
+            evaluate.main([*given, f"--captions={captions(tmp_path, 4, 'fewer.jsonl')}", *judged_by(server, tmp_path)])
+    assert "holds an evaluation with inputs" in capsys.readouterr().err
+    assert (tmp_path / "o" / "items.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--metric=dcsore"], "dcsore"),
+        (["--metric=dcscore"], "needs --captions"),
+        (["--metric=chartqa", "--questions=x.json"], "--predictions=F.jsonl, or --model=DIR"),
+        (["--metric=side_by_side", "--votes=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, arguments, named):
+    with pytest.raises(SystemExit):
+        evaluate.main([*arguments, f"--out={tmp_path / 'o'}"])
+    assert named in capsys.readouterr().err

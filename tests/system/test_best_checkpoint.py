@@ -1,0 +1,52 @@
+"""checkpoint.best_metric: the best checkpoint outlives newer ones and a kill, and is a model of its own."""
+
+import json
+import signal
+
+from commands import (
+    arguments,
+    assert_same_run,
+    checkpoints,
+    finish,
+    read_arrays,
+    start_interrupted,
+    the_one_line,
+    train,
+)
+
+BEST = {"checkpoint__best_metric": "b_capscore", "checkpoint__keep": 1, "stages__rl__eval_every": 2}
+
+
+def best_of(workdir) -> dict:
+    return json.loads((workdir / "summary.json").read_text())["best"]
+
+
+def test_the_best_checkpoint_stays_through_a_kill(tmp_path, data_dir):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = train(straight, data_dir, **BEST)
+    best = best_of(straight)
+    assert set(best["scores"]) == {"6", "8", "10"}
+    known = {int(step): score for step, score in best["scores"].items() if score is not None}
+    assert best["step"] == max(sorted(known), key=known.get)
+    assert f"(step {best['step']}, validation b_capscore" in done.stdout
+    assert best["step"] in checkpoints(straight)
+    model = read_arrays(straight / "best" / "params")
+    saved = read_arrays(straight / "checkpoints" / str(best["step"]) / "arrays")
+    for name, array in model.items():
+        assert array.tobytes() == saved[f"['state']['params']{name}"].tobytes(), name
+
+    done = start_interrupted(signal.SIGKILL, "log:9", *arguments(killed, data_dir, **BEST))
+    finish(done, -signal.SIGKILL)
+    train(killed, data_dir, **BEST)
+    assert best_of(killed) == best
+    assert_same_run(killed, straight)
+    other = read_arrays(killed / "best" / "params")
+    assert all(other[name].tobytes() == array.tobytes() for name, array in model.items())
+
+
+def test_an_unknown_metric_is_one_line_and_takes_no_workdir(tmp_path, data_dir):
+    done = train(tmp_path / "run", data_dir, expected=2, **BEST | {"checkpoint__best_metric": "bleu"})
+    line = the_one_line(done.stderr)
+    assert "'checkpoint.best_metric' must be one of" in line
+    assert "'bleu'" in line
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,312 @@
+"""`pipeline.depth` 1: a batch is judged beside the rollout of the next, one update off-policy, and resumes exactly."""
+
+import dataclasses
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_llava
+import pytest
+from commands import (
+    RECIPE,
+    arguments,
+    assert_same_run,
+    checkpoints,
+    finish,
+    read_arrays,
+    read_metrics,
+    start_interrupted,
+    the_one_line,
+    train,
+)
+
+from balcap_jax import config as configuration
+from balcap_jax import data, models, sharding
+from balcap_jax.checkpoint import Checkpointer
+from balcap_jax.data.input import make_dataset
+from balcap_jax.errors import UserError
+from balcap_jax.metrics import HIDDEN, PhaseClock
+from balcap_jax.pipeline import Judging, abstract_kept
+from balcap_jax.rewards import Scores
+from balcap_jax.rollout import make_rollout
+from balcap_jax.stages import Job, RLStage, sampling_of, start_state
+from balcap_jax.train import STAGES
+
+# A tenth of the judge's calls fails, and an evaluation at step 4 asks it in between.
+AHEAD = {"stages__order": "rl", "pipeline__depth": 1, "judge__failure_rate": 0.1, "checkpoint__every": 1}
+# As many captions as training draws: one program for both.
+AHEAD |= {"log__eval_samples": 3, "log__tensorboard": False}
+
+
+def load(**overrides: Any):
+    return configuration.load(str(RECIPE), {name.replace("__", "."): str(value) for name, value in overrides.items()})
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir) -> Path:
+    """The workdir of an uninterrupted run of 6 steps."""
+    workdir = tmp_path_factory.mktemp("overlap") / "whole"
+    train(workdir, data_dir, **AHEAD)
+    return workdir
+
+
+def test_killed_stopped_and_lengthened_equals_uninterrupted(tmp_path, data_dir, whole):
+    """Each time a batch is in flight: at the end of a shorter run, in the middle, and when it is asked to stop."""
+    given = AHEAD | {"checkpoint__every": 2}
+
+    def interrupt(number: signal.Signals, where: str, **overrides: Any) -> str:
+        status = 0 if number == signal.SIGTERM else -number
+        command = arguments(tmp_path / "run", data_dir, **(given | overrides))
+        done = finish(start_interrupted(number, where, *command), status)
+        assert done.stderr == ""
+        return done.stdout
+
+    interrupt(signal.SIGKILL, "rename:model", stages__rl__steps=2)
+    assert checkpoints(tmp_path / "run") == [2]
+    assert "going on after step 2 of 6 (rl)" in interrupt(signal.SIGKILL, "log:4")
+    assert checkpoints(tmp_path / "run") == [2]
+    assert "SIGTERM: saved after step 3; the same" in interrupt(signal.SIGTERM, "log:3")
+    assert checkpoints(tmp_path / "run") == [2, 3]
+    done = train(tmp_path / "run", data_dir, **given)
+    assert "going on after step 3 of 6 (rl)" in done.stdout
+    assert_same_run(tmp_path / "run", whole)
+
+
+def nested(arrays: dict[str, np.ndarray], part: str) -> dict:
+    """The arrays of a checkpoint below a path such as "['state']['params']"."""
+    flat = {
+        tuple(re.findall(r"\['(.+?)'\]", name.removeprefix(part))): array
+        for name, array in arrays.items()
+        if name.startswith(part)
+    }
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def test_ratio_is_that_of_the_updated_policy_to_the_one_that_sampled(whole, data_dir):
+    """Against one full sequence per sample, from what the checkpoints hold: parameters, and the captions in flight.
+
+    The captions of step t + 1 lie in the checkpoint of step t, and are drawn from the parameters of step t - 1.
+    """
+    config = load(data__data_dir=data_dir, **AHEAD)
+    splits = data.load(config.data, config.model.image_size)
+    policy, processor = models.build(config.model, splits.tokenizer)
+    logged = {line["step"]: line for line in read_metrics(whole)}
+    assert logged[1]["ratio/mean"] == pytest.approx(1, abs=1e-5)  # The first two batches are of the same parameters.
+
+    for step in (2, 4):
+        now, before = (read_arrays(whole / "checkpoints" / str(t) / "arrays") for t in (step, step - 1))
+        batches = make_dataset(splits.train, batch_size=4, seed=0, threads=0)
+        with Checkpointer(whole / "checkpoints", keep=20) as checkpointer:
+            batches.set_state(checkpointer.extra(step)["iterator"])
+        examples = next(batches)
+        prompt = processor(examples["image"], examples["prompt"], examples["id"])
+        rows = [tokens[mask] for tokens, mask in zip(prompt.tokens, prompt.mask, strict=True)]
+        flight = nested(now, "['in_flight']")
+        mask = flight["mask"]
+
+        plain = jax.jit(
+            lambda params, rows=rows, images=prompt.images, tokens=flight["tokens"]: plain_llava.log_probs(
+                policy, params, rows, images, tokens
+            )
+        )
+        sampled, updated = (np.float64(plain(nested(arrays, "['state']['params']")))[mask] for arrays in (before, now))
+        np.testing.assert_allclose(flight["policy_log_probs"][mask], sampled, atol=2e-5)
+        ratio, drift = np.exp(updated - sampled), np.abs(updated - sampled)
+        assert logged[step + 1]["ratio/mean"] == pytest.approx(ratio.mean(), abs=1e-4)
+        assert logged[step + 1]["drift/max_abs_logp"] == pytest.approx(drift.max(), abs=1e-4)
+        assert drift.max() > 1e-2, "the update changed next to nothing: nothing was tested"
+
+
+def test_too_many_failures_stop_the_run_at_the_step_at_which_they_would_at_depth_0(tmp_path, data_dir):
+    given = AHEAD | {"stages__rl__steps": 8, "judge__failure_rate": 0.9}
+    line = the_one_line(train(tmp_path, data_dir, expected=2, **given).stderr)
+    assert line.startswith("error: stopped at step 2: ")
+    assert "of the last 72 judge calls failed, more than judge.max_failure_rate = 0.2 allows over 8 steps" in line
+    assert checkpoints(tmp_path)[-1] == 2
+    assert "['in_flight']['tokens']" in read_arrays(tmp_path / "checkpoints" / "2" / "arrays")
+
+
+# ---- one stage, with a judge and a rollout of chosen durations ------------------------------------------------------
+
+
+class Listener:
+    """A reward that says who calls it, and does something before it answers."""
+
+    names = ("precision", "recall", "linguistic")
+    gated = (False, False, True)
+
+    def __init__(self) -> None:
+        self.begun: list[list[str]] = []
+        self.threads: set[str] = set()
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def __call__(self, samples) -> Scores:
+        self.begun.append(list(samples.example_ids))
+        self.threads.add(threading.current_thread().name)
+        self.meanwhile()
+        lengths = np.asarray(samples.tokens, np.float32)
+        shape = (*lengths.shape, 3)
+        return Scores(np.broadcast_to(lengths[..., None] / 24, shape), np.ones(shape, bool), [])
+
+
+@dataclasses.dataclass
+class Run:
+    """A stage on four devices, its judge, and what moves on with each step."""
+
+    stage: RLStage
+    reward: Listener
+    state: Any
+    batches: Iterator[dict]
+    step: int = 0
+    goes_on: bool = True
+    slow_rollout: float = 0.0
+
+    def begin(self) -> None:
+        self.reward.begun.clear()
+        self.reward.meanwhile = lambda: None
+        self.goes_on, self.slow_rollout = True, 0.0
+        self.stage.begin(self.state, next(self.batches), self.step + 1)
+
+    def advance(self) -> dict[str, float]:
+        """One step. -> the values for the log, its times among them."""
+        self.step += 1
+        self.state, values, _ = self.stage.advance(self.state, next(self.batches), self.step)
+        return values | self.stage.job.clock.step()
+
+
+@pytest.fixture(scope="module")
+def run(data_dir) -> Run:
+    config = load(data__data_dir=data_dir, pipeline__depth=1)
+    splits = data.load(config.data, config.model.image_size)
+    policy, processor = models.build(config.model, splits.tokenizer)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+    reward = Listener()
+    job = Job(config, mesh, policy, processor, reward, PhaseClock())
+    made = Run(
+        RLStage(job, settle=lambda *_: made.goes_on),
+        reward,
+        start_state(job, jax.jit(policy.init)(jax.random.key(0)), "rl"),
+        iter(make_dataset(splits.train, batch_size=4, seed=0, threads=0)),
+    )
+    made.begin()
+    made.advance()  # compiles
+    rollout = made.stage._rollout
+
+    def slowed(*given):
+        time.sleep(made.slow_rollout)
+        return rollout(*given)
+
+    made.stage._rollout = slowed
+    return made
+
+
+def test_a_judge_is_hidden_behind_a_rollout_that_takes_as_long(run):
+    seconds = 0.4
+    run.begin()
+    run.reward.meanwhile, run.slow_rollout = lambda: time.sleep(seconds), seconds
+    run.advance()
+    for _ in range(2):
+        begun = time.perf_counter()
+        values = run.advance()
+        wall = time.perf_counter() - begun
+        assert values["time/rollout"] >= seconds
+        assert values["time/judge"] < 0.2 * seconds
+        assert values[HIDDEN] > 0.8 * seconds
+        phases = sum(value for name, value in values.items() if name.startswith("time/") and name != HIDDEN)
+        assert phases == pytest.approx(wall, rel=0.02)
+    assert run.reward.threads == {"judging"}
+
+
+def test_what_is_waited_for_is_shown_and_not_called_hidden(run):
+    """The rollout is fast: of 0.4 s of judging, some lie beside it and the update, and the rest is waited for."""
+    run.begin()
+    run.reward.meanwhile = lambda: time.sleep(0.4)
+    run.advance()
+    values = run.advance()
+    assert values["time/judge"] > 0.05
+    assert values["time/judge"] + values[HIDDEN] == pytest.approx(0.4, abs=0.1)
+
+
+def test_the_next_batch_is_judged_during_the_update_and_not_when_the_run_is_to_stop(run):
+    run.begin()
+    run.advance()
+    assert len(run.reward.begun) == 1 + 1  # of this step and of the next
+    answer = threading.Event()
+    run.reward.meanwhile = answer.wait
+    run.stage.finish_judging()
+    answer.set()
+    run.advance()
+    answer.clear()
+    run.goes_on = False
+    run.advance()
+    asked = len(run.reward.begun)
+    run.stage.finish_judging()  # There is nothing to wait for.
+    time.sleep(0.05)
+    assert len(run.reward.begun) == asked
+    run.goes_on, run.reward.meanwhile = True, lambda: None
+    run.advance()
+    run.stage.finish_judging()
+    assert len(run.reward.begun) == asked + 2
+    assert len({tuple(ids) for ids in run.reward.begun}) == len(run.reward.begun), "a batch was judged twice"
+
+
+def test_what_a_judge_raises_ends_the_step_that_needs_its_answer(run):
+    run.begin()
+
+    def fail() -> None:
+        raise UserError("the judge has lost its mind")
+
+    run.reward.meanwhile = fail
+    run.advance()  # Its own batch was judged before.
+    with pytest.raises(UserError, match="lost its mind"):
+        run.advance()
+
+
+def test_a_judge_may_not_copy_unseen_either():
+    with jax.transfer_guard("disallow"):
+        judging = Judging(lambda: jnp.add(jnp.zeros(3), np.ones(3)))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        judging.wait()
+
+
+def test_a_checkpoint_is_restored_in_the_layout_in_which_rollouts_are_kept(run):
+    job = run.stage.job
+    size = job.config.stages.rl.batch_size
+    wanted = abstract_kept(job.mesh, job.policy, job.processor, run.state.params, size, sampling_of(job.config))
+    run.begin()
+    found = run.stage.in_flight
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding)
+
+
+def test_shapes_of_another_family(run):
+    from test_families import QWEN
+
+    config = load(**QWEN)
+    policy, processor = models.build(config.model, run.stage.job.processor.tokenizer)
+    params, sampling = jax.eval_shape(policy.init, jax.random.key(0)), sampling_of(config)
+    wanted = abstract_kept(run.stage.job.mesh, policy, processor, params, 4, sampling)
+    prompt = processor([np.zeros((30, 40, 3), np.uint8)] * 4, ["describe"] * 4)
+    number = jax.ShapeDtypeStruct((), jnp.uint32)
+    rollout = make_rollout(policy, sampling)
+    drawn = rollout.lower(params, prompt, np.zeros(4, np.uint32), number, number).out_info._replace(log_probs=None)
+    for one, other in zip(jax.tree.leaves(drawn), jax.tree.leaves(wanted), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"rl"}))
+def test_other_stages_hold_nothing(stage):
+    made = STAGES[stage]
+    assert getattr(made, "func", made).depth == 0

@@ -1,0 +1,66 @@
+"""Which checkpoint is the best one, given a sequence of scores; and metrics that nobody measures."""
+
+import math
+
+import pytest
+
+from balcap_jax.best import Best, check
+from balcap_jax.errors import UserError
+
+
+def scripted(scores: list) -> Best:
+    """A run of rl whose evaluation gives these scores at steps 2, 4, 6, ..."""
+    waiting = iter(scores)
+    best = Best("b_capscore", lambda params: {"b_capscore": {"mean": next(waiting)}})
+    for step in range(1, 2 * len(scores) + 1):
+        if best.is_due("rl", step, 2, 2 * len(scores)):
+            best.measure(step, None)
+    return best
+
+
+@pytest.mark.parametrize(
+    ("scores", "step"),
+    [
+        ([1.0, 3.0, 2.0], 4),
+        ([1.0, 3.0, 3.0], 4),  # the first of equals
+        ([-5.0, -7.0], 2),
+        ([None, 2.0, math.nan], 4),  # nobody answered
+        ([None, None], None),
+    ],
+)
+def test_the_highest_score_is_the_best(scores, step):
+    assert scripted(scores).step == step
+
+
+def test_a_step_is_measured_once_and_scores_come_back():
+    best = scripted([1.0, 2.0])
+    best.measure(4, None)  # would exhaust the script
+    other = Best("b_capscore", lambda params: {"b_capscore": {"mean": 9.0}})
+    other.restore(best.state())
+    assert (other.scores, other.step) == ({2: 1.0, 4: 2.0}, 4)
+    other.measure(6, None)
+    assert other.step == 6
+    assert other.summary() == {
+        "metric": "b_capscore",
+        "step": 6,
+        "score": 9.0,
+        "scores": {"2": 1.0, "4": 2.0, "6": 9.0},
+    }
+
+
+def test_when_steps_are_due():
+    best = Best("precision", lambda params: {})
+    assert [step for step in range(1, 8) if best.is_due("rl", step, 3, 7)] == [3, 6, 7]
+    assert not best.is_due("sft", 3, 3, 7)
+    assert not Best("", lambda params: {}).is_due("rl", 3, 3, 7)
+
+
+def test_what_nobody_measures_is_refused():
+    three = ("precision", "recall", "linguistic")
+    check("", (), 0)
+    check("b_capscore", three, 1)
+    check("recall", three, 1)
+    with pytest.raises(UserError, match="must be one of accuracy, got 'b_capscore'"):
+        check("b_capscore", ("accuracy",), 1)
+    with pytest.raises(UserError, match="no validation images"):
+        check("recall", three, 0)

@@ -1,0 +1,103 @@
+"""Evaluations side by side: paired tests against brute force, what is shown, and bad input."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from balcap_jax import compare
+from balcap_jax.errors import UserError
+
+
+def folder(tmp_path, name, scores, metric="dcscore", **more):
+    """An evaluation with these item scores; None = an invalid item."""
+    out = tmp_path / name
+    out.mkdir(parents=True)
+    valid = [score for score in scores.values() if score is not None]
+    results = {"metric": metric, "score": float(np.mean(valid)), "confidence": [1.0, 2.0], "words": 33.3}
+    (out / "results.json").write_text(json.dumps(results | {"n": len(valid), "invalid": 0} | more))
+    lines = [{"id": key} | ({"score": score} if score is not None else {"error": "x"}) for key, score in scores.items()]
+    (out / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(out)
+
+
+def test_the_sign_test_counts_all_outcomes_of_fair_coins():
+    for tosses in range(1, 11):
+        heads = [sum(coins) for coins in itertools.product((0, 1), repeat=tosses)]
+        for better in range(tosses + 1):
+            uneven = abs(2 * better - tosses)
+            expected = sum(abs(2 * h - tosses) >= uneven for h in heads) / len(heads)
+            assert compare.sign_test(better, tosses - better) == pytest.approx(expected)
+    assert compare.sign_test(0, 0) == 1.0
+    assert 0 < compare.sign_test(49_000, 51_000) < 1e-9
+
+
+def test_only_items_that_both_have_valid_are_compared(tmp_path):
+    base = compare.read(folder(tmp_path, "a", {"p": 10, "q": 20, "r": None, "s": 5}))
+    other = compare.read(folder(tmp_path, "b", {"p": 13, "q": 19, "r": 50, "t": 90}))
+    test = compare.paired(base, other)
+    assert (test.items, test.difference, test.better, test.worse) == (2, 1.0, 1, 1)
+    assert test.p == 1.0
+    alone = compare.read(folder(tmp_path, "c", {"x": 1, "y": 2}))
+    assert compare.paired(base, alone) is None
+
+
+def test_the_paired_interval_is_narrower_than_that_of_unpaired_scores(tmp_path):
+    rng = random.Random(0)
+    hard = {str(i): rng.uniform(0, 100) for i in range(200)}
+    better = {key: value + rng.gauss(2, 1) for key, value in hard.items()}
+    base = compare.read(folder(tmp_path, "a", hard))
+    test = compare.paired(base, compare.read(folder(tmp_path, "b", better)))
+    low, high = test.confidence
+    assert low < test.difference < high
+    assert high - low == pytest.approx(2 * 1.96 * 1 / 200**0.5, rel=0.25)  # The spread between items is gone.
+    assert low > 0
+    assert test.p < 1e-6
+
+
+def test_tables_and_page(tmp_path, capsys):
+    first = folder(tmp_path, "a|b<script>", {"p": 10, "q": 20})
+    second = folder(tmp_path, "second", {"p": 11, "q": 23})
+    third = folder(tmp_path, "third", {"p": 1, "q": 2}, metric="captionqa", confidence=None)
+    compare.main([first, second, third, f"--out={tmp_path / 'out'}"])
+    text = capsys.readouterr().out
+    assert "## dcscore" in text
+    assert "## captionqa" in text
+    assert "| +2.00 |" in text
+    assert "| 2 / 0 of 2 |" in text
+    assert "| 33.3 |" in text
+    assert text.strip() == (tmp_path / "out" / "comparison.md").read_text().strip()
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("<rect") == 3
+    assert "http" not in page
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("results", "items", "message"),
+    [
+        (None, "", "no results.json"),
+        ("{}", "", "no metric and score"),
+        ('{"metric": "x", "score": 1}', '{"score": 1}\n', "no id"),
+        ('{"metric": "x", "score": 1}', "nothing\n", "is not JSON"),
+        ('{"metric": "x", "score": 1}', None, "cannot be read"),
+    ],
+)
+def test_what_is_no_evaluation(tmp_path, results, items, message):
+    if results is not None:
+        (tmp_path / "results.json").write_text(results)
+    if items is not None:
+        (tmp_path / "items.jsonl").write_text(items)
+    with pytest.raises(UserError, match=message):
+        compare.read(tmp_path)
+
+
+def test_a_folder_named_twice(tmp_path, capsys):
+    name = folder(tmp_path, "a", {"p": 1, "q": 2})
+    with pytest.raises(SystemExit):
+        compare.main([name, f"{name}/"])
+    assert "named twice" in capsys.readouterr().err
