@@ -272,6 +272,13 @@ def _cross_problems(config: ConfigDict) -> Iterator[str]:
 
     if config.judge.name == "remote":
         yield from judge_settings.problems(config.judge)
+    if config.judge.name == "policy":
+        yield from judge_settings.policy_problems(config.judge)
+        if config.pipeline.depth:
+            yield (
+                "config field 'pipeline.depth' is 1 and judge.name is policy: a judge on the devices that sample has "
+                "nothing to run beside; set pipeline.depth to 0"
+            )
 
     for axis, size in config.mesh.items():
         if size != -1 and size < 1:

@@ -278,12 +278,26 @@ FIELDS: tuple[Field, ...] = (
     ),
     # judge
     Field(
-        "judge.name", "str", "oracle", "who judges captions: the rules of scenes, or a model behind judge.endpoints",
-        choices=("oracle", "remote"),
+        "judge.name", "str", "oracle",
+        "who judges captions: the rules of scenes, a model behind judge.endpoints, or one at judge.path on the mesh",
+        choices=("oracle", "remote", "policy"),
     ),
     Field("judge.failure_rate", "float", 0.0, "share of oracle calls made to fail, as a drill", low=0, high=1),
     Field("judge.max_failure_rate", "float", 0.2, "share of failed calls above which the run stops", low=0, high=1),
     Field("judge.failure_window", "int", 20, "steps over which it is measured, at most those of rl", low=1, high=STEPS),
+    # judge.name policy only, beside judge.max_tokens
+    Field("judge.path", "str", "", "model directory of the judge, of ours or of Hugging Face"),
+    Field(
+        "judge.scoring", "str", "generate",
+        "written JSON answers, or probabilities of yes and no and of marks, one forward pass each",
+        choices=("generate", "yes_no"),
+    ),
+    Field("judge.dtype", "str", "bfloat16", "compute and storage type of the judge", choices=("float32", "bfloat16")),
+    Field("judge.batch_size", "int", 16, "questions at a time, rounded up to what the mesh divides", low=1, high=SIZE),
+    Field(
+        "judge.prompt_buckets", "ints", (1024, 2048, 4096),
+        "prompt lengths that the judge is compiled for; longer prompts are failures", low=8, high=SIZE,
+    ),
     # judge.name remote only, from here to advantage
     Field(
         "judge.endpoints", "str", "http://localhost:8000/v1",

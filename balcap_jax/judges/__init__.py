@@ -13,10 +13,15 @@ def build(config: Mapping[str, Any], seed: int) -> Judge:
     """The judge of the config group `judge`, whose limits all processes of the run share. Close it in the end.
 
     Raises:
-      UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model.
+      UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model; or the model of a
+        judge on the mesh cannot be loaded or cannot answer.
     """
     if config["name"] == "oracle":
         return OracleJudge(failure_rate=config["failure_rate"], seed=seed)
+    if config["name"] == "policy":
+        from balcap_jax.judges.policy import build_judge  # The judges know models only where a model judges.
+
+        return build_judge(config)
     from balcap_jax.judges.remote import RemoteJudge, make_client  # HTTP only where it is needed.
 
     client = make_client(config, seed, jax.process_count())

@@ -30,7 +30,7 @@ class Spending:
 
     def __init__(self, judge: Judge, config: Mapping[str, Any], path: Path, window: int = 1):
         self._judge, self._config, self._path = judge, config, path
-        self._counts = config["name"] == "remote"
+        self._counts = config["name"] != "oracle"
         self._seen = Usage()  # of this process, at the last update
         self._since = Usage()  # of all processes, since the last step
         self._cost_since = 0.0
@@ -155,7 +155,7 @@ def estimate(config: Mapping[str, Any], order: tuple[str, ...], asked: tuple[str
     """
     judge = config["judge"]
     if judge["name"] != "remote":
-        return f"the judge {judge['name']!r} asks no model: no calls, no tokens, no cost"
+        return f"the judge {judge['name']!r} asks no endpoint: nothing to pay, no cost"
     captions, length = captions_of(config, order), config["rollout"]["max_tokens"]
     patches = -(-config["model"]["image_size"] // 28)
     rows, sums = [], [0, 0, 0]

@@ -1,10 +1,10 @@
-"""The judge of the rewards, asked of language models through a `ChatClient`: questions to prompts, answers to verdicts.
+"""The judge of the rewards, asked of language models through a `Client`: questions to prompts, answers to verdicts.
 
 One caption per request, so that whatever a caption does to its judge, it does to its own score alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import pydantic
 
@@ -75,13 +75,25 @@ class ReferenceUnits(pydantic.BaseModel):
     units: list[str]
 
 
+class Client(Protocol):
+    """Who answers: `client.ChatClient` behind endpoints, or `policy.PolicyClient` on the mesh."""
+
+    model: str
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]: ...
+
+    def usage(self) -> Usage: ...
+
+    def close(self) -> None: ...
+
+
 class RemoteJudge:
     """Implements `judges.schema.Judge`; `client` may be asked other questions too.
 
     `about` is what records say of it: the model, and name and version of each prompt.
     """
 
-    def __init__(self, client: ChatClient, max_tokens: int = 2048):
+    def __init__(self, client: Client, max_tokens: int = 2048):
         self.client, self.max_tokens = client, max_tokens
 
     @property

@@ -29,11 +29,11 @@ class RecallVerdict(pydantic.BaseModel):
 
 
 class LinguisticVerdict(pydantic.BaseModel):
-    """Integer marks 1 (worst) to 5 (best)."""
+    """Marks 1 (worst) to 5 (best): whole numbers, or the means of a judge that gives each mark a probability."""
 
-    clarity: int = pydantic.Field(ge=1, le=5)
-    fluency: int = pydantic.Field(ge=1, le=5)
-    coherency: int = pydantic.Field(ge=1, le=5)
+    clarity: int | float = pydantic.Field(ge=1, le=5)
+    fluency: int | float = pydantic.Field(ge=1, le=5)
+    coherency: int | float = pydantic.Field(ge=1, le=5)
 
 
 @dataclasses.dataclass(frozen=True)

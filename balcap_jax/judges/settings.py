@@ -1,5 +1,6 @@
-"""The config group `judge` of a remote judge: what its strings mean, and what may be wrong with them."""
+"""The config group `judge` of a judge that is a model: what its strings mean, and what may be wrong with them."""
 
+import itertools
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -59,3 +60,11 @@ def problems(judge: Mapping[str, Any]) -> Iterator[str]:
         )
     if judge["max_cost"] and not (judge["price_in"] or judge["price_out"]):
         yield "config field 'judge.max_cost' needs prices: set judge.price_in and judge.price_out"
+
+
+def policy_problems(judge: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the group of a judge on the mesh, one line each."""
+    if not judge["path"]:
+        yield "config field 'judge.path' is empty: the judge 'policy' needs the directory of its model"
+    if any(a >= b for a, b in itertools.pairwise(judge["prompt_buckets"])):
+        yield f"config field 'judge.prompt_buckets' must be ascending, got {judge['prompt_buckets']}"

@@ -1,6 +1,8 @@
 """What the processors of all families share: instructions to token rows of length P, target texts, text again."""
 
+import dataclasses
 import functools
+import re
 import string
 from collections.abc import Sequence
 
@@ -8,9 +10,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.errors import UserError
+from balcap_jax.models.policy import Prompt
 
 # For tokenizers without chat words: the image and the instruction alone.
 PLAIN_TEMPLATE = "{image} {prompt}"
+# The image in a template, with the words that frame it: what the chat templates leave out of a prompt of text alone.
+_IMAGE_PART = re.compile(r"(<\|vision_start\|>)?\{image\}(<\|vision_end\|>)?\s?")
 
 
 class PromptTooLong(UserError):
@@ -76,6 +81,24 @@ class PromptProcessor:
             tokens[row, : len(encoded)] = encoded
             mask[row, : len(encoded)] = True
         return tokens, mask
+
+    def without_image(self, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
+        """Prompts of text alone, for a policy in `policy.WithoutImage`; `images` [B, 0] holds nothing.
+
+        Raises:
+          PromptTooLong: a prompt needs more than P tokens.
+          UserError: it is no Unicode text.
+        """
+        tokens, mask = self._imageless.encode_prompts(prompts, [0] * len(prompts), names_of(ids, len(prompts)))
+        return Prompt(tokens, mask, self.text_positions(mask), np.zeros((len(prompts), 0), np.uint8))
+
+    def text_positions(self, mask: np.ndarray) -> np.ndarray:
+        """Rotary positions of text from the left, for `mask` [B, P]."""
+        return np.ascontiguousarray(np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape))
+
+    @functools.cached_property
+    def _imageless(self) -> "PromptProcessor":
+        return dataclasses.replace(self, template=_IMAGE_PART.sub("", self.template))
 
     @functools.cached_property
     def _special_words(self) -> tuple[str, ...]:

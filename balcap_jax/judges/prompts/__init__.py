@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 
 CURRENT = {"precision": 1, "recall": 1, "linguistic": 1, "units": 1, "choice": 1, "rubric": 1}
-"""The version of each prompt that is asked."""
+CURRENT |= {"verified": 1, "pointable": 1, "covered": 1, "passed": 1, "mark": 1, "letter": 1}
+"""The version of each prompt that is asked: first those answered in JSON, then those answered with one word."""
 
 _USER = "=== user ===\n"
 

@@ -42,9 +42,12 @@ class LlavaProcessor(PromptProcessor):
         Raises:
           UserError: a prompt needs more than P tokens, or its number of image tokens is not I.
         """
+        return self.with_prepared(self.prepare_images(images), prompts, ids)
+
+    def with_prepared(self, images: np.ndarray, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
+        """The same for images that `prepare_images` has prepared."""
         tokens, mask = self.encode_prompts(prompts, [self.image_tokens] * len(prompts), names_of(ids, len(prompts)))
-        positions = np.broadcast_to(np.arange(self.prompt_tokens, dtype=np.int32), tokens.shape)
-        return Prompt(tokens, mask, np.ascontiguousarray(positions), self.prepare_images(images))
+        return Prompt(tokens, mask, self.text_positions(mask), images)
 
     def prepare_images(self, images: Sequence[np.ndarray], ids: Sequence[str] | None = None) -> np.ndarray:
         """What the policy's `encode` and `features` take of B images: uint8 [B, S, S, 3]."""

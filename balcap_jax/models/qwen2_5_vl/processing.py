@@ -58,13 +58,20 @@ class Qwen25VLProcessor(PromptProcessor):
         Raises:
           UserError: a prompt needs more than P tokens, or an image is too wide and `wide_images` says to refuse it.
         """
-        packed = self.prepare_images(images, ids)
+        return self.with_prepared(self.prepare_images(images, ids), prompts, ids)
+
+    def with_prepared(self, packed: QwenImages, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
+        """The same for images that `prepare_images` has prepared."""
         counts = packed.token_mask.sum(-1).tolist()
         tokens, mask = self.encode_prompts(prompts, counts, names_of(ids, len(prompts)))
         is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.image_token)
         # The last patch of an image says how large its grid is.
         grids = packed.positions.max(axis=(1, 2)) // MERGE + 1
         return Prompt(tokens, mask, mrope_positions(is_image, mask, grids), packed)
+
+    def text_positions(self, mask: np.ndarray) -> np.ndarray:
+        """[B, P, 3]: text counts up by one on all three axes."""
+        return np.repeat(super().text_positions(mask)[..., None], 3, axis=-1)
 
     def prepare_images(self, images: Sequence[np.ndarray], ids: Sequence[str] | None = None) -> QwenImages:
         """What the policy's `encode` and `features` take of B images. Raises UserError as `__call__` does."""
