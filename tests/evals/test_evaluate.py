@@ -1,16 +1,20 @@
 """The command: judging through a server, kills and resumes, what is counted, and bad input."""
 
+import base64
 import json
 import random
 import threading
 
+import jax
 import numpy as np
 import pytest
 from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, text_of
 from PIL import Image
 from system.commands import finish, start
 
-from balcap_jax import evaluate
+from balcap_jax import caption, evaluate, models
+from balcap_jax import config as configuration
+from balcap_jax.data import photos
 
 CHECK = "--metric=checklist"
 
@@ -303,6 +307,33 @@ def test_many_answers(tmp_path):
     right = sum(wanted[i] == said[str(i)] for i in range(19_000) if i != 5)
     assert results["score"] == pytest.approx(100 * right / 19_000)
     assert (results["n"], results["invalid"]) == (19_000, 1000)
+
+
+def test_a_model_answers_and_a_second_run_asks_it_nothing(tmp_path, monkeypatch):
+    record = photos.Record("a", lambda: None, "what is here yes no " * 20, ("yes no " * 20,))
+    tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
+    sizes = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 16, "mlp": 16, "layers": 2}
+    sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}
+    fields = configuration.default_config().model.to_dict() | sizes | {"prompt_tokens": 64}
+    policy, processor = models.build(fields, tokenizer)
+    model = models.save(tmp_path / "model", fields, policy.init(jax.random.key(0)), processor)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    rows = ["index\tquestion\tanswer\timage\tsplit"]
+    rows += [f"{i}\tn?\t1\t{base64.b64encode(content).decode()}\ttest" for i in range(2)]
+    rows.append(f"9\tn?\t1\t{base64.b64encode(content).decode()}\tval")
+    (tmp_path / "q.tsv").write_text("\n".join(rows) + "\n")
+    given = ["--metric=chartqa", f"--questions={tmp_path / 'q.tsv'}", f"--model={model}", f"--out={tmp_path / 'o'}"]
+    evaluate.main([*given, "--split=test"])
+    results = results_of(tmp_path / "o")
+    assert (results["n"], results["invalid"], results["questions"]) == (2, 0, 2)
+    asked = [json.loads(line) for line in (tmp_path / "o" / "questions.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in asked] == ["n?\nAnswer the question using a single word or phrase."] * 2
+    said = (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in said} == {"0", "1"}
+    monkeypatch.setattr(caption, "Captioner", None)  # A second run must not load the model.
+    evaluate.main([*given, "--split=test"])
+    assert results_of(tmp_path / "o") == results
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
