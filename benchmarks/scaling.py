@@ -1,6 +1,6 @@
 """How the time of an update and of a rollout grows with G, P, R and B, with a shared and with a repeated prefix.
 
-    python benchmarks/scaling.py --out=scaling.json --plot=docs/figures/scaling.svg      10 minutes on 2 CPU cores
+    python benchmarks/scaling.py --out=scaling.json --plot=docs/figures/scaling.svg      4 minutes on 2 CPU cores
     python benchmarks/scaling.py --small                                        a minute, to see that it runs
 
 One size is varied at a time. The decoder has SmolLM2-135M's width with 2 layers, and a vocabulary that keeps the ratio
