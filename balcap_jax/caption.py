@@ -221,7 +221,7 @@ def caption(
     settings = caption_settings.identity(model) | options.settings()
     with AppendedLines(out) as lines, AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors:
         captioned, failed = _keys(lines), _keys(errors)
-        if lines.entries or errors.entries:
+        if lines.found or errors.found:
             caption_settings.check(out, settings)
         if retry_errors:
             errors.keep(lambda entry: _key(entry) not in wanted)

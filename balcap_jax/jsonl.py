@@ -13,11 +13,12 @@ from balcap_jax.errors import UserError
 
 
 class AppendedLines:
-    """Opens `path` to go on with it: `entries` are the objects of its lines, or what `remember` makes of each; a torn
-    last line is dropped.
+    """Opens `path` to go on with it: `entries` are the objects of its lines, or what `remember` makes of each.
 
-    One process at a time may hold the file. Where there is none it is made, at once or, if `lazy`, with its first line;
-    one that stays empty is removed again.
+    A torn last line is no entry, and is cut off by the first change; until then the file stays as it was found, so that
+    a caller can still refuse a file that is not its own (`found`: it was there, with something in it). One process at
+    a time may hold the file. Where there is none it is made, at once or, if `lazy`, with its first line; one that this
+    object made or emptied is removed again if it stays empty.
 
     Raises:
       UserError: it cannot be read or written, holds anything but objects, or another process holds it.
@@ -30,6 +31,9 @@ class AppendedLines:
         self._lazy = lazy
         self._remember = remember or (lambda entry: entry)
         self.entries: list[Any] = []
+        self.found = False
+        self._made = False
+        self._tail: Callable[[], None] = lambda: None  # makes the end of the file the end of a line
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "AppendedLines":
@@ -48,7 +52,7 @@ class AppendedLines:
     def __exit__(self, *exception) -> None:
         if self._file is None:
             return
-        if not self.entries and os.fstat(self._file.fileno()).st_size == 0:
+        if self._made and not self.entries and os.fstat(self._file.fileno()).st_size == 0:
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._file.close()
@@ -59,6 +63,8 @@ class AppendedLines:
         if self._file is None:
             self._open()
         try:
+            self._tail()
+            self._tail = lambda: None
             rest = memoryview("".join(json.dumps(entry) + "\n" for entry in entries).encode())
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -80,11 +86,13 @@ class AppendedLines:
             raise self._failure("written", error) from error
         self._file.close()
         self._open()
+        self._made, self._tail = True, lambda: None
         self.entries = [self._remember(entry) for entry in entries]
 
     def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._made |= not self.path.exists()
             self._file = self.path.open("ab+", buffering=0)
         except OSError as error:
             raise self._failure("written", error) from error
@@ -97,12 +105,24 @@ class AppendedLines:
     def _read(self) -> None:
         self._file.seek(0)
         content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+        self.found = bool(content)
+        *lines, tail = content.split(b"\n")
+        if tail and _is_object(tail):
+            lines.append(tail)
+            self._tail = lambda: self._file.write(b"\n")
+        elif tail:
+            self._tail = lambda: self._file.truncate(len(content) - len(tail))
+        for number, line in enumerate(lines, start=1):
             where = f"{self.path}, line {number}"
             self.entries.append(self._remember(json_text.parse_object(line, where, "mend or remove that line")))
 
     def _failure(self, what: str, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be {what} ({error.strerror}); make room there or name another file")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        json_text.parse_object(line, "the last line", "")
+    except UserError:
+        return False
+    return True

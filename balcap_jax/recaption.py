@@ -36,7 +36,7 @@ from balcap_jax.arguments import place
 from balcap_jax.caption_settings import beside
 from balcap_jax.config import CommandParser, take_group
 from balcap_jax.data import photos, sharegpt4v
-from balcap_jax.data.listing import Item, list_items
+from balcap_jax.data.listing import Item, list_items, spelt
 from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
 from balcap_jax.jsonl import AppendedLines
 from balcap_jax.judges import cost, prompts
@@ -105,7 +105,8 @@ def recaption(
     `judge` is the config group of that name.
 
     Raises:
-      UserError: bad input, a judge that is down, judge.max_cost is reached, a file that cannot be written.
+      UserError: bad input, a judge that is down or fails too often, judge.max_cost is reached, a file that cannot be
+        written.
     """
     out = Path(out).absolute()
     items = [_seen_from(out.parent, item) for item in sources.items()]
@@ -120,7 +121,12 @@ def recaption(
             spending = cost.Spending(client, judge, beside(out, ".judge.json"))
             client.connect()
             settings = {"write": sources.kind, "judge": client.model, "prompts": ", ".join(writer.prompts)}
-            if lines.entries or errors.entries or duplicates.entries:
+            settings |= {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
+            if sources.kind == "references":
+                settings |= {"prompt": sources.prompt, "max_pixels": max_pixels}
+            if sources.students:
+                settings["students"] = os.path.realpath(sources.students)
+            if lines.found or errors.found or duplicates.found:
                 caption_settings.check(out, settings)
             caption_settings.write(out, settings)
             if retry_errors:
@@ -132,10 +138,14 @@ def recaption(
             named = {_key(item.names): item for item in reversed(items)}  # ShareGPT4V names some pictures twice.
             pending = [item for key, item in reversed(named.items()) if key not in done]
             new = len(lines.entries)
+            patience = cost.Patience(client, judge)
             with ProgressLine(sources.kind, len(named), len(named) - len(pending)) as progress:
                 for start in range(0, len(pending), judge.concurrency):
                     part = pending[start : start + judge.concurrency]
-                    for item, one in zip(part, writer(part), strict=True):
+                    written = writer(part)
+                    if impatient := patience.exhausted():
+                        raise UserError(f"{impatient}; {out} has what was written before, the same command goes on")
+                    for item, one in zip(part, written, strict=True):
                         file = errors if isinstance(one, str) else duplicates if "same_as" in one else lines
                         fields = {"error": one} if isinstance(one, str) else one
                         file.append([{**fields, **item.names}])
@@ -159,7 +169,7 @@ def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels:
 
 def _seen_from(folder: Path, item: Item) -> Item:
     """The item under the name that a file in `folder` gives it; what it is known by to others is its key."""
-    return dataclasses.replace(item, image=Path(os.path.relpath(item.path.absolute(), folder)).as_posix())
+    return dataclasses.replace(item, image=spelt(Path(os.path.relpath(item.path.absolute(), folder)).as_posix()))
 
 
 def _key(entry: Mapping[str, Any]) -> Any:

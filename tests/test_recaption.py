@@ -159,6 +159,72 @@ def test_failures_are_named_and_asked_again_on_demand(photos, tmp_path):
     assert [line["image"] for line in lines_of(tmp_path / "out.errors.jsonl")] == ["photos/torn.jpg"]
 
 
+def test_a_judge_that_dies_stops_it_and_leaves_the_rest_to_be_asked(tmp_path, capsys):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(40):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i:02}.png")
+    out = tmp_path / "out.jsonl"
+    given = [f"--images={folder}", f"--out={out}"]
+    with JudgeServer(well_behaved) as server:
+        server.behave = lambda body: well_behaved(body) if server.requests < 10 else Reply("status", "no", status=400)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path, server, *given, concurrency=8)
+        said = capsys.readouterr().err
+        assert ended.value.code != 0
+        assert "judge.max_failure_rate = 0.2 allows" in said
+        assert "HTTP 400" in said
+        assert not (tmp_path / "out.errors.jsonl").exists() or len(lines_of(tmp_path / "out.errors.jsonl")) < 32
+        server.behave = well_behaved
+        run(tmp_path, server, *given, "--retry_errors", concurrency=8)
+    assert sorted(line["image"] for line in lines_of(out)) == [f"many/{i:02}.png" for i in range(40)]
+
+
+def test_a_file_that_is_not_its_own_is_refused_untouched(photos, tmp_path, capsys):
+    for name, content in {
+        "one.jsonl": '{"precious": 1}',
+        "two.jsonl": '{"a": 1}\n{"b": 2}',
+        "text.jsonl": "no JSON",
+    }.items():
+        out = tmp_path / name
+        out.write_text(content)
+        with JudgeServer(well_behaved) as server, pytest.raises(SystemExit):
+            run(tmp_path, server, f"--images={photos}", f"--out={out}")
+        assert "name another file with --out" in capsys.readouterr().err
+        assert out.read_text() == content
+
+
+def test_names_that_are_no_text_do_not_hinder_a_second_run(photos, tmp_path):
+    (photos / b"b\xffd.jpeg".decode(errors="surrogateescape")).write_bytes((photos / "b.png").read_bytes())
+    out = tmp_path / "out.jsonl"
+    given = [f"--images={photos}", f"--out={out}"]
+    with JudgeServer(well_behaved) as server:
+        run(tmp_path, server, *given)
+        run(tmp_path, server, *given, "--retry_errors")
+    assert [line["image"] for line in lines_of(tmp_path / "out.errors.jsonl")].count("photos/b\\xffd.jpeg") == 1
+
+
+def test_other_settings_do_not_mix_in_one_file(photos, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    with JudgeServer(well_behaved) as server:
+        run(tmp_path, server, f"--images={photos}", f"--out={out}")
+        with pytest.raises(SystemExit):
+            run(tmp_path, server, f"--images={photos}", f"--out={out}", "--prompt=Say one word.")
+    assert "made with prompt" in capsys.readouterr().err
+
+
+def test_lines_that_were_torn_or_only_lack_their_end(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for content, entries in (('{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}]), ('{"a": 1}\n{"b"', [{"a": 1}])):
+        path.write_text(content)
+        with AppendedLines(path) as lines:
+            assert lines.entries == entries
+        assert path.read_text() == content, "looking changes nothing"
+        with AppendedLines(path) as lines:
+            lines.append([{"c": 3}])
+        assert lines_of(path) == [*entries, {"c": 3}]
+
+
 def test_killed_at_any_point_nothing_is_asked_twice_and_no_line_is_lost(photos, tmp_path):
     process, killed = None, threading.Event()
 

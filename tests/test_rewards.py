@@ -167,8 +167,26 @@ def test_an_older_cannot_answer_is_dropped_and_an_unknown_answer_leaves_the_orde
         assert [text for _, text in options[:-1]] == ["red", "green", "blue", "black"]
         assert gold == ""
     assert lettered({"choices": ["red", "blue"], "answer": "blue"})[1] == "B"
+    options = lettered(QUESTION | {"choices": [*QUESTION["choices"], "E) Cannot be determined from the caption"]})[0]
+    assert len(options) == 5
     seven = {"choices": list("tuvwxyz"), "answer": "z"}
     assert lettered(seven)[0][-1] == ("H", CANNOT_ANSWER)
+
+
+@pytest.mark.parametrize("mark", ["{}) {}", "({}) {}", "{}. {}", "{}: {}", "{} - {}"])
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "b)", "B:", "blue", "written"])
+def test_letters_that_choices_bring_are_taken_off(mark, answer):
+    choices = [mark.format(letter, text) for letter, text in zip("ABC", ["red", "blue", "A cat"], strict=True)]
+    for spelt in (choices, [one[:2].lower() + one[2:] for one in choices]):
+        options, gold = lettered({"choices": spelt, "answer": spelt[1] if answer == "written" else answer})
+        assert [text for _, text in options] == ["red", "blue", "A cat", CANNOT_ANSWER]
+        assert gold == "B"
+
+
+def test_words_are_no_letters():
+    options, gold = lettered({"choices": ["A cat", "Be it", "a-frame house"], "answer": "A cat"})
+    assert [text for _, text in options[:-1]] == ["A cat", "Be it", "a-frame house"]
+    assert gold == "A"
 
 
 def caprl_samples(captions, questions=(QUESTION,)) -> Samples:
@@ -221,6 +239,8 @@ def test_failed_calls_leave_the_mean_and_an_example_without_questions_has_no_val
     scores = CaprlReward(Answerer(answer), {"draws": 4})(caprl_samples([["x"]]))
     assert scores.rewards.item() == pytest.approx(2 / 3)
     assert scores.detail[0][0]["failed_draws"] == "timed out"
+    answers = iter([Failure("timed out"), Failure("timed out"), picks("blue"), Failure("timed out")])
+    assert not CaprlReward(Answerer(answer), {"draws": 4})(caprl_samples([["x"]])).valid.any(), "one answer of four"
     lost = CaprlReward(Answerer(lambda question: Failure("down")), {"draws": 4})(caprl_samples([["x"]]))
     assert not lost.valid.any()
     assert lost.detail[0][0]["failures"] == {"accuracy": "down"}

@@ -4,6 +4,7 @@ As in the released reward server of CapRL. A question is {"question", "choices",
 along ("A) red"), and the answer may be a letter or the text of a choice.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ LETTERS = "ABCDEFGHI"
 MAX_OPTIONS = len(LETTERS) - 1  # beside the one that says that the caption does not tell
 CANNOT_ANSWER = "The caption does not say."
 _CANNOT_LETTER = "F"  # where fewer than six options come before it
+_MARK = re.compile(r"\(?([A-Ia-i])\s*(?:[).:]|-\s)\s*")  # "A) ", "(A) ", "a. ", "A - "
+_CANNOT = re.compile(
+    r"(i |it )?(cannot|can not|can't) (be )?(answer(ed)?|determined?|told|say|tell)( this question)?"
+    r"( (from|based on|with) (the|this) (caption|description|text|image))?|not enough information|unanswerable"
+    r"|none of the above"
+)
 Options = tuple[tuple[str, str], ...]  # (letter, text)
 
 
@@ -41,15 +48,15 @@ def _with_letters(texts: Sequence[str]) -> Options:
 
 def _options(question: Mapping[str, Any]) -> tuple[list[str], int | None]:
     """Texts of the options without letters and without "cannot answer", and which of them is right."""
-    choices = [str(choice).strip() for choice in question["choices"]]
-    marked = all(
-        len(text) > 2 and text[0] == letter and text[1] in ").:" for letter, text in zip(LETTERS, choices, strict=False)
-    )
-    texts = [text[2:].strip() if marked else text for text in choices]
-    answer = str(question["answer"]).strip()
-    gold = texts.index(answer) if answer in texts else None
-    if gold is None and answer[:1] and answer[:1] in LETTERS and answer[1:] in ("", ")", "."):
-        place = LETTERS.index(answer[0])
+    choices = [" ".join(str(choice).split()) for choice in question["choices"]]
+    marks = [_MARK.match(text) for text in choices]
+    marked = all(mark and mark[1].upper() == letter for letter, mark in zip(LETTERS, marks, strict=False))
+    texts = [text[mark.end() :] if marked else text for text, mark in zip(choices, marks, strict=True)]
+    answer = " ".join(str(question["answer"]).split())
+    gold = next((one.index(answer) for one in (texts, choices) if answer in one), None)
+    letter = _MARK.fullmatch(answer) or re.fullmatch(r"\(?([A-Ia-i])", answer)
+    if gold is None and letter:
+        place = LETTERS.index(letter[1].upper())
         gold = place if place < len(texts) else None
     kept = [i for i, text in enumerate(texts) if not _is_cannot_answer(text)]
     return [texts[i] for i in kept], kept.index(gold) if gold in kept else None
@@ -57,6 +64,4 @@ def _options(question: Mapping[str, Any]) -> tuple[list[str], int | None]:
 
 def _is_cannot_answer(text: str) -> bool:
     words = " ".join(text.casefold().rstrip(".").split())
-    return words in ("cannot answer", "can't answer", "cannot be determined", "none of the above") or (
-        words == CANNOT_ANSWER.casefold().rstrip(".")
-    )
+    return bool(_CANNOT.fullmatch(words)) or words == CANNOT_ANSWER.casefold().rstrip(".")

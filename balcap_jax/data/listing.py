@@ -54,10 +54,15 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
 
 
 def _found(folder: Path, name: str, prompt: str) -> Item:
-    """A file of a folder. A name that is no text has its odd bytes spelt out: JSON holds text alone."""
-    spelt = os.fsencode(name).decode("utf-8", "backslashreplace")
-    error = "" if spelt == name else "the name of the file is not UTF-8; rename it"
-    return Item(spelt, spelt, folder / name, prompt, error=error)
+    """A file of a folder."""
+    text = spelt(name)
+    error = "" if text == name else "the name of the file is not UTF-8; rename it"
+    return Item(text, text, folder / name, prompt, error=error)
+
+
+def spelt(name: str) -> str:
+    """The name of a file as text: bytes that are no UTF-8 are spelt out, as JSON cannot hold them."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def files_below(folder: Path, what: str) -> list[str]:

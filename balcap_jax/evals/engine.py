@@ -26,7 +26,7 @@ from balcap_jax.errors import UserError
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.jsonl import AppendedLines
 from balcap_jax.judges.client import ChatClient
-from balcap_jax.judges.cost import Spending
+from balcap_jax.judges.cost import Patience, Spending
 from balcap_jax.judges.schema import Failure
 from balcap_jax.progress import ProgressLine
 
@@ -113,7 +113,8 @@ def evaluate(
       judgements: judgements by id, made elsewhere, in place of a client.
 
     Raises:
-      UserError: the folder holds another evaluation, judge.max_cost is reached, or it cannot be written.
+      UserError: the folder holds another evaluation, the judge fails too often, judge.max_cost is reached, or it cannot
+        be written.
     """
     settings = {"metric": metric.name, "judge": client.model if client else "", **identity}
     settings["prompts"] = ", ".join(metric.prompts) if client else ""
@@ -125,10 +126,14 @@ def evaluate(
             _forget_errors(lines)
         done = {row.id for row in lines.entries}
         pending = [item for item in items if item.id not in done]
+        patience = Patience(client, judge) if client else None
         with ProgressLine("judgements", len(items), len(items) - len(pending), "items") as progress:
             for start in range(0, len(pending), batch):
                 part = pending[start : start + batch]
-                lines.append(_lines(metric, part, client, judgements))
+                judged = _lines(metric, part, client, judgements)
+                if patience and (impatient := patience.exhausted()):
+                    raise UserError(f"{impatient}; {out} has what was judged before, the same command goes on")
+                lines.append(judged)
                 progress.advance(len(part))
                 if spending:
                     spending.update()

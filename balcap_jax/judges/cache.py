@@ -13,7 +13,8 @@ from pathlib import Path
 from balcap_jax.errors import UserError
 
 _FILE = "answers.sqlite3"
-_BUSY_SECONDS = 30.0
+_BUSY_SECONDS = 5.0  # Requests under way stand still meanwhile.
+_PAUSE = 60.0  # seconds for which a cache that failed is left alone
 _CHECK_SHARE = 0.05  # of the allowed size that is put in between looks at the size
 _KEPT_SHARE = 0.9  # of the allowed size, when it has been passed
 _USED_AGAIN = 3600.0  # seconds after which a use is noted: a write for each read would be dear
@@ -34,6 +35,7 @@ class AnswerFile:
         self._limit = gigabytes * 1e9
         self._since_check = 0.0
         self._failed = False
+        self._left_alone_until = 0.0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Used from the client's thread, made and closed in the caller's; never at once.
@@ -54,6 +56,8 @@ class AnswerFile:
 
     def get(self, key: str) -> str | None:
         """The answer, None where there is none."""
+        if self._left_alone:
+            return None
         with self._disk():
             row = self._db.execute("SELECT value, used FROM answers WHERE key = ?", (key,)).fetchone()
             if row is None:
@@ -64,6 +68,8 @@ class AnswerFile:
         return None
 
     def put(self, key: str, value: str) -> None:
+        if self._left_alone:
+            return
         with self._disk():
             size = len(value.encode()) + _OVERHEAD
             row = (key, value, size, time.time())
@@ -77,6 +83,10 @@ class AnswerFile:
         with self._disk():
             self._trim()
         self._db.close()
+
+    @property
+    def _left_alone(self) -> bool:
+        return time.monotonic() < self._left_alone_until
 
     def _trim(self) -> None:
         """Drops the answers not used for longest until the rest is well within the limit; new ones take their place."""
@@ -95,6 +105,7 @@ class AnswerFile:
         try:
             yield
         except sqlite3.Error as error:
+            self._left_alone_until = time.monotonic() + _PAUSE
             if not self._failed:
                 _log.warning("the judge's cache %s fails (%s); answers are asked for again", self.path, error)
             self._failed = True

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import httpx2
 import numpy as np
 import pydantic
 
@@ -117,6 +118,7 @@ class ChatClient:
         self._urls: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._connected = False
         self._random = random.Random()
+        self._http: httpx2.AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -200,7 +202,10 @@ class ChatClient:
 
     async def _open(self) -> None:
         self._slots = asyncio.Semaphore(self.settings.concurrency)
-        self._http = endpoints.make_http(self.settings, self._key)
+        try:
+            self._http = endpoints.make_http(self.settings, self._key)
+        except (ImportError, ValueError) as error:  # of a proxy that the environment names
+            raise UserError(f"no connection to judges can be made: {error}; mend HTTP_PROXY, ALL_PROXY, ...") from error
         self._endpoints = [
             Endpoint(url, weight, self._http, self.settings, self._key) for url, weight in self.settings.endpoints
         ]
@@ -210,7 +215,8 @@ class ChatClient:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._http.aclose()
+        if self._http is not None:
+            await self._http.aclose()
 
     async def _connect(self) -> None:
         if not self.model:
@@ -263,7 +269,7 @@ class ChatClient:
     async def _call(self, ask: Ask) -> Answer | Failure:
         """Requests until one gives a usable answer, retries or the deadline run out, or no endpoint can give one."""
         loop, settings = asyncio.get_running_loop(), self.settings
-        ends: float | None = None  # Waiting for the first turn costs nothing: rate limits may make it long.
+        ends: float | None = None  # Waiting for one's turn uses nothing of the deadline: limits may make it long.
         errors: list[CallError] = []
         hopeless: set[str] = set()  # endpoints that can't answer this question, however often they are asked
         counted = 0
@@ -273,11 +279,12 @@ class ChatClient:
             except CallError as error:
                 return self._failed_call(error, errors)
             endpoint.under_way += 1
+            queued = loop.time()
             try:
                 await endpoint.admit(ask)
                 async with self._slots:
                     now = loop.time()
-                    ends = now + settings.deadline if ends is None else ends
+                    ends = now + settings.deadline if ends is None else ends + now - queued
                     return await self._request(endpoint, ask, min(now + settings.attempt_timeout, ends))
             except CallError as caught:
                 error = caught

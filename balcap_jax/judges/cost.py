@@ -15,6 +15,7 @@ from balcap_jax.judges.schema import Judge, Usage
 LEDGER = "judge.json"
 _COUNTS = ("calls", "cached", "tokens_in", "tokens_out")
 _SHOWN = 3  # reasons of failures that an error names
+_LOOKED_AT = 32  # questions; of fewer the share says little
 _MILLION = 1e6
 
 
@@ -82,8 +83,7 @@ class Spending:
 
     def reasons(self) -> str:
         """ " (most often ...)": where and why calls of the last steps failed; "" where nothing is known of it."""
-        counts = sum(self._failures, collections.Counter()).most_common(_SHOWN)
-        return f" (most often {'; '.join(f'{number} x {reason}' for reason, number in counts)})" if counts else ""
+        return _most_often(sum(self._failures, collections.Counter()))
 
     def stop_text(self, step: int) -> str:
         return f"stopped at step {step}: {self.limit_text()}; the run is saved, raise it and run the same command again"
@@ -102,6 +102,37 @@ class Spending:
         return {name: ledger[name] for name in (*_COUNTS, "cost")}
 
 
+class Patience:
+    """Whether a judge that was asked offline still answers: a dead one would make a failure of all that is left.
+
+    Each time at least 32 questions have been asked since the last look, the share of them that failed may be
+    `judge.max_failure_rate` at most.
+    """
+
+    def __init__(self, judge: Judge, config: Mapping[str, Any]):
+        self._judge, self._rate = judge, config["max_failure_rate"]
+        self._seen = judge.usage()
+
+    def exhausted(self) -> str:
+        """What failed and why, in one line, once too much has; else ""."""
+        now = self._judge.usage()
+        calls, failures = now.calls - self._seen.calls, now.failures - self._seen.failures
+        if calls < _LOOKED_AT:
+            return ""
+        self._seen = now
+        if failures.total() <= self._rate * calls:
+            return ""
+        return (
+            f"{failures.total()} of {calls} questions to the judge failed{_most_often(failures)}, more than "
+            f"judge.max_failure_rate = {self._rate:g} allows"
+        )
+
+
+def _most_often(failures: collections.Counter) -> str:
+    shown = "; ".join(f"{number} x {reason}" for reason, number in failures.most_common(_SHOWN))
+    return f" (most often {shown})" if shown else ""
+
+
 def _is_amount(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18
 
@@ -113,6 +144,8 @@ _ASSERTION_TOKENS, _TOKENS_PER_ASSERTION = 50, 10  # of an assertion in the answ
 _LISTED = {"recall": 20, "rubric": 8}  # units of a reference, criteria of a rubric
 _LISTED_TOKENS, _VERDICT_TOKENS = 45, 35  # of one of these in its block, and of what is said of it
 _MARKS_TOKENS = 80
+_PIXELS_PER_TOKEN = 28 * 28
+_QUESTIONS = 5  # of a picture, where each of them is asked
 _QUESTION_TOKENS, _LETTER_TOKENS = 150, 10  # of a question with its options, and of the answer
 
 
@@ -128,8 +161,13 @@ def captions_of(config: Mapping[str, Any], order: tuple[str, ...]) -> int:
             every, steps = config["stages"][stage]["eval_every"], config["stages"][stage]["steps"]
             evaluations.add(stage)
             evaluations |= {f"{stage}-{step}" for step in range(every, steps, every)} if every else set()
-    images = min(config["log"]["eval_images"], config["data"]["test_size"])
-    return trained + len(evaluations) * images * (config["log"]["eval_samples"] + 1)
+    images = config["log"]["eval_images"]
+    if config["data"]["name"] == "scenes":  # How many test pictures others have is known once they are read.
+        images = min(images, config["data"]["test_size"])
+    captions = trained + len(evaluations) * images * (config["log"]["eval_samples"] + 1)
+    if config["checkpoint"]["best_metric"]:  # One greedy caption of each picture every time.
+        captions += -(-rl["steps"] // rl["eval_every"]) * config["log"]["eval_images"]
+    return captions
 
 
 def tokens_of(prompt: str, caption_tokens: int, image_tokens: int, most: int) -> tuple[int, int]:
@@ -157,11 +195,12 @@ def estimate(config: Mapping[str, Any], order: tuple[str, ...], asked: tuple[str
     if judge["name"] != "remote":
         return f"the judge {judge['name']!r} asks no endpoint: nothing to pay, no cost"
     captions, length = captions_of(config, order), config["rollout"]["max_tokens"]
-    patches = -(-config["model"]["image_size"] // 28)
+    pixels = config["model"]["image_size"] ** 2 if config["data"]["name"] == "scenes" else config["data"]["max_pixels"]
+    image_tokens = -(-pixels // _PIXELS_PER_TOKEN) + 8
     rows, sums = [], [0, 0, 0]
     for prompt in asked:
-        each = tokens_of(prompt, length, patches**2 + 8, judge["max_tokens"])
-        calls = captions * (max(config["rewards"]["draws"], 1) if prompt == "choice" else 1)
+        each = tokens_of(prompt, length, image_tokens, judge["max_tokens"])
+        calls = captions * ((config["rewards"]["draws"] or _QUESTIONS) if prompt == "choice" else 1)
         row = [calls, calls * each[0], calls * each[1]]
         sums = [a + b for a, b in zip(sums, row, strict=True)]
         rows.append((prompts.name_of(prompt), *row))

@@ -94,8 +94,11 @@ def make_http(settings: "ChatSettings", key: str) -> httpx2.AsyncClient:
     if key:
         headers["Authorization"] = f"Bearer {key}"
     connections = settings.concurrency + len(settings.endpoints)
+    # A cluster's proxy does not know this machine's own servers.
+    own = {f"all://{name}": None for name in ("localhost", "127.0.0.1", "[::1]")}
     return httpx2.AsyncClient(
         headers=headers,
+        mounts=own,
         timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),  # Each request has a time limit as a whole.
         limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
     )
@@ -174,7 +177,8 @@ class Endpoint:
         """One request. Raises CallError."""
         loop = asyncio.get_running_loop()
         try:
-            reply = await self._post(model, messages, ask.max_tokens, wire_schema(ask.schema), ask.draw)
+            asked = self._question_tokens(ask)
+            reply = await self._post(model, messages, ask.max_tokens, wire_schema(ask.schema), asked, ask.draw)
         except CallError as error:
             if error.kind in ("answer", "question"):
                 self.breaker.succeeded()
@@ -188,8 +192,10 @@ class Endpoint:
         return reply
 
     def _estimate(self, ask: "Ask") -> float:
-        characters = sum(len(message["content"]) for message in ask.messages)
-        return characters / _CHARACTERS_PER_TOKEN + picture_tokens(ask.image) + self._answer_tokens
+        return self._question_tokens(ask) + self._answer_tokens
+
+    def _question_tokens(self, ask: "Ask") -> int:
+        return _tokens_of(sum(len(message["content"]) for message in ask.messages)) + picture_tokens(ask.image)
 
     # ---- at the start -----------------------------------------------------------------------------------------------
 
@@ -230,11 +236,14 @@ class Endpoint:
             known = len(self._unknown), self._tokens_field
             try:
                 async with asyncio.timeout(self._settings.attempt_timeout):
-                    return await self._post(model, _PROBE_MESSAGES, _PROBE_TOKENS, wire_schema(_Probe), 0)
+                    asked = _tokens_of(len(_PROBE_MESSAGES[0]["content"]))
+                    return await self._post(model, _PROBE_MESSAGES, _PROBE_TOKENS, wire_schema(_Probe), asked)
             except TimeoutError as error:
                 seconds = self._settings.attempt_timeout
                 raise CallError(self.url, f"no answer within {seconds:g} s", "endpoint") from error
             except CallError as error:
+                if error.status in (400, 422):
+                    self._learn(error.detail)
                 if (len(self._unknown), self._tokens_field) != known:
                     continue  # It said which setting it does not take.
                 tries += 1
@@ -267,8 +276,15 @@ class Endpoint:
     # ---- over the wire ----------------------------------------------------------------------------------------------
 
     async def _post(
-        self, model: str, messages: Sequence[Mapping], max_tokens: int, schema: dict[str, Any], draw: int
+        self,
+        model: str,
+        messages: Sequence[Mapping],
+        max_tokens: int,
+        schema: dict[str, Any],
+        asked: int,
+        draw: int = 0,
     ) -> Reply:
+        """`asked`: about the tokens of the messages, where the server does not count them."""
         settings = self._settings
         body = {"model": model, "messages": list(messages), self._tokens_field: max_tokens}
         body |= {"temperature": settings.temperature}
@@ -278,11 +294,8 @@ class Endpoint:
         body |= _response_format(self.form, schema)
         status, headers, content = await self._request("POST", "/chat/completions", json.dumps(body).encode())
         if status != 200:
-            error = self._error_of(status, headers, content)
-            if status in (400, 422):
-                self._learn(body, error.detail)
-            raise error
-        return self._reply_of(content, sum(len(str(message["content"])) for message in messages))
+            raise self._error_of(status, headers, content)
+        return self._reply_of(content, asked)
 
     async def _request(self, method: str, path: str, content: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
         """-> (status, headers, body); of a longer answer than is allowed no more is read. Raises CallError."""
@@ -324,13 +337,16 @@ class Endpoint:
         error.status = status
         return error
 
-    def _learn(self, body: Mapping[str, Any], said: str) -> None:
-        """Newer hosted models refuse settings by name: the old field for the longest answer, a temperature, a seed."""
+    def _learn(self, said: str) -> None:
+        """Newer hosted models refuse settings by name: the old field for the longest answer, a temperature, a seed.
+
+        Only from what is said of a probe: what is said of a question may quote it.
+        """
         if "max_completion_tokens" in said and self._tokens_field == "max_tokens":
             self._tokens_field = "max_completion_tokens"
             return
         for name in ("temperature", "seed"):
-            if name in body and re.search(rf"\b{name}\b", said):
+            if re.search(rf"\b{name}\b", said):
                 self._unknown.add(name)
 
     def _reply_of(self, content: bytes, asked: int) -> Reply:
@@ -355,7 +371,8 @@ class Endpoint:
             problem = "empty answer"
         if self._key:
             text = text.replace(self._key, "[key]")
-        tokens_in, tokens_out = _count(usage, "prompt_tokens", asked), _count(usage, "completion_tokens", len(text))
+        tokens_in = _count(usage, "prompt_tokens", asked)
+        tokens_out = _count(usage, "completion_tokens", _tokens_of(len(text)))
         return Reply(text, tokens_in, tokens_out, problem, str(refusal or ""))
 
 
@@ -394,7 +411,11 @@ def _connect_reason(error: BaseException) -> str:
     return f"no connection: {said}" if "All connection attempts failed" not in said else "connection refused"
 
 
-def _count(usage: Any, name: str, characters: int) -> int:
+def _tokens_of(characters: int) -> int:
+    return -(-characters // _CHARACTERS_PER_TOKEN)
+
+
+def _count(usage: Any, name: str, estimate: int) -> int:
     number = usage.get(name) if isinstance(usage, dict) else None
     known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
-    return number if known else -(-characters // _CHARACTERS_PER_TOKEN)
+    return number if known else estimate

@@ -4,6 +4,7 @@ A flag changes no score. It says where to look: judges are told that captions ar
 """
 
 import re
+import unicodedata
 
 _ASIDE = re.IGNORECASE | re.DOTALL
 _FLAGS = {
@@ -18,6 +19,8 @@ _FLAGS = {
             _ASIDE,
         ),
         re.compile(r"\b(dear|note to|attention,?) (an? |the )?(judge|grader|evaluator|assistant|ai|model)\b", _ASIDE),
+        re.compile(r"^\s*(judge|grader|evaluator)\s*[:,]", re.IGNORECASE | re.MULTILINE),
+        re.compile(r"\b(whatever|whichever) you are asked\b|\ball (flags|criteria|claims)\b", _ASIDE),
         re.compile(r"\bsystem (prompt|message|note|override)\b|\bnew instructions?\b", _ASIDE),
     ),
     "asks for a score": (
@@ -27,11 +30,17 @@ _FLAGS = {
             r"|clarity|fluency|coherency|scores? of)\b",
             _ASIDE,
         ),
-        re.compile(r"\bas (verified|pointable|covered)\b|\b(verified|pointable|covered) ?[:=] ?(true|1)\b", _ASIDE),
+        re.compile(
+            r"\bas (verified|pointable|covered)\b|\b(verified|pointable|covered|passed) ?[:=] ?(true|1)\b", _ASIDE
+        ),
+        re.compile(
+            r"\b(clarity|fluency|coherency)\s*[:=]\s*[0-9]|\bthe (right |correct )?answer is \(?[A-I]\b", _ASIDE
+        ),
     ),
     "ready-made answer": (
         re.compile(
-            r"[{,]\s*[\"'“]?(assertions|units?|why|verified|pointable|covered|clarity|fluency|coherency|scores?|pass)"
+            r"[{,]\s*[\"'“]?(assertions|units?|why|verified|pointable|covered|clarity|fluency|coherency|scores?|pass(ed)?"
+            r"|criteri(a|on)|answer|choice)"
             r"[\"'”]?\s*:",
             _ASIDE,
         ),
@@ -40,10 +49,13 @@ _FLAGS = {
         re.compile(r"</?\s*(data|caption|fact|description|reference|text|user|system|assistant)\b[^<>]{0,80}>", _ASIDE),
         re.compile(r"\bdata-[0-9a-f]{8,}|===+ ?(user|system|end)\b|\[/?INST\]|<\|[^|<>\n]{1,40}\|>", _ASIDE),
         re.compile(r"^\s*(system|assistant|user)\s*:", re.IGNORECASE | re.MULTILINE),
+        re.compile(r"<(start|end)_of_turn>|\bend of (the )?(data|caption|description)\b", _ASIDE),
     ),
 }
 
 
 def suspicious(caption: str) -> list[str]:
     """Names of what was found, a subset of "instruction", "asks for a score", "ready-made answer", "delimiter"."""
-    return [name for name, patterns in _FLAGS.items() if any(pattern.search(caption) for pattern in patterns)]
+    # Letters of another width and invisible ones between letters read the same to a model.
+    plain = "".join(c for c in unicodedata.normalize("NFKC", caption) if unicodedata.category(c) != "Cf")
+    return [name for name, patterns in _FLAGS.items() if any(pattern.search(plain) for pattern in patterns)]

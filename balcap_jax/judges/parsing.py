@@ -20,8 +20,8 @@ class UnusableAnswer(ValueError):
 def parse_answer(text: str, schema: type[pydantic.BaseModel], check: Callable[[Any], str] | None = None) -> Any:
     """The one object of `schema` that a text holds, which `check` has nothing against.
 
-    The whole text is taken where it is JSON; else the one object in it. Two different ones are refused: the second
-    might be quoted from the text that was to be judged.
+    The whole text is taken where it is JSON; else the one object in it. Two different ones are refused, and so is one
+    beside anything that begins as one, whole or not: either might be quoted from the text that was to be judged.
 
     Raises:
       UnusableAnswer: no object, not of the schema, more than one, or refused by `check`.
@@ -61,32 +61,36 @@ def _validate(value: Any, schema: type[pydantic.BaseModel]) -> Any:
 
 
 def _only(text: str, schema: type[pydantic.BaseModel]) -> Any:
-    found, problem = [], None
-    for candidate in _objects(text):
+    found, problem, rest, at = [], None, "", 0
+    for candidate, start, end in _objects(text):
         try:
             value = _validate(candidate, schema)
         except UnusableAnswer as error:
             problem = problem or error
             continue
+        rest, at = rest + text[at:start], end
         if value not in found:
             found.append(value)
-    if len(found) == 1:
-        return found[0]
-    if found:
+    rest += text[at:]
+    names = "|".join(field.alias or name for name, field in schema.model_fields.items())
+    if len(found) > 1 or (found and re.search(rf"{{[^{{}}]*?\b({names})\b\W?\s*:", rest)):
         raise UnusableAnswer("answer holds several JSON objects of the schema")
+    if found:
+        return found[0]
     raise problem or UnusableAnswer("answer holds no JSON object")
 
 
-def _objects(text: str) -> Iterator[dict]:
-    """JSON objects in a text, from left to right, none inside another."""
+def _objects(text: str) -> Iterator[tuple[dict, int, int]]:
+    """JSON objects in a text with their begin and end, from left to right, none inside another."""
     at = 0
     for _ in range(_STARTS):
         at = text.find("{", at)
         if at < 0:
             return
+        start = at
         try:
-            value, at = _DECODER.raw_decode(text, at)
+            value, at = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
             at += 1
             continue
-        yield value
+        yield value, start, at

@@ -147,8 +147,9 @@ class Model:
         """One result per question: those that fit are run in batches of one length, filled up with the last of them."""
         found: list[Any] = [None] * len(questions)
         queues: dict[tuple[int, bool], list[tuple[int, Prompt]]] = {}
+        prepared: dict[Any, Any] = {}  # A picture is asked about many times, and its prompts share its pixels.
         for i, question in enumerate(questions):
-            laid = self._lay_out(question)
+            laid = self._lay_out(question, prepared)
             if isinstance(laid, Failure):
                 found[i] = laid
                 self.failures[laid.reason] += 1
@@ -166,12 +167,17 @@ class Model:
         self.calls += len(questions)
         return found
 
-    def _lay_out(self, question: Question) -> tuple[int, Prompt] | Failure:
-        """The smallest bucket that holds the prompt, and its arrays [1, ...]."""
+    def _lay_out(self, question: Question, prepared: dict[Any, Any]) -> tuple[int, Prompt] | Failure:
+        """The smallest bucket that holds the prompt, and its arrays [1, ...]; `prepared` keeps those of pictures."""
         # One text, as the models' chat templates have one place for what is asked.
         text = "\n\n".join(message["content"] for message in question.messages)
         try:
-            images = None if question.image is None else self._processor.prepare_images([question.image])
+            images, pixels = None, question.image
+            if pixels is not None:
+                place = pixels.ctypes.data, pixels.shape, pixels.strides
+                if place not in prepared:
+                    prepared[place] = self._processor.prepare_images([pixels])
+                images = prepared[place]
             for bucket in self._buckets:
                 processor = self._of_length(bucket)
                 try:

@@ -3,9 +3,11 @@
 One caption per request, so that whatever a caption does to its judge, it does to its own score alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Protocol
 
+import numpy as np
 import pydantic
 
 from balcap_jax.errors import UserError
@@ -103,35 +105,35 @@ class RemoteJudge:
 
     def precision(self, questions: Sequence[PrecisionQuestion]) -> list[PrecisionVerdict | Failure]:
         """Raises UserError for a question without a picture."""
-        if any(question.image is None for question in questions):
-            raise UserError("the judge of precision looks at pictures, which this data set does not have")
-        asks = [_said(question.caption, lambda q=question: self._precision_ask(q)) for question in questions]
-        return self._verdicts(asks, _precision_verdict, PrecisionVerdict(assertions=[]))
+        return self.mixed(questions)
 
     def recall(self, questions: Sequence[RecallQuestion]) -> list[RecallVerdict | Failure]:
-        asks = [_said(question.caption, lambda q=question: self._recall_ask(q)) for question in questions]
-        verdicts = self._verdicts(asks, _recall_verdict, None)
-        return [
-            RecallVerdict(covered=[False] * len(question.units)) if verdict is None else verdict
-            for question, verdict in zip(questions, verdicts, strict=True)
-        ]
+        return self.mixed(questions)
 
     def linguistic(self, questions: Sequence[LinguisticQuestion]) -> list[LinguisticVerdict | Failure]:
-        asks = [_said(question.caption, lambda q=question: self._linguistic_ask(q)) for question in questions]
-        return self._verdicts(asks, _linguistic_verdict, LinguisticVerdict(clarity=1, fluency=1, coherency=1))
+        return self.mixed(questions)
 
     def choice(self, questions: Sequence[ChoiceQuestion]) -> list[ChoiceVerdict | Failure]:
         """An answer without a letter is an answer, and a wrong one; the same question's draws are asked anew."""
-        asks = [_said(question.caption, lambda q=question: self._choice_ask(q)) for question in questions]
-        return self._verdicts(asks, lambda verdict: verdict, ChoiceVerdict(answer=""))
+        return self.mixed(questions)
 
     def rubric(self, questions: Sequence[RubricQuestion]) -> list[RubricVerdict | Failure]:
-        asks = [_said(question.caption, lambda q=question: self._rubric_ask(q)) for question in questions]
-        verdicts = self._verdicts(asks, _rubric_verdict, None)
-        return [
-            RubricVerdict(passed=[False] * len(question.criteria)) if verdict is None else verdict
-            for question, verdict in zip(questions, verdicts, strict=True)
-        ]
+        return self.mixed(questions)
+
+    def mixed(self, questions: Sequence[Any]) -> list[Any]:
+        """One verdict or Failure for each of questions of any kinds, which are all under way at once.
+
+        No request is made about an empty caption: models make something up. Raises as the methods of the kinds do.
+        """
+        posed = [self._pose(question) for question in questions]
+        said = [bool(question.caption.strip()) for question in questions]
+        answers = iter(self.client.ask([ask for (ask, *_), asked in zip(posed, said, strict=True) if asked]))
+        found = []
+        for (_, verdict, of_nothing), asked in zip(posed, said, strict=True):
+            answer = next(answers) if asked else None
+            failed = isinstance(answer, Failure)
+            found.append(of_nothing if answer is None else answer if failed else verdict(answer.value))
+        return found
 
     def usage(self) -> Usage:
         return self.client.usage()
@@ -139,40 +141,56 @@ class RemoteJudge:
     def close(self) -> None:
         self.client.close()
 
-    def _verdicts(self, asks: Sequence[Ask | None], verdict: Callable[[Any], Any], of_nothing: Any) -> list:
-        """One verdict or Failure per question; `of_nothing` where there is nothing to ask about."""
-        answers = iter(self.client.ask([ask for ask in asks if ask is not None]))
-        found: Iterable[Answer | Failure | None] = [None if ask is None else next(answers) for ask in asks]
-        return [
-            of_nothing if answer is None else answer if isinstance(answer, Failure) else verdict(answer.value)
-            for answer in found
-        ]
+    def _pose(self, question: Any) -> tuple[Ask, Callable[[Any], Any], Any]:
+        """What is asked, what an answer means, and the verdict on an empty caption."""
+        match question:
+            case PrecisionQuestion():
+                if question.image is None:
+                    raise UserError("the judge of precision looks at pictures, which this data set does not have")
+                ask = self._ask("precision", _Precision, image=question.image, caption=question.caption)
+                return ask, _precision_verdict, PrecisionVerdict(assertions=[])
+            case RecallQuestion():
+                units = list(question.units)
+                check = numbered(range(1, len(units) + 1), "units", lambda answer: [one.unit for one in answer.units])
+                ask = self._ask("recall", _Recall, check=check, caption=question.caption, units=units)
+                return ask, _recall_verdict, RecallVerdict(covered=[False] * len(units))
+            case LinguisticQuestion():
+                ask = self._ask("linguistic", _Linguistic, caption=question.caption)
+                return ask, _linguistic_verdict, LinguisticVerdict(clarity=1, fluency=1, coherency=1)
+            case ChoiceQuestion():
+                schema = _choice_schema(tuple(letter for letter, _ in question.options))
+                texts = {"question": question.question, "options": [list(option) for option in question.options]}
+                ask = self._ask("choice", schema, draw=question.draw, caption=question.caption, **texts)
+                return ask, lambda answer: ChoiceVerdict(answer=answer.answer), ChoiceVerdict(answer="")
+            case RubricQuestion():
+                criteria = list(question.criteria)
+                check = numbered(
+                    range(1, len(criteria) + 1), "criteria", lambda answer: [one.criterion for one in answer.criteria]
+                )
+                ask = self._ask("rubric", _Rubric, check=check, caption=question.caption, criteria=criteria)
+                return ask, _rubric_verdict, RubricVerdict(passed=[False] * len(criteria))
+            case _:
+                raise TypeError(f"no question that a judge knows: {type(question).__name__}")
 
-    def _precision_ask(self, question: PrecisionQuestion) -> Ask:
-        messages = prompts.render("precision", caption=question.caption)
-        return Ask(prompts.name_of("precision"), messages, _Precision, self.max_tokens, question.image)
+    def _ask(
+        self,
+        prompt: str,
+        schema: type[pydantic.BaseModel],
+        *,
+        image: np.ndarray | None = None,
+        check: Callable[[Any], str] | None = None,
+        draw: int = 0,
+        **texts: Any,
+    ) -> Ask:
+        messages = prompts.render(prompt, **texts)
+        return Ask(prompts.name_of(prompt), messages, schema, self.max_tokens, image, check, draw)
 
-    def _recall_ask(self, question: RecallQuestion) -> Ask:
-        messages = prompts.render("recall", caption=question.caption, units=list(question.units))
-        check = numbered(range(1, len(question.units) + 1), "units", lambda answer: [one.unit for one in answer.units])
-        return Ask(prompts.name_of("recall"), messages, _Recall, self.max_tokens, check=check)
 
-    def _linguistic_ask(self, question: LinguisticQuestion) -> Ask:
-        messages = prompts.render("linguistic", caption=question.caption)
-        return Ask(prompts.name_of("linguistic"), messages, _Linguistic, self.max_tokens)
-
-    def _choice_ask(self, question: ChoiceQuestion) -> Ask:
-        texts = {"caption": question.caption, "question": question.question}
-        messages = prompts.render("choice", **texts, options=[list(option) for option in question.options])
-        return Ask(prompts.name_of("choice"), messages, ChoiceVerdict, self.max_tokens, draw=question.draw)
-
-    def _rubric_ask(self, question: RubricQuestion) -> Ask:
-        criteria = list(question.criteria)
-        messages = prompts.render("rubric", caption=question.caption, criteria=criteria)
-        check = numbered(
-            range(1, len(criteria) + 1), "criteria", lambda answer: [one.criterion for one in answer.criteria]
-        )
-        return Ask(prompts.name_of("rubric"), messages, _Rubric, self.max_tokens, check=check)
+@functools.cache
+def _choice_schema(letters: tuple[str, ...]) -> type[pydantic.BaseModel]:
+    """A server that keeps to schemas can answer with one of the letters only; of others any text is taken."""
+    answer = Annotated[str, pydantic.Field(json_schema_extra={"enum": list(letters)})]
+    return pydantic.create_model("_Choice", answer=(answer, ...))
 
 
 def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> ChatClient:
@@ -204,11 +222,6 @@ def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> Cha
 def units_ask(reference: str, max_tokens: int = 2048) -> Ask:
     """Asks for the facts that a reference states; the answer's value is a `ReferenceUnits`."""
     return Ask(prompts.name_of("units"), prompts.render("units", reference=reference), ReferenceUnits, max_tokens)
-
-
-def _said(caption: str, ask: Callable[[], Ask]) -> Ask | None:
-    """No question about an empty caption: models make something up."""
-    return ask() if caption.strip() else None
 
 
 def numbered(wanted: Sequence[int], what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:

@@ -132,7 +132,7 @@ class Judge(Protocol):
 
     `about` is what records say of the judge: its "model", and the prompt behind each method; empty where there is
     nothing to say. A judge may lack methods: which of them a reward calls is in its `asks`, and one that is missing is
-    found at the start.
+    found at the start. It may have one more, `mixed`, which takes questions of all kinds at once.
     """
 
     about: Mapping[str, str]

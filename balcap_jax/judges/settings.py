@@ -28,6 +28,8 @@ def parse_endpoints(text: str) -> tuple[tuple[str, float], ...]:
             raise ValueError(f"holds an address that is none ({error})") from error
         if parsed.username is not None or parsed.query or parsed.fragment:
             raise ValueError("must hold no key, password or query; name the key's variable in judge.api_key_env")
+        if "*" in url:
+            raise ValueError(f"gives a weight that is no number; write URL*2, got {url!r}")
         if parsed.scheme not in ("http", "https") or not parsed.hostname or any(c.isspace() for c in url):
             raise ValueError(f"must hold URLs such as http://localhost:8000/v1, got {url!r}")
         try:
@@ -53,6 +55,8 @@ def problems(judge: Mapping[str, Any]) -> Iterator[str]:
             "config field 'judge.api_key_env' must be the name of an environment variable in capitals, such as "
             "OPENAI_API_KEY; it is not shown here, in case it is a key, which belongs into that variable"
         )
+    if judge["model"] != judge["model"].strip():
+        yield f"config field 'judge.model' has blanks around it, got {judge['model']!r}"
     if judge["timeout"] > judge["deadline"]:
         yield (
             f"config field 'judge.timeout' ({judge['timeout']:g} s of one request) is more than judge.deadline "

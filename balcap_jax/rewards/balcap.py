@@ -3,7 +3,7 @@
 The length gate is not applied here but in the compiled step, where the raw reward, the gate and the advantage meet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.judges.schema import (
@@ -16,7 +16,7 @@ from balcap_jax.judges.schema import (
     RecallQuestion,
     RecallVerdict,
 )
-from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import Samples, Scored, Scores, ask_kinds, collect
 
 HIGHEST_MARK = 5
 
@@ -41,8 +41,8 @@ class BalCapReward:
         """Rewards [B, G, 3]. A detail is {"assertions", "covered", "clarity", "fluency", "coherency", "failures"}, with
         "judge" where it says what it is and "suspicious" where the caption speaks to it; the parts of a failed
         objective are left out. Raises ValueError when the judge loses an answer."""
-        precision = ask_all(self.judge.precision, precision_questions(samples, pointability=self.pointability))
-        recall, linguistic = ask_recall(self.judge, samples), ask_linguistic(self.judge, samples)
+        asked = precision_questions(samples, pointability=self.pointability)
+        precision, recall, linguistic = ask_about(self.judge, samples, precision=asked)
         scored = [
             (
                 score_precision(precision[i], pointability=self.pointability),
@@ -65,17 +65,17 @@ def precision_questions(samples: Samples, *, pointability: bool = True) -> list[
     ]
 
 
-def ask_recall(judge: Judge, samples: Samples) -> list[RecallVerdict | Failure | None]:
-    """One answer per caption, in the order of `samples.where`; None where there are no reference units."""
-    asked = [(b, g) for b, g in samples.where if len(samples.reference_units[b])]
-    questions = [RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in asked]
-    answers = dict(zip(asked, ask_all(judge.recall, questions), strict=True))
-    return [answers.get(place) for place in samples.where]
+def ask_about(judge: Judge, samples: Samples, **more: Sequence) -> list[list]:
+    """The answers to the questions of `more` (see `ask_kinds`), then those about recall and about language.
 
-
-def ask_linguistic(judge: Judge, samples: Samples) -> list[LinguisticVerdict | Failure]:
-    """One answer per caption, in the order of `samples.where`."""
-    return ask_all(judge.linguistic, [LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where])
+    One answer per caption, in the order of `samples.where`; about recall None where there are no reference units.
+    """
+    with_units = [(b, g) for b, g in samples.where if len(samples.reference_units[b])]
+    recall = [RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in with_units]
+    linguistic = [LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where]
+    *others, covered, marks = ask_kinds(judge, **more, recall=recall, linguistic=linguistic)
+    known = dict(zip(with_units, covered, strict=True))
+    return [*others, [known.get(place) for place in samples.where], marks]
 
 
 def score_precision(verdict: PrecisionVerdict | Failure, *, pointability: bool = True) -> Scored:

@@ -108,6 +108,17 @@ def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
     return answers
 
 
+def ask_kinds(judge: Judge, **questions: Sequence) -> list[list]:
+    """For each keyword, which names a method of the judge, what `ask_all` gives.
+
+    A judge that has `mixed` gets all kinds at once, so that a slow answer of one kind delays no question of another.
+    """
+    if not hasattr(judge, "mixed"):
+        return [ask_all(getattr(judge, kind), asked) for kind, asked in questions.items()]
+    answers = iter(ask_all(judge.mixed, [one for asked in questions.values() for one in asked]))
+    return [[next(answers) for _ in asked] for asked in questions.values()]
+
+
 def count_words(text: str) -> int:
     """Whitespace words: the length unit of the gate (and of CapArena's published lengths)."""
     return len(text.split())

@@ -67,11 +67,14 @@ def first_letter(answer: str) -> str:
 
 
 def score_answers(verdicts: Sequence[tuple[ChoiceQuestion, str, Any]], example_id: str) -> Scored:
-    """The share of right answers; an answer without a letter is wrong."""
+    """The share of right answers; an answer without a letter is wrong.
+
+    Missing where more than half of the draws failed: what is left would be mostly chance.
+    """
     if not verdicts:
         return Failure(f"example {example_id} has no questions"), {}
     failures = [verdict for _, _, verdict in verdicts if isinstance(verdict, Failure)]
-    if len(failures) == len(verdicts):
+    if 2 * len(failures) > len(verdicts):
         return failures[0], {}
     shown = [
         {"question": question.question, "answer": (letter := first_letter(verdict.answer)), "right": letter == gold}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax.judges.schema import Judge
-from balcap_jax.rewards.balcap import ask_linguistic, ask_recall, score_linguistic, score_recall
+from balcap_jax.rewards.balcap import ask_about, score_linguistic, score_recall
 from balcap_jax.rewards.base import Samples, Scores, collect
 
 
@@ -26,7 +26,7 @@ class TextReward:
 
     def __call__(self, samples: Samples) -> Scores:
         """Rewards [B, G, 2]; a detail is that of `BalCapReward` without its assertions."""
-        recall, linguistic = ask_recall(self.judge, samples), ask_linguistic(self.judge, samples)
+        recall, linguistic = ask_about(self.judge, samples)
         scored = [
             (
                 score_recall(recall[i], len(samples.reference_units[b]), samples.example_ids[b]),

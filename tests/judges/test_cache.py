@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sqlite3
+import time
 
 import numpy as np
 import pydantic
@@ -177,3 +178,22 @@ def test_a_disk_that_fails_later_costs_answers_kept_and_not_the_run(tmp_path, ca
     assert len(caplog.records) == 1
     assert "judge's cache" in caplog.text
     answers.close()
+
+
+def test_a_cache_that_another_process_holds_costs_one_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_BUSY_SECONDS", 0.2)
+    answers = AnswerFile(str(tmp_path), 1.0)
+    holder = sqlite3.connect(answers.path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    begun = time.monotonic()
+    for number in range(20):
+        answers.put(str(number), "answer")
+    assert time.monotonic() - begun < 2
+    holder.execute("ROLLBACK")
+    assert answers.get("0") is None, "it is left alone for a while"
+    monkeypatch.setattr(cache, "_PAUSE", 0.0)
+    answers._left_alone_until = 0.0
+    answers.put("21", "answer")
+    assert answers.get("21") == "answer"
+    answers.close()
+    holder.close()

@@ -398,6 +398,53 @@ def test_requests_and_tokens_a_minute_are_kept():
     assert Pace(0).reserve(10**9, 0.0) == 0
 
 
+def test_a_retry_waits_its_turn_without_using_up_its_deadline():
+    """Each fifth question fails once; with ten turns a second its second turn comes after a deadline of a second."""
+    seen = collections.Counter()
+
+    def behave(body):
+        seen[text_of(body)] += 1
+        fails = seen[text_of(body)] == 1 and int(text_of(body)) % 5 == 0
+        return Reply("status", "once", status=500) if fails else Reply("text", said(body))
+
+    with JudgeServer(behave) as server, client_of(server, rpm=600, deadline=1.0, attempt_timeout=1.0) as client:
+        answers = client.ask([ask_for(number) for number in range(30)])
+    assert [answer.value.number for answer in answers if isinstance(answer, Answer)] == list(range(30)), answers
+
+
+def test_a_server_that_counts_no_tokens_is_not_charged_for_the_bytes_of_a_picture():
+    picture = np.random.default_rng(0).integers(0, 256, (280, 280, 3), np.uint8)
+    ask = Ask("number.v1", ({"role": "user", "content": "7"},), Number, image=picture)
+    server = JudgeServer(lambda body: Reply("raw", completion('{"number": 7}', usage={})))
+    with server, client_of(server) as client:
+        (answer,) = client.ask([ask])
+    assert answer.tokens_in == 1 + 108  # a token for each 28 x 28 pixels, and 8
+    assert answer.tokens_out == 4
+
+
+def test_what_is_said_of_a_question_changes_no_setting():
+    """Its text may be quoted in it."""
+
+    def behave(body):
+        if text_of(body) == "1":
+            return Reply("status", "this question about a seed and its temperature is too long", status=400)
+        return Reply("text", said(body))
+
+    with JudgeServer(behave) as server, client_of(server, temperature=0.5) as client:
+        first, second = client.ask([ask_for(1)])[0], client.ask([ask_for(2)])[0]
+    assert isinstance(first, Failure)
+    assert second.value.number == 2
+    assert {"temperature", "seed"} <= server.seen[-1].keys()
+
+
+def test_a_proxy_is_not_asked_for_this_machine_and_a_bad_one_is_one_line(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    answer, _ = one_answer(lambda body: Reply("text", said(body)))
+    assert answer.value.number == 7
+    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1:9")
+    assert "HTTP_PROXY, ALL_PROXY" in refused(urls=("http://127.0.0.1:9/v1",))
+
+
 def test_a_breaker_opens_lets_one_through_and_closes():
     breaker = Breaker()
     for _ in range(8):

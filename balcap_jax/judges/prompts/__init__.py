@@ -10,6 +10,7 @@ hold a digest of all texts of the prompt: a text cannot hold a digest of itself,
 import functools
 import hashlib
 import importlib.resources
+import unicodedata
 from typing import Any
 
 import jinja2
@@ -62,11 +63,20 @@ def _tag(name: str, texts: dict[str, Any]) -> str:
     raise AssertionError("sixty-four bits that are in a text a hundred times over")
 
 
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # parts of words in Persian and Hindi, and of emoji
+
+
 def _printable(value: Any) -> Any:
-    """Halves of surrogate pairs and control characters cannot be sent, or would end what servers read."""
+    """Halves of surrogate pairs and control characters cannot be sent, or would end what servers read; other invisible
+    characters, which could hide text from a reader, are left out."""
     if isinstance(value, str):
-        value = value.encode("utf-8", errors="replace").decode()
-        return "".join(
-            c if c in "\n\t" or c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value
-        )
+        return "".join(map(_shown, value.encode("utf-8", errors="replace").decode()))
     return [_printable(item) for item in value]
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in "\n\t" or character in _JOINERS:
+        return character
+    if unicodedata.category(character) == "Cf":
+        return ""
+    return " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
