@@ -26,6 +26,7 @@ from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.evals.engine import interval, resampled_sums
 from balcap_jax.evals.held_out import write_text
 
+_ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
 _REMEDY = "give folders that `evaluate` wrote"
 _HEAD = (
     "evaluation",
@@ -142,12 +143,24 @@ def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
     return cells
 
 
+def unlike(group: Sequence[Evaluation]) -> list[str]:
+    """What was not the same for all: another judge, or other questions, make other scores."""
+    found = []
+    for name in _ALIKE:
+        values = [str(one.results.get(name, "")) for one in group]
+        if len(set(values)) > 1:
+            each = ", ".join(f"{one.name}: {value or 'none'}" for one, value in zip(group, values, strict=True))
+            found.append(f"Scores cannot be compared: {name} differs ({each})")
+    return found
+
+
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """One table for each metric."""
     texts = []
     for metric, group in groups(evaluations).items():
         lines = [f"## {metric}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(group)]
+        lines += [text for warning in unlike(group) for text in ("", warning)]
         texts.append("\n".join(lines) + "\n")
     return "\n".join(texts)
 
@@ -167,7 +180,8 @@ def page(evaluations: Sequence[Evaluation]) -> str:
                 if isinstance(one.results.get("score"), int | float)
             ]
         )
-        parts.append(f"<h2>{html.escape(metric)}</h2>{picture}<table><tr>{head}</tr>{body}</table>")
+        warnings = "".join(f"<p>{html.escape(warning)}</p>" for warning in unlike(group))
+        parts.append(f"<h2>{html.escape(metric)}</h2>{picture}<table><tr>{head}</tr>{body}</table>{warnings}")
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
         "table{border-collapse:collapse;margin:1em 0}"

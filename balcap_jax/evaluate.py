@@ -58,6 +58,7 @@ NEEDS = {
     "side_by_side": ("votes",),
     **dict.fromkeys(vqa.BENCHMARKS, ("questions",)),
 }
+SCORED = ("captions", "predictions", "judgements", "graphs")
 FILES = (
     "captions",
     "references",
@@ -195,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     asks = args.metric in JUDGED and not args.judgements
     identity = {"inputs": digest_of(*(getattr(args, name) for name in FILES)), "name": args.name, "split": args.split}
+    # What scores must share to be compared: everything but the captions, or predictions, themselves.
+    identity["benchmark"] = digest_of(*(getattr(args, name) for name in FILES if name not in SCORED))
     client = make_client(judge, seed=0) if asks else None
     try:
         if client:

@@ -101,3 +101,16 @@ def test_a_folder_named_twice(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([name, f"{name}/"])
     assert "named twice" in capsys.readouterr().err
+
+
+def test_results_of_another_judge_or_of_other_questions_are_marked(tmp_path, capsys):
+    one = folder(tmp_path, "one", {"p": 1.0, "q": 2.0}, judge="model-a", benchmark="1")
+    alike = folder(tmp_path, "alike", {"p": 2.0, "q": 3.0}, judge="model-a", benchmark="1")
+    other = folder(tmp_path, "other", {"p": 1.0, "q": 2.0}, judge="<b>model</b>", benchmark="1")
+    compare.main([one, alike])
+    assert "cannot be compared" not in capsys.readouterr().out
+    compare.main([one, alike, other, f"--out={tmp_path / 'out'}"])
+    told = capsys.readouterr().out
+    assert "judge differs" in told
+    assert "benchmark differs" not in told
+    assert "&lt;b&gt;model" in (tmp_path / "out" / "comparison.html").read_text()

@@ -11,7 +11,7 @@ import pydantic
 from balcap_jax import json_text
 from balcap_jax.data import images
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import Item, Metric, mean_of_known, ratio
+from balcap_jax.evals.engine import Item, Metric, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.schema import Failure
@@ -33,7 +33,7 @@ class CapArena(Metric):
 
     A judgement is {"winner": "caption 1" | "caption 2" | "tie"}, or the text of the published result rows. A win is +1,
     a loss -1; each opponent's sum is scaled to [-100, 100] over all its pictures, skipped ones too, and the score is
-    the mean over opponents.
+    the mean over opponents. As on the board, a model that is an opponent itself has 0 against itself in that mean.
     """
 
     name = "caparena"
@@ -56,9 +56,9 @@ class CapArena(Metric):
             rival = entry.get("ref_model") if isinstance(entry, dict) else None
             if not isinstance(given, dict) or not isinstance(given.get(rival), str):
                 raise UserError(f"{opponents}: {name!r} has no caption of its opponent; {_REMEDY}")
+            self._counts[rival] = self._counts.get(rival, 0) + 1
             if rival == self.model:
                 continue
-            self._counts[rival] = self._counts.get(rival, 0) + 1
             data = {"opponent": rival, "other": given[rival], "reference": str(given.get("human", ""))}
             data |= {"path": folder / name, "first": shown_first(name)}
             items.append(Item(name, captions.get(name), data, rival))
@@ -92,7 +92,7 @@ class CapArena(Metric):
         return (*map(float, mine), float(len((item.caption or "").split(" "))), 1.0)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
-        return mean_of_known([self._against(sums, k) for k in range(len(self._opponents))])
+        return np.mean([self._against(sums, k) for k in range(len(self._opponents))], axis=0)
 
     def of_item(self, parts: Sequence[float]) -> float:
         """100 for a win, -100 for a loss, whichever opponent it was."""
@@ -104,8 +104,7 @@ class CapArena(Metric):
 
     def _against(self, sums: np.ndarray, k: int) -> np.ndarray:
         # Not renormalised for what was skipped: 200 pictures of an opponent are 200, as published.
-        met = np.asarray(sums)[..., 2 * k + 1] > 0
-        return np.where(met, 100.0 * np.asarray(sums)[..., 2 * k] / self._counts[self._opponents[k]], np.nan)
+        return 100.0 * np.asarray(sums)[..., 2 * k] / self._counts[self._opponents[k]]
 
 
 def shown_first(name: str) -> bool:

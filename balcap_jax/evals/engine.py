@@ -118,6 +118,8 @@ def evaluate(
     """
     settings = {"metric": metric.name, "judge": client.model if client else "", **identity}
     settings["prompts"] = ", ".join(metric.prompts) if client else ""
+    if judge and client:
+        settings["temperature"] = judge["temperature"]
     _claim(out, settings)
     spending = Spending(client, judge, out / "judge.json") if client else None
     batch = 4 * judge["concurrency"] if client else 1024

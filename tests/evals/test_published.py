@@ -259,7 +259,10 @@ def test_caparena_skips_what_is_no_verdict_and_does_not_renormalise(tmp_path):
     ]
     own, others = arena(tmp_path, model="gpt", per_opponent=2)
     assert {item.category for item in others} == {"cog", "cpm"}
-    del own
+    lost = {"winner": "caption 2" if others[0].data["first"] else "caption 1"}
+    sums = np.sum([own.parts(others[0], lost)], axis=0)
+    assert own.figures(sums)["against/gpt"] == 0.0
+    assert float(own.score(sums)) == pytest.approx(-50 / 3), "the board's mean is over all three"
     assert 60 < sum(shown_first(f"{i}.jpg") for i in range(200)) < 140
 
 
