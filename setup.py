@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "grain>=0.2.18,<0.3",  # batching with an iterator whose state is checkpointed
     "ml-collections>=1.1.0,<2",  # ConfigDict recipes with command line overrides
     "numpy>=2.0,<3",  # host arrays
+    "scipy>=1.13,<2",  # quantiles of the study's t intervals; jax brings it too
     "pillow>=11,<14",  # draws the scenes, decodes and encodes images
     "pydantic>=2.10,<3",  # checks what a judge answers, and the config
     "httpx2>=2.16,<3",  # asks judges over HTTP, many at once; transformers brings it too
