@@ -72,13 +72,21 @@ def read(folder: str | Path) -> Evaluation:
         raise UserError(f"{folder} has no results.json; {_REMEDY}") from error
     if not isinstance(results.get("metric"), str) or "score" not in results:
         raise UserError(f"{folder}/results.json has no metric and score; {_REMEDY}")
+    if not _is_number(results["score"]):
+        raise UserError(f"{folder}/results.json has no score: none of its items was valid; {_REMEDY}")
+    if not isinstance(results.get("confidence"), list) or not all(map(_is_number, results["confidence"])):
+        results["confidence"] = None
     scores = {}
     for where, line in json_text.read_lines(folder / "items.jsonl", _REMEDY):
         if not isinstance(line.get("id"), str):
             raise UserError(f"{where} has no id; {_REMEDY}")
-        if isinstance(line.get("score"), int | float):
+        if _is_number(line.get("score")):
             scores[line["id"]] = float(line["score"])
     return Evaluation(str(folder), results, scores)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def paired(base: Evaluation, other: Evaluation) -> Paired | None:
@@ -158,7 +166,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     """One table for each metric."""
     texts = []
     for metric, group in groups(evaluations).items():
-        lines = [f"## {metric}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+        lines = [f"## {' '.join(metric.split())}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(group)]
         lines += [text for warning in unlike(group) for text in ("", warning)]
         texts.append("\n".join(lines) + "\n")

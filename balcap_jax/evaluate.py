@@ -25,9 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from balcap_jax import json_text
 from balcap_jax.arguments import place
-from balcap_jax.config import CommandParser, take_group
+from balcap_jax.config import CommandParser, default_config, take_group
 from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
 from balcap_jax.evals import caparena, side_by_side, vqa
 from balcap_jax.evals.balanced import BCapScore
@@ -36,7 +38,7 @@ from balcap_jax.evals.captionqa import CaptionQA
 from balcap_jax.evals.capture import Capture
 from balcap_jax.evals.checklist import Checklist
 from balcap_jax.evals.dcscore import DCScore
-from balcap_jax.evals.engine import Item, Metric, by_file_name, digest_of, evaluate, read_captions
+from balcap_jax.evals.engine import Item, Metric, Texts, digest_of, evaluate, read_captions
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.vqa_data import read_questions
 from balcap_jax.judges.remote import make_client
@@ -106,24 +108,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build(args: argparse.Namespace) -> tuple[Metric, list[Item]]:
-    """The metric and its items. Raises UserError for bad input."""
-    captions = by_file_name(read_captions(args.captions)) if args.captions else {}
+def build(args: argparse.Namespace, judge: ConfigDict) -> tuple[Metric, list[Item], Texts]:
+    """The metric, its items, and what is scored. Raises UserError for bad input."""
+    texts = read_captions(args.captions) if args.captions else Texts({})
     folder = Path(args.images) if args.images else None
+    # Of metrics whose answers have other lengths than the default's, a length that was given.
+    default = default_config().judge.max_tokens
+    length = {} if judge.max_tokens == default else {"max_tokens": judge.max_tokens}
     if args.metric == "capture":
-        return (metric := Capture()), metric.items(args.graphs, captions)
+        return (metric := Capture()), metric.items(args.graphs, texts), texts
     if args.metric == "dcscore":
-        return (metric := DCScore()), metric.items(captions, args.references, folder)
+        return (metric := DCScore(**length)), metric.items(texts, args.references, folder), texts
     if args.metric == "captionqa":
-        return (metric := CaptionQA()), metric.items(captions, args.questions)
+        return (metric := CaptionQA(**length)), metric.items(texts, args.questions), texts
     if args.metric == "caparena":
-        return (metric := CapArena(model=args.name)), metric.items(captions, args.opponents, folder)
+        return (metric := CapArena(model=args.name, **length)), metric.items(texts, args.opponents, folder), texts
     if args.metric == "bcapscore":
-        return (metric := BCapScore()), metric.items(captions, args.references, folder)
+        return (metric := BCapScore(**length)), metric.items(texts, args.references, folder), texts
     if args.metric == "checklist":
-        return (metric := Checklist()), metric.items(captions, args.checklists)
-    questions = read_questions(args.questions, args.split)
-    return (metric := vqa.Answers(args.metric)), metric.items(questions, read_captions(args.predictions, "predictions"))
+        return (metric := Checklist(**length)), metric.items(texts, args.checklists), texts
+    texts = read_captions(args.predictions, "predictions")
+    return (metric := vqa.Answers(args.metric)), metric.items(read_questions(args.questions, args.split), texts), texts
 
 
 def answer(args: argparse.Namespace) -> str:
@@ -153,11 +158,11 @@ def answer(args: argparse.Namespace) -> str:
 
 def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """Judgements by id. Raises UserError for a line without one."""
-    if args.metric == "caparena" and "judgement" not in next(iter(json_text.read_lines(path, "")), ("", {}))[1]:
-        return caparena.read_results(path, args.name)
     found = {}
     remedy = '--judgements takes lines {"id", "judgement"}'
-    for where, line in json_text.read_lines(path, remedy):
+    if args.metric == "caparena" and "img" in next(iter(json_text.read_entries(path, remedy)), ("", {}))[1]:
+        return caparena.read_results(path, args.name)
+    for where, line in json_text.read_entries(path, remedy):
         if not isinstance(line.get("id"), str) or not isinstance(line.get("judgement", {}), dict):
             raise UserError(f"{where} is no judgement; {remedy}")
         if "judgement" in line:
@@ -189,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.model and args.metric in vqa.BENCHMARKS and not args.predictions:
         args.predictions = answer(args)
-    metric, items = build(args)
+    metric, items, texts = build(args, judge)
     if not items:
         raise UserError(
             f"there is nothing to evaluate in {getattr(args, needs[-1] if needs[-1] != 'images' else needs[1])}"
@@ -203,8 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if client:
             client.connect()
         known = read_judgements(args.judgements, args) if args.judgements else None
+        unused = [*texts.unused, *sorted({*(known or {})} - {item.id for item in items})]
         options = {"client": client, "judge": judge, "judgements": known, "retry_errors": args.retry_errors}
-        results = evaluate(metric, items, out, identity, **options)
+        results = evaluate(metric, items, out, identity, unused=unused, **options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -225,6 +231,9 @@ def told(results: dict[str, Any], out: Path) -> str:
     if results["invalid"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
         text += f"\n{results['invalid']} items are not in it ({reasons})"
+    if results["unused"]:
+        named = ", ".join(results["unused_ids"][:3])
+        text += f"\n{results['unused']} texts or judgements are of no item here ({named})"
     return f"{text}\n{out}/results.json"
 
 

@@ -10,15 +10,25 @@ from typing import Any
 from balcap_jax.errors import UserError
 
 
-def parse(text: str | bytes, where: str, remedy: str) -> Any:
+def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -> Any:
     """The value of a JSON text; `where` (file, and line) and `remedy` are for the error.
 
     Raises:
-      UserError: no UTF-8, no JSON, nested too deeply, or with half of a surrogate pair, which is no character.
+      UserError: no UTF-8, no JSON, nested too deeply, or with half of a surrogate pair, which is no character; if
+        `unique`, an object that has a name twice, of which `json` would keep the last.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in found if names.count(name) > 1)
+            raise UserError(f"{where} has {twice!r} twice; keep one of them")
+        return found
+
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once if unique else None)
         if "\\ud" in text.lower():  # `json` lets halves of pairs through; file names and tokenizers do not take them.
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -32,22 +42,22 @@ def parse(text: str | bytes, where: str, remedy: str) -> Any:
     return value
 
 
-def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -> dict[str, Any]:
     """As `parse`; raises UserError for anything but an object too."""
-    value = parse(text, where, remedy)
+    value = parse(text, where, remedy, unique=unique)
     if not isinstance(value, dict):
         raise UserError(f"{where} is no JSON object; {remedy}")
     return value
 
 
-def read(path: Path, remedy: str) -> Any:
+def read(path: Path, remedy: str, *, unique: bool = False) -> Any:
     """The value in a JSON file.
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is none.
       UserError: it cannot be read; see `parse`.
     """
-    return parse(_content(path, remedy), str(path), remedy)
+    return parse(_content(path, remedy), str(path), remedy, unique=unique)
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -71,6 +81,21 @@ def read_lines(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
+def read_entries(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_lines`; of a file that ends in .json, the objects of its list."""
+    if Path(path).suffix != ".json":
+        yield from read_lines(path, remedy)
+        return
+    try:
+        content = read(path, remedy)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no such file: {path}; {remedy}") from error
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise UserError(f"{path} is no list of objects; {remedy}")
+    for number, entry in enumerate(content, start=1):
+        yield f"{path}, entry {number}", entry
+
+
 def replace_file(path: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises OSError as the disk does, and leaves nothing behind then."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -83,9 +108,9 @@ def replace_file(path: Path, text: str) -> None:
         raise
 
 
-def _content(path: Path, remedy: str) -> bytes:
+def _content(path: str | os.PathLike, remedy: str) -> bytes:
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:

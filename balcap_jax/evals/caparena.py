@@ -47,7 +47,7 @@ class CapArena(Metric):
 
     def items(self, captions: Mapping[str, str], opponents: Path, folder: Path) -> list[Item]:
         try:
-            entries = json_text.read_object(opponents, _REMEDY)
+            entries = json_text.read_object(Path(opponents), _REMEDY)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {opponents}; {_REMEDY}") from error
         items = []
@@ -82,14 +82,15 @@ class CapArena(Metric):
             found[i] = answer if isinstance(answer, Failure) else answer.value.model_dump()
         return found
 
-    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
-        """(sum, 1) of each opponent, then characters between spaces, as the board counts words."""
+    def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
+        """(sum, 1) of each opponent, then skipped ones, characters between spaces, as the board counts words, and 1.
+
+        A verdict that the published script skips is no point for anybody, and counted.
+        """
         winner = verdict_of(judgement["winner"])
-        if winner is None:
-            return None
         won = 0 if not winner else 1 if (winner == 1) == item.data["first"] else -1
         mine = [value for name in self._opponents for value in ((won, 1) if name == item.category else (0, 0))]
-        return (*map(float, mine), float(len((item.caption or "").split(" "))), 1.0)
+        return (*map(float, mine), float(winner is None), float(len((item.caption or "").split(" "))), 1.0)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         return np.mean([self._against(sums, k) for k in range(len(self._opponents))], axis=0)
@@ -100,7 +101,7 @@ class CapArena(Metric):
 
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         against = {f"against/{name}": float(self._against(sums, k)) for k, name in enumerate(self._opponents)}
-        return against | {"board_words": float(ratio(sums[-2], sums[-1], 1.0))}
+        return against | {"skipped": float(sums[-3]), "board_words": float(ratio(sums[-2], sums[-1], 1.0))}
 
     def _against(self, sums: np.ndarray, k: int) -> np.ndarray:
         # Not renormalised for what was skipped: 200 pictures of an opponent are 200, as published.
@@ -120,24 +121,30 @@ def verdict_of(text: str) -> int | None:
 
 
 def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
-    """Judgements by picture from result rows of the published script ({"img", "source1", "source2", "judge", ...}).
+    """Judgements by picture from result rows of the published script ({"img", "source1", "source2", "judge", ...}), a
+    JSON list or JSONL; rows without a verdict are left out, as published.
+
+    `model`: the evaluated one's name in them; "" = the one that is not the row's "ref_model".
 
     Raises:
-      UserError: a row of another form.
+      UserError: a row of another form, or that is not about the model.
     """
     found = {}
     remedy = "--judgements takes items.jsonl, or result rows of CapArena"
-    for where, row in json_text.read_lines(path, remedy):
+    for where, row in json_text.read_entries(path, remedy):
+        if "judge" not in row:
+            continue
         try:
-            text, first = row["judge"], row["source1"]
+            text, sources, picture = row["judge"], [row["source1"], row["source2"]], row["img"]
             winner = verdict_of(text)
-            mine = 1 if first == model else 2
-            if winner:
-                ours_won = winner == mine
-                # In the order in which we would have shown them.
-                winner = (1 if shown_first(row["img"]) else 2) if ours_won else (2 if shown_first(row["img"]) else 1)
-            named = {0: "tie", 1: "caption 1", 2: "caption 2"}
-            found[row["img"]] = {"winner": text if winner is None else named[winner]}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{where} is no result row; {remedy}") from error
+        name = model or next((source for source in sources if source != row.get("ref_model")), "")
+        if sources.count(name) != 1:
+            raise UserError(f"{where} compares {sources[0]!r} with {sources[1]!r}; name the evaluated one with --name")
+        if winner:
+            ours_won = sources[winner - 1] == name
+            # In the order in which we would have shown them.
+            winner = 1 if shown_first(picture) == ours_won else 2
+        found[picture] = {"winner": text if winner is None else ("tie", "caption 1", "caption 2")[winner]}
     return found

@@ -68,6 +68,7 @@ class CaptionQA(Metric):
     def __init__(self, max_tokens: int = 64):
         self.max_tokens = max_tokens
         self._domains: list[str] = []
+        self._skipped = 0
 
     def items(self, captions: Mapping[str, str], questions: Path) -> list[Item]:
         """One item per usable question, in the order of the file, all shuffled by one generator, as published.
@@ -75,7 +76,7 @@ class CaptionQA(Metric):
         Questions with fewer than two choices, or whose answer is none of them, and pictures without a caption draw
         nothing from the generator. A picture without a caption is one invalid item.
         """
-        rng, items, domains = random.Random(0), [], set()
+        rng, items, domains, self._skipped = random.Random(0), [], set(), 0
         for where, entry in read_entries(questions):
             name, asked = entry.get("id"), entry.get("questions")
             if not isinstance(name, str) or not isinstance(asked, list):
@@ -87,15 +88,17 @@ class CaptionQA(Metric):
                 items.append(Item(name, None, None, domain))
                 continue
             for number, one in enumerate(asked):
-                choices = [str(choice) for choice in one.get("choices") or []] if isinstance(one, dict) else []
-                if len(choices) < 2 or one.get("answer") not in choices or not isinstance(one.get("question"), str):
+                choices = [str(choice).strip() for choice in one.get("choices") or []] if isinstance(one, dict) else []
+                answer = str(one.get("answer", "")).strip() if isinstance(one, dict) else ""
+                if len(choices) < 2 or answer not in choices or not isinstance(one.get("question"), str):
+                    self._skipped += 1
                     continue
                 options = [*choices] if is_yes_no(one["question"], choices) else [*choices, CANNOT_ANSWER]
                 order = list(range(len(options)))
                 rng.shuffle(order)
                 shown = [options[k] for k in order]
                 cannot = shown.index(CANNOT_ANSWER) if len(options) > len(choices) else None
-                data = {"question": one["question"], "options": shown, "gold": shown.index(one["answer"])}
+                data = {"question": one["question"], "options": shown, "gold": shown.index(answer)}
                 data |= {"cannot": cannot, "choices": len(choices), "domain": domain}
                 items.append(Item(f"{name}#{number}", caption, data, _category(one)))
         self._domains = sorted(domains)
@@ -124,16 +127,23 @@ class CaptionQA(Metric):
         return mean_of_known(means)
 
     def figures(self, sums: np.ndarray) -> dict[str, float]:
-        """Of all questions: points and right answers in percent; numbers of "cannot answer" and of unparsable ones."""
+        """Of all questions: points and right answers in percent; numbers of "cannot answer", of unparsable answers, and
+        of questions that could not be asked."""
         domains = {
             f"domain/{name}": float(ratio(sums[5 + 2 * k], sums[6 + 2 * k])) for k, name in enumerate(self._domains)
         }
         micro = {"micro": float(ratio(sums[0], sums[4])), "right": float(ratio(sums[1], sums[4]))}
-        return micro | {"cannot_answer": float(sums[2]), "unparsable": float(sums[3])} | domains
+        counts = {"cannot_answer": float(sums[2]), "unparsable": float(sums[3]), "skipped": float(self._skipped)}
+        return micro | counts | domains
 
 
 class _Letter(pydantic.BaseModel):
     answer: str
+
+    @classmethod
+    def of_text(cls, text: str) -> "_Letter":
+        """The published judge answers with a bare letter, which servers without schemas may do too."""
+        return cls(answer=text)
 
 
 def _category(question: Mapping[str, Any]) -> str:
@@ -142,15 +152,17 @@ def _category(question: Mapping[str, Any]) -> str:
 
 
 def read_entries(path: Path):
-    """(where, entry) of the official JSON list, or of a JSONL file. Raises UserError for anything else."""
-    if Path(path).suffix != ".json":
-        yield from json_text.read_lines(path, _REMEDY)
-        return
-    try:
-        content = json_text.read(Path(path), _REMEDY)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"no such file: {path}; {_REMEDY}") from error
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise UserError(f"{path} is no list of entries; {_REMEDY}")
-    for number, entry in enumerate(content, start=1):
-        yield f"{path}, entry {number}", entry
+    """(where, entry) of the official JSON ({picture: questions}, or a list of entries), or of a JSONL file.
+
+    Raises UserError for anything else.
+    """
+    if Path(path).suffix == ".json":
+        try:
+            content = json_text.read(Path(path), _REMEDY, unique=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"no such file: {path}; {_REMEDY}") from error
+        if isinstance(content, dict):
+            for name, asked in content.items():
+                yield f"{path}, {name!r}", {"id": name, "questions": asked}
+            return
+    yield from json_text.read_entries(path, _REMEDY)

@@ -95,7 +95,10 @@ class Capture(Metric):
         return scored
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
-        return (judgement["score"], *(judgement[name] for name in PARTS), 1.0)
+        values = [float(judgement[name]) for name in ("score", *PARTS)]
+        if not all(0 <= value <= 1 + _TINY for value in values):
+            raise ValueError(f"scores beyond [0, 1]: {values}")
+        return (*values, 1.0)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         return ratio(sums[..., 0], sums[..., -1])

@@ -19,7 +19,7 @@ from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.schema import Failure
 
 CHECKLIST = "checklist.v1"
-_REMEDY = '--checklists takes lines {"id", "items": [{"kind", "question"}, ...]}'
+_REMEDY = '--checklists takes CAPEval\'s lines, or {"id", "items": [{"kind", "question"}, ...]}'
 
 
 class _One(pydantic.BaseModel):
@@ -48,14 +48,15 @@ class Checklist(Metric):
     def items(self, captions: Mapping[str, str], checklists: Path) -> list[Item]:
         found = []
         for where, line in json_text.read_lines(checklists, _REMEDY):
-            asked = line.get("items")
+            asked = line.get("items", _published(line))
             if not isinstance(line.get("id"), str) or not isinstance(asked, list) or not asked:
                 raise UserError(f"{where} is no checklist; {_REMEDY}")
             try:
                 data = [(str(one.get("kind", "")), one["question"]) for one in asked]
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{where} has an item without a question; {_REMEDY}") from error
-            names = (line["id"], str(line.get("image", "")))
+            picture = str(line.get("image", line.get("img_path", "")))
+            names = (line["id"], picture, Path(picture).name)
             caption = next((captions[name] for name in names if name in captions), None)
             found.append(Item(line["id"], caption, data))
         self._kinds = sorted({kind for item in found for kind, _ in item.data})
@@ -79,7 +80,7 @@ class Checklist(Metric):
             answer = answers.get(str(number), "not_mentioned")
             if answer not in ("yes", "no", "not_mentioned"):
                 raise ValueError(f"answer {answer!r}")
-            for place in ("", kind):
+            for place in {"", kind}:
                 sums[place][0] += answer == "yes"
                 sums[place][1] += answer == "no"
                 sums[place][2] += 1
@@ -91,7 +92,21 @@ class Checklist(Metric):
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         found = {"coverage": float(ratio(sums[0] + sums[1], sums[2])), "questions": float(sums[2])}
         for k, kind in enumerate(self._kinds, start=1):
+            if not kind:
+                continue
             yes, no, total = sums[3 * k : 3 * k + 3]
             found[f"coverage/{kind}"] = float(ratio(yes + no, total))
             found[f"precision/{kind}"] = float(ratio(yes, yes + no))
         return found
+
+
+def _published(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Items of a line as CAPEval publishes them: "KIND_checklist": [{"Tags", "Question"}, ...] for each kind."""
+    lists = {key.removesuffix("_checklist"): value for key, value in line.items() if key.endswith("_checklist")}
+    return [
+        {"kind": kind, "question": one["Question"]}
+        for kind, listed in lists.items()
+        if isinstance(listed, list)
+        for one in listed
+        if isinstance(one, dict) and isinstance(one.get("Question"), str)
+    ]

@@ -167,6 +167,8 @@ class DCScore(Metric):
         draws = [*judgement["matches"], *judgement["verified"]]
         if not judgement["matches"] or not judgement["verified"] or any(len(d) != len(relevance) for d in draws):
             raise ValueError("draws of other lengths than there are statements")
+        if not {*relevance, *itertools.chain(*judgement["verified"])} <= {0, 1}:
+            raise ValueError("flags that are neither 0 nor 1")
         return (*image_score(relevance, judgement["matches"], judgement["verified"], len(item.data[1])), 1.0)
 
     def score(self, sums: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
 NO_CAPTION = "no caption"
 UNPARSED = "unparsed"
 _REMEDY = "delete the folder, or name another one with --out"
+_REASONS = 20  # of invalid items that results.json names
 _CHUNK = 1 << 22  # numbers of a block of resampled counts
 
 
@@ -104,6 +105,7 @@ def evaluate(
     judge: Mapping[str, Any] | None = None,
     judgements: Mapping[str, Mapping[str, Any]] | None = None,
     retry_errors: bool = False,
+    unused: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Judges what `out` still lacks, writes the results and returns them.
 
@@ -111,11 +113,15 @@ def evaluate(
       identity: what else the judgements depend on, such as a digest of the captions.
       client, judge: who is asked, and its config group; None for metrics that ask nobody.
       judgements: judgements by id, made elsewhere, in place of a client.
+      unused: ids of captions and judgements that no item has; they are counted.
 
     Raises:
-      UserError: the folder holds another evaluation, the judge fails too often, judge.max_cost is reached, or it cannot
-        be written.
+      UserError: two items of one id, the folder holds another evaluation, the judge fails too often, judge.max_cost is
+        reached, or it cannot be written.
     """
+    counts = collections.Counter(item.id for item in items)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"{metric.name} has {len(twice)} items twice, such as {twice[0]!r}; keep one of each")
     settings = {"metric": metric.name, "judge": client.model if client else "", **identity}
     settings["prompts"] = ", ".join(metric.prompts) if client else ""
     if judge and client:
@@ -143,6 +149,7 @@ def evaluate(
                         raise UserError(f"{spending.limit_text()}; {out} has what was judged, raise it to go on")
         rows = {row.id: row for row in lines.entries}
     results = settings | summarise(metric, [rows[item.id] for item in items])
+    results |= {"unused": len(unused), "unused_ids": list(unused)[:_REASONS]}
     results["version"] = balcap_jax.__version__
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     return results
@@ -166,7 +173,7 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
             line["judgement"] = judgement
             try:
                 parts = metric.parts(item, judgement)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
                 parts, line["error"] = None, f"a judgement of another form ({type(error).__name__}: {error})"
             if parts is not None:
                 line["parts"] = [float(part) for part in parts]
@@ -179,13 +186,16 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
 
 def read_row(line: Mapping[str, Any]) -> Row:
     """The row of a line of items.jsonl. Raises UserError for one that is none of ours."""
-    parts = line.get("parts")
-    if not isinstance(line.get("id"), str) or not (parts is None or isinstance(parts, list)):
-        raise UserError(f"a line of items.jsonl has no id, or parts that are no list; {_REMEDY}")
-    numbers = None if parts is None else tuple(float(part) for part in parts)
-    return Row(
-        line["id"], str(line.get("category", "")), int(line.get("words", 0)), numbers, str(line.get("error", ""))
-    )
+    parts, words = line.get("parts"), line.get("words", 0)
+    numbers = parts is None or (isinstance(parts, list) and all(map(_is_number, parts)))
+    if not isinstance(line.get("id"), str) or not numbers or not isinstance(words, int):
+        raise UserError(f"a line of items.jsonl is none that this command wrote (its id, parts or words); {_REMEDY}")
+    values = None if parts is None else tuple(map(float, parts))
+    return Row(line["id"], str(line.get("category", "")), words, values, str(line.get("error", "")))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
 
 
 def _forget_errors(lines: AppendedLines) -> None:
@@ -199,7 +209,7 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / "settings.json"
     try:
         before = json_text.read_object(path, _REMEDY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if (out / "items.jsonl").exists():
             raise UserError(
                 f"{out} has items.jsonl without settings.json, which says what they are; {_REMEDY}"
@@ -236,11 +246,14 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
         for name in sorted(set(names.tolist()) - {""}):
             inside = names == name
             categories[name] = {"score": _finite(metric.score(matrix[inside].sum(0))), "n": int(inside.sum())}
+    shown = sorted(errors.items(), key=lambda pair: -pair[1])
+    if len(shown) > _REASONS:
+        shown = [*shown[:_REASONS], ("other reasons", sum(count for _, count in shown[_REASONS:]))]
     said = [row.words for row in rows if row.error != NO_CAPTION]
     return result | {
         "n": len(valid),
         "invalid": len(rows) - len(valid),
-        "errors": dict(sorted(errors.items(), key=lambda pair: -pair[1])[:20]),
+        "errors": dict(shown),
         "words": float(np.mean(said)) if said else None,
         "categories": categories,
     }
@@ -287,55 +300,89 @@ def _finite(value: Any) -> float | None:
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
-_IDS = ("id", "image", "image_path", "image_name", "question_id", "questionId", "index")
+_PICTURES = ("id", "image", "image_path", "image_name", "question_id", "questionId", "index")
+_QUESTIONS = ("question_id", "questionId", "index", "id", "image", "image_path", "image_name")
+_SAID = ("caption", "prediction", "answer")
 
 
-def read_captions(path: str | os.PathLike, what: str = "captions") -> dict[str, str]:
+class Texts(dict):
+    """Captions, or predictions, by id, which remembers those that were looked up; a path stands for its file name too
+    where that is no other's."""
+
+    def __init__(self, texts: Mapping[str, str]):
+        super().__init__(texts)
+        names = [Path(key).name for key in texts]
+        counts = collections.Counter(names)
+        self._paths = {name: key for name, key in zip(names, texts, strict=True) if counts[name] == 1}
+        self._used: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self._paths
+
+    def __getitem__(self, key: str) -> str:
+        name = key if super().__contains__(key) else self._paths[key]
+        self._used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 - this is `get`
+
+    @property
+    def unused(self) -> list[str]:
+        """Ids that no item has."""
+        return [name for name in self if name not in self._used]
+
+
+def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
     """Captions, or predictions (`what`), by id.
 
-    A JSON object {id: caption}, or JSONL lines with "caption" or "prediction", and an "id", "image", "image_path" or
-    "question_id". A picture's path stands for itself and for its file name.
+    A JSON object {id: text}; a JSON list or JSONL lines with "caption", "prediction" or "answer", and an "id", "image",
+    "image_path", "question_id", "questionId" or "index", of predictions the question's first.
 
     Raises:
-      UserError: no such file, another form, or two captions of one id.
+      UserError: no such file, another form, or two texts of one id.
     """
     path, remedy = Path(path), f'--{what} takes {{id: text}}, or lines {{"id" or "image", "caption" or "prediction"}}'
     if path.suffix == ".json":
         try:
-            content = json_text.read_object(path, remedy)
+            content = json_text.read(path, remedy, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {path}; {remedy}") from error
-        for key, caption in content.items():
-            if not isinstance(caption, str):
-                raise UserError(f"{path}: the text of {key!r} is none; {remedy}")
-        return content
+        if isinstance(content, dict):
+            for key, caption in content.items():
+                if not isinstance(caption, str):
+                    raise UserError(f"{path}: the text of {key!r} is none; {remedy}")
+            return Texts(content)
+        if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+            raise UserError(f"{path} holds neither an object nor a list of objects; {remedy}")
+        lines = ((f"{path}, entry {number}", entry) for number, entry in enumerate(content, start=1))
+    else:
+        lines = json_text.read_lines(path, remedy)
     found: dict[str, str] = {}
-    for where, line in json_text.read_lines(path, remedy):
-        key = next((line[name] for name in _IDS if line.get(name) is not None), None)
-        text = line.get("caption", line.get("prediction"))
+    for where, line in lines:
+        names = _QUESTIONS if what == "predictions" else _PICTURES
+        key = next((line[name] for name in names if line.get(name) is not None), None)
+        text = next((line[name] for name in _SAID if name in line), None)
         if not isinstance(key, str | int) or isinstance(key, bool) or not isinstance(text, str):
             raise UserError(f"{where} has no id and text; {remedy}")
         if str(key) in found:
             raise UserError(f"{where}: {key!r} has a text already; keep one of them")
         found[str(key)] = text
-    return found
-
-
-def by_file_name(captions: Mapping[str, str]) -> dict[str, str]:
-    """The captions, also under the file names of their paths where these are no other picture's."""
-    names = [Path(key).name for key in captions]
-    counts = collections.Counter(names)
-    once = {name for name in names if counts[name] == 1}
-    return {**{n: text for n, text in zip(names, captions.values(), strict=True) if n in once}, **captions}
+    return Texts(found)
 
 
 def digest_of(*paths: str | os.PathLike | None) -> str:
-    """A digest of the content of files, for `identity`. Raises UserError where one cannot be read."""
+    """A digest of the content of files, and of folders' JSON files, for `identity`.
+
+    Raises UserError where one cannot be read.
+    """
     digest = hashlib.sha256()
     for path in paths:
         if path:
             try:
-                digest.update(Path(path).read_bytes())
+                files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
+                for file in files:
+                    digest.update(file.read_bytes())
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]

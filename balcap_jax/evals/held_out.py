@@ -159,9 +159,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space there or choose another --workdir"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free space there or name another directory") from error
 
 
 def batches(examples: Sequence[Mapping[str, Any]], size: int, columns: Callable) -> list[tuple[Mapping[str, Any], int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from balcap_jax.errors import UserError
 from balcap_jax.evals import vqa_rules as rules
 from balcap_jax.evals.engine import Item, Metric, ratio
 from balcap_jax.evals.vqa_data import Question
@@ -27,7 +28,7 @@ class Benchmark:
     score: points of a prediction, in [0, 1], and what was read from it ("" = a letter could not be told; None = there
     is nothing to read). tokens: longest answer. ask: what is added to the question. average: "mean" over questions,
     "count" of right ones, "circular" over groups of rotations that are all right. by_kind: figures by `Question.kind`
-    too, such as ChartQA's human and augmented, or l2-categories.
+    too, such as ChartQA's human and augmented, or l2-categories. letters: questions have options.
     """
 
     score: Callable[[Question, str], tuple[float, str | None]]
@@ -35,6 +36,7 @@ class Benchmark:
     ask: str
     average: str = "mean"
     by_kind: bool = False
+    letters: bool = False
 
 
 def _free(rule: Callable[[str, Sequence[str]], float]) -> Callable[[Question, str], tuple[float, None]]:
@@ -64,11 +66,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "infovqa": Benchmark(_free(rules.anls), 32, _SHORT),
     "textvqa": Benchmark(_free(rules.vqa_accuracy), 16, _SHORT),
     "ocrbench": Benchmark(_contained, 128, "", average="count"),
-    "mmbench": Benchmark(_choice(rules.infer_option), 16, _LETTER, average="circular", by_kind=True),
-    "blink": Benchmark(_choice(rules.first_letter), 16, _LETTER),
-    "seedbench": Benchmark(_choice(rules.first_character), 16, _LETTER),
-    "mmstar": Benchmark(_choice(rules.infer_option), 16, _LETTER, by_kind=True),
-    "scienceqa": Benchmark(_choice(rules.letter_or_prefix), 16, _LETTER),
+    "mmbench": Benchmark(_choice(rules.infer_option), 16, _LETTER, average="circular", by_kind=True, letters=True),
+    "blink": Benchmark(_choice(rules.first_letter), 16, _LETTER, letters=True),
+    "seedbench": Benchmark(_choice(rules.first_character), 16, _LETTER, letters=True),
+    "mmstar": Benchmark(_choice(rules.infer_option), 16, _LETTER, by_kind=True, letters=True),
+    "scienceqa": Benchmark(_choice(rules.letter_or_prefix), 16, _LETTER, letters=True),
 }
 
 
@@ -77,6 +79,9 @@ def prompt_of(benchmark: Benchmark, question: Question) -> str:
     lines = [f"Hint: {question.hint}"] if question.hint else []
     lines += [question.text, *(f"{letter}. {text}" for letter, text in question.options.items())]
     return "\n".join([*lines, benchmark.ask] if benchmark.ask else lines)
+
+
+_OCR_GROUP = "Text Recognition"  # OCRBench reports its six kinds of recognition as one, with 300 questions
 
 
 class Answers(Metric):
@@ -96,13 +101,17 @@ class Answers(Metric):
         groups: dict[str, list[Question]] = {}
         for question in questions:
             circular = self.benchmark.average == "circular"
+            if self.benchmark.letters and not question.options:
+                raise UserError(f"the question {question.id!r} has no options, which {self.name} needs")
             groups.setdefault(question.group if circular else question.id, []).append(question)
         found = []
         for name, members in groups.items():
             pairs = [(question, predictions.get(question.id)) for question in members]
             said = [prediction for _, prediction in pairs]
             whole = None if None in said else "\n".join(said)
-            found.append(Item(name, whole, pairs, members[0].category))
+            category = members[0].category
+            recognition = self.name == "ocrbench" and category.endswith("Recognition") and "Expression" not in category
+            found.append(Item(name, whole, pairs, _OCR_GROUP if recognition else category))
         self._kinds = sorted({members[0].kind for members in groups.values()} - {""}) if self.benchmark.by_kind else []
         return found
 
@@ -113,7 +122,9 @@ class Answers(Metric):
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
         """(points of the item, 1, points of its questions, questions, unparsable ones), then (points, 1) by kind."""
-        each, kind = judgement["points"], item.data[0][0].kind
+        each, kind = [float(one) for one in judgement["points"]], item.data[0][0].kind
+        if len(each) != len(item.data) or not all(0 <= one <= 1 for one in each):
+            raise ValueError(f"points of {len(item.data)} questions are {each}")
         points = float(all(one == 1.0 for one in each)) if self.benchmark.average == "circular" else float(each[0])
         of_kind = [value for name in self._kinds for value in ((points, 1.0) if name == kind else (0.0, 0.0))]
         return (points, 1.0, sum(each), float(len(each)), float(judgement["read"].count("")), *of_kind)

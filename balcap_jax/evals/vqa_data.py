@@ -1,11 +1,15 @@
 """Questions of the general benchmarks, from the files that they are published in.
 
 .tsv     VLMEvalKit's form of any of them: index, question, answer, A, B, ..., category, l2-category, split, and the
-         picture as `image` (base64) or `image_path`
+         picture as `image` (base64, or the index of a row before it that has it) or `image_path`
 .json    ChartQA (a list with imgname, query, label), DocVQA and InfoVQA ({"data": [...]} with questionId, question,
          answers), TextVQA ({"data": [...]} with question_id, answers), OCRBench.json (a list with question, answers,
-         type), SEED-Bench ({"questions": [...]} with choice_a ...), ScienceQA (problems.json, by id)
-.jsonl   one question a line, with the fields of any of these
+         type), SEED-Bench ({"questions": [...]} with choice_a ...; those about videos are left out), ScienceQA
+         (problems.json, by id; those without a picture are left out, which is ScienceQA-IMG)
+.jsonl   one question a line, with the fields of any of these, or of BLINK's rows
+folder   ChartQA's, with test_human.json and test_augmented.json; ids are "human:1", "augmented:1", ...
+
+A question without an id has its number in the file.
 """
 
 import ast
@@ -14,7 +18,6 @@ import binascii
 import contextlib
 import csv
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,9 @@ from balcap_jax.evals.vqa_rules import LETTERS
 
 _REMEDY = "give a file in the benchmark's own form (balcap_jax/evals/vqa_data.py)"
 _ROTATION = 1_000_000  # MMBench: rotations of question i have the indices i + k * 1,000,000
-_ID = ("index", "question_id", "questionId", "id", "image_path", "imgname")
+_ID = ("index", "question_id", "questionId", "id", "idx")
+_SPLIT = ("split", "data_split", "set_name")
+_INDEX_LENGTH = 64  # VLMEvalKit: a shorter cell `image` is the index of the row that has the picture
 _LONGEST_FIELD = 1 << 28  # characters of a TSV field: pictures in base64
 
 
@@ -55,11 +60,17 @@ def read_questions(path: Path, split: str = "") -> Iterator[Question]:
       UserError: no such file, another form, a question without an answer, or two with one id.
     """
     seen: dict[str, int] = {}
+    pictures: dict[str, str | bytes | None] = {}
     number = 0
     for number, (where, entry) in enumerate(_entries(Path(path)), start=1):
-        if split and str(entry.get("split", "")) != split:
+        if split and split not in (str(entry.get(name, "")) for name in _SPLIT):
             continue
         question = _question(entry, where, number)
+        if Path(path).suffix == ".tsv":
+            cell = str(entry.get("image", ""))
+            if cell in pictures:
+                question = dataclasses.replace(question, picture=pictures[cell])
+            pictures[question.id] = question.picture
         if question.id in seen:
             raise UserError(f"{where}: the question {question.id!r} is number {seen[question.id]} already; {_REMEDY}")
         seen[question.id] = number
@@ -71,7 +82,16 @@ def read_questions(path: Path, split: str = "") -> Iterator[Question]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.suffix == ".jsonl":
+    if path.is_dir():
+        halves = {kind: sorted(path.glob(f"*_{kind}.json")) for kind in ("human", "augmented")}
+        if any(len(files) != 1 for files in halves.values()):
+            raise UserError(
+                f"{path} does not hold one file *_human.json and one *_augmented.json of ChartQA; {_REMEDY}"
+            )
+        for kind, (file,) in halves.items():
+            for number, (where, entry) in enumerate(_entries(file), start=1):
+                yield where, {"id": f"{kind}:{number}", "dataset_name": kind, **entry}
+    elif path.suffix == ".jsonl":
         yield from json_text.read_lines(path, _REMEDY)
     elif path.suffix == ".tsv":
         yield from _rows(path)
@@ -82,19 +102,26 @@ def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"no such file: {path}; {_REMEDY}") from error
         if isinstance(content, dict):
             inside = content.get("data", content.get("questions"))
-            content = (
-                inside if isinstance(inside, list) else [{"id": key, **_object(one)} for key, one in content.items()]
-            )
+            content = inside if isinstance(inside, list) else _problems(content)
         if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
             raise UserError(f"{path} holds no list of questions; {_REMEDY}")
         for number, entry in enumerate(content, start=1):
-            yield f"{path}, question {number}", entry
+            if str(entry.get("data_type", "")).lower() != "video":
+                yield f"{path}, question {number}", entry
     else:
         raise UserError(f"{path} ends in none of .tsv, .json and .jsonl; {_REMEDY}")
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _problems(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """ScienceQA's problems by id, those with a picture, which lies in SPLIT/ID/."""
+    found = []
+    for key, one in content.items():
+        entry = {"id": key, **(one if isinstance(one, dict) else {})}
+        if entry.get("image"):
+            entry["image"] = "/".join(str(part) for part in (entry.get("split", ""), key, entry["image"]) if part)
+        if entry.get("image") or "image" not in entry:
+            found.append(entry)
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -118,16 +145,15 @@ def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
         raise UserError(f"{where} has no {missing}; {_REMEDY}")
     if options and answers[0] not in options:
         raise UserError(f"{where}: the answer {answers[0]!r} is none of the options {', '.join(options)}; {_REMEDY}")
+    # Not the picture's name: it may have several questions.
     name = next((str(entry[key]) for key in _ID if entry.get(key) not in (None, "")), str(number))
-    if "questionId" not in entry and "index" not in entry and "question_id" not in entry and "id" not in entry:
-        name = str(number)  # A picture may have several questions.
     rotated = name.isdecimal() and "index" in entry
     return Question(
         name,
         text,
         answers,
         options,
-        _text(entry, "category", "type", "data_type", "question_type_id", "topic"),
+        _text(entry, "category", "type", "question_type_id", "sub_task", "topic", "data_type"),
         str(int(name) % _ROTATION) if rotated else name,
         _text(entry, "dataset_name", "l2-category", "l2_category", "split"),
         _text(entry, "hint"),
@@ -151,9 +177,11 @@ def _options(entry: Mapping[str, Any]) -> dict[str, str]:
 
 def _answers(entry: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
     found = entry.get("answers", entry.get("answer", entry.get("label")))
-    if isinstance(found, str) and not options and found.startswith("[") and found.endswith("]"):
+    if isinstance(found, str) and not options and "index" in entry and found.startswith("[") and found.endswith("]"):
         with contextlib.suppress(ValueError, SyntaxError):
             found = ast.literal_eval(found)  # VLMEvalKit's TSV holds Python lists
+    if isinstance(found, str) and options:
+        found = found.strip().strip("()")  # BLINK's "(B)"
     if isinstance(found, int) and not isinstance(found, bool) and options:
         return (LETTERS[found],) if 0 <= found < len(LETTERS) else ()  # ScienceQA counts from 0
     if isinstance(found, list):
@@ -164,24 +192,25 @@ def _answers(entry: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str,
 
 
 def _picture(entry: Mapping[str, Any], where: str) -> str | bytes | None:
-    for name in ("image_path", "imgname", "image"):
+    for name in ("image_path", "imgname", "image_local_name", "data_id", "image_id", "image"):
         value = entry.get(name)
-        if isinstance(value, str) and value:
+        if isinstance(value, str) and value and not (name == "image_id" and "image" in entry):
             break
     else:
         return None
+    if name == "image_id":  # TextVQA's
+        return f"{value}.jpg"
     if name != "image" or Path(value).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif"):
         return value
+    if "index" in entry and len(value) <= _INDEX_LENGTH:
+        return None  # `read_questions` knows the other row.
+    if value.startswith("["):  # BLINK's, one or several
+        with contextlib.suppress(ValueError, SyntaxError):
+            several = ast.literal_eval(value)
+            if len(several) != 1:
+                return None
+            value = str(several[0])
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"{where}: its image is neither a path nor base64 ({error}); {_REMEDY}") from error
-
-
-def to_line(question: Question) -> str:
-    """The question as a line of a .jsonl that `read_questions` takes; its picture as a path alone."""
-    entry: dict[str, Any] = {"id": question.id, "question": question.text, "category": question.category}
-    entry |= {"choices": list(question.options.values())} if question.options else {}
-    entry |= {"answer": question.answers[0]} if question.options else {"answers": list(question.answers)}
-    entry |= {"image": question.picture} if isinstance(question.picture, str) else {}
-    return json.dumps(entry)

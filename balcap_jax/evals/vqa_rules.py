@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 RELAXED_TOLERANCE = 0.05  # ChartQA: of the target
 ANLS_THRESHOLD = 0.5
 AGREEING = 3  # TextVQA: people who must have given an answer for it to be wholly right
-_LAST_TOKENS = 5  # among which VLMEvalKit looks for a letter
+_LAST_TOKENS = 4  # among which VLMEvalKit looks for a letter: index > length - 5
 REFUSED = "Z"  # VLMEvalKit's letter of an answer that refuses
 
 
@@ -155,29 +155,27 @@ def contains_answer(prediction: str, answers: Sequence[str], *, formula: bool = 
 
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _REFUSALS = (
-    "sorry, i can't help",
-    "i can't process this file",
-    "i'm sorry, but without the image",
-    "cannot determine the answer",
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
 )
-_LETTER = re.compile(r"\(?\b([A-Z])\b\)?")
+_LETTER = re.compile(r"[(\s]*([A-Z])", re.IGNORECASE)
 
 
 def infer_option(answer: str, options: Mapping[str, str]) -> str:
     """The letter that an answer names, as VLMEvalKit infers it; REFUSED of a refusal, "" where it cannot be told.
 
-    One option's letter, once among the words and within the last five of them; else the one option whose text is in an
-    answer that is at most twice as long as all options together. An "A" in an answer of more than three words may be
-    the article, and is no letter.
+    The letter of one option alone among the words, first said within the last four of them; else the one option whose
+    text is in an answer that is at most twice as long as all options together. An article "A" is a letter too.
     """
-    if any(phrase in answer.lower() for phrase in _REFUSALS):
+    if any(phrase in answer for phrase in _REFUSALS):
         return REFUSED
     words = answer.translate(_MARKS).split()
     named = [letter for letter in options if letter in words]
     if len(named) == 1:
         (letter,) = named
-        article = letter == "A" and len(words) > 3
-        if not article and words.count(letter) == 1 and words.index(letter) >= len(words) - _LAST_TOKENS:
+        if words.index(letter) >= len(words) - _LAST_TOKENS:
             return letter
     elif not named and words.count(REFUSED) == 1:
         return REFUSED
@@ -190,9 +188,9 @@ def infer_option(answer: str, options: Mapping[str, str]) -> str:
 
 
 def first_letter(answer: str, options: Mapping[str, str]) -> str:
-    """BLINK (lmms-eval): the first capital that stands alone, with or without brackets; "" where it is no option."""
-    found = _LETTER.search(answer)
-    return found[1] if found and found[1] in options else ""
+    """BLINK (lmms-eval): the first letter of the answer, of a word too, behind brackets; "" where it is no option."""
+    found = _LETTER.match(answer.strip())
+    return found[1].upper() if found and found[1].upper() in options else ""
 
 
 def first_character(answer: str, options: Mapping[str, str]) -> str:

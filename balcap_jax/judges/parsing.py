@@ -23,6 +23,8 @@ def parse_answer(text: str, schema: type[pydantic.BaseModel], check: Callable[[A
     The whole text is taken where it is JSON; else the one object in it. Two different ones are refused, and so is one
     beside anything that begins as one, whole or not: either might be quoted from the text that was to be judged.
 
+    A schema may have a method `of_text` for answers that hold no object at all.
+
     Raises:
       UnusableAnswer: no object, not of the schema, more than one, or refused by `check`.
     """
@@ -32,7 +34,9 @@ def parse_answer(text: str, schema: type[pydantic.BaseModel], check: Callable[[A
     if not text:
         raise UnusableAnswer("empty answer")
     whole = _decode(text)
-    if whole is not None:
+    if hasattr(schema, "of_text") and not isinstance(whole, dict) and "{" not in text:
+        value = schema.of_text(text)
+    elif whole is not None:
         value = _validate(whole, schema)
     else:
         value = _only(text, schema)

@@ -15,6 +15,7 @@ from system.commands import finish, start
 from balcap_jax import caption, evaluate, models
 from balcap_jax import config as configuration
 from balcap_jax.data import photos
+from balcap_jax.evals.vqa_data import read_questions
 
 CHECK = "--metric=checklist"
 
@@ -287,15 +288,204 @@ def test_mmbench_counts_a_question_when_all_its_rotations_are_right(tmp_path):
             {"1": "(A) x"},
             100.0,
         ),
+        (
+            "blink",
+            ".tsv",
+            "index\tquestion\tA\tB\tanswer\timage\n1\tq\tx\ty\tA\t['aGVsbG8=', 'aGVsbG8=']\n",
+            {"1": "a"},
+            100.0,
+        ),
+        (
+            "blink",
+            ".jsonl",
+            [{"idx": "val_1", "sub_task": "Jigsaw", "question": "q", "choices": ["x", "y"], "answer": "(B)"}],
+            {"val_1": "(b)"},
+            100.0,
+        ),
+        (
+            "chartqa",
+            ".json",
+            [{"imgname": "a.png", "query": "n?", "label": "[2014, 2018]"}],
+            {"1": "[2014, 2018]"},
+            100.0,
+        ),
+        (
+            "seedbench",
+            ".json",
+            {
+                "questions": [
+                    {"question_id": k, "question": "q", "choice_a": "x", "choice_b": "y", "answer": "A", "data_type": t}
+                    for k, t in (("1", "image"), ("2", "video"))
+                ]
+            },
+            {"1": "A"},
+            100.0,
+        ),
         ("mmstar", ".jsonl", [{"id": "1", "question": "q", "choices": ["x", "y"], "answer": "A"}], {"1": "hm"}, 0.0),
         ("infovqa", ".jsonl", [{"id": "1", "question": "q", "answers": ["abc"]}], {"1": "abd"}, 100 * 2 / 3),
     ],
 )
 def test_official_forms(tmp_path, metric, suffix, content, predictions, score):
-    lines = "\n".join(map(json.dumps, content)) if suffix == ".jsonl" else json.dumps(content)
+    lines = content if suffix == ".tsv" else json.dumps(content)
+    if suffix == ".jsonl":
+        lines = "\n".join(map(json.dumps, content))
     results = run_benchmark(tmp_path, metric, (suffix, lines), predictions)
     assert results["score"] == pytest.approx(score)
     assert results["unparsable"] == (1 if metric == "mmstar" else 0)
+
+
+def test_rotations_share_the_picture_of_the_first(tmp_path):
+    pixels = base64.b64encode(b"picture" * 20).decode()
+    path = tmp_path / "mmbench.tsv"
+    rows = ["index\tquestion\tA\tB\tanswer\timage", f"7\tq\tx\ty\tA\t{pixels}", "1000007\tq\ty\tx\tB\t7"]
+    path.write_text("\n".join(rows) + "\n")
+    assert [one.picture for one in read_questions(path)] == [b"picture" * 20] * 2
+
+
+def test_pictures_and_splits_of_published_files(tmp_path):
+    problems = {
+        "1": {"question": "q", "choices": ["x"], "answer": 0, "image": "image.png", "split": "test"},
+        "2": {"question": "q", "choices": ["x"], "answer": 0, "image": None, "split": "test"},
+    }
+    files = {
+        "problems": (problems, "test/1/image.png"),
+        "textvqa": ({"data": [{"question_id": 3, "image_id": "ab", "question": "q", "answers": ["x"]}]}, "ab.jpg"),
+        "infovqa": (
+            {"data": [{"questionId": 3, "image_local_name": "9.png", "question": "q", "answers": ["x"]}]},
+            "9.png",
+        ),
+    }
+    for name, (content, picture) in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert [one.picture for one in read_questions(tmp_path / f"{name}.json")] == [picture]
+    entry = {"questionId": 3, "question": "q", "answers": ["x"]}
+    (tmp_path / "d.json").write_text(json.dumps({"data": [entry | {"data_split": "val"}]}))
+    assert len(list(read_questions(tmp_path / "d.json", "val"))) == 1
+
+
+def test_the_halves_of_chartqa(tmp_path):
+    folder = tmp_path / "chartqa"
+    folder.mkdir()
+    for kind, label in (("human", "5"), ("augmented", "6")):
+        (folder / f"test_{kind}.json").write_text(json.dumps([{"imgname": "a.png", "query": "n?", "label": label}]))
+    said = tmp_path / "said.json"
+    said.write_text(json.dumps({"human:1": "5", "augmented:1": "8"}))
+    given = [f"--questions={folder}", f"--predictions={said}", f"--out={tmp_path / 'o'}"]
+    evaluate.main(["--metric=chartqa", *given])
+    results = results_of(tmp_path / "o")
+    assert (results["score"], results["kind/human"], results["kind/augmented"]) == (50.0, 100.0, 0.0)
+
+
+def test_submissions_of_docvqa_and_answers_to_nothing(tmp_path, capsys):
+    path, said = tmp_path / "q.json", tmp_path / "said.json"
+    path.write_text(
+        json.dumps({"data": [{"questionId": 7, "question": "q", "answers": ["hello"], "image": "d/a.png"}]})
+    )
+    said.write_text(
+        json.dumps([{"questionId": 7, "image": "d/a.png", "answer": "hello"}, {"questionId": 8, "answer": "x"}])
+    )
+    evaluate.main(["--metric=docvqa", f"--questions={path}", f"--predictions={said}", f"--out={tmp_path / 'o'}"])
+    results = results_of(tmp_path / "o")
+    assert (results["score"], results["unused"], results["unused_ids"]) == (100.0, 1, ["8"])
+    assert "1 texts or judgements are of no item here (8)" in capsys.readouterr().out
+
+
+def arena_files(tmp_path):
+    entries = {f"{i}.jpg": {"captions": {"human": "h", "rival": "r"}, "ref_model": "rival"} for i in range(4)}
+    (tmp_path / "auto.json").write_text(json.dumps(entries))
+    (tmp_path / "captions.json").write_text(json.dumps(dict.fromkeys(entries, "a caption")))
+    rows = [
+        {"img": f"{i}.jpg", "source1": "me", "source2": "rival", "ref_model": "rival", "judge": "Caption 1 is better."}
+        for i in range(3)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {"img": "3.jpg", "source1": "me", "source2": "rival"}]))
+    files = {"captions": "captions.json", "opponents": "auto.json", "images": "", "judgements": "rows.json"}
+    return ["--metric=caparena", *(f"--{name}={tmp_path / file}" for name, file in files.items())]
+
+
+def test_the_arena_from_published_rows(tmp_path, capsys):
+    given = arena_files(tmp_path)
+    for k, name in enumerate(([], ["--name=me"])):
+        evaluate.main([*given, *name, f"--out={tmp_path / f'o{k}'}"])
+        results = results_of(tmp_path / f"o{k}")
+        assert (results["score"], results["n"], results["invalid"]) == (75.0, 3, 1)
+    with pytest.raises(SystemExit):
+        evaluate.main([*given, "--name=somebody", f"--out={tmp_path / 'o'}"])
+    assert "name the evaluated one with --name" in capsys.readouterr().err
+
+
+def test_a_bare_letter_answers_a_question_about_a_caption(tmp_path):
+    path = tmp_path / "q.json"
+    asked = {"question": "Which?", "choices": ["red", "blue"], "answer": "red", "category": ["c"]}
+    path.write_text(json.dumps({"nat_1": [asked], "nat_2": [asked]}))
+    (tmp_path / "c.json").write_text('{"nat_1": "one", "nat_2": "two"}')
+    given = [f"--captions={tmp_path / 'c.json'}", f"--questions={path}", f"--out={tmp_path / 'o'}"]
+    with JudgeServer(lambda body: Reply("text", "B" if "one" in text_of(body) else "hm"), forms=()) as server:
+        evaluate.main(["--metric=captionqa", *given, *judged_by(server, tmp_path)])
+    results = results_of(tmp_path / "o")
+    assert (results["n"], results["invalid"], results["unparsable"]) == (2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "judgement", [{"answers": None}, {"answers": "yes"}, {"answers": [1]}, {}, {"answers": {"1": 3}}]
+)
+def test_judgements_of_another_form_are_counted(tmp_path, judgement):
+    lines = [{"id": "p0", "judgement": judgement}, {"id": "p1", "judgement": {"answers": {"1": "yes"}}}]
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [
+        f"--captions={captions(tmp_path, 2)}",
+        f"--checklists={checklists(tmp_path, 2)}",
+        f"--out={tmp_path / 'o'}",
+    ]
+    evaluate.main([CHECK, *given, f"--judgements={tmp_path / 'j.jsonl'}"])
+    results = results_of(tmp_path / "o")
+    assert (results["n"], results["invalid"]) == (1, 1)
+    assert "another form" in next(iter(results["errors"]))
+
+
+def test_items_twice_captions_twice_and_a_place_that_is_a_file(tmp_path, capsys):
+    given = [CHECK, f"--captions={captions(tmp_path)}"]
+
+    def refused(*arguments) -> str:
+        with JudgeServer(answers) as server, pytest.raises(SystemExit):
+            evaluate.main([*given, *arguments, *judged_by(server, tmp_path)])
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    twice = checklists(tmp_path, 2)
+    (tmp_path / "twice.jsonl").write_text(twice.read_text() * 2)
+    assert "2 items twice, such as 'p0'" in refused(
+        f"--checklists={tmp_path / 'twice.jsonl'}", f"--out={tmp_path / 'o'}"
+    )
+    (tmp_path / "file").touch()
+    assert "file" in refused(f"--checklists={twice}", f"--out={tmp_path / 'file'}")
+    (tmp_path / "c.json").write_text('{"p1": "first", "p1": "second"}')
+    given[1] = f"--captions={tmp_path / 'c.json'}"
+    assert "has 'p1' twice" in refused(f"--checklists={twice}", f"--out={tmp_path / 'o'}")
+
+
+def test_another_temperature_does_not_go_on_in_the_same_folder(tmp_path, capsys):
+    given = [
+        CHECK,
+        f"--captions={captions(tmp_path)}",
+        f"--checklists={checklists(tmp_path)}",
+        f"--out={tmp_path / 'o'}",
+    ]
+    with JudgeServer(answers) as server:
+        evaluate.main([*given, *judged_by(server, tmp_path)])
+        with pytest.raises(SystemExit):
+            evaluate.main([*given, *judged_by(server, tmp_path, temperature=0.5)])
+    assert "with temperature 0.0, not 0.5" in capsys.readouterr().err
+
+
+def test_questions_without_options_are_refused_where_letters_are_scored(tmp_path, capsys):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"id": "1", "question": "Which? A: x, B: y", "answer": "A"}\n')
+    (tmp_path / "said.json").write_text('{"1": "A"}')
+    given = [f"--questions={path}", f"--predictions={tmp_path / 'said.json'}", f"--out={tmp_path / 'o'}"]
+    with pytest.raises(SystemExit):
+        evaluate.main(["--metric=mmstar", *given])
+    assert "has no options" in capsys.readouterr().err
 
 
 def test_many_answers(tmp_path):

@@ -148,6 +148,18 @@ def test_captionqa_shuffles_with_one_generator_that_skipped_questions_leave_alon
     assert (missing[0].caption, missing[1].data["options"]) == (None, orders[0])
 
 
+def test_captionqa_in_its_published_form_and_what_is_skipped_is_counted(tmp_path):
+    path = tmp_path / "natural.json"
+    asked = [question("red "), question(3, choices=(3, 4)), question("mauve"), question("a", choices=("a",)), "nothing"]
+    path.write_text(json.dumps({"nat_001": asked}))
+    metric = CaptionQA()
+    items = metric.items({"nat_001": "c"}, path)
+    assert [item.id for item in items] == ["nat_001#0", "nat_001#1"]
+    assert [item.data["options"][item.data["gold"]] for item in items] == ["red", "3"]
+    sums = np.sum([metric.parts(item, {"answer": "no letter here"}) for item in items], axis=0)
+    assert metric.figures(sums)["skipped"] == 3.0
+
+
 @pytest.mark.parametrize(
     ("domains", "overall"),
     [((88.78, 90.81, 94.73, 86.82), 90.28), ((71.64, 75.85, 85.38, 68.36), 75.31)],
@@ -247,9 +259,11 @@ def test_caparena_board_averages(tmp_path, name):
 def test_caparena_skips_what_is_no_verdict_and_does_not_renormalise(tmp_path):
     metric, items = arena(tmp_path, per_opponent=2)
     won = {"winner": "caption 1" if items[0].data["first"] else "caption 2"}
-    assert metric.parts(items[0], {"winner": "Caption 1 is better, I think"}) is None
-    sums = np.sum([metric.parts(items[0], won)], axis=0)
+    skipped = metric.parts(items[1], {"winner": "Caption 1 is better, I think"})
+    sums = np.sum([metric.parts(items[0], won), skipped], axis=0)
     assert metric.figures(sums)["against/cog"] == 50.0
+    assert metric.figures(sums)["skipped"] == 1.0
+    assert metric.figures(sums)["board_words"] == 2.0, "the length is over skipped rows too"
     assert [verdict_of(text) for text in ("Caption 1 is better.", "Caption 2 is better", "Tie.", "tie", "x")] == [
         1,
         2,
@@ -311,6 +325,20 @@ def test_checklist_coverage_and_precision(tmp_path):
     assert figures["precision/text"] == 100.0
     with pytest.raises(ValueError, match="maybe"):
         metric.parts(items[0], {"answers": {"1": "maybe"}})
+
+
+def test_checklists_as_capeval_publishes_them_and_items_without_a_kind(tmp_path):
+    path = tmp_path / "checklists.jsonl"
+    asked = {f"{kind}_checklist": [{"Tags": ["x"], "Question": f"{kind}?"}] for kind in ("instance", "attribute")}
+    lines = [{"id": "a", "img_path": "images/a.jpg", **asked}, {"id": "b", "items": [{"question": "q?"}]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metric = Checklist()
+    items = metric.items({"a.jpg": "x", "b": "y"}, path)
+    assert items[0].data == [("instance", "instance?"), ("attribute", "attribute?")]
+    judged = [{"1": "yes", "2": "no"}, {"1": "yes"}]
+    sums = np.sum([metric.parts(i, {"answers": a}) for i, a in zip(items, judged, strict=True)], axis=0)
+    assert metric.figures(sums)["questions"] == 3.0, "each once"
+    assert float(metric.score(sums)) == pytest.approx(100 * 2 / 3)
 
 
 def test_capture_matching():

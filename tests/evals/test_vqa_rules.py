@@ -181,9 +181,12 @@ def test_ocrbench():
         ("B.", "B"),
         ("(B)", "B"),
         ("The answer is B.", "B"),
+        ("The answer is A.", "A"),
+        ("I cannot say: sorry, i can't help", ""),  # refusals are the published sentences
         ("B, because of its colour, its size and its wheels", ""),  # too far from the end
         ("A or B", ""),
-        ("A car is what I see", ""),  # an article
+        ("A car is what I see", ""),  # too far from the end
+        ("So a car A is", "A"),
         ("A", "A"),
         ("it is a blue van", "B"),
         ("a red car or a blue van", ""),
@@ -200,11 +203,12 @@ def test_option_inference(answer, expected):
 
 def plain_inference(words_: list[str], options: dict[str, str]) -> str:
     """The rule for answers that are words alone, none of them an option's text, counted by hand."""
-    letters = [word for word in words_ if word in options]
-    if len(set(letters)) == 1 and len(letters) == 1:
-        where = max(i for i, word in enumerate(words_) if word == letters[0])
-        if (letters[0] != "A" or len(words_) <= 3) and len(words_) - where <= 5:
-            return letters[0]
+    letters = {word for word in words_ if word in options}
+    if len(letters) == 1:
+        (letter,) = letters
+        where = min(i for i, word in enumerate(words_) if word == letter)
+        if where > len(words_) - 5:
+            return letter
     return ""
 
 
@@ -217,8 +221,8 @@ def test_option_inference_of_all_short_answers():
 
 def test_letters_of_the_other_benchmarks():
     assert first_letter("(C) no vehicle", OPTIONS) == "C"
-    assert first_letter("I think B", OPTIONS) == ""  # "I" is the first capital alone, and no option
-    assert first_letter("blue", OPTIONS) == ""
+    assert first_letter("I think B", OPTIONS) == ""  # The first letter is I, and no option.
+    assert [first_letter(text, OPTIONS) for text in ("blue", "(b) x", " ( C", "The answer is B")] == ["B", "B", "C", ""]
     assert first_character(" b) yes", OPTIONS) == "B"
     assert first_character("The B", OPTIONS) == ""
     assert [letter_or_prefix(text, OPTIONS) for text in ("B", " B ", "B. van", "B) van", "b", "Banana", "")] == [
