@@ -93,7 +93,7 @@ def plan(
     order = configuration.stage_order(configuration.load(recipe, overrides))
     if order[-1] != LAST:
         raise UserError(f"config field 'stages.order' must end with rl, which a study compares; got {','.join(order)}")
-    before = {"stages.order": ",".join(order[:-1])}
+    before = {"stages.order": ",".join(order[:-1]), "checkpoint.best_metric": ""}
     bases = {seed: make(BASE, seed, recipe, before) for seed in seeds} if order[:-1] else {}
     # Seed by seed: a variant's programs are compiled by its first run, and a study that is cut short compares all.
     runs = [make(name, seed, with_variant(recipe, name), {}) for seed in seeds for name in variants]
@@ -249,17 +249,26 @@ def collect(runs: Sequence[Run], kind: str) -> dict[str, dict[int, dict[str, flo
     for run in runs:
         if not is_finished(run):
             continue
-        evaluations, order = read_summary(run.workdir)[kind], configuration.stage_order(run.config)
+        order = configuration.stage_order(run.config)
         before = order[-2] if len(order) > 1 else "base"
-        if before in evaluations:
-            values[BASE].setdefault(run.seed, points(evaluations[before]))
-        values.setdefault(run.variant, {})[run.seed] = points(evaluations[order[-1]])
+        try:
+            evaluations = read_summary(run.workdir)[kind]
+            if before in evaluations:
+                values[BASE].setdefault(run.seed, points(evaluations[before]))
+            values.setdefault(run.variant, {})[run.seed] = points(evaluations[order[-1]])
+        except (KeyError, TypeError, AttributeError) as error:
+            print(
+                f"warning: {run.workdir}/summary.json is none that training wrote ({error}); the "
+                "table is without it; delete the folder to run it anew",
+                file=sys.stderr,
+            )
     return {variant: by_seed for variant, by_seed in values.items() if by_seed}
 
 
 def cost(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds of all runs together, and of the time in which any of them ran."""
-    spans = sorted((one["started"], one["ended"]) for one in entries if "started" in one)
+    times = ((one.get("started"), one.get("ended")) for one in entries)
+    spans = sorted(span for span in times if all(isinstance(time, int | float) for time in span))
     wall, until = 0.0, 0.0
     for start, end in spans:
         wall += max(0.0, end - max(start, until))
@@ -295,9 +304,10 @@ def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence
 
 def _numbers(text: str, name: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    numbers = [int(part) if part.isdecimal() else -1 for part in parts]
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise UserError(f"--{name} takes different whole numbers, comma-separated; got {text!r}")
-    return [int(part) for part in parts]
+    return numbers
 
 
 def _names(text: str) -> list[str]:

@@ -3,8 +3,9 @@
     python -m balcap_jax.compare runs/base/eval/dcscore runs/rl/eval/dcscore runs/rl/eval/captionqa --out=comparison
 
 Each folder is one that `evaluate` wrote. Of each metric the first folder is what the others are compared with, on the
-items that both have valid: the mean difference of their scores item by item, its interval by a paired bootstrap, and
-the two-sided sign test. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
+items that both have valid: the difference of the scores of these items, its interval by a paired bootstrap, and the
+two-sided sign test. Both are over groups of items where some stand or fall together, as the questions about one
+caption. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
 """
 
 import dataclasses
@@ -23,10 +24,12 @@ from balcap_jax.arguments import place
 from balcap_jax.charts import bars
 from balcap_jax.config import CommandParser
 from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.evals.engine import interval, resampled_sums
+from balcap_jax.evals.engine import Metric, interval, resampled_sums, sums_of_groups
 from balcap_jax.evals.held_out import write_text
+from balcap_jax.evals.metrics import metric_of
 
 _ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
+_NO_FIGURES = ("score", "n", "invalid", "words", "groups", "temperature", "empty", "unused")
 _REMEDY = "give folders that `evaluate` wrote"
 _HEAD = (
     "evaluation",
@@ -44,18 +47,22 @@ _HEAD = (
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """results.json, and the score of each valid item by id."""
+    """results.json, and of each valid item by id its score, what adds up, and its group."""
 
     name: str
     results: Mapping[str, Any]
+    metric: Metric
     scores: Mapping[str, float]
+    parts: Mapping[str, Sequence[float]]
+    groups: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Differences to another evaluation over `items` common items; p is that of the sign test."""
+    """Differences to another evaluation over `items` common items of `groups` groups; p is that of the sign test."""
 
     items: int
+    groups: int
     difference: float
     confidence: list[float] | None
     better: int
@@ -76,13 +83,28 @@ def read(folder: str | Path) -> Evaluation:
         raise UserError(f"{folder}/results.json has no score: none of its items was valid; {_REMEDY}")
     if not isinstance(results.get("confidence"), list) or not all(map(_is_number, results["confidence"])):
         results["confidence"] = None
-    scores = {}
+    metric = metric_of(results["metric"])
+    scores, parts, of_group = {}, {}, {}
     for where, line in json_text.read_lines(folder / "items.jsonl", _REMEDY):
         if not isinstance(line.get("id"), str):
             raise UserError(f"{where} has no id; {_REMEDY}")
+        given = line.get("parts")
+        if given is None:
+            continue
+        if (
+            not isinstance(given, list)
+            or not all(map(_is_number, given))
+            or len(given) != len(parts.get(line["id"], given))
+        ):
+            raise UserError(f"{where} has parts that are no numbers; {_REMEDY}")
+        parts[line["id"]], of_group[line["id"]] = given, str(line.get("group", line["id"]))
         if _is_number(line.get("score")):
             scores[line["id"]] = float(line["score"])
-    return Evaluation(str(folder), results, scores)
+    try:
+        metric.restore(results.get("state", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/results.json has a state of another form; {_REMEDY}") from error
+    return Evaluation(str(folder), results, metric, scores, parts, of_group)
 
 
 def _is_number(value: Any) -> bool:
@@ -90,14 +112,29 @@ def _is_number(value: Any) -> bool:
 
 
 def paired(base: Evaluation, other: Evaluation) -> Paired | None:
-    """`other` against `base`; None where they have fewer than two valid items in common."""
-    common = sorted(base.scores.keys() & other.scores.keys())
-    if len(common) < 2:
+    """`other` against `base`; None where they have fewer than two groups of valid items in common.
+
+    Raises UserError where their items are not of one kind.
+    """
+    common = [name for name in base.parts if name in other.parts]
+    groups = [base.groups[name] for name in common]
+    if len(set(groups)) < 2:
         return None
-    differences = np.array([other.scores[name] - base.scores[name] for name in common])
-    means = resampled_sums(differences[:, None])[:, 0] / len(common)
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    return Paired(len(common), float(differences.mean()), interval(means), better, worse, sign_test(better, worse))
+    try:
+        sums = [sums_of_groups(np.array([one.parts[name] for name in common]), groups) for one in (base, other)]
+        scores = [float(one.metric.score(summed.sum(0))) for one, summed in zip((base, other), sums, strict=True)]
+        drawn = [one.metric.score(resampled_sums(summed)) for one, summed in zip((base, other), sums, strict=True)]
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{base.name} and {other.name} have items of other forms; {_REMEDY}") from error
+    votes: dict[str, list[float]] = {}
+    for name, group in zip(common, groups, strict=True):
+        if name in base.scores and name in other.scores:
+            votes.setdefault(group, []).append(other.scores[name] - base.scores[name])
+    totals = [math.fsum(differences) for differences in votes.values()]
+    better, worse = sum(total > 0 for total in totals), sum(total < 0 for total in totals)
+    between = interval(drawn[1] - drawn[0])
+    difference = scores[1] - scores[0]
+    return Paired(len(common), len(set(groups)), difference, between, better, worse, sign_test(better, worse))
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -140,7 +177,7 @@ def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
                     (
                         f"{test.difference:+.2f}",
                         _span(test.confidence),
-                        f"{test.better} / {test.worse} of {test.items}",
+                        f"{test.better} / {test.worse} of {test.groups}",
                         f"{test.p:.2g}",
                     )
                     if test
@@ -162,6 +199,16 @@ def unlike(group: Sequence[Evaluation]) -> list[str]:
     return found
 
 
+def figures(group: Sequence[Evaluation]) -> dict[str, list[Any]]:
+    """What the scores are made of, such as precision, recall and language: {name: one value for each evaluation}."""
+    found: dict[str, list[Any]] = {}
+    for name in group[0].results:
+        values = [one.results.get(name) for one in group]
+        if name not in _NO_FIGURES and all(map(_is_number, values)):
+            found[name] = values
+    return found
+
+
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """One table for each metric."""
     texts = []
@@ -169,6 +216,10 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         lines = [f"## {' '.join(metric.split())}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(group)]
         lines += [text for warning in unlike(group) for text in ("", warning)]
+        if inside := figures(group):
+            names = [one.name.replace("|", "\\|") for one in group]
+            lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
+            lines += [f"| {name} | " + " | ".join(map(_shown, values)) + " |" for name, values in inside.items()]
         texts.append("\n".join(lines) + "\n")
     return "\n".join(texts)
 
@@ -188,6 +239,10 @@ def page(evaluations: Sequence[Evaluation]) -> str:
                 if isinstance(one.results.get("score"), int | float)
             ]
         )
+        for name, values in figures(group).items():
+            named = zip(group, values, strict=True)
+            shown = bars([(one.name, value, None, _shown(one.results.get("words"), 0)) for one, value in named])
+            picture += f"<h3>{html.escape(name)}</h3>{shown}"
         warnings = "".join(f"<p>{html.escape(warning)}</p>" for warning in unlike(group))
         parts.append(f"<h2>{html.escape(metric)}</h2>{picture}<table><tr>{head}</tr>{body}</table>{warnings}")
     style = (

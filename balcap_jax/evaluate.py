@@ -38,18 +38,11 @@ from balcap_jax.evals.captionqa import CaptionQA
 from balcap_jax.evals.capture import Capture
 from balcap_jax.evals.checklist import Checklist
 from balcap_jax.evals.dcscore import DCScore
-from balcap_jax.evals.engine import Item, Metric, Texts, digest_of, evaluate, read_captions
+from balcap_jax.evals.engine import Item, Metric, Texts, claim, digest_of, evaluate, read_captions
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.vqa_data import read_questions
 from balcap_jax.judges.remote import make_client
 
-JUDGED = {
-    "dcscore": DCScore,
-    "captionqa": CaptionQA,
-    "caparena": CapArena,
-    "bcapscore": BCapScore,
-    "checklist": Checklist,
-}
 NEEDS = {
     "dcscore": ("captions", "references", "images"),
     "captionqa": ("captions", "questions"),
@@ -165,6 +158,8 @@ def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
     for where, line in json_text.read_entries(path, remedy):
         if not isinstance(line.get("id"), str) or not isinstance(line.get("judgement", {}), dict):
             raise UserError(f"{where} is no judgement; {remedy}")
+        if line["id"] in found:
+            raise UserError(f"{where}: {line['id']!r} has a judgement already; keep one of them")
         if "judgement" in line:
             found[line["id"]] = line["judgement"]
     return found
@@ -184,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # `data.images` makes an error of what Pillow warns of.
     out = Path(args.out)
     if args.metric == "side_by_side":
+        claim(out, {"metric": "side_by_side", "inputs": digest_of(args.votes)})
         found = side_by_side.comparisons(json_text.read_lines(args.votes, "--votes takes lines of ImageInWords"))
         text = "\n\n".join(f"{one.name or Path(args.votes).stem}\n\n{side_by_side.markdown(one)}" for one in found)
         write_text(out / "table.md", text + "\n")
@@ -199,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"there is nothing to evaluate in {getattr(args, needs[-1] if needs[-1] != 'images' else needs[1])}"
         )
-    asks = args.metric in JUDGED and not args.judgements
+    asks = bool(metric.prompts) and not args.judgements
     identity = {"inputs": digest_of(*(getattr(args, name) for name in FILES)), "name": args.name, "split": args.split}
     # What scores must share to be compared: everything but the captions, or predictions, themselves.
     identity["benchmark"] = digest_of(*(getattr(args, name) for name in FILES if name not in SCORED))

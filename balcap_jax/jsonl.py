@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +34,7 @@ class AppendedLines:
         self.entries: list[Any] = []
         self.found = False
         self._made = False
-        self._tail: Callable[[], None] = lambda: None  # makes the end of the file the end of a line
+        self._tail: Callable[[], Any] = lambda: None  # makes the end of the file the end of a line
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "AppendedLines":
@@ -104,17 +105,18 @@ class AppendedLines:
 
     def _read(self) -> None:
         self._file.seek(0)
-        content = self._file.read()
-        self.found = bool(content)
-        *lines, tail = content.split(b"\n")
-        if tail and _is_object(tail):
-            lines.append(tail)
-            self._tail = lambda: self._file.write(b"\n")
-        elif tail:
-            self._tail = lambda: self._file.truncate(len(content) - len(tail))
-        for number, line in enumerate(lines, start=1):
-            where = f"{self.path}, line {number}"
-            self.entries.append(self._remember(json_text.parse_object(line, where, "mend or remove that line")))
+        at = 0
+        with open(os.dup(self._file.fileno()), "rb") as lines:  # Line by line: files of gigabytes are few entries.
+            for number, line in enumerate(lines, start=1):
+                self.found = True
+                where = f"{self.path}, line {number}"
+                if not line.endswith(b"\n") and not _is_object(line):
+                    self._tail = functools.partial(self._file.truncate, at)
+                    break
+                at += len(line)
+                if not line.endswith(b"\n"):
+                    self._tail = functools.partial(self._file.write, b"\n")
+                self.entries.append(self._remember(json_text.parse_object(line, where, "mend or remove that line")))
 
     def _failure(self, what: str, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be {what} ({error.strerror}); make room there or name another file")

@@ -11,14 +11,42 @@ from balcap_jax import compare
 from balcap_jax.errors import UserError
 
 
-def folder(tmp_path, name, scores, metric="dcscore", **more):
+def folder(tmp_path, name, scores, metric="docvqa", **more):
     """An evaluation with these item scores; None = an invalid item."""
     out = tmp_path / name
     out.mkdir(parents=True)
     valid = [score for score in scores.values() if score is not None]
     results = {"metric": metric, "score": float(np.mean(valid)), "confidence": [1.0, 2.0], "words": 33.3}
     (out / "results.json").write_text(json.dumps(results | {"n": len(valid), "invalid": 0} | more))
-    lines = [{"id": key} | ({"score": score} if score is not None else {"error": "x"}) for key, score in scores.items()]
+    lines = [
+        {"id": key} | ({"error": "x"} if score is None else {"score": score, "parts": answered(score)})
+        for key, score in scores.items()
+    ]
+    (out / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(out)
+
+
+def answered(score):
+    """Parts of one answer of a benchmark whose score is a mean."""
+    return [score / 100, 1, score / 100, 1, 0, 0]
+
+
+def asked(tmp_path, name, rights):
+    """A CaptionQA evaluation: {picture: {question: whether it is answered rightly}}, domains by the first letter."""
+    out = tmp_path / name
+    out.mkdir(parents=True)
+    domains, lines = sorted({picture[0] for picture in rights}), []
+    for picture, answers in rights.items():
+        for question, right in answers.items():
+            of_domain = [v for domain in domains for v in ((int(right), 1) if domain == picture[0] else (0, 0))]
+            parts = [int(right), int(right), 0, 0, 1, *of_domain]
+            line = {"id": f"{picture}#{question}", "group": picture, "score": 100.0 * right, "parts": parts}
+            lines.append(line)
+    metric = compare.metric_of("captionqa")
+    metric.restore({"domains": domains})
+    score = float(metric.score(np.sum([line["parts"] for line in lines], axis=0)))
+    results = {"metric": "captionqa", "score": score, "n": len(lines), "invalid": 0, "state": metric.state()}
+    (out / "results.json").write_text(json.dumps(results))
     (out / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(out)
 
@@ -38,7 +66,8 @@ def test_only_items_that_both_have_valid_are_compared(tmp_path):
     base = compare.read(folder(tmp_path, "a", {"p": 10, "q": 20, "r": None, "s": 5}))
     other = compare.read(folder(tmp_path, "b", {"p": 13, "q": 19, "r": 50, "t": 90}))
     test = compare.paired(base, other)
-    assert (test.items, test.difference, test.better, test.worse) == (2, 1.0, 1, 1)
+    assert (test.items, test.groups, test.better, test.worse) == (2, 2, 1, 1)
+    assert test.difference == pytest.approx(1.0)
     assert test.p == 1.0
     alone = compare.read(folder(tmp_path, "c", {"x": 1, "y": 2}))
     assert compare.paired(base, alone) is None
@@ -57,14 +86,45 @@ def test_the_paired_interval_is_narrower_than_that_of_unpaired_scores(tmp_path):
     assert test.p < 1e-6
 
 
+def test_the_difference_is_that_of_the_scores_and_is_tested_by_picture(tmp_path):
+    """More questions are lost in the large domain than won in the small one, but the mean of the domains rises."""
+    small, large = (
+        {f"n{i}": {"0": False} for i in range(4)},
+        {f"d{i}": dict.fromkeys("0123456789", True) for i in range(8)},
+    )
+    base = compare.read(asked(tmp_path, "base", small | large))
+    won = {"n0": {"0": True}, "n1": {"0": True}}
+    lost = {f"d{i}": large[f"d{i}"] | {"3": False} for i in range(3)}
+    other = compare.read(asked(tmp_path, "other", small | large | won | lost))
+    test = compare.paired(base, other)
+    assert test.difference == pytest.approx(other.results["score"] - base.results["score"])
+    assert test.difference > 0
+    assert (test.items, test.groups, test.better, test.worse) == (84, 12, 2, 3)
+
+
+def test_an_interval_counts_pictures_not_their_questions(tmp_path):
+    """Questions that all say the same tell no more than one of them does."""
+    rng = random.Random(1)
+    pairs = [(rng.random() < 0.4, rng.random() < 0.6) for _ in range(60)]
+    width = {}
+    for questions in (1, 10):
+        rights = [
+            {f"n{i}": {str(q): pair[k] for q in range(questions)} for i, pair in enumerate(pairs)} for k in (0, 1)
+        ]
+        base, other = (compare.read(asked(tmp_path, f"{questions} {k}", rights[k])) for k in (0, 1))
+        low, high = compare.paired(base, other).confidence
+        width[questions] = high - low
+    assert width[10] == pytest.approx(width[1])
+
+
 def test_tables_and_page(tmp_path, capsys):
     first = folder(tmp_path, "a|b<script>", {"p": 10, "q": 20})
     second = folder(tmp_path, "second", {"p": 11, "q": 23})
-    third = folder(tmp_path, "third", {"p": 1, "q": 2}, metric="captionqa", confidence=None)
+    third = folder(tmp_path, "third", {"p": 1, "q": 2}, metric="infovqa", confidence=None)
     compare.main([first, second, third, f"--out={tmp_path / 'out'}"])
     text = capsys.readouterr().out
-    assert "## dcscore" in text
-    assert "## captionqa" in text
+    assert "## docvqa" in text
+    assert "## infovqa" in text
     assert "| +2.00 |" in text
     assert "| 2 / 0 of 2 |" in text
     assert "| 33.3 |" in text
@@ -82,9 +142,12 @@ def test_tables_and_page(tmp_path, capsys):
     [
         (None, "", "no results.json"),
         ("{}", "", "no metric and score"),
-        ('{"metric": "x", "score": 1}', '{"score": 1}\n', "no id"),
-        ('{"metric": "x", "score": 1}', "nothing\n", "is not JSON"),
-        ('{"metric": "x", "score": 1}', None, "cannot be read"),
+        ('{"metric": "docvqa", "score": 1}', '{"score": 1}\n', "no id"),
+        ('{"metric": "docvqa", "score": 1}', "nothing\n", "is not JSON"),
+        ('{"metric": "docvqa", "score": 1}', None, "cannot be read"),
+        ('{"metric": "docvqa", "score": 1}', '{"id": "a", "parts": [1, "b"]}\n', "parts that are no numbers"),
+        ('{"metric": "mine", "score": 1}', "", "unknown metric 'mine'"),
+        ('{"metric": "captionqa", "score": 1, "state": []}', "", "state of another form"),
     ],
 )
 def test_what_is_no_evaluation(tmp_path, results, items, message):

@@ -28,6 +28,7 @@ METRICS = {
 }
 _AS_STORED = ("b_capscore", "words")
 CONFIDENCE = 0.95
+MARGIN = 1.0  # points that count as nothing
 _SIGNS = {1: "rises", -1: "falls", 0: "does not fall"}
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> metric -> points
@@ -36,7 +37,9 @@ Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> m
 def points(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of one evaluation of summary.json; those without a value are left out."""
     found = {name: (evaluation.get(name) or {}).get("mean") for name in METRICS}
-    return {name: value * (1 if name in _AS_STORED else 100) for name, value in found.items() if value is not None}
+    return {
+        name: float(value) * (1 if name in _AS_STORED else 100) for name, value in found.items() if value is not None
+    }
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -55,12 +58,12 @@ class Difference:
     def verdict(self, direction: int) -> str:
         """Whether it goes in the reported direction: "yes" and "no" only where the interval leaves no doubt.
 
-        A direction of 0, "does not fall", is contradicted only by a clear fall.
+        A direction of 0, "does not fall", holds where a fall of more than MARGIN is outside of the interval.
         """
         if self.half is None:
             return "one seed"
         if direction == 0:
-            return "no" if self.mean + self.half < 0 else "yes"
+            return "yes" if self.mean - self.half > -MARGIN else "no" if self.mean + self.half < 0 else "not told apart"
         if abs(self.mean) <= self.half:
             return "not told apart"
         return "yes" if self.mean * direction > 0 else "no"
@@ -129,8 +132,12 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| variant | " + " | ".join(METRICS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for row in table:
         cells = [_cell(row["metrics"].get(name)) for name in shown]
-        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(row['variant'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    return name.replace("|", "\\|")
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:
@@ -149,7 +156,7 @@ def claims_markdown(table: Sequence[Mapping[str, Any]]) -> str:
         for one in row["claims"]:
             half = "" if one["half"] is None else f" ± {one['half']:.1f}"
             lines.append(
-                f"| {row['variant']} | {METRICS[one['metric']]} | {_SIGNS[one['direction']]} ({one['source']}) "
+                f"| {_plain(row['variant'])} | {METRICS[one['metric']]} | {_SIGNS[one['direction']]} ({one['source']}) "
                 f"| {one['against']} | {one['mean']:+.1f}{half} | {one['agrees']} |"
             )
     return "\n".join(lines) + "\n"

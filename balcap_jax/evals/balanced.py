@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from balcap_jax import json_text
-from balcap_jax.data import fields, images
+from balcap_jax.data import fields, images, photos
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import OBJECTIVES, harmonic_mean
-from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.engine import LARGEST, Item, Metric, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import ChatClient
 from balcap_jax.judges.remote import RemoteJudge
@@ -29,6 +29,7 @@ class BCapScore(Metric):
 
     name = "bcapscore"
     prompts = tuple(prompts.name_of(name) for name in OBJECTIVES)
+    sees = True
 
     def __init__(self, max_tokens: int = 2048):
         self.max_tokens = max_tokens
@@ -51,7 +52,7 @@ class BCapScore(Metric):
         pictures = {}
         for item in items:
             try:
-                pictures[item.id] = images.read(item.data[0])
+                pictures[item.id] = photos.shrunk(images.read(item.data[0]), LARGEST)
             except images.ImageError as error:
                 found[item.id] = Failure(f"{item.data[0].name}: {error}")
         asked = [item for item in items if item.id in pictures]

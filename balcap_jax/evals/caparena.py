@@ -9,9 +9,9 @@ import numpy as np
 import pydantic
 
 from balcap_jax import json_text
-from balcap_jax.data import images
+from balcap_jax.data import images, photos
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.engine import LARGEST, Item, Metric, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.schema import Failure
@@ -38,6 +38,7 @@ class CapArena(Metric):
 
     name = "caparena"
     prompts = (ARENA,)
+    sees = True
 
     def __init__(self, max_tokens: int = 1500, model: str = ""):
         """`model`: a name that the opponents' file knows; its own pictures are skipped."""
@@ -65,12 +66,19 @@ class CapArena(Metric):
         self._opponents = sorted(self._counts)
         return items
 
+    def state(self) -> dict[str, Any]:
+        return {"pictures": self._counts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._counts = {str(name): int(count) for name, count in state["pictures"].items()}
+        self._opponents = sorted(self._counts)
+
     def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
         found: list[Any] = [None] * len(items)
         asks: dict[int, Ask] = {}
         for i, item in enumerate(items):
             try:
-                picture = images.read(item.data["path"])
+                picture = photos.shrunk(images.read(item.data["path"]), LARGEST)
             except images.ImageError as error:
                 found[i] = Failure(f"{item.id}: {error}")
                 continue

@@ -41,16 +41,16 @@ def is_yes_no(question: str, choices: Sequence[str]) -> bool:
 def parse_letter(answer: str, options: int) -> int | None:
     """Which of so many options an answer names, by the published order of rules; None where it cannot be told.
 
-    What follows "</think>", then "Answer: ", then the first line break; in capitals; the first letter that stands
-    alone, or else the first number from 1.
+    What follows "</think>", then the first "Answer: ", then the first line break; in capitals; the first letter that
+    stands alone, if there are as many options, or else the first number from 1.
     """
-    text = answer.rsplit("</think>", 1)[-1].rsplit("Answer: ", 1)[-1]
+    text = answer.rsplit("</think>", 1)[-1]
+    text = text.split("Answer: ")[1] if "Answer: " in text else text
     _, newline, rest = text.partition("\n")
     text = (rest if newline else text).upper()
     letter = _ISOLATED.search(text)
-    if letter:
-        place = LETTERS.index(letter[1])
-        return place if place < options else None
+    if letter and LETTERS.index(letter[1]) < options:
+        return LETTERS.index(letter[1])
     number = _NUMBER.search(text)
     return int(number[1]) - 1 if number and int(number[1]) <= options else None
 
@@ -73,8 +73,8 @@ class CaptionQA(Metric):
     def items(self, captions: Mapping[str, str], questions: Path) -> list[Item]:
         """One item per usable question, in the order of the file, all shuffled by one generator, as published.
 
-        Questions with fewer than two choices, or whose answer is none of them, and pictures without a caption draw
-        nothing from the generator. A picture without a caption is one invalid item.
+        Questions with fewer than two choices, or whose answer is none of them, and those of pictures without a caption
+        draw nothing from the generator. A picture's questions are one group.
         """
         rng, items, domains, self._skipped = random.Random(0), [], set(), 0
         for where, entry in read_entries(questions):
@@ -83,26 +83,34 @@ class CaptionQA(Metric):
                 raise UserError(f"{where} has no id and questions; {_REMEDY}")
             domain = DOMAINS.get(name.partition("_")[0], name.partition("_")[0])
             domains.add(domain)
-            caption = captions.get(name)
-            if caption is None:
-                items.append(Item(name, None, None, domain))
-                continue
+            pictures = [str(one) for one in entry.get("images") or []] if isinstance(entry.get("images"), list) else []
+            names = (name, *pictures, *(Path(one).name for one in pictures), f"{name}.png", f"{name}.jpg")
+            caption = next((captions[one] for one in names if one in captions), None)
             for number, one in enumerate(asked):
                 choices = [str(choice).strip() for choice in one.get("choices") or []] if isinstance(one, dict) else []
                 answer = str(one.get("answer", "")).strip() if isinstance(one, dict) else ""
                 if len(choices) < 2 or answer not in choices or not isinstance(one.get("question"), str):
                     self._skipped += 1
                     continue
+                if caption is None:
+                    items.append(Item(f"{name}#{number}", None, None, _category(one), name))
+                    continue
                 options = [*choices] if is_yes_no(one["question"], choices) else [*choices, CANNOT_ANSWER]
                 order = list(range(len(options)))
                 rng.shuffle(order)
                 shown = [options[k] for k in order]
                 cannot = shown.index(CANNOT_ANSWER) if len(options) > len(choices) else None
-                data = {"question": one["question"], "options": shown, "gold": shown.index(answer)}
+                data = {"question": one["question"], "options": shown, "gold": order.index(choices.index(answer))}
                 data |= {"cannot": cannot, "choices": len(choices), "domain": domain}
-                items.append(Item(f"{name}#{number}", caption, data, _category(one)))
+                items.append(Item(f"{name}#{number}", caption, data, _category(one), name))
         self._domains = sorted(domains)
         return items
+
+    def state(self) -> dict[str, Any]:
+        return {"domains": self._domains}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._domains = [str(name) for name in state["domains"]]
 
     def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
         asks = []

@@ -18,19 +18,20 @@ from balcap_jax.evals.engine import Item, Metric, ratio
 PARTS = {"objects": 0.5, "attributes": 0.5, "relations": 0.2}
 _TINY = 1e-6
 _REMEDY = '--graphs takes lines {"id", "candidate": {"objects", "attributes", "relations"}, "references": [...]}'
-Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+Text = str | tuple[str, ...]  # of a relation its elements
+Similarity = Callable[[Sequence[Text], Sequence[Text]], np.ndarray]
 
 
 def match(
-    candidate: Sequence[str], reference: Sequence[str], similarity: Similarity | None = None
+    candidate: Sequence[Text], reference: Sequence[Text], similarity: Similarity | None = None
 ) -> tuple[float, float]:
     """(matched of the candidate, matched of the reference).
 
-    First equal texts, one to one; then, of what is left, texts of which one contains the other; then, where
-    `similarity` [n, m] is given, the largest of each row and of each column of what is still left.
+    First equal texts, one to one; then, of what is left, texts of which one contains the other, of relations element by
+    element; then, where `similarity` [n, m] is given, the largest of each row and of each column of what is still left.
     """
     mine, theirs, matched = list(candidate), list(reference), 0
-    for fits in (lambda a, b: a == b, lambda a, b: a in b or b in a):
+    for fits in (lambda a, b: a == b, _alike):
         for text in list(mine):
             partner = next((other for other in theirs if fits(text, other)), None)
             if partner is not None:
@@ -45,7 +46,15 @@ def match(
     return matched + float(rows), matched + float(columns)
 
 
-def f1(candidate: Sequence[str], reference: Sequence[str], similarity: Similarity | None = None) -> float:
+def _alike(one: Text, other: Text) -> bool:
+    if isinstance(one, str) and isinstance(other, str):
+        return one in other or other in one
+    if isinstance(one, str) or isinstance(other, str) or len(one) != len(other):
+        return False
+    return all(map(_alike, one, other))
+
+
+def f1(candidate: Sequence[Text], reference: Sequence[Text], similarity: Similarity | None = None) -> float:
     of_candidate, of_reference = match(candidate, reference, similarity)
     precision = of_candidate / (len(candidate) + _TINY)
     recall = of_reference / (len(reference) + _TINY)
@@ -59,13 +68,26 @@ def graph_score(candidate: Mapping, reference: Mapping, similarity: Similarity |
     return (sum(w * f for w, f in zip(weights, parts, strict=True)) / sum(weights), *parts)
 
 
-def _texts(graph: Mapping, name: str) -> list[str]:
-    """Lower-case texts; attributes may be given by object, relations as lists of words."""
+def _texts(graph: Mapping, name: str) -> list[Text]:
+    """Lower-case texts; attributes may be given by object, relations as lists of subject, predicate and object.
+
+    Raises ValueError for a graph of another form.
+    """
     given = graph.get(name, [])
     if isinstance(given, Mapping):  # Attributes are pooled over objects.
+        if not all(isinstance(texts, list) for texts in given.values()):
+            raise ValueError(f"its {name} are no lists of texts")
         given = [text for texts in given.values() for text in texts]
-    found = [" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in given]
-    return [" ".join(text.lower().split()) for text in found]
+    if not isinstance(given, list):
+        raise ValueError(f"its {name} are no list")
+    found: list[Text] = []
+    for one in given:
+        words = one if isinstance(one, list) else [one]
+        if not words or not all(isinstance(word, str) and word.strip() for word in words):
+            raise ValueError(f"its {name} hold something that is no text")
+        plain = tuple(" ".join(word.lower().split()) for word in words)
+        found.append(plain if isinstance(one, list) else plain[0])
+    return found
 
 
 class Capture(Metric):
@@ -81,6 +103,12 @@ class Capture(Metric):
             whole = isinstance(references, list) and references and all(isinstance(g, dict) for g in references)
             if not isinstance(line.get("id"), str) or not whole or not isinstance(candidate, dict | None):
                 raise UserError(f"{where} has no graphs; {_REMEDY}")
+            try:
+                for graph in (candidate or {}, *references):
+                    for name in PARTS:
+                        _texts(graph, name)
+            except ValueError as error:
+                raise UserError(f"{where} has a graph of another form: {error}; {_REMEDY}") from error
             caption = captions.get(line["id"], "") if candidate is not None else None
             found.append(Item(line["id"], caption, (candidate, references)))
         return found

@@ -13,9 +13,9 @@ import numpy as np
 import pydantic
 
 from balcap_jax import json_text
-from balcap_jax.data import images
+from balcap_jax.data import images, photos
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.engine import LARGEST, Item, Metric, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.remote import numbered
@@ -103,6 +103,7 @@ class DCScore(Metric):
 
     name = "dcscore"
     prompts = (EXTRACT, MATCH, VERIFY)
+    sees = True
 
     def __init__(self, max_tokens: int = 2048):
         self.max_tokens = max_tokens
@@ -181,7 +182,7 @@ class DCScore(Metric):
 
 def _picture(path: Path) -> np.ndarray | Failure:
     try:
-        return images.read(path)
+        return photos.shrunk(images.read(path), LARGEST)
     except images.ImageError as error:
         return Failure(f"{path.name}: {error}")
 

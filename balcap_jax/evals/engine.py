@@ -31,6 +31,7 @@ from balcap_jax.judges.schema import Failure
 from balcap_jax.progress import ProgressLine
 
 RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
+LARGEST = 2048 * 2048  # pixels of a picture that a judge is shown: hosted models shrink larger ones too
 NO_CAPTION = "no caption"
 UNPARSED = "unparsed"
 _REMEDY = "delete the folder, or name another one with --out"
@@ -40,12 +41,17 @@ _CHUNK = 1 << 22  # numbers of a block of resampled counts
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing to judge. `caption` None: there is none, which is counted. `data` is the metric's own."""
+    """One thing to judge. `caption` None: there is none, which is counted. `data` is the metric's own.
+
+    group: what items share that stand or fall together, such as the picture whose caption answers many questions; "" =
+    the item is alone. Intervals and tests are about groups.
+    """
 
     id: str
     caption: str | None
     data: Any = None
     category: str = ""
+    group: str = ""
 
     @property
     def words(self) -> int:
@@ -55,11 +61,20 @@ class Item:
 class Metric:
     """How captions, or answers, are scored.
 
-    prompts: names and versions of what a judge is asked; () = nobody is.
+    prompts: names and versions of what a judge is asked; () = nobody is. sees: pictures are read for it.
     """
 
     name: str
     prompts: tuple[str, ...] = ()
+    sees: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """What `score` depends on beside the sums, JSON-able; `restore` takes it."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Makes `score` that of the metric whose `state` it was."""
+        del state
 
     def judge(self, client: ChatClient | None, items: Sequence[Item]) -> "list[Mapping[str, Any] | Failure]":
         """A JSON-able judgement of each item, all of which have captions."""
@@ -93,6 +108,7 @@ class Row:
     words: int
     parts: tuple[float, ...] | None
     error: str = ""
+    group: str = ""
 
 
 def evaluate(
@@ -126,9 +142,10 @@ def evaluate(
     settings["prompts"] = ", ".join(metric.prompts) if client else ""
     if judge and client:
         settings["temperature"] = judge["temperature"]
-    _claim(out, settings)
+    claim(out, settings)
     spending = Spending(client, judge, out / "judge.json") if client else None
-    batch = 4 * judge["concurrency"] if client else 1024
+    # Pictures of a batch are held at once.
+    batch = (1 if metric.sees else 4) * judge["concurrency"] if client else 1024
     with AppendedLines(out / "items.jsonl", remember=read_row) as lines:
         if retry_errors:
             _forget_errors(lines)
@@ -149,6 +166,8 @@ def evaluate(
                         raise UserError(f"{spending.limit_text()}; {out} has what was judged, raise it to go on")
         rows = {row.id: row for row in lines.entries}
     results = settings | summarise(metric, [rows[item.id] for item in items])
+    results["empty"] = sum(item.caption is not None and not item.caption.strip() for item in items)
+    results["state"] = metric.state()
     results |= {"unused": len(unused), "unused_ids": list(unused)[:_REASONS]}
     results["version"] = balcap_jax.__version__
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -162,6 +181,8 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
     lines = []
     for item in items:
         line: dict[str, Any] = {"id": item.id, "category": item.category, "words": item.words}
+        if item.group:
+            line["group"] = item.group
         judgement = judged.get(item.id)
         if item.caption is None:
             line["error"] = NO_CAPTION
@@ -175,6 +196,8 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
                 parts = metric.parts(item, judgement)
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
                 parts, line["error"] = None, f"a judgement of another form ({type(error).__name__}: {error})"
+            if parts is not None and not all(map(_is_number, map(float, parts))):
+                parts, line["error"] = None, "a judgement of another form (numbers that are none)"
             if parts is not None:
                 line["parts"] = [float(part) for part in parts]
                 line["score"] = _finite(metric.of_item(parts))
@@ -191,7 +214,8 @@ def read_row(line: Mapping[str, Any]) -> Row:
     if not isinstance(line.get("id"), str) or not numbers or not isinstance(words, int):
         raise UserError(f"a line of items.jsonl is none that this command wrote (its id, parts or words); {_REMEDY}")
     values = None if parts is None else tuple(map(float, parts))
-    return Row(line["id"], str(line.get("category", "")), words, values, str(line.get("error", "")))
+    error, group = str(line.get("error", "")), str(line.get("group", line["id"]))
+    return Row(line["id"], str(line.get("category", "")), words, values, error, group)
 
 
 def _is_number(value: Any) -> bool:
@@ -205,7 +229,8 @@ def _forget_errors(lines: AppendedLines) -> None:
         lines.replace(kept)
 
 
-def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError where the folder holds another evaluation than that of `settings`."""
     path = out / "settings.json"
     try:
         before = json_text.read_object(path, _REMEDY)
@@ -240,7 +265,9 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
         matrix = np.array([row.parts for row in valid], np.float64)
         sums = matrix.sum(0)
         result["score"] = _finite(metric.score(sums))
-        result["confidence"] = interval(metric.score(resampled_sums(matrix)))
+        grouped = sums_of_groups(matrix, [row.group for row in valid])
+        result["confidence"] = interval(metric.score(resampled_sums(grouped))) if len(grouped) > 1 else None
+        result["groups"] = len(grouped)
         result |= {name: _finite(value) for name, value in metric.figures(sums).items()}
         names = np.array([row.category for row in valid])
         for name in sorted(set(names.tolist()) - {""}):
@@ -257,6 +284,14 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
         "words": float(np.mean(said)) if said else None,
         "categories": categories,
     }
+
+
+def sums_of_groups(matrix: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """[number of groups, P]: sums of the rows of `matrix` [n, P] of each group, in the order of their first rows."""
+    places = {name: k for k, name in enumerate(dict.fromkeys(groups))}
+    sums = np.zeros((len(places), matrix.shape[1]))
+    np.add.at(sums, [places[name] for name in groups], matrix)
+    return sums
 
 
 def resampled_sums(matrix: np.ndarray, count: int = RESAMPLES) -> np.ndarray:

@@ -121,13 +121,15 @@ class Answers(Metric):
         return [{"points": [points for points, _ in one], "read": [read for _, read in one]} for one in scored]
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
-        """(points of the item, 1, points of its questions, questions, unparsable ones), then (points, 1) by kind."""
+        """(points of the item, 1, points of its questions, questions, unparsable ones, 1 if rotations are missing) and
+        (points, 1) by kind."""
         each, kind = [float(one) for one in judgement["points"]], item.data[0][0].kind
         if len(each) != len(item.data) or not all(0 <= one <= 1 for one in each):
             raise ValueError(f"points of {len(item.data)} questions are {each}")
         points = float(all(one == 1.0 for one in each)) if self.benchmark.average == "circular" else float(each[0])
         of_kind = [value for name in self._kinds for value in ((points, 1.0) if name == kind else (0.0, 0.0))]
-        return (points, 1.0, sum(each), float(len(each)), float(judgement["read"].count("")), *of_kind)
+        lacks = self.benchmark.average == "circular" and len(each) < len(item.data[0][0].options)
+        return (points, 1.0, sum(each), float(len(each)), float(judgement["read"].count("")), float(lacks), *of_kind)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         """x100; of OCRBench the number of right answers."""
@@ -137,10 +139,11 @@ class Answers(Metric):
 
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         found = {"questions": float(sums[3]), "unparsable": float(sums[4])}
-        kinds = {name: float(ratio(sums[5 + 2 * k], sums[6 + 2 * k])) for k, name in enumerate(self._kinds)}
+        kinds = {name: float(ratio(sums[6 + 2 * k], sums[7 + 2 * k])) for k, name in enumerate(self._kinds)}
         found |= {f"kind/{name}": value for name, value in kinds.items()}
         if self.benchmark.average == "circular":
             found["each_rotation"] = float(ratio(sums[2], sums[3]))
+            found["fewer_rotations_than_options"] = float(sums[5])
         if self.name == "mmstar" and kinds:
             found["mean_of_kinds"] = float(np.mean(list(kinds.values())))  # what lmms-eval reports
         return found

@@ -147,7 +147,7 @@ def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
         raise UserError(f"{where}: the answer {answers[0]!r} is none of the options {', '.join(options)}; {_REMEDY}")
     # Not the picture's name: it may have several questions.
     name = next((str(entry[key]) for key in _ID if entry.get(key) not in (None, "")), str(number))
-    rotated = name.isdecimal() and "index" in entry
+    rotated = name.isdecimal()
     return Question(
         name,
         text,
