@@ -221,9 +221,9 @@ def told(results: dict[str, Any], out: Path) -> str:
     if results["score"] is None:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
         raise UserError(f"none of the {results['invalid']} items has a valid judgement ({reasons}); {out}/items.jsonl")
-    low, high = results["confidence"] or (float("nan"), float("nan"))
+    span = "one group of items" if results["confidence"] is None else "{:.2f}, {:.2f}".format(*results["confidence"])
     words = f", {results['words']:.1f} words" if results["words"] is not None else ""
-    text = f"{results['metric']}: {results['score']:.2f} [{low:.2f}, {high:.2f}] over {results['n']} items{words}"
+    text = f"{results['metric']}: {results['score']:.2f} [{span}] over {results['n']} items{words}"
     if results["invalid"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
         text += f"\n{results['invalid']} items are not in it ({reasons})"

@@ -8,7 +8,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, text_of
+from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, kind_of, right_answer, text_of, well_behaved
 from PIL import Image
 from system.commands import finish, start
 
@@ -206,6 +206,57 @@ def test_dcscore_from_pictures_to_the_score(tmp_path):
     assert "gone.png: no such file" in results["errors"]
     # All: P 2/3, R (1 + 1) / (2 + 1). Relevant: P 1/2, R 1/2.
     assert results["score"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 2, abs=1e-4)
+
+
+def test_bcapscore_from_pictures_to_the_score(tmp_path):
+    """Three objectives by a judge, their harmonic mean by picture, and what cannot be judged is counted."""
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    units = ["there is a car", "the car is red", "a tree"]
+    lines = [
+        {"image": name, "caption": "A red car.", "reference_units": units}
+        for name in ("a.png", "sub/../a.png", "gone.png")
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = {"a.png": "A red car. It is fast. It is here.", "gone.png": "A car."}
+    (tmp_path / "c.json").write_text(json.dumps(said))
+    given = [f"--captions={tmp_path / 'c.json'}", f"--references={tmp_path / 'r.jsonl'}", f"--images={tmp_path}"]
+    with JudgeServer(well_behaved) as server:
+        evaluate.main(["--metric=bcapscore", *given, f"--out={tmp_path / 'o'}", *judged_by(server, tmp_path)])
+        replies = {kind_of(body): right_answer(body) for body in server.seen if said["a.png"] in text_of(body)}
+    results = results_of(tmp_path / "o")
+    assert (results["n"], results["invalid"]) == (2, 1), "one picture has two names, the caption is that of both"
+    assert "gone.png: no such file" in results["errors"]
+    held = [one["verified"] and one["pointable"] for one in replies["precision"]["assertions"]]
+    covered = [one["covered"] for one in replies["recall"]["units"]]
+    marks = [replies["linguistic"][name] for name in ("clarity", "fluency", "coherency")]
+    three = [np.mean(held), np.mean(covered), np.mean(marks) / 5]
+    shown = [results["precision"], results["recall"], results["linguistic"]]
+    assert shown == pytest.approx([100 * value for value in three], abs=1e-4)
+    assert results["score"] == pytest.approx(100 * 3 / sum(1 / value for value in three), abs=1e-4)
+    assert results["score"] > 0
+
+
+def test_capture_from_graphs_to_the_score(tmp_path, capsys):
+    reference = {"objects": ["car", "tree"], "attributes": {"car": ["red"]}, "relations": [["car", "under", "tree"]]}
+    half = {"objects": ["car"], "attributes": {"car": ["red"]}, "relations": []}
+    lines = [
+        {"id": "a", "candidate": reference, "references": [reference]},
+        {"id": "b", "candidate": half, "references": [reference]},
+        {"id": "c", "candidate": None, "references": [reference]},
+    ]
+    graphs = tmp_path / "g.jsonl"
+    graphs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.main(["--metric=capture", f"--graphs={graphs}", f"--out={tmp_path / 'o'}"])
+    results = results_of(tmp_path / "o")
+    assert (results["n"], results["invalid"]) == (2, 1)
+    # Objects: P 1, R 1/2; attributes all; relations none.
+    assert results["score"] == pytest.approx(100 * (1 + (0.5 * 2 / 3 + 0.5) / 1.2) / 2, abs=1e-3)
+    assert results["f1/relations"] == pytest.approx(50.0, abs=1e-3)
+    graphs.write_text(json.dumps(lines[0] | {"candidate": {"objects": "car"}}) + "\n")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--metric=capture", f"--graphs={graphs}", f"--out={tmp_path / 'p'}"])
+    assert "its objects are no list" in capsys.readouterr().err
 
 
 # ---- general benchmarks ----------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ def test_seconds_of_overlapping_runs():
         (["--variants=full,,grpo"], "--variants takes different names"),
         (["--variants=base"], "--variants takes different names"),
         (["--seeds=0,0"], "--seeds takes different whole numbers"),
+        (["--seeds=0,00"], "--seeds takes different whole numbers"),
         (["--seeds=-1"], "--seeds takes different whole numbers"),
         (["--jobs=0"], "--jobs must be at least 1"),
         (["--jobs=two"], "argument --jobs: invalid int value"),
