@@ -1,6 +1,8 @@
 """The chat client against an endpoint that misbehaves: nothing lost, nothing mixed up, each failure with its reason."""
 
 import collections
+import ctypes
+import gc
 import json
 import random
 import threading
@@ -177,13 +179,19 @@ def test_500_calls_of_which_30_percent_are_faulty():
 @pytest.mark.slow
 def test_10000_calls_of_which_30_percent_are_faulty():
     """With flat memory: what grows is the answers, which the caller asked for."""
-    process = psutil.Process()
+
+    def held() -> int:
+        gc.collect()
+        # What is free goes back to the system: the server of this test sends 5 MB answers from this process too.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+        return psutil.Process().memory_info().rss
+
     many(500, concurrency=16, latency=0.2)
-    before = process.memory_info().rss
+    before = held()
     many(10_000, concurrency=16, latency=0.2)
-    grown = (process.memory_info().rss - before) / 1e6
+    grown = (held() - before) / 1e6
     print(f"resident memory grew by {grown:.0f} MB")
-    assert grown < 100
+    assert grown < 30
 
 
 def test_memory_is_flat_with_pictures():

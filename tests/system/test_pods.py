@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import ROOT, TIMEOUT, arguments, assert_same_run, checkpoints, read_metrics, read_summary
+from commands import ROOT, TIMEOUT, arguments, assert_same_run, checkpoints, read_metrics, read_summary, train
 from fake_cloud import Cloud
 
 HELD_STEP = 7  # of 10; sft is steps 1 to 4, and every second step has a checkpoint
@@ -18,7 +19,7 @@ HELD_STEP = 7  # of 10; sft is steps 1 to 4, and every second step has a checkpo
 class Pod:
     """A configuration file for an empty fake cloud, and the scripts run with it."""
 
-    def __init__(self, folder: Path, data_dir: Path, accelerator: str, queue: str):
+    def __init__(self, folder: Path, data_dir: Path, accelerator: str, queue: str, **overrides: Any):
         self.workdir, self.logs = folder / "a run", folder / "logs"
         self.cloud, self.hold = Cloud.make(folder / "cloud"), folder / "hold"
         self.hold.touch()
@@ -26,7 +27,7 @@ class Pod:
         trainer = self.cloud.state / "trainer"
         trainer.write_text(f'#!/bin/bash\nPYTHONPATH=. exec {shlex.join(held)} "$@"\n')
         trainer.chmod(0o755)
-        train = [f"train = {argument}" for argument in arguments(self.workdir, data_dir)]
+        train = [f"train = {argument}" for argument in arguments(self.workdir, data_dir, **overrides)]
         self.conf = folder / "tpu.conf"
         self.conf.write_text(
             f"name = pod\nproject = p\nzone = z\naccelerator = {accelerator}\nruntime = tpu-ubuntu2204-base\n"
@@ -92,8 +93,10 @@ def test_created_run_killed_by_a_preemption_and_resumed_equals_uninterrupted(tmp
 
 
 @pytest.mark.slow
-def test_a_watched_run_of_two_workers_goes_on_by_itself_after_a_preemption(tmp_path, data_dir, finished):
-    pod = Pod(tmp_path, data_dir, "v4-16", queue="yes")
+def test_a_watched_run_of_two_workers_goes_on_by_itself_after_a_preemption(tmp_path, data_dir):
+    # As in test_processes: Adam must not make full steps of what is zero but for rounding.
+    steady = {"optim__eps": 1e-4}
+    pod = Pod(tmp_path, data_dir, "v4-16", queue="yes", **steady)
     pod.cloud.comes_to("queued", "failed")
     watching = pod.start("resume", "--watch")
     pod.wait_until_held()
@@ -111,10 +114,11 @@ def test_a_watched_run_of_two_workers_goes_on_by_itself_after_a_preemption(tmp_p
     assert f"going on after step {saved} of 10" in logs[0]
     assert "b-CapScore" in logs[0]
     assert "b-CapScore" not in logs[1]
-    for ours, theirs in zip(read_metrics(pod.workdir), read_metrics(finished.workdir), strict=True):
+    train(tmp_path / "straight", data_dir, **steady)
+    for ours, theirs in zip(read_metrics(pod.workdir), read_metrics(tmp_path / "straight"), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             # The stage's name, and None for what there is nothing to take the mean of, are compared as they are.
             near = pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
             assert ours[key] == near, (theirs["step"], key)
-    assert read_summary(pod.workdir).keys() == read_summary(finished.workdir).keys()
+    assert read_summary(pod.workdir).keys() == read_summary(tmp_path / "straight").keys()
