@@ -243,6 +243,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot write ({reason}); free space there or choose another --workdir") from error
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """PyTorch cannot be imported inside: tensorboardX would, wherever there is one, for a second or two and no use."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class _EventFile:
     """One TensorBoard event file, written in the calling thread.
 
@@ -251,8 +264,9 @@ class _EventFile:
     """
 
     def __init__(self, directory: Path):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self.directory = directory
         self._event, self._summary = event_pb2, summary_pb2

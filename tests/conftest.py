@@ -28,7 +28,7 @@ if "BALCAP_TEST_CACHE" not in os.environ:
     _own_cache = tempfile.mkdtemp(prefix="balcap-test-cache-")
     os.environ["BALCAP_TEST_CACHE"] = _own_cache
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["BALCAP_TEST_CACHE"]
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 import jax  # noqa: E402
