@@ -48,7 +48,6 @@ def test_a_small_recipe_fits(tmp_path):
     assert not any(moved["of_invariant"] for moved in programs["rollout"]["collectives"])
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_the_rollout_of_a_3b_model_moves_no_weights_in_its_decoding_loop(tmp_path):
     found = tmp_path / "found.json"

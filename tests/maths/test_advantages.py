@@ -434,7 +434,8 @@ print(json.dumps(errors))
 
 
 def test_sharded_over_8_devices_equals_one_device():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)

@@ -221,7 +221,7 @@ def run_on(name: str) -> Run:
 
 
 # Half a minute of compilation each; the last mesh has all of their axes.
-SLOW_MESHES = ("data 8", "fsdp 4, tensor 2", "fsdp 2, tensor 4")
+SLOW_MESHES = ("fsdp 4, tensor 2", "fsdp 2, tensor 4")
 
 
 @pytest.mark.parametrize(

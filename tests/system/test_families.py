@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -55,13 +54,11 @@ ALL = QWEN | LORA | BRIEF | STAGES
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data_dir) -> Iterator[Path]:
-    """The workdir of an uninterrupted run of all stages. Its programs, and those of runs after it, compile faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-        workdir = tmp_path_factory.mktemp("families") / "whole"
-        train(workdir, data_dir, **ALL)
-        yield workdir
+def whole(tmp_path_factory, data_dir) -> Path:
+    """The workdir of an uninterrupted run of all stages."""
+    workdir = tmp_path_factory.mktemp("families") / "whole"
+    train(workdir, data_dir, **ALL)
+    return workdir
 
 
 def state_of(workdir, step: int) -> dict[str, np.ndarray]:

@@ -72,7 +72,6 @@ def test_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_di
     assert_same_run(workdir, finished.workdir)
 
 
-@pytest.mark.slow
 def test_killed_at_no_chosen_point_with_a_kl_term(tmp_path, data_dir):
     """The parameters at the stage's start, which the KL term compares with, come back too; saves are synchronous."""
     overrides = {
