@@ -24,11 +24,12 @@ from balcap_jax.arguments import place
 from balcap_jax.charts import bars
 from balcap_jax.config import CommandParser
 from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.evals.engine import Metric, interval, resampled_sums, sums_of_groups
+from balcap_jax.evals.engine import Metric, interval, is_number, resampled_sums, sums_of_groups
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.metrics import metric_of
 
 _ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
+_ROUNDING = 1e-6  # points that are no difference
 _NO_FIGURES = ("score", "n", "invalid", "words", "groups", "temperature", "empty", "unused")
 _REMEDY = "give folders that `evaluate` wrote"
 _HEAD = (
@@ -79,10 +80,13 @@ def read(folder: str | Path) -> Evaluation:
         raise UserError(f"{folder} has no results.json; {_REMEDY}") from error
     if not isinstance(results.get("metric"), str) or "score" not in results:
         raise UserError(f"{folder}/results.json has no metric and score; {_REMEDY}")
-    if not _is_number(results["score"]):
+    if not is_number(results["score"]):
         raise UserError(f"{folder}/results.json has no score: none of its items was valid; {_REMEDY}")
-    if not isinstance(results.get("confidence"), list) or not all(map(_is_number, results["confidence"])):
+    span = results.get("confidence")
+    if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
         results["confidence"] = None
+    if not is_number(results.get("words")):
+        results["words"] = None
     metric = metric_of(results["metric"])
     scores, parts, of_group = {}, {}, {}
     for where, line in json_text.read_lines(folder / "items.jsonl", _REMEDY):
@@ -93,22 +97,18 @@ def read(folder: str | Path) -> Evaluation:
             continue
         if (
             not isinstance(given, list)
-            or not all(map(_is_number, given))
+            or not all(map(is_number, given))
             or len(given) != len(parts.get(line["id"], given))
         ):
             raise UserError(f"{where} has parts that are no numbers; {_REMEDY}")
         parts[line["id"]], of_group[line["id"]] = given, str(line.get("group", line["id"]))
-        if _is_number(line.get("score")):
+        if is_number(line.get("score")):
             scores[line["id"]] = float(line["score"])
     try:
         metric.restore(results.get("state", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/results.json has a state of another form; {_REMEDY}") from error
     return Evaluation(str(folder), results, metric, scores, parts, of_group)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def paired(base: Evaluation, other: Evaluation) -> Paired | None:
@@ -131,7 +131,7 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
         if name in base.scores and name in other.scores:
             votes.setdefault(group, []).append(other.scores[name] - base.scores[name])
     totals = [math.fsum(differences) for differences in votes.values()]
-    better, worse = sum(total > 0 for total in totals), sum(total < 0 for total in totals)
+    better, worse = sum(total > _ROUNDING for total in totals), sum(total < -_ROUNDING for total in totals)
     between = interval(drawn[1] - drawn[0])
     difference = scores[1] - scores[0]
     return Paired(len(common), len(set(groups)), difference, between, better, worse, sign_test(better, worse))
@@ -188,6 +188,15 @@ def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
     return cells
 
 
+def against(one: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """{"against": folder, "paired": ...} of an evaluation that is not the first of its metric."""
+    base = groups(evaluations)[one.results["metric"]][0]
+    if one is base:
+        return {}
+    test = paired(base, one)
+    return {"against": base.name, "paired": dataclasses.asdict(test) if test else None}
+
+
 def unlike(group: Sequence[Evaluation]) -> list[str]:
     """What was not the same for all: another judge, or other questions, make other scores."""
     found = []
@@ -204,7 +213,7 @@ def figures(group: Sequence[Evaluation]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name in group[0].results:
         values = [one.results.get(name) for one in group]
-        if name not in _NO_FIGURES and all(map(_is_number, values)):
+        if name not in _NO_FIGURES and all(map(is_number, values)):
             found[name] = values
     return found
 
@@ -219,7 +228,10 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         if inside := figures(group):
             names = [one.name.replace("|", "\\|") for one in group]
             lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
-            lines += [f"| {name} | " + " | ".join(map(_shown, values)) + " |" for name, values in inside.items()]
+            lines += [
+                f"| {name.replace('|', '&#124;')} | " + " | ".join(map(_shown, values)) + " |"
+                for name, values in inside.items()
+            ]
         texts.append("\n".join(lines) + "\n")
     return "\n".join(texts)
 
@@ -281,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         write_text(Path(args.out) / "comparison.md", text)
         write_text(Path(args.out) / "comparison.html", page(evaluations))
-        results = [{"folder": one.name, **one.results} for one in evaluations]
+        results = [{"folder": one.name, **one.results, **against(one, evaluations)} for one in evaluations]
         write_text(Path(args.out) / "comparison.json", json.dumps(results, indent=2) + "\n")
     print(text, flush=True)
 

@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # `data.images` makes an error of what Pillow warns of.
     out = Path(args.out)
     if args.metric == "side_by_side":
-        claim(out, {"metric": "side_by_side", "inputs": digest_of(args.votes)})
         found = side_by_side.comparisons(json_text.read_lines(args.votes, "--votes takes lines of ImageInWords"))
+        claim(out, {"metric": "side_by_side", "inputs": digest_of(args.votes)})
         text = "\n\n".join(f"{one.name or Path(args.votes).stem}\n\n{side_by_side.markdown(one)}" for one in found)
         write_text(out / "table.md", text + "\n")
         write_text(
@@ -218,15 +218,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def told(results: dict[str, Any], out: Path) -> str:
     """The result in a line or two."""
+    if results["score"] is None and results["n"]:
+        raise UserError(
+            f"{results['metric']} has no score: what it divides by is 0 over all {results['n']} judgements; "
+            f"{out}/items.jsonl"
+        )
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
+    again = "once mended, --retry_errors judges those again that failed"
     if results["score"] is None:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
-        raise UserError(f"none of the {results['invalid']} items has a valid judgement ({reasons}); {out}/items.jsonl")
-    span = "one group of items" if results["confidence"] is None else "{:.2f}, {:.2f}".format(*results["confidence"])
+        raise UserError(
+            f"none of the {results['invalid']} items has a valid judgement ({reasons}); {out}/items.jsonl has each; {again}"
+        )
+    span = "no interval" if results["confidence"] is None else "{:.2f}, {:.2f}".format(*results["confidence"])
     words = f", {results['words']:.1f} words" if results["words"] is not None else ""
     text = f"{results['metric']}: {results['score']:.2f} [{span}] over {results['n']} items{words}"
     if results["invalid"]:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
-        text += f"\n{results['invalid']} items are not in it ({reasons})"
+        text += f"\n{results['invalid']} items are not in it ({reasons}); {again}"
     if results["unused"]:
         named = ", ".join(results["unused_ids"][:3])
         text += f"\n{results['unused']} texts or judgements are of no item here ({named})"

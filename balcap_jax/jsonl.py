@@ -116,7 +116,11 @@ class AppendedLines:
                 at += len(line)
                 if not line.endswith(b"\n"):
                     self._tail = functools.partial(self._file.write, b"\n")
-                self.entries.append(self._remember(json_text.parse_object(line, where, "mend or remove that line")))
+                entry = json_text.parse_object(line, where, "mend or remove that line")
+                try:
+                    self.entries.append(self._remember(entry))
+                except UserError as error:
+                    raise UserError(f"{where}: {error}; mend or remove that line") from error
 
     def _failure(self, what: str, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be {what} ({error.strerror}); make room there or name another file")

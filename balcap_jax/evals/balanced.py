@@ -10,7 +10,7 @@ from balcap_jax import json_text
 from balcap_jax.data import fields, images, photos
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import OBJECTIVES, harmonic_mean
-from balcap_jax.evals.engine import LARGEST, Item, Metric, ratio
+from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import ChatClient
 from balcap_jax.judges.remote import RemoteJudge
@@ -40,8 +40,8 @@ class BCapScore(Metric):
             record = fields.read_record(line, where)
             if not record["reference_units"]:
                 raise UserError(f"{where} has no reference_units; `recaption --write=units` writes them")
-            names = (str(line.get("id", record["image"])), record["image"], Path(record["image"]).name)
-            caption = next((captions[name] for name in names if name in captions), None)
+            names = (str(line.get("id", record["image"])), record["image"])
+            caption = Texts.of(captions).find(*names)
             path = (folder or Path(references).parent) / record["image"]
             found.append(Item(names[0], caption, (path, record["captions"][0], record["reference_units"])))
         return found

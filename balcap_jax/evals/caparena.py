@@ -11,7 +11,7 @@ import pydantic
 from balcap_jax import json_text
 from balcap_jax.data import images, photos
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import LARGEST, Item, Metric, ratio
+from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, mean_of_known, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.schema import Failure
@@ -32,8 +32,9 @@ class CapArena(Metric):
     shown first).
 
     A judgement is {"winner": "caption 1" | "caption 2" | "tie"}, or the text of the published result rows. A win is +1,
-    a loss -1; each opponent's sum is scaled to [-100, 100] over all its pictures, skipped ones too, and the score is
-    the mean over opponents. As on the board, a model that is an opponent itself has 0 against itself in that mean.
+    a loss -1; each opponent's sum is scaled to [-100, 100] over its judged pictures, those whose verdict is skipped
+    too, and the score is the mean over opponents. As on the board, a model that is an opponent itself has 0 against
+    itself in that mean.
     """
 
     name = "caparena"
@@ -44,34 +45,34 @@ class CapArena(Metric):
         """`model`: a name that the opponents' file knows; its own pictures are skipped."""
         self.max_tokens, self.model = max_tokens, model
         self._opponents: list[str] = []
-        self._counts: dict[str, int] = {}
 
     def items(self, captions: Mapping[str, str], opponents: Path, folder: Path) -> list[Item]:
         try:
-            entries = json_text.read_object(Path(opponents), _REMEDY)
+            entries = json_text.read(Path(opponents), _REMEDY, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {opponents}; {_REMEDY}") from error
-        items = []
+        if not isinstance(entries, dict):
+            raise UserError(f"{opponents} is no JSON object; {_REMEDY}")
+        items, rivals, texts = [], set(), Texts.of(captions)
         for name, entry in entries.items():
             given = entry.get("captions") if isinstance(entry, dict) else None
             rival = entry.get("ref_model") if isinstance(entry, dict) else None
-            if not isinstance(given, dict) or not isinstance(given.get(rival), str):
+            if not isinstance(given, dict) or not isinstance(rival, str) or not isinstance(given.get(rival), str):
                 raise UserError(f"{opponents}: {name!r} has no caption of its opponent; {_REMEDY}")
-            self._counts[rival] = self._counts.get(rival, 0) + 1
+            rivals.add(rival)
             if rival == self.model:
                 continue
             data = {"opponent": rival, "other": given[rival], "reference": str(given.get("human", ""))}
             data |= {"path": folder / name, "first": shown_first(name)}
-            items.append(Item(name, captions.get(name), data, rival))
-        self._opponents = sorted(self._counts)
+            items.append(Item(name, texts.find(name), data, rival))
+        self._opponents = sorted(rivals)
         return items
 
     def state(self) -> dict[str, Any]:
-        return {"pictures": self._counts}
+        return {"opponents": self._opponents, "model": self.model}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._counts = {str(name): int(count) for name, count in state["pictures"].items()}
-        self._opponents = sorted(self._counts)
+        self._opponents, self.model = [str(name) for name in state["opponents"]], str(state["model"])
 
     def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
         found: list[Any] = [None] * len(items)
@@ -101,7 +102,12 @@ class CapArena(Metric):
         return (*map(float, mine), float(winner is None), float(len((item.caption or "").split(" "))), 1.0)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
-        return np.mean([self._against(sums, k) for k in range(len(self._opponents))], axis=0)
+        return mean_of_known([self._against(sums, k) for k in range(len(self._opponents))])
+
+    def of_category(self, sums: np.ndarray) -> float:
+        """Against the one opponent of these items, without the model's own 0."""
+        own = [k for k, name in enumerate(self._opponents) if name == self.model]
+        return float(mean_of_known([self._against(sums, k) for k in range(len(self._opponents)) if k not in own]))
 
     def of_item(self, parts: Sequence[float]) -> float:
         """100 for a win, -100 for a loss, whichever opponent it was."""
@@ -112,8 +118,12 @@ class CapArena(Metric):
         return against | {"skipped": float(sums[-3]), "board_words": float(ratio(sums[-2], sums[-1], 1.0))}
 
     def _against(self, sums: np.ndarray, k: int) -> np.ndarray:
-        # Not renormalised for what was skipped: 200 pictures of an opponent are 200, as published.
-        return 100.0 * np.asarray(sums)[..., 2 * k] / self._counts[self._opponents[k]]
+        sums = np.asarray(sums, float)
+        if self._opponents[k] == self.model:
+            return np.zeros(sums.shape[:-1])
+        return ratio(
+            100.0 * sums[..., 2 * k], sums[..., 2 * k + 1], 1.0
+        )  # A skipped verdict is below, as published, if not above.
 
 
 def shown_first(name: str) -> bool:
@@ -130,7 +140,7 @@ def verdict_of(text: str) -> int | None:
 
 def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
     """Judgements by picture from result rows of the published script ({"img", "source1", "source2", "judge", ...}), a
-    JSON list or JSONL; rows without a verdict are left out, as published.
+    JSON list or JSONL; a row without a verdict is a skipped one, as published.
 
     `model`: the evaluated one's name in them; "" = the one that is not the row's "ref_model".
 
@@ -140,16 +150,18 @@ def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
     found = {}
     remedy = "--judgements takes items.jsonl, or result rows of CapArena"
     for where, row in json_text.read_entries(path, remedy):
-        if "judge" not in row:
-            continue
         try:
-            text, sources, picture = row["judge"], [row["source1"], row["source2"]], row["img"]
+            text, sources, picture = row.get("judge", ""), [row["source1"], row["source2"]], row["img"]
             winner = verdict_of(text)
+            if not all(isinstance(one, str) for one in (picture, *sources, row.get("ref_model", ""))):
+                raise TypeError
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{where} is no result row; {remedy}") from error
         name = model or next((source for source in sources if source != row.get("ref_model")), "")
         if sources.count(name) != 1:
             raise UserError(f"{where} compares {sources[0]!r} with {sources[1]!r}; name the evaluated one with --name")
+        if picture in found:
+            raise UserError(f"{where}: {picture!r} has a verdict already; keep one of them")
         if winner:
             ours_won = sources[winner - 1] == name
             # In the order in which we would have shown them.

@@ -12,7 +12,7 @@ import pydantic
 
 from balcap_jax import json_text
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import Item, Metric, mean_of_known, ratio
+from balcap_jax.evals.engine import Item, Metric, Texts, mean_of_known, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.schema import Failure
@@ -77,17 +77,19 @@ class CaptionQA(Metric):
         draw nothing from the generator. A picture's questions are one group.
         """
         rng, items, domains, self._skipped = random.Random(0), [], set(), 0
+        texts = Texts.of(captions)
         for where, entry in read_entries(questions):
             name, asked = entry.get("id"), entry.get("questions")
             if not isinstance(name, str) or not isinstance(asked, list):
                 raise UserError(f"{where} has no id and questions; {_REMEDY}")
-            domain = DOMAINS.get(name.partition("_")[0], name.partition("_")[0])
+            prefix, underscore, _ = name.partition("_")
+            domain = DOMAINS.get(prefix, prefix) if underscore else ""
             domains.add(domain)
             pictures = [str(one) for one in entry.get("images") or []] if isinstance(entry.get("images"), list) else []
-            names = (name, *pictures, *(Path(one).name for one in pictures), f"{name}.png", f"{name}.jpg")
-            caption = next((captions[one] for one in names if one in captions), None)
+            caption = texts.find(name, *pictures, f"{name}.png", f"{name}.jpg")
             for number, one in enumerate(asked):
-                choices = [str(choice).strip() for choice in one.get("choices") or []] if isinstance(one, dict) else []
+                given = one.get("choices") if isinstance(one, dict) else None
+                choices = [str(choice).strip() for choice in given] if isinstance(given, list) else []
                 answer = str(one.get("answer", "")).strip() if isinstance(one, dict) else ""
                 if len(choices) < 2 or answer not in choices or not isinstance(one.get("question"), str):
                     self._skipped += 1

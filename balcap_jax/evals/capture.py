@@ -13,7 +13,7 @@ import numpy as np
 
 from balcap_jax import json_text
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.engine import Item, Metric, Texts, ratio
 
 PARTS = {"objects": 0.5, "attributes": 0.5, "relations": 0.2}
 _TINY = 1e-6
@@ -97,7 +97,7 @@ class Capture(Metric):
     prompts: tuple[str, ...] = ()
 
     def items(self, graphs: Path, captions: Mapping[str, str]) -> list[Item]:
-        found = []
+        found, texts = [], Texts.of(captions)
         for where, line in json_text.read_lines(graphs, _REMEDY):
             candidate, references = line.get("candidate"), line.get("references")
             whole = isinstance(references, list) and references and all(isinstance(g, dict) for g in references)
@@ -109,8 +109,9 @@ class Capture(Metric):
                         _texts(graph, name)
             except ValueError as error:
                 raise UserError(f"{where} has a graph of another form: {error}; {_REMEDY}") from error
-            caption = captions.get(line["id"], "") if candidate is not None else None
-            found.append(Item(line["id"], caption, (candidate, references)))
+            text = texts.find(line["id"])
+            caption = (text or "") if candidate is not None else None
+            found.append(Item(line["id"], caption, (candidate, references), told=text is not None))
         return found
 
     def judge(self, client: Any, items: Sequence[Item]) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ import pydantic
 
 from balcap_jax import json_text
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.engine import Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.schema import Failure
@@ -46,19 +46,19 @@ class Checklist(Metric):
         self._kinds: list[str] = []
 
     def items(self, captions: Mapping[str, str], checklists: Path) -> list[Item]:
-        found = []
+        found, texts = [], Texts.of(captions)
         for where, line in json_text.read_lines(checklists, _REMEDY):
             asked = line.get("items", _published(line))
             if not isinstance(line.get("id"), str) or not isinstance(asked, list) or not asked:
                 raise UserError(f"{where} is no checklist; {_REMEDY}")
             try:
                 data = [(str(one.get("kind", "")), one["question"]) for one in asked]
+                if not all(isinstance(question, str) for _, question in data):
+                    raise TypeError
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{where} has an item without a question; {_REMEDY}") from error
             picture = str(line.get("image", line.get("img_path", "")))
-            names = (line["id"], picture, Path(picture).name)
-            caption = next((captions[name] for name in names if name in captions), None)
-            found.append(Item(line["id"], caption, data))
+            found.append(Item(line["id"], texts.find(line["id"], picture), data))
         self._kinds = sorted({kind for item in found for kind, _ in item.data})
         return found
 

@@ -15,7 +15,7 @@ import pydantic
 from balcap_jax import json_text
 from balcap_jax.data import images, photos
 from balcap_jax.errors import UserError
-from balcap_jax.evals.engine import LARGEST, Item, Metric, ratio
+from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
 from balcap_jax.judges.remote import numbered
@@ -104,32 +104,35 @@ class DCScore(Metric):
     name = "dcscore"
     prompts = (EXTRACT, MATCH, VERIFY)
     sees = True
+    without_parts = "no statement, or no relevant one"
 
     def __init__(self, max_tokens: int = 2048):
         self.max_tokens = max_tokens
 
     def items(self, captions: Mapping[str, str], references: Path, folder: Path) -> list[Item]:
         """One item per line of `references`. Raises UserError for a line of another form."""
-        found = []
+        found, texts = [], Texts.of(captions)
         for where, line in json_text.read_lines(references, _REMEDY):
             name, facts = line.get("image_name"), line.get("oracle_facts")
             if not isinstance(name, str) or not isinstance(facts, list) or not all(isinstance(f, str) for f in facts):
                 raise UserError(f"{where} is no reference; {_REMEDY}")
             data = (str(line.get("oracle_caption", "")), facts, folder / name)
-            found.append(Item(name, captions.get(name), data))
+            found.append(Item(name, texts.find(name), data))
         return found
 
     def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
-        texts = [prompts.render(EXTRACT, caption=item.caption) for item in items]
+        # An empty caption states nothing, whatever a judge might make of it.
+        found: list[Mapping[str, Any] | Failure] = [{"facts": [], "relevance": []} for _ in items]
+        told = [i for i, item in enumerate(items) if item.caption.strip()]
+        texts = [prompts.render(EXTRACT, caption=items[i].caption) for i in told]
         split = client.ask([Ask(EXTRACT, messages, _Facts, self.max_tokens) for messages in texts])
-        found: list[Mapping[str, Any] | Failure] = []
         asked: list[tuple[int, list[str]]] = []
-        for i, answer in enumerate(split):
+        for i, answer in zip(told, split, strict=True):
             if isinstance(answer, Failure):
-                found.append(answer)
+                found[i] = answer
                 continue
             facts = [one.fact for one in answer.value.facts]
-            found.append({"facts": facts, "relevance": [one.relevance for one in answer.value.facts]})
+            found[i] = {"facts": facts, "relevance": [one.relevance for one in answer.value.facts]}
             if facts:
                 asked.append((i, facts))
         asks = []
@@ -153,7 +156,12 @@ class DCScore(Metric):
         match = prompts.render(MATCH, facts=facts, oracle=oracle)
         verify = prompts.render(VERIFY, facts=facts, reference=reference)
         every = range(len(facts))
-        check_match = numbered(every, "statements", lambda answer: [one.fact for one in answer.matches])
+        check_numbers = numbered(every, "statements", lambda answer: [one.fact for one in answer.matches])
+
+        def check_match(answer: _Matches) -> str:
+            beyond = any(one.match >= len(oracle) for one in answer.matches)
+            return check_numbers(answer) or ("a match with a statement that the reference lacks" if beyond else "")
+
         check_facts = numbered(every, "statements", lambda answer: [one.fact for one in answer.facts])
         asks: list[tuple[tuple[int, str], Ask]] = []
         for draw in range(DRAWS):
@@ -170,6 +178,8 @@ class DCScore(Metric):
             raise ValueError("draws of other lengths than there are statements")
         if not {*relevance, *itertools.chain(*judgement["verified"])} <= {0, 1}:
             raise ValueError("flags that are neither 0 nor 1")
+        if not {*itertools.chain(*judgement["matches"])} <= {None, *range(len(item.data[1]))}:
+            raise ValueError("matches with statements that the reference lacks")
         return (*image_score(relevance, judgement["matches"], judgement["verified"], len(item.data[1])), 1.0)
 
     def score(self, sums: np.ndarray) -> np.ndarray:

@@ -10,9 +10,11 @@ lines for every metric, and only these vectors stay in memory.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +46,8 @@ class Item:
     """One thing to judge. `caption` None: there is none, which is counted. `data` is the metric's own.
 
     group: what items share that stand or fall together, such as the picture whose caption answers many questions; "" =
-    the item is alone. Intervals and tests are about groups.
+    the item is alone. Intervals and tests are about groups. told: the caption's text is known, not only what was made
+    of it.
     """
 
     id: str
@@ -52,21 +55,24 @@ class Item:
     data: Any = None
     category: str = ""
     group: str = ""
+    told: bool = True
 
     @property
-    def words(self) -> int:
-        return len((self.caption or "").split())
+    def words(self) -> int | None:
+        return len((self.caption or "").split()) if self.told else None
 
 
 class Metric:
     """How captions, or answers, are scored.
 
     prompts: names and versions of what a judge is asked; () = nobody is. sees: pictures are read for it.
+    without_parts: the error of an item whose `parts` are None.
     """
 
     name: str
     prompts: tuple[str, ...] = ()
     sees: bool = False
+    without_parts: str = UNPARSED
 
     def state(self) -> dict[str, Any]:
         """What `score` depends on beside the sums, JSON-able; `restore` takes it."""
@@ -93,6 +99,10 @@ class Metric:
         """The score of one item alone, for comparisons item by item."""
         return float(self.score(np.asarray(parts, float)))
 
+    def of_category(self, sums: np.ndarray) -> float:
+        """The score of the items of one category, whose sums these are."""
+        return float(self.score(sums))
+
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         """Other figures of sums [P], beside the score."""
         del sums
@@ -105,7 +115,7 @@ class Row:
 
     id: str
     category: str
-    words: int
+    words: int | None
     parts: tuple[float, ...] | None
     error: str = ""
     group: str = ""
@@ -165,8 +175,14 @@ def evaluate(
                     if spending.spent and start + len(part) < len(pending):
                         raise UserError(f"{spending.limit_text()}; {out} has what was judged, raise it to go on")
         rows = {row.id: row for row in lines.entries}
-    results = settings | summarise(metric, [rows[item.id] for item in items])
-    results["empty"] = sum(item.caption is not None and not item.caption.strip() for item in items)
+    try:
+        results = settings | summarise(metric, [rows[item.id] for item in items])
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"{out}/items.jsonl has lines of unlike parts, which this command never writes; remove those that were "
+            "edited, and they are judged again"
+        ) from error
+    results["empty"] = sum(item.told and item.caption is not None and not item.caption.strip() for item in items)
     results["state"] = metric.state()
     results |= {"unused": len(unused), "unused_ids": list(unused)[:_REASONS]}
     results["version"] = balcap_jax.__version__
@@ -196,13 +212,13 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
                 parts = metric.parts(item, judgement)
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
                 parts, line["error"] = None, f"a judgement of another form ({type(error).__name__}: {error})"
-            if parts is not None and not all(map(_is_number, map(float, parts))):
+            if parts is not None and not all(map(is_number, map(float, parts))):
                 parts, line["error"] = None, "a judgement of another form (numbers that are none)"
             if parts is not None:
                 line["parts"] = [float(part) for part in parts]
                 line["score"] = _finite(metric.of_item(parts))
             else:
-                line.setdefault("error", UNPARSED)
+                line.setdefault("error", metric.without_parts)
         lines.append(line)
     return lines
 
@@ -210,16 +226,20 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
 def read_row(line: Mapping[str, Any]) -> Row:
     """The row of a line of items.jsonl. Raises UserError for one that is none of ours."""
     parts, words = line.get("parts"), line.get("words", 0)
-    numbers = parts is None or (isinstance(parts, list) and all(map(_is_number, parts)))
-    if not isinstance(line.get("id"), str) or not numbers or not isinstance(words, int):
-        raise UserError(f"a line of items.jsonl is none that this command wrote (its id, parts or words); {_REMEDY}")
+    numbers = parts is None or (isinstance(parts, list) and all(map(is_number, parts)))
+    counted = words is None or (isinstance(words, int) and is_number(words))
+    if not isinstance(line.get("id"), str) or not numbers or not counted:
+        raise UserError("its id, parts or words are none that this command wrote")
     values = None if parts is None else tuple(map(float, parts))
     error, group = str(line.get("error", "")), str(line.get("group", line["id"]))
     return Row(line["id"], str(line.get("category", "")), words, values, error, group)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    with contextlib.suppress(OverflowError):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return False
 
 
 def _forget_errors(lines: AppendedLines) -> None:
@@ -272,11 +292,12 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
         names = np.array([row.category for row in valid])
         for name in sorted(set(names.tolist()) - {""}):
             inside = names == name
-            categories[name] = {"score": _finite(metric.score(matrix[inside].sum(0))), "n": int(inside.sum())}
+            categories[name] = {"score": _finite(metric.of_category(matrix[inside].sum(0))), "n": int(inside.sum())}
     shown = sorted(errors.items(), key=lambda pair: -pair[1])
     if len(shown) > _REASONS:
         shown = [*shown[:_REASONS], ("other reasons", sum(count for _, count in shown[_REASONS:]))]
-    said = [row.words for row in rows if row.error != NO_CAPTION]
+    # Of items about one caption, once.
+    said = list({row.group: row.words for row in rows if row.error != NO_CAPTION and row.words is not None}.values())
     return result | {
         "n": len(valid),
         "invalid": len(rows) - len(valid),
@@ -341,31 +362,58 @@ _SAID = ("caption", "prediction", "answer")
 
 
 class Texts(dict):
-    """Captions, or predictions, by id, which remembers those that were looked up; a path stands for its file name too
-    where that is no other's."""
+    """Captions, or predictions, by id, which remembers those that were looked up."""
 
     def __init__(self, texts: Mapping[str, str]):
         super().__init__(texts)
         names = [Path(key).name for key in texts]
         counts = collections.Counter(names)
-        self._paths = {name: key for name, key in zip(names, texts, strict=True) if counts[name] == 1}
+        self._by_file = {name: key for name, key in zip(names, texts, strict=True) if counts[name] == 1}
+        self._found_by_file: dict[str, str] = {}
         self._used: set[str] = set()
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in self._paths
+    @classmethod
+    def of(cls, texts: Mapping[str, str]) -> "Texts":
+        return texts if isinstance(texts, Texts) else cls(texts)
 
     def __getitem__(self, key: str) -> str:
-        name = key if super().__contains__(key) else self._paths[key]
-        self._used.add(name)
-        return super().__getitem__(name)
+        self._used.add(key)
+        return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in self else default  # noqa: SIM401 - this is `get`
+
+    def find(self, *names: str) -> str | None:
+        """The text of a picture that goes by these names.
+
+        A path is also found by its end, as "images/1.jpg" by "1.jpg", where no other text has that file name. Raises
+        UserError where a text is found so for two pictures.
+        """
+        names = tuple(name for name in names if name)
+        if exact := next((name for name in names if name in self), None):
+            return self[exact]
+        for name in names:
+            key = self._by_file.get(Path(name).name)
+            if key is not None and _ends_alike(key, name):
+                first = self._found_by_file.setdefault(key, names[0])
+                if first != names[0]:
+                    raise UserError(
+                        f"the caption of {key!r} may be that of {first!r} or of {names[0]!r}; give captions the ids of "
+                        "their pictures, or the whole paths"
+                    )
+                return self[key]
+        return None
 
     @property
     def unused(self) -> list[str]:
         """Ids that no item has."""
         return [name for name in self if name not in self._used]
+
+
+def _ends_alike(one: str, other: str) -> bool:
+    parts = Path(one).parts, Path(other).parts
+    shared = min(map(len, parts))
+    return parts[0][-shared:] == parts[1][-shared:]
 
 
 def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:

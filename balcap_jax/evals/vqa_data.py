@@ -27,6 +27,7 @@ from balcap_jax.errors import UserError
 from balcap_jax.evals.vqa_rules import LETTERS
 
 _REMEDY = "give a file in the benchmark's own form (balcap_jax/evals/vqa_data.py)"
+_LONGEST_INDEX = 18  # digits
 _ROTATION = 1_000_000  # MMBench: rotations of question i have the indices i + k * 1,000,000
 _ID = ("index", "question_id", "questionId", "id", "idx")
 _SPLIT = ("split", "data_split", "set_name")
@@ -97,7 +98,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from _rows(path)
     elif path.suffix == ".json":
         try:
-            content = json_text.read(path, _REMEDY)
+            content = json_text.read(path, _REMEDY, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {path}; {_REMEDY}") from error
         if isinstance(content, dict):
@@ -137,9 +138,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
-    text = _text(entry, "question", "query")
-    options = _options(entry)
-    answers = _answers(entry, options)
+    try:
+        text = _text(entry, "question", "query")
+        options = _options(entry)
+        answers = _answers(entry, options)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; {_REMEDY}") from error
     if not text or not answers:
         missing = "answer" if text else "question"
         raise UserError(f"{where} has no {missing}; {_REMEDY}")
@@ -147,48 +151,69 @@ def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
         raise UserError(f"{where}: the answer {answers[0]!r} is none of the options {', '.join(options)}; {_REMEDY}")
     # Not the picture's name: it may have several questions.
     name = next((str(entry[key]) for key in _ID if entry.get(key) not in (None, "")), str(number))
-    rotated = name.isdecimal()
+    rotated = name.isdecimal() and len(name) <= _LONGEST_INDEX
     return Question(
         name,
         text,
         answers,
         options,
-        _text(entry, "category", "type", "question_type_id", "sub_task", "topic", "data_type"),
+        _label(entry, "category", "type", "question_type_id", "sub_task", "topic", "data_type"),
         str(int(name) % _ROTATION) if rotated else name,
-        _text(entry, "dataset_name", "l2-category", "l2_category", "split"),
-        _text(entry, "hint"),
+        _label(entry, "dataset_name", "l2-category", "l2_category", "split"),
+        _label(entry, "hint"),
         _picture(entry, where),
     )
 
 
 def _text(entry: Mapping[str, Any], *names: str) -> str:
+    return next((text for name in names if (text := _plain(entry.get(name)))), "")
+
+
+def _label(entry: Mapping[str, Any], *names: str) -> str:
     return next((str(entry[name]).strip() for name in names if entry.get(name) not in (None, "")), "")
+
+
+def _plain(value: Any) -> str:
+    """A text or a number as a text, "" for nothing, which pandas writes as nan. Raises ValueError for anything else."""
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{str(value)[:60]!r} stands where a text belongs")
+    return str(value).strip()
+
+
+def _python(text: str) -> Any:
+    """The value of a Python literal, or the text itself where it is none."""
+    # What `ast.literal_eval` says to raise for malformed input.
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _options(entry: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(entry.get("choices"), list):
-        return {LETTERS[i]: str(text) for i, text in enumerate(entry["choices"][: len(LETTERS)])}
+        return {LETTERS[i]: _plain(text) for i, text in enumerate(entry["choices"][: len(LETTERS)])}
     seed = {letter: entry.get(f"choice_{letter.lower()}") for letter in LETTERS}
     plain = {letter: entry.get(letter) for letter in LETTERS}
     given = seed if seed["A"] is not None else plain
     # VLMEvalKit leaves the options that a question lacks empty, or writes nan.
-    return {letter: str(text) for letter, text in given.items() if text not in (None, "", "nan")}
+    texts = {letter: _plain(text) for letter, text in given.items()}
+    return {letter: text for letter, text in texts.items() if text not in ("", "nan")}
 
 
 def _answers(entry: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
     found = entry.get("answers", entry.get("answer", entry.get("label")))
     if isinstance(found, str) and not options and "index" in entry and found.startswith("[") and found.endswith("]"):
-        with contextlib.suppress(ValueError, SyntaxError):
-            found = ast.literal_eval(found)  # VLMEvalKit's TSV holds Python lists
+        found = _python(found)  # VLMEvalKit's TSV holds Python lists
     if isinstance(found, str) and options:
         found = found.strip().strip("()")  # BLINK's "(B)"
     if isinstance(found, int) and not isinstance(found, bool) and options:
         return (LETTERS[found],) if 0 <= found < len(LETTERS) else ()  # ScienceQA counts from 0
     if isinstance(found, list):
-        return tuple(str(one["answer"] if isinstance(one, dict) and "answer" in one else one) for one in found)
-    if found is None or (isinstance(found, str) and not found.strip()):
-        return ()
-    return (str(found).strip(),)
+        texts = tuple(_plain(one["answer"] if isinstance(one, dict) and "answer" in one else one) for one in found)
+        return texts if any(texts) else ()
+    answer = _plain(found)
+    return (answer,) if answer else ()
 
 
 def _picture(entry: Mapping[str, Any], where: str) -> str | bytes | None:
@@ -205,8 +230,8 @@ def _picture(entry: Mapping[str, Any], where: str) -> str | bytes | None:
     if "index" in entry and len(value) <= _INDEX_LENGTH:
         return None  # `read_questions` knows the other row.
     if value.startswith("["):  # BLINK's, one or several
-        with contextlib.suppress(ValueError, SyntaxError):
-            several = ast.literal_eval(value)
+        several = _python(value)
+        if isinstance(several, list):
             if len(several) != 1:
                 return None
             value = str(several[0])

@@ -459,7 +459,8 @@ def test_the_arena_from_published_rows(tmp_path, capsys):
     for k, name in enumerate(([], ["--name=me"])):
         evaluate.main([*given, *name, f"--out={tmp_path / f'o{k}'}"])
         results = results_of(tmp_path / f"o{k}")
-        assert (results["score"], results["n"], results["invalid"]) == (75.0, 3, 1)
+        assert (results["score"], results["n"], results["invalid"], results["skipped"]) == (75.0, 4, 0, 1)
+        assert {name: one["score"] for name, one in results["categories"].items()} == {"rival": 75.0}
     with pytest.raises(SystemExit):
         evaluate.main([*given, "--name=somebody", f"--out={tmp_path / 'o'}"])
     assert "name the evaluated one with --name" in capsys.readouterr().err

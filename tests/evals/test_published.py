@@ -257,7 +257,7 @@ def test_caparena_board_averages(tmp_path, name):
     assert metric.figures(sums)["board_words"] == 2
 
 
-def test_caparena_skips_what_is_no_verdict_and_does_not_renormalise(tmp_path):
+def test_caparena_counts_what_is_no_verdict_as_published(tmp_path):
     metric, items = arena(tmp_path, per_opponent=2)
     won = {"winner": "caption 1" if items[0].data["first"] else "caption 2"}
     skipped = metric.parts(items[1], {"winner": "Caption 1 is better, I think"})
@@ -275,8 +275,9 @@ def test_caparena_skips_what_is_no_verdict_and_does_not_renormalise(tmp_path):
     own, others = arena(tmp_path, model="gpt", per_opponent=2)
     assert {item.category for item in others} == {"cog", "cpm"}
     lost = {"winner": "caption 2" if others[0].data["first"] else "caption 1"}
-    sums = np.sum([own.parts(others[0], lost)], axis=0)
+    sums = np.sum([own.parts(others[0], lost), *(own.parts(one, {"winner": "tie"}) for one in others[1:])], axis=0)
     assert own.figures(sums)["against/gpt"] == 0.0
+    assert own.of_category(own.parts(others[0], lost)) == -100.0, "the model's own 0 is none of the opponent's"
     assert float(own.score(sums)) == pytest.approx(-50 / 3), "the board's mean is over all three"
     assert 60 < sum(shown_first(f"{i}.jpg") for i in range(200)) < 140
 
