@@ -226,9 +226,8 @@ def told(results: dict[str, Any], out: Path) -> str:
     reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
     again = "once mended, --retry_errors judges those again that failed"
     if results["score"] is None:
-        raise UserError(
-            f"none of the {results['invalid']} items has a valid judgement ({reasons}); {out}/items.jsonl has each; {again}"
-        )
+        none = f"none of the {results['invalid']} items has a valid judgement ({reasons})"
+        raise UserError(f"{none}; {out}/items.jsonl has each; {again}")
     span = "no interval" if results["confidence"] is None else "{:.2f}, {:.2f}".format(*results["confidence"])
     words = f", {results['words']:.1f} words" if results["words"] is not None else ""
     text = f"{results['metric']}: {results['score']:.2f} [{span}] over {results['n']} items{words}"

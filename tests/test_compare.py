@@ -117,6 +117,26 @@ def test_an_interval_counts_pictures_not_their_questions(tmp_path):
     assert width[10] == pytest.approx(width[1])
 
 
+def test_rounding_is_no_vote(tmp_path):
+    """The same judgements added up in another order."""
+    base = compare.read(folder(tmp_path, "a", {str(i): 50.0 + i for i in range(12)}))
+    other = compare.read(folder(tmp_path, "b", {str(i): 50.0 + i + 1e-12 for i in range(12)}))
+    assert (compare.paired(base, other).better, compare.paired(base, other).p) == (0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"confidence": [1]}, {"confidence": [1, 10**400]}, {"words": float("nan")}, {"figure": 10**400}],
+)
+def test_odd_figures_are_left_out(tmp_path, odd, capsys):
+    named = [folder(tmp_path, "a|b", {"p": 1, "q": 2}, **odd), folder(tmp_path, "c", {"p": 2, "q": 5}, **odd)]
+    compare.main([*named, f"--out={tmp_path / 'out'}"])
+    assert "nan" not in capsys.readouterr().out
+    (_, second) = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert second["against"] == named[0]
+    assert second["paired"]["difference"] == pytest.approx(2.0)
+
+
 def test_tables_and_page(tmp_path, capsys):
     first = folder(tmp_path, "a|b<script>", {"p": 10, "q": 20})
     second = folder(tmp_path, "second", {"p": 11, "q": 23})

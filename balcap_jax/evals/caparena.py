@@ -121,9 +121,8 @@ class CapArena(Metric):
         sums = np.asarray(sums, float)
         if self._opponents[k] == self.model:
             return np.zeros(sums.shape[:-1])
-        return ratio(
-            100.0 * sums[..., 2 * k], sums[..., 2 * k + 1], 1.0
-        )  # A skipped verdict is below, as published, if not above.
+        # A skipped verdict is no point for anybody, but one of the pictures, as published.
+        return ratio(100.0 * sums[..., 2 * k], sums[..., 2 * k + 1], 1.0)
 
 
 def shown_first(name: str) -> bool:

@@ -58,8 +58,8 @@ def parse_letter(answer: str, options: int) -> int | None:
 class CaptionQA(Metric):
     """Items are questions, with data {"question", "options", "gold", "cannot" (place or None), "choices" (K)}.
 
-    A judgement is {"answer": text}; one that names no option scores 0, and is counted as "unparsable". Saying that one
-    cannot answer scores 1/K + 0.05.
+    A judgement is {"answer": text, "options": in the order in which they were shown; the item's own without it}; one
+    that names no option scores 0, and is counted as "unparsable". Saying that one cannot answer scores 1/K + 0.05.
     """
 
     name = "captionqa"
@@ -120,13 +120,21 @@ class CaptionQA(Metric):
             options = [[LETTERS[k], text] for k, text in enumerate(item.data["options"][: len(LETTERS)])]
             texts = {"caption": item.caption, "question": item.data["question"], "options": options}
             asks.append(Ask(self.prompts[0], prompts.render("choice", **texts), _Letter, self.max_tokens))
-        return [a if isinstance(a, Failure) else {"answer": a.value.answer} for a in client.ask(asks)]
+        return [
+            a if isinstance(a, Failure) else {"answer": a.value.answer, "options": item.data["options"]}
+            for item, a in zip(items, client.ask(asks), strict=True)
+        ]
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
         """(points, right, cannot answer, unparsable, 1) and (points, 1) of each domain."""
-        data, place = item.data, parse_letter(judgement["answer"], len(item.data["options"]))
-        cannot = place is not None and place == data["cannot"]
-        right = place == data["gold"]
+        data = item.data
+        # Which letter was which depends on the questions before it that had captions.
+        shown = judgement.get("options", data["options"])
+        if sorted(shown) != sorted(data["options"]):
+            raise ValueError("options of another question")
+        place = parse_letter(judgement["answer"], len(shown))
+        cannot = place is not None and data["cannot"] is not None and shown[place] == CANNOT_ANSWER
+        right = place is not None and shown[place] == data["options"][data["gold"]]
         points = 1.0 if right else 1.0 / data["choices"] + BONUS if cannot else 0.0
         of_domain = [value for name in self._domains for value in ((points, 1.0) if name == data["domain"] else (0, 0))]
         return (points, float(right), float(cannot), float(place is None), 1.0, *of_domain)

@@ -123,7 +123,12 @@ class DCScore(Metric):
     def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
         # An empty caption states nothing, whatever a judge might make of it.
         found: list[Mapping[str, Any] | Failure] = [{"facts": [], "relevance": []} for _ in items]
-        told = [i for i, item in enumerate(items) if item.caption.strip()]
+        told = []
+        for i, item in enumerate(items):
+            if not item.data[2].is_file():
+                found[i] = Failure(f"{item.data[2].name}: no such file")  # Before the split is paid for.
+            elif item.caption.strip():
+                told.append(i)
         texts = [prompts.render(EXTRACT, caption=items[i].caption) for i in told]
         split = client.ask([Ask(EXTRACT, messages, _Facts, self.max_tokens) for messages in texts])
         asked: list[tuple[int, list[str]]] = []

@@ -161,6 +161,8 @@ def evaluate(
             _forget_errors(lines)
         done = {row.id for row in lines.entries}
         pending = [item for item in items if item.id not in done]
+        if pending:  # A stop must not leave figures beside judgements that are none of theirs.
+            (out / "results.json").unlink(missing_ok=True)
         patience = Patience(client, judge) if client else None
         with ProgressLine("judgements", len(items), len(items) - len(pending), "items") as progress:
             for start in range(0, len(pending), batch):

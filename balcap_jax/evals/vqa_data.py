@@ -151,7 +151,7 @@ def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
         raise UserError(f"{where}: the answer {answers[0]!r} is none of the options {', '.join(options)}; {_REMEDY}")
     # Not the picture's name: it may have several questions.
     name = next((str(entry[key]) for key in _ID if entry.get(key) not in (None, "")), str(number))
-    rotated = name.isdecimal() and len(name) <= _LONGEST_INDEX
+    rotated = name.isdecimal() and len(name) <= _LONGEST_INDEX and str(int(name)) == name
     return Question(
         name,
         text,

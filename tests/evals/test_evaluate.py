@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import random
 import threading
 
@@ -15,6 +16,9 @@ from system.commands import finish, start
 from balcap_jax import caption, evaluate, models
 from balcap_jax import config as configuration
 from balcap_jax.data import photos
+from balcap_jax.errors import UserError
+from balcap_jax.evals.dcscore import DCScore
+from balcap_jax.evals.engine import Item, Texts
 from balcap_jax.evals.vqa_data import read_questions
 
 CHECK = "--metric=checklist"
@@ -638,3 +642,148 @@ def test_bad_arguments(tmp_path, capsys, arguments, named):
     with pytest.raises(SystemExit):
         evaluate.main([*arguments, f"--out={tmp_path / 'o'}"])
     assert named in capsys.readouterr().err
+
+
+# ---- what must not be taken for something else -----------------------------------------------------------------------
+
+
+def test_a_caption_is_found_for_one_picture():
+    texts = Texts({"a/1.jpg": "one", "x/2.jpg": "two", "3": "three", "4.jpg": "four"})
+    assert texts.find("a/1.jpg") == "one"
+    assert texts.find("b/1.jpg") is None, "another folder's picture of the same name"
+    assert texts.find("images/x/2.jpg") == texts.find("images/x/2.jpg") == "two"
+    assert texts.find("2", "", "x/2.jpg") == "two"
+    assert texts.find("a/4.jpg") == "four"
+    with pytest.raises(UserError, match=r"'4.jpg' may be that of 'a/4.jpg' or of 'b/4.jpg'"):
+        texts.find("b/4.jpg")
+    assert texts.unused == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"question": {"a": 1}, "answers": ["x"]}, "stands where a text belongs"),
+        ({"question": "Q", "answers": [{"a": 1}]}, "stands where a text belongs"),
+        ({"question": "Q", "answers": {"a": 1}}, "stands where a text belongs"),
+        ({"question": "Q", "answers": [None]}, "has no answer"),
+        ({"question": "Q", "answer": math.nan}, "has no answer"),
+    ],
+)
+def test_what_is_no_text_is_no_answer(tmp_path, row, named):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=named):
+        list(read_questions(path))
+
+
+@pytest.mark.parametrize("answer", ["[{[1]}]", "[{[1]:2}]", "[" + "-" * 20_000 + "1]"])
+def test_a_cell_that_is_no_python_list_is_the_answer_itself(tmp_path, answer):
+    (tmp_path / "q.tsv").write_text(f"index\tquestion\tanswer\n{'9' * 5000}\tQ\t{answer}\n")
+    (question,) = read_questions(tmp_path / "q.tsv")
+    assert question.answers == (answer,)
+
+
+def test_options_that_pandas_writes_as_nan_are_none(tmp_path):
+    row = {"index": 1, "question": "Q", "A": "banana", "B": "apple", "C": math.nan, "D": "nan", "answer": "A"}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row))
+    (question,) = read_questions(path)
+    assert question.options == {"A": "banana", "B": "apple"}
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"parts": [1.0]},
+        {"parts": [10**400]},
+        {"parts": "x"},
+        {"words": 10**400},
+        {"id": 3},
+    ],
+)
+def test_an_edited_line_is_named_and_nothing_is_lost(tmp_path, capsys, edited):
+    out = tmp_path / "o"
+    given = [CHECK, f"--checklists={checklists(tmp_path)}", f"--captions={captions(tmp_path)}", f"--out={out}"]
+    with JudgeServer(answers) as server:
+        evaluate.main([*given, *judged_by(server, tmp_path)])
+        lines = lines_of(out)
+        lines[2] |= edited
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (out / "items.jsonl").write_text(text)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            evaluate.main([*given, *judged_by(server, tmp_path)])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "items.jsonl" in line
+    assert "remove" in line
+    assert (out / "items.jsonl").read_text() == text
+
+
+def test_an_empty_caption_states_nothing_and_matches_are_with_the_reference(tmp_path):
+    metric = DCScore()
+    item = Item("a", " ", ("o", ["one"], tmp_path / "a.png"))
+    (missing,) = metric.judge(NobodyIsAsked(), [item])
+    assert missing.reason == "a.png: no such file"
+    (tmp_path / "a.png").touch()
+    (judged,) = metric.judge(NobodyIsAsked(), [item])
+    assert metric.parts(item, judged) is None
+    for match in (1, -1, 50):
+        draws = {"facts": ["x"], "relevance": [1], "matches": [[match]], "verified": [[1]]}
+        with pytest.raises(ValueError, match="that the reference lacks"):
+            metric.parts(item, draws)
+
+
+class NobodyIsAsked:
+    def ask(self, asks):
+        assert not asks
+        return []
+
+
+def test_letters_are_of_the_options_that_were_shown(tmp_path):
+    """Judgements of a run in which other pictures had captions, and so other shuffles."""
+    asked = {"question": "Which?", "choices": ["red", "blue", "green"], "answer": "red", "category": ["c"]}
+    questions, whole = {f"nat_{i}": [asked] * 3 for i in range(4)}, tmp_path / "whole"
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    (tmp_path / "c.json").write_text(json.dumps(dict.fromkeys(questions, "text")))
+    (tmp_path / "fewer.json").write_text(json.dumps(dict.fromkeys(list(questions)[1:], "text")))
+
+    def right(body):
+        options = [text for kind, text in blocks_of(body) if kind == "option"]
+        return Reply("text", "ABCD"[options.index("red")])
+
+    given = ["--metric=captionqa", f"--questions={tmp_path / 'q.json'}"]
+    with JudgeServer(right, forms=()) as server:
+        evaluate.main([*given, f"--captions={tmp_path / 'c.json'}", f"--out={whole}", *judged_by(server, tmp_path)])
+    assert results_of(whole)["score"] == 100.0
+    given += [f"--captions={tmp_path / 'fewer.json'}", f"--judgements={whole / 'items.jsonl'}"]
+    evaluate.main([*given, f"--out={tmp_path / 'o'}"])
+    assert (results_of(tmp_path / "o")["score"], results_of(tmp_path / "o")["invalid"]) == (100.0, 3)
+
+
+def test_words_are_those_of_captions_not_of_questions(tmp_path):
+    """And unknown where only what was made of a caption is given."""
+    asked = {"question": "Which?", "choices": ["red", "blue"], "answer": "red", "category": ["c"]}
+    (tmp_path / "q.json").write_text(json.dumps({"nat_1": [asked] * 9, "nat_2": [asked]}))
+    (tmp_path / "c.json").write_text('{"nat_1": "one", "nat_2": "one two three"}')
+    given = [f"--captions={tmp_path / 'c.json'}", f"--questions={tmp_path / 'q.json'}", f"--out={tmp_path / 'o'}"]
+    with JudgeServer(lambda body: Reply("text", "B"), forms=()) as server:
+        evaluate.main(["--metric=captionqa", *given, *judged_by(server, tmp_path)])
+    assert results_of(tmp_path / "o")["words"] == 2.0
+    graph = {"objects": ["car"], "attributes": [], "relations": []}
+    (tmp_path / "g.jsonl").write_text(json.dumps({"id": "a", "candidate": graph, "references": [graph]}))
+    evaluate.main(["--metric=capture", f"--graphs={tmp_path / 'g.jsonl'}", f"--out={tmp_path / 'p'}"])
+    assert (results_of(tmp_path / "p")["words"], results_of(tmp_path / "p")["empty"]) == (None, 0)
+
+
+def test_without_anything_to_divide_by_there_is_no_score(tmp_path, capsys):
+    given = [CHECK, f"--checklists={checklists(tmp_path, 2)}", f"--captions={captions(tmp_path, 2)}"]
+
+    def says_nothing(body):
+        questions = [kind for kind, _ in blocks_of(body) if kind == "question"]
+        found = [{"question": i, "why": "", "answer": "not_mentioned"} for i, _ in enumerate(questions, start=1)]
+        return Reply("text", json.dumps({"answers": found}))
+
+    with JudgeServer(says_nothing) as server, pytest.raises(SystemExit):
+        evaluate.main([*given, f"--out={tmp_path / 'o'}", *judged_by(server, tmp_path)])
+    assert "what it divides by is 0 over all 2 judgements" in capsys.readouterr().err
+    assert results_of(tmp_path / "o")["coverage"] == 0.0
