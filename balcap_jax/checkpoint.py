@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,8 +242,7 @@ class Checkpointer:
         aside.replace(self.directory / _TAGS)
 
     def _write_error(self, error: Exception, what: str) -> UserError:
-        # Orbax drops the writes that were still to come; Python would add lines about each to the one that tells why.
-        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+        drop_stragglers()
         if distributed.is_first():
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)  # Half a step is of no use, and may fill the disk.

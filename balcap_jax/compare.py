@@ -9,6 +9,7 @@ caption. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold 
 """
 
 import dataclasses
+import functools
 import html
 import json
 import math
@@ -46,7 +47,7 @@ _HEAD = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # Equal is the same one: what `paired` remembers goes by it.
 class Evaluation:
     """results.json, and of each valid item by id its score, what adds up, and its group."""
 
@@ -111,6 +112,7 @@ def read(folder: str | Path) -> Evaluation:
     return Evaluation(str(folder), results, metric, scores, parts, of_group)
 
 
+@functools.cache
 def paired(base: Evaluation, other: Evaluation) -> Paired | None:
     """`other` against `base`; None where they have fewer than two groups of valid items in common.
 
@@ -223,15 +225,12 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     texts = []
     for metric, group in groups(evaluations).items():
         lines = [f"## {' '.join(metric.split())}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(group)]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows(group)]
         lines += [text for warning in unlike(group) for text in ("", warning)]
         if inside := figures(group):
-            names = [one.name.replace("|", "\\|") for one in group]
+            names = [_cell(one.name) for one in group]
             lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
-            lines += [
-                f"| {name.replace('|', '&#124;')} | " + " | ".join(map(_shown, values)) + " |"
-                for name, values in inside.items()
-            ]
+            lines += [f"| {_cell(name)} | " + " | ".join(map(_shown, values)) + " |" for name, values in inside.items()]
         texts.append("\n".join(lines) + "\n")
     return "\n".join(texts)
 
@@ -248,7 +247,6 @@ def page(evaluations: Sequence[Evaluation]) -> str:
             [
                 (one.name, one.results["score"], one.results.get("confidence"), _shown(one.results.get("words"), 0))
                 for one in group
-                if isinstance(one.results.get("score"), int | float)
             ]
         )
         for name, values in figures(group).items():
@@ -267,6 +265,10 @@ def page(evaluations: Sequence[Evaluation]) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{style}</style>"
         f"<h1>Comparison</h1>{''.join(parts)}</html>\n"
     )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _shown(value: Any, digits: int = 2) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from typing import Any
 
 
@@ -43,7 +44,8 @@ def quieten_orbax() -> None:
 
 def drop_stragglers() -> None:
     """After the first array that can't be read or written, TensorStore's other ones end on an event loop that is gone,
-    at any time; each would print a traceback beside the one line for the user."""
+    at any time, or never begin; each would print a traceback or a warning beside the one line for the user."""
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
     if getattr(before, "drops_stragglers", False):
         return

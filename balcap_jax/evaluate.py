@@ -38,7 +38,7 @@ from balcap_jax.evals.captionqa import CaptionQA
 from balcap_jax.evals.capture import Capture
 from balcap_jax.evals.checklist import Checklist
 from balcap_jax.evals.dcscore import DCScore
-from balcap_jax.evals.engine import Item, Metric, Texts, claim, digest_of, evaluate, read_captions
+from balcap_jax.evals.engine import NO_CAPTION, Item, Metric, Texts, claim, digest_of, evaluate, read_captions
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.vqa_data import read_questions
 from balcap_jax.judges.remote import make_client
@@ -224,15 +224,17 @@ def told(results: dict[str, Any], out: Path) -> str:
             f"{out}/items.jsonl"
         )
     reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
-    again = "once mended, --retry_errors judges those again that failed"
+    # Other captions would be another evaluation, and where nobody is asked nothing would change.
+    failed = results["judge"] and set(results["errors"]) - {NO_CAPTION}
+    again = "; once mended, --retry_errors judges those again that failed" if failed else ""
     if results["score"] is None:
         none = f"none of the {results['invalid']} items has a valid judgement ({reasons})"
-        raise UserError(f"{none}; {out}/items.jsonl has each; {again}")
+        raise UserError(f"{none}; {out}/items.jsonl has each{again}")
     span = "no interval" if results["confidence"] is None else "{:.2f}, {:.2f}".format(*results["confidence"])
     words = f", {results['words']:.1f} words" if results["words"] is not None else ""
     text = f"{results['metric']}: {results['score']:.2f} [{span}] over {results['n']} items{words}"
     if results["invalid"]:
-        text += f"\n{results['invalid']} items are not in it ({reasons}); {again}"
+        text += f"\n{results['invalid']} items are not in it ({reasons}){again}"
     if results["unused"]:
         named = ", ".join(results["unused_ids"][:3])
         text += f"\n{results['unused']} texts or judgements are of no item here ({named})"

@@ -24,6 +24,7 @@ import numpy as np
 
 from balcap_jax import json_text
 from balcap_jax.errors import UserError
+from balcap_jax.event_file import EventFile, writing_below
 
 # --- (sum, count) metrics ---------------------------------------------------------------------------------------------
 
@@ -77,9 +78,6 @@ def finalise(metrics: Metrics) -> dict[str, float]:
 
 # --- writers ----------------------------------------------------------------------------------------------------------
 
-# TensorBoard events are flushed (and synced) at most this often: a flush each step would cost fast SFT steps dearly.
-TENSORBOARD_FLUSH_SECONDS = 2.0
-
 
 class MetricsWriter:
     """Writes each step's values to `workdir`/metrics.jsonl, to TensorBoard events and, if asked, to Weights & Biases.
@@ -107,12 +105,12 @@ class MetricsWriter:
         self._wandb = None
         if not enabled:
             return
-        with _disk_errors(self.path):
+        with writing_below(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: each line is one write, whole on disk when `write` returns, whatever kills the process next.
             self._file = self._reopen(lambda record: True)
         if tensorboard:
-            self._events = _EventFile(self.path.parent / "tensorboard")
+            self._events = EventFile(self.path.parent / "tensorboard")
         if wandb:
             module = import_wandb()
             try:
@@ -131,7 +129,7 @@ class MetricsWriter:
         if not self.enabled:
             return 0
         before = _count_lines(self.path)
-        with _disk_errors(self.path):
+        with writing_below(self.path):
             self._file.close()
             self._file = self._reopen(lambda record: record["step"] <= after_step)
         if self._events is not None:
@@ -144,7 +142,7 @@ class MetricsWriter:
             return
         numbers = {name: _json_number(value) for name, value in values.items()}
         line = json.dumps({"step": int(step), "stage": stage, **numbers}, allow_nan=False) + "\n"
-        with _disk_errors(self.path):
+        with writing_below(self.path):
             rest = memoryview(line.encode())
             while rest:  # a disk that fills up takes a part first and fails on the next write
                 rest = rest[self._file.write(rest) :]
@@ -232,75 +230,6 @@ def _json_number(value: Any) -> int | float | None:
     if isinstance(number, bool) or not isinstance(number, int | float):
         number = float(number)
     return number if math.isfinite(number) else None
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot write ({reason}); free space there or choose another --workdir") from error
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """PyTorch cannot be imported inside: tensorboardX would, wherever there is one, for a second or two and no use."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
-class _EventFile:
-    """One TensorBoard event file, written in the calling thread.
-
-    tensorboardX's SummaryWriter writes from a thread behind a bounded queue: when the disk fills up that thread dies
-    and the next `add_scalar` blocks for ever. Its event writer below is the same format without the queue.
-    """
-
-    def __init__(self, directory: Path):
-        with _without_torch():
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto import event_pb2, summary_pb2
-
-        self.directory = directory
-        self._event, self._summary = event_pb2, summary_pb2
-        with _disk_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            # A file's own time stamp has a resolution of one second; a quick restart must not overwrite the first one.
-            suffix = f".{os.getpid()}.{time.time_ns():x}"
-            self._writer = EventsWriter(str(directory / "events"), filename_suffix=suffix)
-        self._flushed = time.monotonic()
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        summary = self._summary.Summary(value=scalars)
-        with _disk_errors(self.directory):
-            self._writer.write_event(self._event.Event(wall_time=time.time(), step=int(step), summary=summary))
-        if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
-            self.flush()
-
-    def purge(self, from_step: int) -> None:
-        """Tells TensorBoard to hide what earlier files logged at `from_step` or later (its purge_step)."""
-        start = self._event.SessionLog(status=self._event.SessionLog.START)
-        with _disk_errors(self.directory):
-            event = self._event.Event(wall_time=time.time(), step=max(int(from_step), 0), session_log=start)
-            self._writer.write_event(event)
-        self.flush()
-
-    def flush(self) -> None:
-        with _disk_errors(self.directory):
-            self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        with _disk_errors(self.directory):
-            self._writer.close()
 
 
 # --- phase clock ------------------------------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ class BCapScore(Metric):
         self.max_tokens = max_tokens
 
     def items(self, captions: Mapping[str, str], references: Path, folder: Path | None) -> list[Item]:
-        found = []
+        found, texts = [], Texts.of(captions)
         for where, line in json_text.read_lines(references, _REMEDY):
             record = fields.read_record(line, where)
             if not record["reference_units"]:
                 raise UserError(f"{where} has no reference_units; `recaption --write=units` writes them")
             names = (str(line.get("id", record["image"])), record["image"])
-            caption = Texts.of(captions).find(*names)
+            caption = texts.find(*names)
             path = (folder or Path(references).parent) / record["image"]
             found.append(Item(names[0], caption, (path, record["captions"][0], record["reference_units"])))
         return found
