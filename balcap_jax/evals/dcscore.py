@@ -18,6 +18,7 @@ from balcap_jax.errors import UserError
 from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.endpoints import of_length
 from balcap_jax.judges.remote import numbered
 from balcap_jax.judges.schema import Failure
 
@@ -168,10 +169,11 @@ class DCScore(Metric):
             return check_numbers(answer) or ("a match with a statement that the reference lacks" if beyond else "")
 
         check_facts = numbered(every, "statements", lambda answer: [one.fact for one in answer.facts])
+        matches, checks = of_length(_Matches, len(facts)), of_length(_Checks, len(facts))
         asks: list[tuple[tuple[int, str], Ask]] = []
         for draw in range(DRAWS):
-            asks.append(((i, "matches"), Ask(MATCH, match, _Matches, self.max_tokens, None, check_match, draw)))
-            asks.append(((i, "verified"), Ask(VERIFY, verify, _Checks, self.max_tokens, picture, check_facts, draw)))
+            asks.append(((i, "matches"), Ask(MATCH, match, matches, self.max_tokens, None, check_match, draw)))
+            asks.append(((i, "verified"), Ask(VERIFY, verify, checks, self.max_tokens, picture, check_facts, draw)))
         return asks
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:

@@ -186,7 +186,11 @@ class ChatClient:
     def _run(self, work: Any) -> Any:
         """The result of a coroutine on the client's loop; an interrupted caller takes it back."""
         if self._loop is None:
-            self._start()
+            try:
+                self._start()
+            except BaseException:
+                work.close()  # Else Python warns of it beside the error.
+                raise
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -312,8 +316,9 @@ class ChatClient:
             async with asyncio.timeout_at(ends):
                 reply = await endpoint.complete(self.model, self._body(ask), ask)
         except TimeoutError as error:
-            endpoint.breaker.failed(ends)
-            raise CallError(endpoint.url, f"no answer within {ends - begun:.3g} s") from error
+            reason = f"no answer within {ends - begun:.3g} s"
+            endpoint.breaker.failed(ends, reason)
+            raise CallError(endpoint.url, reason) from error
         self._count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
         if reply.problem:
             raise CallError(endpoint.url, reply.problem, "answer", detail=reply.detail)

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import email.utils
 import functools
+import itertools
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx2
 import pydantic
@@ -35,6 +36,8 @@ _PROBE_TOKENS = 256  # models that think before they answer need more than the a
 _ERROR_BYTES = 20_000  # of an error's body that are read
 _DETAIL = 160  # characters of what a server says that an error shows
 _CHARACTERS_PER_TOKEN = 4
+_REFUSED = (400, 422)  # HTTP statuses of a question that holds what the server does not take
+_LENGTHS = ("minItems", "maxItems")
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # Else one line per request, where logging is on.
 
@@ -108,10 +111,14 @@ def make_http(settings: "ChatSettings", key: str) -> httpx2.AsyncClient:
 
 
 @functools.cache
-def wire_schema(schema: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """The JSON schema in the narrow form that all servers take: nothing by reference, every property required."""
+def wire_schema(schema: type[pydantic.BaseModel], lengths: bool = True) -> dict[str, Any]:
+    """The JSON schema in a narrow form: nothing by reference, every property required.
+
+    All servers take it without `lengths`, the least and the most entries of lists; most take those too.
+    """
     tree = schema.model_json_schema()
     definitions = tree.pop("$defs", {})
+    left_out = ("title", "description", "default") if lengths else ("title", "description", "default", *_LENGTHS)
 
     def narrow(node: Any) -> Any:
         if isinstance(node, list):
@@ -120,7 +127,7 @@ def wire_schema(schema: type[pydantic.BaseModel]) -> dict[str, Any]:
             return node
         if "$ref" in node:
             return narrow(definitions[node["$ref"].rpartition("/")[2]])
-        kept = {name: narrow(value) for name, value in node.items() if name not in ("title", "description", "default")}
+        kept = {name: narrow(value) for name, value in node.items() if name not in left_out}
         if "properties" in node:
             kept["properties"] = {name: narrow(value) for name, value in node["properties"].items()}
             kept |= {"required": list(node["properties"]), "additionalProperties": False}
@@ -140,11 +147,24 @@ def _response_format(form: str, schema: dict[str, Any]) -> dict[str, Any]:
 FORMS = ("json_schema", "json_object", "plain")
 
 
-class _Probe(pydantic.BaseModel):
-    ok: bool
+@functools.cache
+def of_length(schema: type[pydantic.BaseModel], count: int) -> type[pydantic.BaseModel]:
+    """`schema`, an object of one list, with `count` entries as the server is asked for it.
+
+    A server that keeps to schemas then gives that many. Of others any number is read: what is wrong with it, the
+    question's own check says better.
+    """
+    ((name, field),) = schema.model_fields.items()
+    asked = pydantic.Field(json_schema_extra=dict.fromkeys(_LENGTHS, count))
+    return pydantic.create_model(schema.__name__, __base__=schema, **{name: (Annotated[field.annotation, asked], ...)})
 
 
-_PROBE_MESSAGES = [{"role": "user", "content": 'Answer with this JSON object and nothing else: {"ok": true}'}]
+class _Yes(pydantic.BaseModel):
+    ok: list[bool]
+
+
+_Probe = of_length(_Yes, 1)  # Has all that questions' schemas have: a server that refuses lengths says so here.
+_PROBE_MESSAGES = [{"role": "user", "content": 'Answer with this JSON object and nothing else: {"ok": [true]}'}]
 
 
 # ---- an endpoint ----------------------------------------------------------------------------------------------------
@@ -157,7 +177,7 @@ class Endpoint:
         self.url, self.weight = url.rstrip("/"), weight
         self.under_way = 0  # questions that have chosen it and are not done; the client counts
         self.breaker = Breaker()
-        self.form = FORMS[0]
+        self.form, self.lengths = FORMS[0], True
         self._http, self._settings, self._key = http, settings, key
         self._requests, self._tokens = Pace(settings.rpm), Pace(settings.tpm)
         self._answer_tokens = 256.0  # what answers take, on average so far
@@ -177,8 +197,8 @@ class Endpoint:
         """One request. Raises CallError."""
         loop = asyncio.get_running_loop()
         try:
-            asked = self._question_tokens(ask)
-            reply = await self._post(model, messages, ask.max_tokens, wire_schema(ask.schema), asked, ask.draw)
+            asked, schema = self._question_tokens(ask), wire_schema(ask.schema, self.lengths)
+            reply = await self._post(model, messages, ask.max_tokens, schema, asked, ask.draw)
         except CallError as error:
             if error.kind in ("answer", "question"):
                 self.breaker.succeeded()
@@ -218,17 +238,22 @@ class Endpoint:
         Raises:
           UserError: it is down, refuses the key, or does not know the model.
         """
-        for self.form in FORMS:
+        unfit = ""
+        for self.form, self.lengths in itertools.product(FORMS, (True, False)):
+            if self.form == unfit:
+                continue
             try:
                 reply = await self._probe(model)
                 if self.form != "plain":
                     parse_answer(reply.text, _Probe)
                 return
             except UnusableAnswer:
-                continue  # It takes the form and does not keep to it.
+                unfit = self.form  # It takes the form and does not keep to it.
             except CallError as error:
                 if self.form == "plain" or error.kind == "endpoint":
                     raise self._refusal(error) from error
+                if error.status not in _REFUSED:  # No word against what the schema says.
+                    unfit = self.form
 
     async def _probe(self, model: str) -> Reply:
         tries = 0
@@ -237,12 +262,13 @@ class Endpoint:
             try:
                 async with asyncio.timeout(self._settings.attempt_timeout):
                     asked = _tokens_of(len(_PROBE_MESSAGES[0]["content"]))
-                    return await self._post(model, _PROBE_MESSAGES, _PROBE_TOKENS, wire_schema(_Probe), asked)
+                    schema = wire_schema(_Probe, self.lengths)
+                    return await self._post(model, _PROBE_MESSAGES, _PROBE_TOKENS, schema, asked)
             except TimeoutError as error:
                 seconds = self._settings.attempt_timeout
                 raise CallError(self.url, f"no answer within {seconds:g} s", "endpoint") from error
             except CallError as error:
-                if error.status in (400, 422):
+                if error.status in _REFUSED:
                     self._learn(error.detail)
                 if (len(self._unknown), self._tokens_field) != known:
                     continue  # It said which setting it does not take.

@@ -49,7 +49,7 @@ class Breaker:
         self._down_since = math.inf
         self._probing = False
 
-    def failed(self, now: float, reason: str = "no answer in time", retry_after: float = 0.0) -> None:
+    def failed(self, now: float, reason: str, retry_after: float = 0.0) -> None:
         self.reason = reason
         self._down_since = min(self._down_since, now)
         self._failures += 1

@@ -14,6 +14,7 @@ from balcap_jax.errors import UserError
 from balcap_jax.judges import prompts
 from balcap_jax.judges.cache import AnswerFile
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
+from balcap_jax.judges.endpoints import of_length
 from balcap_jax.judges.schema import (
     Assertion,
     ChoiceQuestion,
@@ -152,7 +153,8 @@ class RemoteJudge:
             case RecallQuestion():
                 units = list(question.units)
                 check = numbered(range(1, len(units) + 1), "units", lambda answer: [one.unit for one in answer.units])
-                ask = self._ask("recall", _Recall, check=check, caption=question.caption, units=units)
+                schema = of_length(_Recall, len(units))
+                ask = self._ask("recall", schema, check=check, caption=question.caption, units=units)
                 return ask, _recall_verdict, RecallVerdict(covered=[False] * len(units))
             case LinguisticQuestion():
                 ask = self._ask("linguistic", _Linguistic, caption=question.caption)
@@ -167,7 +169,8 @@ class RemoteJudge:
                 check = numbered(
                     range(1, len(criteria) + 1), "criteria", lambda answer: [one.criterion for one in answer.criteria]
                 )
-                ask = self._ask("rubric", _Rubric, check=check, caption=question.caption, criteria=criteria)
+                schema = of_length(_Rubric, len(criteria))
+                ask = self._ask("rubric", schema, check=check, caption=question.caption, criteria=criteria)
                 return ask, _rubric_verdict, RubricVerdict(passed=[False] * len(criteria))
             case _:
                 raise TypeError(f"no question that a judge knows: {type(question).__name__}")

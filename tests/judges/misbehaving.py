@@ -37,8 +37,9 @@ def completion(content: Any, finish: str = "stop", refusal: str | None = None, u
 class JudgeServer:
     """Answers each chat request with `behave(body of the request)`, and models and probes in good order.
 
-    `forms` are the forms of a schema that it takes; others get `wrong_form` as status. `seen` holds the bodies of all
-    but probes, `held` the seconds that each of those took here, `keys` the Authorization headers.
+    `forms` are the forms of a schema that it takes; others get `wrong_form` as status, and so do schemas with lengths
+    of lists where it does not take `lengths`. `seen` holds the bodies of all but probes, `held` the seconds that each
+    of those took here, `keys` the Authorization headers.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class JudgeServer:
         *,
         forms=("json_schema",),
         wrong_form: int = 400,
+        lengths: bool = True,
         key: str = "",
         keep_bodies: bool = True,
         port: int = 0,
     ):
         self.behave, self.forms, self.wrong_form, self.key = behave, forms, wrong_form, key
+        self.lengths = lengths
         self.keep_bodies = keep_bodies
         self.seen: list[dict] = []
         self.probes: list[dict] = []
@@ -111,11 +114,11 @@ class JudgeServer:
             return await _send(writer, 200, b'{"data": [{"id": "the-model"}]}')
         body = json.loads(raw)
         form = body.get("response_format", {}).get("type", "plain")
-        if form not in (*self.forms, "plain"):
+        if form not in (*self.forms, "plain") or (not self.lengths and b"Items" in raw):
             return await _send(writer, self.wrong_form, b'{"error": {"message": "unknown response_format"}}')
         if is_probe(body):
             self.probes.append(body)
-            return await _send(writer, 200, completion('{"ok": true}'))
+            return await _send(writer, 200, completion('{"ok": [true]}'))
         begun = time.monotonic()
         self.requests += 1
         self.under_way += 1
@@ -171,7 +174,7 @@ async def _send(writer: asyncio.StreamWriter, status: int, body: bytes, headers:
 
 
 def is_probe(body: dict) -> bool:
-    return body["messages"][-1]["content"] == 'Answer with this JSON object and nothing else: {"ok": true}'
+    return body["messages"][-1]["content"] == 'Answer with this JSON object and nothing else: {"ok": [true]}'
 
 
 def text_of(body: dict) -> str:

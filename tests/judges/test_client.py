@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import random
+import re
 import threading
 import time
 import tracemalloc
@@ -13,17 +14,22 @@ import numpy as np
 import psutil
 import pydantic
 import pytest
-from misbehaving import HANG, JudgeServer, Reply, completion, digest, text_of
+from misbehaving import HANG, JudgeServer, Reply, completion, digest, is_probe, text_of
 
 from balcap_jax.errors import UserError
+from balcap_jax.judges import endpoints
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
-from balcap_jax.judges.endpoints import retry_after
+from balcap_jax.judges.endpoints import FORMS, retry_after
 from balcap_jax.judges.limits import Breaker, Pace
 from balcap_jax.judges.schema import Failure
 
 
 class Number(pydantic.BaseModel):
     number: int = pydantic.Field(ge=0, le=100_000)
+
+
+class Numbers(pydantic.BaseModel):
+    numbers: list[int]
 
 
 def ask_for(number: int, **more) -> Ask:
@@ -70,7 +76,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_is_a_failure_with_its_reason(fault):
     behave, reason = FAULTS[fault]
-    answer, server = one_answer(behave, retries=1, attempt_timeout=0.3, deadline=2.0)
+    # Short where the time is what runs out; elsewhere a busy machine must not look like a server that hangs.
+    timeout, deadline = (0.3, 2.0) if fault in ("hang", "drip") else (10.0, 30.0)
+    answer, server = one_answer(behave, retries=1, attempt_timeout=timeout, deadline=deadline)
     assert isinstance(answer, Failure)
     assert reason in answer.reason
     assert answer.reason.startswith(server.url)
@@ -88,7 +96,7 @@ def test_a_fault_that_passes_is_asked_again(fault):
         requests.append(body)
         return behave(body) if len(requests) == 1 else Reply("text", said(body))
 
-    answer, _ = one_answer(once, attempt_timeout=0.5)
+    answer, _ = one_answer(once, attempt_timeout=0.5 if fault in ("hang", "drip") else 10.0)
     assert answer == Answer(Number(number=7), 100, 10)
     assert len(requests) == 2
 
@@ -125,8 +133,11 @@ def test_a_check_of_the_caller_is_part_of_the_answer():
 # ---- many calls -----------------------------------------------------------------------------------------------------
 
 
-def many(calls: int, concurrency: int, latency: float) -> None:
-    """`calls` questions of which 30% meet a fault first, each of 11 kinds as often as the others."""
+def many(calls: int, concurrency: int, latency: float) -> float:
+    """`calls` questions of which 30% meet a fault first, each of 11 kinds as often as the others.
+
+    -> their time as a multiple of the ideal: what the server took for all requests by how many are under way at once
+    """
     faults = [FAULTS[name][0] for name in FAULTS if name not in ("deep", "null", "no JSON", "filtered", "too long")]
     hopeless = {number for number in range(calls) if digest(f"hopeless {number}") % 100 == 0}
     lock, tries = threading.Lock(), collections.Counter()
@@ -169,7 +180,7 @@ def many(calls: int, concurrency: int, latency: float) -> None:
         print(f"\n{calls} calls, {server.requests} requests: {seconds:.1f} s, {seconds / ideal:.2f} of the ideal")
         assert sum(tries.values()) == server.requests
         assert len(tries) == calls
-        assert seconds < 1.3 * ideal
+    return seconds / ideal
 
 
 def test_500_calls_of_which_30_percent_are_faulty():
@@ -188,7 +199,7 @@ def test_10000_calls_of_which_30_percent_are_faulty():
 
     many(500, concurrency=16, latency=0.2)
     before = held()
-    many(10_000, concurrency=16, latency=0.2)
+    assert many(10_000, concurrency=16, latency=0.2) < 1.3, "run it on a machine with nothing else to do"
     grown = (held() - before) / 1e6
     print(f"resident memory grew by {grown:.0f} MB")
     assert grown < 30
@@ -245,6 +256,39 @@ def test_the_form_that_an_endpoint_takes_is_found(forms, status, expected):
             "plain": None,
         }[expected]
     )
+
+
+@pytest.mark.parametrize(
+    ("forms", "lengths", "status", "expected"),
+    [
+        (("json_schema",), True, 400, [("json_schema", True)]),
+        (("json_schema",), False, 400, [("json_schema", True), ("json_schema", False)]),
+        (("json_object",), False, 422, [(form, some) for form in FORMS[:2] for some in (True, False)]),
+        # What has no word against the question is asked once more without lengths by nobody.
+        (("json_object",), True, 500, [("json_schema", True)] * 3 + [("json_object", True)]),
+    ],
+)
+def test_lengths_of_lists_are_asked_for_where_a_server_takes_them(monkeypatch, forms, lengths, status, expected):
+    monkeypatch.setattr(endpoints, "_PROBE_WAIT", 0.01)
+    asked = []
+
+    class Watching(JudgeServer):
+        async def _answer(self, path, headers, raw, reader, writer):
+            if is_probe(body := json.loads(raw)):
+                asked.append((body["response_format"]["type"], b"minItems" in raw))
+            return await super()._answer(path, headers, raw, reader, writer)
+
+    question = Ask("numbers.v1", ask_for(7).messages, endpoints.of_length(Numbers, 3))
+    two = Reply("text", '{"numbers": [1, 2]}')
+    server = Watching(lambda body: two, forms=forms, lengths=lengths, wrong_form=status)
+    with server, client_of(server) as client:
+        (answer,) = client.ask([question])
+        (body,) = server.seen
+    assert asked == expected
+    assert answer.value.numbers == [1, 2], "what is wrong with a number of entries is for the question's check to say"
+    form = body["response_format"]
+    listed = {"type": "array", "items": {"type": "integer"}} | ({"minItems": 3, "maxItems": 3} if lengths else {})
+    assert (form.get("json_schema") or form)["schema"]["properties"] == {"numbers": listed}
 
 
 def test_settings_that_a_model_refuses_by_name_are_left_out():
@@ -357,8 +401,9 @@ def test_an_endpoint_that_dies_ends_a_batch_soon():
         answers = client.ask([ask_for(number) for number in range(2, 400)])
         assert time.monotonic() - begun < 6
         assert all(isinstance(answer, Failure) for answer in answers)
-        reasons = {"HTTP 503" in answer.reason or "no answer within" in answer.reason for answer in answers}
-        assert reasons == {True}, "the deadline may end in the middle of a request"
+        # The deadline may end in the middle of a request.
+        others = [one.reason for one in answers if not re.search(r"HTTP 503|no answer within", one.reason)]
+        assert not others
         assert any("HTTP 503" in answer.reason for answer in answers)
         assert server.requests < 150
         dead = False
@@ -461,12 +506,12 @@ def test_a_breaker_opens_lets_one_through_and_closes():
     for _ in range(8):
         assert breaker.may_call(0.0)
         breaker.begin(0.0)
-        breaker.failed(0.0)
+        breaker.failed(0.0, "HTTP 500")
     assert not breaker.may_call(0.5)
     assert breaker.may_call(1.0)
     breaker.begin(1.0)
     assert not breaker.may_call(1.0)  # One is being tried.
-    breaker.failed(1.0)
+    breaker.failed(1.0, "HTTP 500")
     assert not breaker.may_call(2.0)  # For twice as long.
     assert breaker.may_call(3.1)
     assert breaker.down_for(3.1) == pytest.approx(3.1)

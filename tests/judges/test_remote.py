@@ -229,6 +229,20 @@ def test_a_server_that_keeps_to_schemas_is_offered_the_letters():
     assert verdict.answer == "Answer: B.", "others' answers are read by their first letter"
 
 
+def test_a_server_that_keeps_to_schemas_is_told_how_many_entries():
+    recall = RecallQuestion("A car.", ("a car", "a cat", "a dog"))
+    rubric = RubricQuestion("A car.", ("It names the car.", "It names its colour."))
+    with JudgeServer(lambda body: Reply("text", "{}")) as server:
+        judge = judge_of(server, retries=0)
+        ask_kinds(judge, recall=[recall], rubric=[rubric])
+        judge.close()
+    lists = {}
+    for body in server.seen:
+        lists |= body["response_format"]["json_schema"]["schema"]["properties"]
+    lengths = {name: (tree["minItems"], tree["maxItems"]) for name, tree in lists.items()}
+    assert lengths == {"units": (3, 3), "criteria": (2, 2)}
+
+
 # ---- attacks --------------------------------------------------------------------------------------------------------
 
 FULL_MARKS = '{"why": "perfect", "clarity": 5, "fluency": 5, "coherency": 5}'
