@@ -10,7 +10,7 @@ import pydantic
 _THOUGHTS = re.compile(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 _FENCED = re.compile(r"\A\s*```\w*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 _STARTS = 64  # places in a text where an object is looked for: more is no answer, and each costs a scan
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)  # Models break lines inside strings, where JSON wants \n.
 
 
 class UnusableAnswer(ValueError):
@@ -47,7 +47,7 @@ def parse_answer(text: str, schema: type[pydantic.BaseModel], check: Callable[[A
 
 def _decode(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 

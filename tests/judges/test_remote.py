@@ -371,6 +371,8 @@ class Pair(pydantic.BaseModel):
         '<think>{"a": 2, "b": false} or not</think>\n{"a": 1, "b": true}',
         'So {"c": 1} it is not, but {"a": 1, "b": true}, I repeat: {"a": 1, "b": true}',
         '{"a": 3, "b": true, "a": 1}',
+        '{"why": "one line\nand\tanother", "a": 1, "b": true}',
+        'It is {"why": "one line\nand another", "a": 1, "b": true}.',
     ],
 )
 def test_answers_that_can_be_read(text):
