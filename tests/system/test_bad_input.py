@@ -236,19 +236,22 @@ def test_read_only_disk(disk, refused, finished):
 
 def test_full_disk(disk, data_dir, finished):
     """A disk with less room than is needed, once for each kind of file that a run writes; then it is made free."""
-    workdir, filler = disk / "run", disk / "filler"
+    workdir, trained, filler = disk / "run", disk / "trained", disk / "filler"
     rewind(finished.workdir, workdir, 8)
-    kinds, stopped_by = ["config.json", "samples", "checkpoints", "model"], []
-    for room in (0, 8_192, 131_072, 409_600):
+    (workdir / "samples" / "eval-rl.jsonl").unlink()  # The first run that resumes would, and use its room.
+    rewind(finished.workdir, trained, 10)  # Only the model is to be written: checkpoints differ in size by half.
+    rooms = {"config.json": 0, "samples": 8_192, "checkpoints": 131_072, "model": 131_072}
+    for kind, room in rooms.items():
+        run, steps = (trained, [2, 4, 6, 8, 10]) if kind == "model" else (workdir, [2, 4, 6, 8])
         filler.unlink(missing_ok=True)
         state = os.statvfs(disk)
         filler.write_bytes(bytes(state.f_bavail * state.f_frsize - room))
-        line = the_one_line(train(workdir, data_dir, expected=2).stderr)
+        line = the_one_line(train(run, data_dir, expected=2).stderr)
         assert "no space left on" in line.lower()
-        stopped_by += [kind for kind in kinds if f"{workdir}/{kind}" in line]
+        assert f"{run}/{kind}" in line
         assert partial_files(disk) == []
-        assert checkpoints(workdir)[:4] == [2, 4, 6, 8]
-    assert stopped_by == kinds
+        assert checkpoints(run) == steps
     filler.unlink()
-    train(workdir, data_dir)
-    assert_same_run(workdir, finished.workdir)
+    for run in (workdir, trained):
+        train(run, data_dir)
+        assert_same_run(run, finished.workdir)
