@@ -114,11 +114,11 @@ def make_http(settings: "ChatSettings", key: str) -> httpx2.AsyncClient:
 def wire_schema(schema: type[pydantic.BaseModel], lengths: bool = True) -> dict[str, Any]:
     """The JSON schema in a narrow form: nothing by reference, every property required.
 
-    All servers take it without `lengths`, the least and the most entries of lists; most take those too.
+    `lengths`: with the least and the most entries of lists, which not every server takes.
     """
     tree = schema.model_json_schema()
     definitions = tree.pop("$defs", {})
-    left_out = ("title", "description", "default") if lengths else ("title", "description", "default", *_LENGTHS)
+    left_out = ("title", "description", "default", *(() if lengths else _LENGTHS))
 
     def narrow(node: Any) -> Any:
         if isinstance(node, list):

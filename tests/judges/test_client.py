@@ -175,7 +175,8 @@ def many(calls: int, concurrency: int, latency: float) -> float:
             usage = client.usage()
             assert usage.calls == calls
             assert sum(usage.failures.values()) == len(hopeless)
-        assert server.most_under_way <= concurrency + 3  # It sees a moment later that the client has given one up.
+        # It sees a moment later that the client has given one up.
+        assert concurrency <= server.most_under_way <= concurrency + 3
         ideal = sum(server.held) / concurrency
         print(f"\n{calls} calls, {server.requests} requests: {seconds:.1f} s, {seconds / ideal:.2f} of the ideal")
         assert sum(tries.values()) == server.requests
@@ -184,7 +185,11 @@ def many(calls: int, concurrency: int, latency: float) -> float:
 
 
 def test_500_calls_of_which_30_percent_are_faulty():
-    many(500, concurrency=16, latency=0.2)
+    """Where a try is disturbed by what else the machine does, another shows it."""
+    tries = [many(500, concurrency=16, latency=0.2)]
+    while tries[-1] >= 1.3 and len(tries) < 3:
+        tries.append(many(500, concurrency=16, latency=0.2))
+    assert tries[-1] < 1.3, tries
 
 
 @pytest.mark.slow
@@ -197,9 +202,9 @@ def test_10000_calls_of_which_30_percent_are_faulty():
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         return psutil.Process().memory_info().rss
 
-    many(500, concurrency=16, latency=0.2)
+    assert many(500, concurrency=16, latency=0.2) < 1.3
     before = held()
-    assert many(10_000, concurrency=16, latency=0.2) < 1.3, "run it on a machine with nothing else to do"
+    assert many(10_000, concurrency=16, latency=0.2) < 1.3
     grown = (held() - before) / 1e6
     print(f"resident memory grew by {grown:.0f} MB")
     assert grown < 30
