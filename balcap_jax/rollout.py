@@ -4,6 +4,7 @@ One compiled program; the loop ends when every branch has ended. `sample` is the
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,8 +57,11 @@ def example_keys(ids: Sequence[str]) -> np.ndarray:
     return np.array([zlib.crc32(name.encode()) for name in ids], np.uint32)
 
 
+@functools.lru_cache(maxsize=16)
 def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
     """The compiled rollout: `rollout(params, prompt, keys [B] uint32, seed uint32, step uint32) -> Rollout`.
+
+    The same program for the same arguments, so that an evaluation that draws as training does is not traced again.
 
     Sample g of an example draws from a key made of (seed, step, example key, g) only, so it is the same on any mesh,
     in any batch and at any batch size.

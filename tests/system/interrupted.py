@@ -4,7 +4,8 @@
 
 WHERE is one of
     log:N         step N is computed, its line in metrics.jsonl is not; the checkpoint before it is whole
-    rename:NAME   a file or directory is whole under its temporary name and is about to be renamed to NAME
+    rename:NAME   a file or directory is whole under its temporary name and is about to be renamed to NAME; the
+                  checkpoints before it are whole
 or several of them, joined by +
 """
 
@@ -19,26 +20,28 @@ from balcap_jax.metrics import MetricsWriter
 
 def interrupt(number: signal.Signals, where: str) -> None:
     kind, _, name = where.partition(":")
+    save, write, writing = Checkpointer.save, MetricsWriter.write, []
+
+    def remember_and_save(self, *arguments, **options):
+        writing.append(self)
+        save(self, *arguments, **options)
 
     def strike() -> None:
+        for checkpointer in writing:
+            checkpointer.wait()
         os.kill(os.getpid(), number)
 
     if kind == "log":
-        save, write, writing = Checkpointer.save, MetricsWriter.write, []
-
-        def remember_and_save(self, *arguments, **options):
-            writing.append(self)
-            save(self, *arguments, **options)
 
         def strike_and_write(self, step, *arguments):
             if step == int(name):
-                for checkpointer in writing:
-                    checkpointer.wait()
                 strike()
             write(self, step, *arguments)
 
         Checkpointer.save, MetricsWriter.write = remember_and_save, strike_and_write
     elif kind == "rename":
+        if not name.isdecimal():  # A checkpoint that is about to get its name must not wait for itself.
+            Checkpointer.save = remember_and_save
 
         def watch(event: str, arguments: tuple) -> None:
             if event == "os.rename" and os.path.basename(os.fsdecode(arguments[1])) == name:

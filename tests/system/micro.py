@@ -44,5 +44,5 @@ def get_config():
     config.checkpoint.keep = 20
     config.log.samples_every = 3
     config.log.eval_images = 4
-    config.log.eval_samples = 2
+    config.log.eval_samples = 3  # as training draws: one rollout for both
     return config

@@ -1,6 +1,7 @@
 """`pipeline.depth` 1: a batch is judged beside the rollout of the next, one update off-policy, and resumes exactly."""
 
 import dataclasses
+import json
 import re
 import signal
 import threading
@@ -42,8 +43,8 @@ from balcap_jax.train import STAGES
 
 # A tenth of the judge's calls fails, and an evaluation at step 4 asks it in between.
 AHEAD = {"stages__order": "rl", "pipeline__depth": 1, "judge__failure_rate": 0.1, "checkpoint__every": 1}
-# As many captions as training draws: one program for both.
-AHEAD |= {"log__eval_samples": 3, "log__tensorboard": False}
+AHEAD |= {"log__tensorboard": False}
+NAMES = ("precision", "recall", "linguistic")
 
 
 def load(**overrides: Any):
@@ -57,8 +58,38 @@ def load(**overrides: Any):
 def whole(tmp_path_factory, data_dir) -> Path:
     """The workdir of an uninterrupted run of 6 steps."""
     workdir = tmp_path_factory.mktemp("overlap") / "whole"
-    train(workdir, data_dir, **AHEAD)
+    assert train(workdir, data_dir, **AHEAD).stderr == ""
     return workdir
+
+
+def captions_of(file) -> list[dict]:
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return [caption for record in records for caption in record["captions"]]
+
+
+def test_a_tenth_of_the_calls_fails_and_the_run_goes_on(whole):
+    rates = {line["step"]: line["judge/failure_rate"] for line in read_metrics(whole)}
+    assert list(rates) == [1, 2, 3, 4, 5, 6]
+    calls = 4 * 3 * len(NAMES)  # of a step, and 216 in all: a standard deviation of 0.02.
+    assert 0.04 < np.mean(list(rates.values())) < 0.16
+    for step in (3, 6):
+        captions = captions_of(whole / "samples" / f"step-{step:06d}.jsonl")
+        missing = [{name for name in NAMES if caption["rewards"][name] is None} for caption in captions]
+        assert sum(map(len, missing)) == round(rates[step] * calls)
+        assert rates[step] * calls == pytest.approx(round(rates[step] * calls), abs=1e-4)
+        assert any(missing)
+        for caption, names in zip(captions, missing, strict=True):
+            assert caption["failures"] == {
+                name: f"simulated failure of the {name} judge (failure_rate 0.1)" for name in names
+            }
+            assert (caption["b_capscore"] is None) == bool(names)
+    evaluations = json.loads((whole / "summary.json").read_text())["evaluations"]
+    for label in ("base", "rl"):
+        captions = captions_of(whole / "samples" / f"eval-{label}.jsonl")
+        incomplete = [caption for caption in captions if None in caption["rewards"].values()]
+        assert evaluations[label]["invalid"] == len(incomplete)
+        kept = [caption["rewards"]["recall"] for caption in captions if caption["rewards"]["recall"] is not None]
+        assert evaluations[label]["recall"]["mean"] == pytest.approx(np.mean(kept))
 
 
 def test_killed_stopped_and_lengthened_equals_uninterrupted(tmp_path, data_dir, whole):

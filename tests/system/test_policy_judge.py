@@ -1,5 +1,7 @@
 """Training whose judge is a model on the same devices."""
 
+import importlib.resources
+
 import jax
 import pytest
 from commands import read_metrics, read_summary, the_one_line, train
@@ -7,14 +9,18 @@ from commands import read_metrics, read_summary, the_one_line, train
 from balcap_jax import config as configuration
 from balcap_jax import models
 from balcap_jax.data import photos
+from balcap_jax.judges import prompts
 
 CORPUS = "yes no Yes No YES NO one two three four five picture caption data marks code fact statement answer "
 
 
 @pytest.fixture(scope="module")
 def judge_directory(tmp_path_factory):
-    """A random LLaVA of toy sizes whose tokenizer knows the words of an answer."""
-    record = photos.Record("a", lambda: None, CORPUS * 20, (CORPUS * 20,))
+    """A random LLaVA of toy sizes whose tokenizer knows the words of an answer and of the questions."""
+    questions = "".join(
+        file.read_text() for file in importlib.resources.files(prompts).iterdir() if file.suffix == ".j2"
+    )
+    record = photos.Record("a", lambda: None, CORPUS * 20, (questions,))
     tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
     sizes = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 16, "mlp": 16, "layers": 2}
     sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}
@@ -29,7 +35,7 @@ def test_training_with_a_judge_on_the_mesh(tmp_path, data_dir, judge_directory):
         "judge__path": judge_directory,
         "judge__scoring": "yes_no",
         "judge__dtype": "float32",
-        "judge__prompt_buckets": "1400",
+        "judge__prompt_buckets": "600",
         "judge__batch_size": 8,
         "stages__order": "rl",
         "stages__rl__steps": 2,

@@ -31,7 +31,18 @@ def half_written(workdir) -> list[str]:
     return [path.name for path in (workdir / "checkpoints").iterdir() if "tmp" in path.name and path.is_dir()]
 
 
-def test_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_dir, finished):
+def stop_at(step, workdir, data_dir, **overrides):
+    """A run that is asked to stop by SIGTERM while it computes `step`."""
+    done = finish(start_interrupted(signal.SIGTERM, f"log:{step}", *arguments(workdir, data_dir, **overrides)), 0)
+    assert done.stdout.splitlines()[-1] == f"SIGTERM: saved after step {step}; the same command goes on from here"
+    assert done.stderr == ""
+    assert checkpoints(workdir)[-1] == step, "the step under way was not saved"
+    assert read_metrics(workdir)[-1]["step"] == step
+    assert not (workdir / "model").exists()
+    return done
+
+
+def test_stopped_and_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_dir, finished):
     """The recipe saves every 2 steps in the background: sft is steps 1 to 4, rl 5 to 10, with an evaluation at 8."""
     workdir = tmp_path / "run"
     kept = {"checkpoint__keep": 2}  # resumable, so that deleting old checkpoints is part of the trial
@@ -40,15 +51,19 @@ def test_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_di
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
     assert checkpoints(workdir) == [2]
 
+    done = stop_at(3, workdir, data_dir, **kept)
+    assert "going on after step 2 of 10 (sft)" in done.stdout
+    assert checkpoints(workdir) == [2, 3]
+
     kill_at("rename:4", workdir, data_dir, **kept)  # in the middle of the checkpoint that ends sft
     assert len(read_metrics(workdir)) == 4
-    assert checkpoints(workdir) == [2], "the half-written checkpoint was taken for a whole one"
+    assert checkpoints(workdir) == [2, 3], "the half-written checkpoint was taken for a whole one"
     assert half_written(workdir), "the save had ended before the kill: nothing was tested"
 
     done = kill_at("rename:eval-sft.jsonl", workdir, data_dir, **kept)  # on the boundary, before it is evaluated
-    assert "going on after step 2 of 10 (sft)" in done.stdout
+    assert "going on after step 3 of 10 (sft)" in done.stdout
     assert not half_written(workdir)
-    assert checkpoints(workdir) == [2, 4]
+    assert checkpoints(workdir) == [3, 4]
     assert not (workdir / "summary.json").exists()
 
     done = kill_at("log:7", workdir, data_dir, **kept)  # in the middle of rl
@@ -56,9 +71,13 @@ def test_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_di
     assert checkpoints(workdir) == [4, 6]
     assert (workdir / "samples" / "step-000006.jsonl").exists()
 
-    done = kill_at("rename:eval-rl-8.jsonl", workdir, data_dir, **kept)  # saved, the evaluation of that step is not
+    done = stop_at(7, workdir, data_dir, **kept)
     assert "going on after step 6 of 10 (rl)" in done.stdout
-    assert checkpoints(workdir) == [4, 6, 8]
+    assert checkpoints(workdir) == [4, 6, 7]
+
+    done = kill_at("rename:eval-rl-8.jsonl", workdir, data_dir, **kept)  # saved, the evaluation of that step is not
+    assert "going on after step 7 of 10 (rl)" in done.stdout
+    assert checkpoints(workdir) == [4, 7, 8]
     assert "rl-8" not in json.loads((workdir / "summary.json").read_text())["evaluations"]
 
     kill_at("rename:eval-rl.jsonl", workdir, data_dir, **kept)  # all steps done, the result is not
@@ -72,6 +91,8 @@ def test_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_path, data_di
     assert_same_run(workdir, finished.workdir)
 
 
+# test_best_checkpoint.py has the same with a chosen point.
+@pytest.mark.slow
 def test_killed_at_no_chosen_point_with_a_kl_term(tmp_path, data_dir):
     """The parameters at the stage's start, which the KL term compares with, come back too; saves are synchronous."""
     overrides = {
@@ -96,21 +117,6 @@ def test_killed_at_no_chosen_point_with_a_kl_term(tmp_path, data_dir):
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
     divergence = [line["kl"] for line in read_metrics(tmp_path / "killed")]
     assert divergence[0] < 1e-6 < divergence[-1], "the KL term never left 0: nothing was tested"
-
-
-def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(tmp_path, data_dir, finished):
-    workdir = tmp_path / "run"
-    for step, stage in ((3, "sft"), (7, "rl")):
-        given = arguments(workdir, data_dir)
-        done = finish(start_interrupted(signal.SIGTERM, f"log:{step}", *given), 0)
-        assert done.stdout.splitlines()[-1] == f"SIGTERM: saved after step {step}; the same command goes on from here"
-        assert done.stderr == ""
-        assert checkpoints(workdir)[-1] == step, "the step under way was not saved"
-        assert read_metrics(workdir)[-1]["step"] == step
-        assert read_metrics(workdir)[-1]["stage"] == stage
-        assert not (workdir / "model").exists()
-    train(workdir, data_dir)
-    assert_same_run(workdir, finished.workdir)
 
 
 def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path, data_dir):
@@ -138,8 +144,6 @@ def test_a_finished_run_that_is_given_more_steps(tmp_path, data_dir, finished):
     """Its result and its model are those of the later step, and what it had done stays."""
     workdir = tmp_path / "run"
     shutil.copytree(finished.workdir, workdir)
-    kill_at("log:12", workdir, data_dir, stages__rl__steps=8)
-    assert not (workdir / "model").exists(), "a model of 10 steps under the name of one of 12"
     done = train(workdir, data_dir, stages__rl__steps=8)
     assert "going on after step 10 of 12 (rl)" in done.stdout
     assert read_metrics(workdir)[:10] == read_metrics(finished.workdir)
@@ -193,6 +197,7 @@ def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path
     assert list(read_summary(whole)["evaluations"]) == ["sft", "rl"]
 
 
+@pytest.mark.slow
 def test_a_stage_without_steps_is_passed_on_resume(tmp_path, data_dir):
     """What the checkpoint before it holds belongs to an earlier stage, which trains other parameters."""
     overrides = {

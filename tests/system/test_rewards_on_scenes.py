@@ -15,9 +15,10 @@ from commands import read_metrics, read_summary, train
 )
 def test_a_run(tmp_path, data_dir, name, weights, objectives):
     overrides = {"rewards__name": name, "rewards__weights": weights, "rewards__length": "two_sided"}
-    steps = {"stages__sft__steps": 2, "stages__rl__steps": 3, "stages__rl__eval_every": 0}
+    steps = {"stages__order": "rl", "stages__rl__steps": 3, "stages__rl__eval_every": 0}
     train(tmp_path / "run", data_dir, **overrides, **steps)
-    logged = [line for line in read_metrics(tmp_path / "run") if line["stage"] == "rl"]
+    logged = read_metrics(tmp_path / "run")
+    assert len(logged) == 3
     for line in logged:
         assert {f"reward/{one}" for one in objectives} <= line.keys()
         assert line["b_capscore"] is None
