@@ -8,6 +8,7 @@ Exit status 1 says that a program does not fit, and names its largest part.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -158,10 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(layouts.describe(config, mesh))
         return
 
+    wanted = ahead.plan(config, mesh)
+    if args.program != "all":  # Those after it are not even traced.
+        wanted = itertools.islice((one for one in wanted if args.program in one.name.split()), 1)
     found, too_large = [], []
-    for planned in ahead.plan(config, mesh):
-        if args.program not in ("all", *planned.name.split()):
-            continue
+    for planned in wanted:
         print(f"compiling {planned.name} ...", flush=True)
         try:
             report = ahead.compile_and_read(planned)

@@ -79,7 +79,7 @@ def test_the_training_in_it_ran_to_its_end(executed):
     assert probe["steps"] == list(range(1, 3 * 150 + 24 + 1))
     assert set(probe["summary"]["evaluations"]) == set(probe["summary"]["greedy"]) == {"sft", "rl"}
     for evaluation in probe["summary"]["evaluations"].values():
-        assert (evaluation["images"], evaluation["n"], evaluation["invalid"]) == (8, 16, 0)
+        assert (evaluation["images"], evaluation["n"], evaluation["invalid"]) == (8, 48, 0)
         assert 0 <= evaluation["b_capscore"]["mean"] <= 100
     first, last = sum(probe["loss"][:5]) / 5, sum(probe["loss"][-5:]) / 5
     assert last < 0.8 * first  # the decoder learns even here

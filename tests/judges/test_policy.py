@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib.resources
 import json
 
 import jax
@@ -12,6 +13,7 @@ from balcap_jax import config as configuration
 from balcap_jax import judges, models
 from balcap_jax.data import photos
 from balcap_jax.errors import UserError
+from balcap_jax.judges import prompts
 from balcap_jax.judges.policy import MARKS, YES_NO, Model, PolicyClient, Question, YesNoJudge, build_judge
 from balcap_jax.judges.prompts import render
 from balcap_jax.judges.remote import RemoteJudge
@@ -27,6 +29,9 @@ from balcap_jax.judges.statements import statements_of
 
 # What the judges of these tests know of language.
 CORPUS = "yes no Yes No YES NO one two three four five A B C D E F G H I picture caption data marks code fact answer "
+QUESTIONS = "".join(
+    file.read_text() for file in importlib.resources.files(prompts).iterdir() if file.name.endswith(".j2")
+)
 SIZES = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 16, "mlp": 16, "layers": 2}
 SIZES |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "dtype": "float32", "prompt_tokens": 64}
 FAMILIES = {
@@ -42,14 +47,14 @@ FAMILIES = {
         "qkv_bias": True,
     },
 }
-BUCKETS = (700, 1400)
+BUCKETS = (400, 800)
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
     """A random model of each family, with a tokenizer that knows the words of an answer."""
-    record = photos.Record("a", lambda: None, CORPUS * 20, (CORPUS * 20,))
+    record = photos.Record("a", lambda: None, CORPUS * 20, (QUESTIONS,))
     tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
     fields = configuration.default_config().model.to_dict() | SIZES | FAMILIES[request.param]
     policy, processor = models.build(fields, tokenizer)

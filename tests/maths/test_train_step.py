@@ -210,7 +210,7 @@ def test_loss_and_gradient_equal_the_slow_version(changes):
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_add_up_to_the_whole(parts):
     whole, metrics = rl_step(objective=OBJECTIVE)(new_state(), make_batch())
     cut, cut_metrics = rl_step(objective=OBJECTIVE, micro_batches=parts)(new_state(), make_batch())
@@ -261,28 +261,34 @@ def test_a_projector_in_training_sees_the_images_again():
     assert largest_error(gradient_of(state), want) < 1e-5
 
 
-def test_kl_to_the_reference():
-    objective = dataclasses.replace(OBJECTIVE, kl_coef=0.4)
-    step, params, batch = rl_step(objective=objective), make_params(POLICY), make_batch()
+KL = dataclasses.replace(OBJECTIVE, kl_coef=0.4)
 
-    # At the reference itself the term and its gradient are 0, in code that is optimised: at the level of these tests
-    # the two equal forward passes are rounded differently.
+
+# Better machine code takes ten times as long to compile; the runs of system/ see a divergence below 1e-6 there.
+@pytest.mark.slow
+def test_kl_at_the_reference_is_zero():
+    """So is its gradient, in code that is optimised: at the level of these tests two equal passes round differently."""
+    params, batch = make_params(POLICY), make_batch()
+
     def optimised(step, *inputs):
-        options = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-        return step.lower(*inputs).compile(options)(*inputs)
+        return step.lower(*inputs).compile({"xla_backend_optimization_level": 3})(*inputs)
 
-    state, metrics = optimised(step, new_state(), batch, params)
+    state, metrics = optimised(rl_step(objective=KL), new_state(), batch, params)
     without, plain_metrics = optimised(rl_step(objective=OBJECTIVE), new_state(), batch)
     assert finalise(metrics)["kl"] == 0
     np.testing.assert_allclose(finalise(metrics)["loss"], finalise(plain_metrics)["loss"], rtol=1e-6)
     assert largest_error(gradient_of(state), gradient_of(without)) < 1e-6
 
-    # Away from it, both are those of k3 by hand.
+
+def test_kl_away_from_the_reference_is_k3_by_hand():
+    params, batch = make_params(POLICY), make_batch()
+    state, metrics = rl_step(objective=KL)(new_state(), batch, params)
+    assert finalise(metrics)["kl"] < 1e-10  # at the reference, and but for rounding
     moved = jax.tree.map(jnp.array, state.params)
-    state, metrics = step(new_state(params=state.params), batch, params)
+    state, metrics = rl_step(objective=KL)(new_state(params=state.params), batch, params)
     log_probs, _ = plain()(moved, jnp.zeros((B, G, R)))
     reference, _ = plain()(params, jnp.zeros((B, G, R)))
-    expected = by_hand(objective, batch, log_probs, reference)
+    expected = by_hand(KL, batch, log_probs, reference)
     _, gradient = plain()(moved, jnp.asarray(expected.slope, jnp.float32))
     taking_part = np.asarray(batch.mask) & expected.scored[..., None]
     assert finalise(metrics)["kl"] > 1e-4

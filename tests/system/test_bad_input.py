@@ -62,6 +62,7 @@ def partial_files(folder: Path) -> list[str]:
         ({"advantage__estimator": "c_gpdo"}, "did you mean 'c_gdpo'?"),
         ({"stages__rl__steps": 10**18}, "'stages.rl.steps' must be in [0, 100000000], got 1000000000000000000"),
         ({"data__prompt": "Beschreibe \udcff"}, "'data.prompt' must be Unicode text"),
+        ({"checkpoint__best_metric": "bleu"}, "'checkpoint.best_metric' must be one of"),
         ({"stages__rl__freeze": "^visoin/"}, "'stages.rl.freeze' ('^visoin/') matches no parameter; their paths begin"),
     ],
 )

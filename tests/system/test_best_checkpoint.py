@@ -11,7 +11,6 @@ from commands import (
     read_arrays,
     read_metrics,
     start_interrupted,
-    the_one_line,
     train,
 )
 
@@ -47,11 +46,3 @@ def test_the_best_checkpoint_stays_through_a_kill(tmp_path, data_dir):
     assert divergence[0] < 1e-6 < divergence[-1], "the KL term never left 0: nothing was tested"
     other = read_arrays(killed / "best" / "params")
     assert all(other[name].tobytes() == array.tobytes() for name, array in model.items())
-
-
-def test_an_unknown_metric_is_one_line_and_takes_no_workdir(tmp_path, data_dir):
-    done = train(tmp_path / "run", data_dir, expected=2, **BEST | {"checkpoint__best_metric": "bleu"})
-    line = the_one_line(done.stderr)
-    assert "'checkpoint.best_metric' must be one of" in line
-    assert "'bleu'" in line
-    assert not (tmp_path / "run" / "config.json").exists()

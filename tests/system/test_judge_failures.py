@@ -176,7 +176,7 @@ def test_gradient_is_that_of_the_others_and_of_the_other_objectives():
 @pytest.mark.parametrize(
     ("estimator", "weights", "missing", "normaliser"),
     [
-        ("grpo", OBJECTIVE.weights, [0], "sequence"),
+        pytest.param("grpo", OBJECTIVE.weights, [0], "sequence", marks=pytest.mark.slow),
         pytest.param("rloo", OBJECTIVE.weights, [0], "token", marks=pytest.mark.slow),
         ("c_gdpo", (1.0, 0.0, 2.0), [0, 2], "sequence"),  # What is left of it has no weight.
     ],

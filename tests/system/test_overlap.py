@@ -92,20 +92,27 @@ def test_a_tenth_of_the_calls_fails_and_the_run_goes_on(whole):
         assert evaluations[label]["recall"]["mean"] == pytest.approx(np.mean(kept))
 
 
-def test_killed_stopped_and_lengthened_equals_uninterrupted(tmp_path, data_dir, whole):
-    """Each time a batch is in flight: at the end of a shorter run, in the middle, and when it is asked to stop."""
+@pytest.mark.slow
+def test_lengthened_equals_uninterrupted(tmp_path, data_dir, whole):
+    """A batch is in flight at the end of the shorter run too."""
+    train(tmp_path / "run", data_dir, **AHEAD | {"stages__rl__steps": 2})
+    done = train(tmp_path / "run", data_dir, **AHEAD)
+    assert "going on after step 2 of 6 (rl)" in done.stdout
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_killed_and_stopped_equals_uninterrupted(tmp_path, data_dir, whole):
+    """A batch is in flight each time."""
     given = AHEAD | {"checkpoint__every": 2}
 
-    def interrupt(number: signal.Signals, where: str, **overrides: Any) -> str:
+    def interrupt(number: signal.Signals, where: str) -> str:
         status = 0 if number == signal.SIGTERM else -number
-        command = arguments(tmp_path / "run", data_dir, **(given | overrides))
+        command = arguments(tmp_path / "run", data_dir, **given)
         done = finish(start_interrupted(number, where, *command), status)
         assert done.stderr == ""
         return done.stdout
 
-    interrupt(signal.SIGKILL, "rename:model", stages__rl__steps=2)
-    assert checkpoints(tmp_path / "run") == [2]
-    assert "going on after step 2 of 6 (rl)" in interrupt(signal.SIGKILL, "log:4")
+    interrupt(signal.SIGKILL, "log:4")
     assert checkpoints(tmp_path / "run") == [2]
     assert "SIGTERM: saved after step 3; the same" in interrupt(signal.SIGTERM, "log:3")
     assert checkpoints(tmp_path / "run") == [2, 3]

@@ -9,7 +9,7 @@ from commands import read_metrics, read_summary, train
 @pytest.mark.parametrize(
     ("name", "weights", "objectives"),
     [
-        ("caprl", "1,0.2", ("accuracy", "length")),
+        pytest.param("caprl", "1,0.2", ("accuracy", "length"), marks=pytest.mark.slow),
         ("feedquill", "1,1,0.2", ("verified_fraction", "verified_count", "length")),
     ],
 )
