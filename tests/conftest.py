@@ -16,12 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 # Most of the time of these tests is compilation of programs that then run for milliseconds: machine code that is less
-# optimised is made in two thirds of it, and XLA's older emitter of fused loops takes half of what the newer one does.
-# XLA's own passes over a program stay as users have them. A flag that a jaxlib does not know ends the process: those
-# of jax 0.12 have the newer emitter alone.
+# optimised is made in two thirds of it, XLA's older emitter of fused loops takes half of what the newer one does, and a
+# program that is not cut into parts for several threads is compiled by a quarter less work. XLA's own passes over a
+# program stay as users have them. A flag that a jaxlib does not know ends the process: those of jax 0.12 have the newer
+# emitter alone.
 _flags = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
+    _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")]).strip()
 
 # A shell's background job starts with SIGINT ignored, and commands inherit that: the tests of Ctrl-C need it back.

@@ -112,24 +112,25 @@ def assert_says_why_it_stopped(errors: str) -> None:
 
 
 def test_two_processes_one_of_which_is_killed_equal_one_process_with_as_many_devices(tmp_path, data_dir):
-    """Two processes with two devices each and one with four; the relaunch goes on in the middle of rl."""
-    train(tmp_path / "one", data_dir, 1, 4)
-    given = arguments(tmp_path / "two", data_dir, **STEPS)
-    errors, seconds = seconds_to_stop(start(given, 2, 2, process_1="SIGKILL log:9"), 1)
+    """Two processes with two devices each and one with four; the slow tests have sft before rl."""
+    only_rl = STEPS | {"stages__order": "rl"}
+    train(tmp_path / "one", data_dir, 1, 4, **only_rl)
+    given = arguments(tmp_path / "two", data_dir, **only_rl)
+    errors, seconds = seconds_to_stop(start(given, 2, 2, process_1="SIGKILL log:4"), 1)
     assert seconds < 60
     assert_says_why_it_stopped(errors[0])
-    assert checkpoints(tmp_path / "two")[-1] == 8
+    assert checkpoints(tmp_path / "two")[-1] == 2
 
-    outputs = train(tmp_path / "two", data_dir, 2, 2)
+    outputs = train(tmp_path / "two", data_dir, 2, 2, **only_rl)
     for index, output in enumerate(outputs):
         assert f"process {index} of 2 on {socket.gethostname()}: 2 local of 4 devices, cpu" in output
-    assert "going on after step 8 of 10 (rl)" in outputs[0]
-    assert "rl 10/10" in outputs[0]
-    assert "/10" not in outputs[1], "process 0 alone shows progress"
-    assert len(read_metrics(tmp_path / "two")) == 10
+    assert "going on after step 2 of 5 (rl)" in outputs[0]
+    assert "rl 5/5" in outputs[0]
+    assert "/5" not in outputs[1], "process 0 alone shows progress"
+    assert len(read_metrics(tmp_path / "two")) == 5
     assert_close_run(tmp_path / "two", tmp_path / "one")
     for kind, evaluations in read_summary(tmp_path / "two").items():
-        assert list(evaluations) == ["sft", "rl"]
+        assert list(evaluations) == ["base", "rl"]
         assert evaluations == read_summary(tmp_path / "one")[kind]
 
 
