@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from balcap_jax import distributed, json_text
-from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of
+from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of, remove_unfinished
 from balcap_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class Checkpointer:
         drop_stragglers()
         if distributed.is_first():
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)  # Half a step is of no use, and may fill the disk.
+                remove_unfinished(path)  # Half a step is of no use, and may fill the disk.
         latest = max(self._steps_seen(), default=None)  # The others need not have failed.
         go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
         return UserError(

@@ -1,11 +1,14 @@
-"""What Orbax and TensorStore say when a disk fails: the reason in a few words, and nothing beside it."""
+"""What Orbax and TensorStore say and leave when a disk fails: the reason in a few words, and nothing beside it."""
 
 import logging
 import os
 import re
+import shutil
 import sys
+import time
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 
@@ -56,3 +59,17 @@ def drop_stragglers() -> None:
 
     hook.drops_stragglers = True
     sys.unraisablehook = hook
+
+
+def remove_unfinished(directory: Path, quiet: float = 0.1, patience: float = 5.0) -> None:
+    """Deletes a directory that a failed save has left behind.
+
+    TensorStore's other writes go on after the first one has failed, and make their directories anew: it is deleted
+    until it has stayed away for `quiet` seconds, or `patience` seconds are over.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(quiet)
+        if not directory.exists() or time.monotonic() > deadline:
+            return

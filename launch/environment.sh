@@ -87,7 +87,7 @@ prepare_environment() {
   echo "installing the project and its dependencies into .venv (first run only, a minute or two) ..."
   local target="$ROOT"
   [[ "$extra" == base ]] || target="${ROOT}[$extra]"
-  # --no-compile: pip would make byte code of all that it installs, of which a thirtieth is ever imported, in half of the
+  # --no-compile: pip would make byte code of all that it installs, of which a tenth is ever imported, in half of the
   # time of the whole installation.
   if ! "$VENV_PYTHON" -m pip install -qq --disable-pip-version-check --no-compile --editable "$target"; then
     # pip ended in good order, so what it did install is whole: keep it, and only try again next time.

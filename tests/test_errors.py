@@ -1,9 +1,12 @@
 """How commands end: on Ctrl-C before and after they begin, and on JSON that others wrote."""
 
+import contextlib
 import json
 import logging
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,26 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
     with pytest.raises(IsADirectoryError):
         json_text.replace_file(tmp_path / "a", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_directory_that_is_still_written_to_is_removed_for_good(tmp_path):
+    """As by TensorStore, whose other writes go on after the first one has failed."""
+    folder, started, end = tmp_path / "aside", threading.Event(), time.monotonic() + 0.5
+
+    def write() -> None:
+        written = 0
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):  # It is deleted meanwhile.
+                (folder / "array").mkdir(parents=True, exist_ok=True)
+                (folder / "array" / str(written)).write_text("x")
+            written += 1
+            started.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    started.wait()
+    disk_errors.remove_unfinished(folder)
+    assert time.monotonic() > end
+    assert not folder.exists()
+    writer.join()
+    disk_errors.remove_unfinished(folder)  # There need not be one.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from balcap_jax import json_text, sharding
-from balcap_jax.disk_errors import reason_of
+from balcap_jax.disk_errors import reason_of, remove_unfinished
 from balcap_jax.errors import UserError
 from balcap_jax.models import arrays, hf, llava, qwen2_5_vl, safetensors_files
 from balcap_jax.models import fields as model_fields
@@ -91,7 +91,7 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_unfinished(aside)
         # On a full disk tokenizers raises a bare Exception, and TensorStore a ValueError.
         if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
             raise
