@@ -61,8 +61,8 @@ def drop_stragglers() -> None:
     sys.unraisablehook = hook
 
 
-def remove_unfinished(directory: Path, quiet: float = 0.1, patience: float = 5.0) -> None:
-    """Deletes a directory that a failed save has left behind.
+def remove_unfinished(directory: Path, quiet: float = 0.1, patience: float = 3.0) -> None:
+    """Deletes a directory that a failed save has left behind, as far as the disk lets it.
 
     TensorStore's other writes go on after the first one has failed, and make their directories anew: it is deleted
     until it has stayed away for `quiet` seconds, or `patience` seconds are over.

@@ -20,10 +20,7 @@ def exit_on_user_error(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        if not gc.get_freeze_count():
-            # What the imports made stays to the end. Walking it in each collection is a tenth of the time that a
-            # small run takes to trace its programs.
-            gc.freeze()
+        _freeze_once()
         if signal.getsignal(signal.SIGINT) is _end_now:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if hasattr(sys.stdout, "reconfigure"):
@@ -42,6 +39,15 @@ def exit_on_user_error(main: Callable) -> Callable:
             sys.exit(1)
 
     return wrapped
+
+
+@functools.cache
+def _freeze_once() -> None:
+    """Takes what the imports have made out of garbage collection for good.
+
+    It stays to the end anyway, and to walk it each time is a tenth of what a small run takes to trace its programs.
+    """
+    gc.freeze()
 
 
 def end_quietly_while_importing() -> None:

@@ -61,7 +61,8 @@ def example_keys(ids: Sequence[str]) -> np.ndarray:
 def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
     """The compiled rollout: `rollout(params, prompt, keys [B] uint32, seed uint32, step uint32) -> Rollout`.
 
-    The same program for the same arguments, so that an evaluation that draws as training does is not traced again.
+    The same program for the same arguments, so that an evaluation that draws as training does is not traced again. The
+    last 16 are kept, with what they have compiled when they are called, and without parameters.
 
     Sample g of an example draws from a key made of (seed, step, example key, g) only, so it is the same on any mesh,
     in any batch and at any batch size.

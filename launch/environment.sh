@@ -10,7 +10,8 @@
 #   installed-{base,dev}  written after success: what was installed. While it still fits, pip is not called, so that a
 #                         second run starts at once and needs no network.
 
-# Byte code is written once and read at each start, also where the caller's environment is a container's that forbids it.
+# Byte code is written at the first import and read at each start. Containers often forbid it (PYTHONDONTWRITEBYTECODE),
+# and pip is told below not to make it: every start would compile thousands of modules again.
 export PYTHONDONTWRITEBYTECODE=
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"

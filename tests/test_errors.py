@@ -1,12 +1,9 @@
 """How commands end: on Ctrl-C before and after they begin, and on JSON that others wrote."""
 
-import contextlib
 import json
 import logging
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -112,24 +109,18 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_directory_that_is_still_written_to_is_removed_for_good(tmp_path):
+@pytest.mark.parametrize(("writes", "patience", "stays"), [(0, 60, False), (3, 60, False), (10**6, 0, True)])
+def test_a_directory_that_is_still_written_to_is_removed_for_good(tmp_path, monkeypatch, writes, patience, stays):
     """As by TensorStore, whose other writes go on after the first one has failed."""
-    folder, started, end = tmp_path / "aside", threading.Event(), time.monotonic() + 0.5
+    folder, calls = tmp_path / "aside", []
 
-    def write() -> None:
-        written = 0
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):  # It is deleted meanwhile.
-                (folder / "array").mkdir(parents=True, exist_ok=True)
-                (folder / "array" / str(written)).write_text("x")
-            written += 1
-            started.set()
+    def sleep(seconds: float) -> None:
+        calls.append(seconds)
+        if len(calls) <= writes:
+            (folder / "array").mkdir(parents=True)
+            (folder / "array" / "0").write_text("x")
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    started.wait()
-    disk_errors.remove_unfinished(folder)
-    assert time.monotonic() > end
-    assert not folder.exists()
-    writer.join()
-    disk_errors.remove_unfinished(folder)  # There need not be one.
+    monkeypatch.setattr(disk_errors.time, "sleep", sleep)
+    disk_errors.remove_unfinished(folder, patience=patience)
+    assert folder.exists() == stays
+    assert len(calls) == (1 if stays else writes + 1)

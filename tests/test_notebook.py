@@ -44,8 +44,7 @@ def executed(tmp_path_factory):
         "IPYTHONDIR": str(folder / "ipython"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         # Hundreds of steps: better code than conftest.py asks for pays for its compilation.
-        "XLA_FLAGS": os.environ["XLA_FLAGS"]
-        + " --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1"),
     }
     client = NotebookClient(notebook, km=kernel, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)

@@ -78,7 +78,7 @@ def test_a_fault_that_stays_is_a_failure_with_its_reason(fault):
     behave, reason = FAULTS[fault]
     # Short where the time is what runs out; elsewhere a busy machine must not look like a server that hangs.
     timeout, deadline = (0.3, 2.0) if fault in ("hang", "drip") else (10.0, 30.0)
-    if fault.startswith("429"):  # A server that asks for patience is asked again until the deadline, and not twice.
+    if fault.startswith("429"):  # No retry is used up by it: the deadline alone ends it.
         deadline = 4.0
     answer, server = one_answer(behave, retries=1, attempt_timeout=timeout, deadline=deadline)
     assert isinstance(answer, Failure)

@@ -230,7 +230,7 @@ def run_on(name: str) -> Run:
     )  # fmt: skip
 
 
-# Half a minute of compilation each; the last mesh has all of their axes.
+# A quarter of a minute of compilation each; the last mesh has all of their axes.
 SLOW_MESHES = ("data 8", "fsdp 4, tensor 2", "fsdp 2, tensor 4")
 
 

@@ -249,5 +249,6 @@ def test_full_disk(disk, data_dir, finished):
         assert partial_files(disk) == []
         assert checkpoints(run) == steps
     filler.unlink()
-    train(workdir, data_dir)
-    assert_same_run(workdir, finished.workdir)
+    for run in (workdir, trained):
+        train(run, data_dir)
+        assert_same_run(run, finished.workdir)

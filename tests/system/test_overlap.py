@@ -67,6 +67,12 @@ def captions_of(file) -> list[dict]:
     return [caption for record in records for caption in record["captions"]]
 
 
+@pytest.mark.slow
+def test_a_tenth_of_the_calls_fails_at_depth_0(tmp_path, data_dir):
+    assert train(tmp_path, data_dir, **AHEAD | {"pipeline__depth": 0}).stderr == ""
+    test_a_tenth_of_the_calls_fails_and_the_run_goes_on(tmp_path)
+
+
 def test_a_tenth_of_the_calls_fails_and_the_run_goes_on(whole):
     rates = {line["step"]: line["judge/failure_rate"] for line in read_metrics(whole)}
     assert list(rates) == [1, 2, 3, 4, 5, 6]

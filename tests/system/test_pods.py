@@ -63,8 +63,6 @@ class Pod:
             time.sleep(0.05)
 
 
-# tests/test_pod_scripts.py has every script with a trainer that only pretends.
-@pytest.mark.slow
 def test_created_run_killed_by_a_preemption_and_resumed_equals_uninterrupted(tmp_path, data_dir, finished):
     pod = Pod(tmp_path, data_dir, "v4-8", queue="no")
     pod.cloud.comes_to("capacity", "capacity")

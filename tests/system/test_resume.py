@@ -135,6 +135,8 @@ def test_a_finished_run_that_is_given_more_steps(tmp_path, data_dir, finished):
     """Its result and its model are those of the later step, and what it had done stays."""
     workdir = tmp_path / "run"
     shutil.copytree(finished.workdir, workdir)
+    kill_at("log:12", workdir, data_dir, stages__rl__steps=8)
+    assert not (workdir / "model").exists(), "a model of 10 steps under the name of one of 12"
     done = train(workdir, data_dir, stages__rl__steps=8)
     assert "going on after step 10 of 12 (rl)" in done.stdout
     assert read_metrics(workdir)[:10] == read_metrics(finished.workdir)
@@ -163,7 +165,7 @@ def test_a_finished_run_whose_files_were_deleted_or_damaged(tmp_path, data_dir, 
     assert not (workdir / "samples" / "eval-rl.jsonl").exists()
 
 
-# test_families.py has the same of the other family, killed in other stages.
+# test_families.py resumes the other family after other stages.
 @pytest.mark.slow
 def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path, data_dir):
     stages = {
@@ -188,6 +190,7 @@ def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path
     assert list(read_summary(whole)["evaluations"]) == ["sft", "rl"]
 
 
+# A corner: no recipe has such a stage.
 @pytest.mark.slow
 def test_a_stage_without_steps_is_passed_on_resume(tmp_path, data_dir):
     """What the checkpoint before it holds belongs to an earlier stage, which trains other parameters."""
