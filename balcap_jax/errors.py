@@ -45,7 +45,7 @@ def exit_on_user_error(main: Callable) -> Callable:
 def _freeze_once() -> None:
     """Takes what the imports have made out of garbage collection for good.
 
-    It stays to the end anyway, and to walk it each time is a tenth of what a small run takes to trace its programs.
+    It stays to the end anyway, and to walk it each time is a tenth of the CPU time of a run of a few steps.
     """
     gc.freeze()
 

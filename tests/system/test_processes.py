@@ -126,8 +126,7 @@ def test_two_processes_one_of_which_is_killed_equal_one_process_with_as_many_dev
         assert f"process {index} of 2 on {socket.gethostname()}: 2 local of 4 devices, cpu" in output
     assert "going on after step 2 of 5 (rl)" in outputs[0]
     assert "rl 5/5" in outputs[0]
-    assert "rl 1/5" not in outputs[1], "process 0 alone shows progress"
-    assert "rl 5/5" not in outputs[1]
+    assert "/5  " not in outputs[1], "process 0 alone shows progress"
     assert len(read_metrics(tmp_path / "two")) == 5
     assert_close_run(tmp_path / "two", tmp_path / "one")
     for kind, evaluations in read_summary(tmp_path / "two").items():

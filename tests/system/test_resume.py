@@ -38,6 +38,7 @@ def stop_at(step, workdir, data_dir, **overrides):
     assert done.stderr == ""
     assert checkpoints(workdir)[-1] == step, "the step under way was not saved"
     assert read_metrics(workdir)[-1]["step"] == step
+    assert read_metrics(workdir)[-1]["stage"] == ("sft" if step <= 4 else "rl")
     assert not (workdir / "model").exists()
     return done
 
@@ -79,6 +80,21 @@ def test_stopped_and_killed_at_every_turn_and_resumed_equals_uninterrupted(tmp_p
     assert done.stderr == ""
     assert checkpoints(workdir) == [4, 8, 10]  # the two newest and the end of sft
     assert not half_written(workdir)
+    assert_same_run(workdir, finished.workdir)
+
+
+# The test above is asked to stop there.
+@pytest.mark.slow
+def test_killed_in_the_middle_of_each_stage_and_resumed_equals_uninterrupted(tmp_path, data_dir, finished):
+    workdir, kept = tmp_path / "run", {"checkpoint__keep": 2}
+    kill_at("log:3", workdir, data_dir, **kept)
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+    assert checkpoints(workdir) == [2]
+    done = kill_at("log:7", workdir, data_dir, **kept)
+    assert "going on after step 2 of 10 (sft)" in done.stdout
+    assert checkpoints(workdir) == [4, 6]
+    done = train(workdir, data_dir, **kept)
+    assert "going on after step 6 of 10 (rl)" in done.stdout
     assert_same_run(workdir, finished.workdir)
 
 
