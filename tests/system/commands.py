@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from forked import Forked
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("micro.py")
@@ -27,34 +28,38 @@ def arguments(workdir: Path | str, data_dir: Path, **overrides: Any) -> list[str
     return given + [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
 
 
-def start(module: str, *given: str, cwd: Path | None = None) -> subprocess.Popen:
+def start(module: str, *given: str, cwd: Path | None = None) -> Forked:
     """`python -m module arguments`, in a process that sees one device, as on a user's machine."""
-    return _start(["-m", module, *given], cwd)
+    return Forked(["-m", module, *given], cwd or ROOT, _environment())
 
 
-def start_interrupted(number: signal.Signals, where: str, *given: str) -> subprocess.Popen:
-    """Training that receives a signal at a point of `interrupted.py`."""
-    return start_script("interrupted.py", number.name, where, *given)
-
-
-def start_script(name: str, *given: str) -> subprocess.Popen:
-    """A script of this folder."""
-    return _start([str(Path(__file__).with_name(name)), *given], None)
-
-
-def _start(command: list[str], cwd: Path | None) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def start_afresh(module: str, *given: str, cwd: Path | None = None) -> subprocess.Popen:
+    """The same by an interpreter of its own, as a user starts it."""
     return subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, "-m", module, *given],
         cwd=cwd or ROOT,
-        env=environment,
+        env=_environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def finish(process: subprocess.Popen, expected: int = 0) -> subprocess.CompletedProcess:
+def start_interrupted(number: signal.Signals, where: str, *given: str) -> Forked:
+    """Training that receives a signal at a point of `interrupted.py`."""
+    return start_script("interrupted.py", number.name, where, *given)
+
+
+def start_script(name: str, *given: str) -> Forked:
+    """A script of this folder."""
+    return Forked([str(Path(__file__).with_name(name)), *given], ROOT, _environment())
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def finish(process: Forked | subprocess.Popen, expected: int = 0) -> subprocess.CompletedProcess:
     """Waits for the end, which must have the exit status `expected`."""
     try:
         output, errors = process.communicate(timeout=TIMEOUT)
@@ -64,9 +69,9 @@ def finish(process: subprocess.Popen, expected: int = 0) -> subprocess.Completed
     return subprocess.CompletedProcess(process.args, process.returncode, output, _SLOW_COMPILATION.sub("", errors))
 
 
-def train(workdir: Path | str, data_dir: Path, *, cwd: Path | None = None, expected: int = 0, **overrides: Any):
+def train(workdir: Path | str, data_dir: Path, *, expected: int = 0, **overrides: Any):
     """A whole training command."""
-    return finish(start("balcap_jax.train", *arguments(workdir, data_dir, **overrides), cwd=cwd), expected)
+    return finish(start("balcap_jax.train", *arguments(workdir, data_dir, **overrides)), expected)
 
 
 def the_one_line(errors: str) -> str:

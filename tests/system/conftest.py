@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import RECIPE, train
+from commands import RECIPE, arguments, finish, start_afresh
 from filelock import FileLock
 
 from balcap_jax import config, data
@@ -43,11 +43,14 @@ def data_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data_dir) -> FinishedRun:
-    """An uninterrupted run: started elsewhere, in a relative workdir whose path holds spaces."""
+    """An uninterrupted run: started elsewhere, in a relative workdir whose path holds spaces.
+
+    Its process is a user's own, so that the forked ones which must equal it are proved to be like one.
+    """
     workdir = Path("my runs") / "the first run"
 
     def make(folder: Path) -> None:
-        done = train(str(workdir), data_dir, cwd=folder)
+        done = finish(start_afresh("balcap_jax.train", *arguments(workdir, data_dir), cwd=folder))
         (folder / "output").write_text(done.stdout)
         (folder / "errors").write_text(done.stderr)
 
