@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -79,4 +80,5 @@ def _run(args: list[str], cwd: str, env: dict[str, str], output: str) -> None:
             sys.path[0] = str(Path(args[0]).parent)
             runpy.run_path(args[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # A forked process of multiprocessing ends without them.
+        threading._shutdown()
+        atexit._run_exitfuncs()  # Without this a process of multiprocessing ends without them.

@@ -28,31 +28,41 @@ def arguments(workdir: Path | str, data_dir: Path, **overrides: Any) -> list[str
     return given + [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
 
 
-def start(module: str, *given: str, cwd: Path | None = None) -> Forked:
+def start(module: str, *given: str, cwd: Path | None = None) -> Forked | subprocess.Popen:
     """`python -m module arguments`, in a process that sees one device, as on a user's machine."""
-    return Forked(["-m", module, *given], cwd or ROOT, _environment())
+    return _start(["-m", module, *given], cwd)
 
 
 def start_afresh(module: str, *given: str, cwd: Path | None = None) -> subprocess.Popen:
     """The same by an interpreter of its own, as a user starts it."""
+    return _start_afresh(["-m", module, *given], cwd)
+
+
+def start_interrupted(number: signal.Signals, where: str, *given: str) -> Forked | subprocess.Popen:
+    """Training that receives a signal at a point of `interrupted.py`."""
+    return start_script("interrupted.py", number.name, where, *given)
+
+
+def start_script(name: str, *given: str) -> Forked | subprocess.Popen:
+    """A script of this folder."""
+    return _start([str(Path(__file__).with_name(name)), *given], None)
+
+
+def _start(command: list[str], cwd: Path | None) -> Forked | subprocess.Popen:
+    if sys.platform != "linux":  # A Mac's system libraries do not work in a forked process.
+        return _start_afresh(command, cwd)
+    return Forked(command, cwd or ROOT, _environment())
+
+
+def _start_afresh(command: list[str], cwd: Path | None) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", module, *given],
+        [sys.executable, *command],
         cwd=cwd or ROOT,
         env=_environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def start_interrupted(number: signal.Signals, where: str, *given: str) -> Forked:
-    """Training that receives a signal at a point of `interrupted.py`."""
-    return start_script("interrupted.py", number.name, where, *given)
-
-
-def start_script(name: str, *given: str) -> Forked:
-    """A script of this folder."""
-    return Forked([str(Path(__file__).with_name(name)), *given], ROOT, _environment())
 
 
 def _environment() -> dict[str, str]:
