@@ -123,7 +123,9 @@ def as_json(report: Any, chip: Any) -> dict[str, Any]:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    prepare_environment()
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not {"-h", "--help"} & set(given):
+        prepare_environment()
     import jax
 
     from balcap_jax import ahead, layouts, sharding
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there as well")
-    config, args = configuration.parse_command_line(sys.argv[1:] if argv is None else list(argv), parser)
+    config, args = configuration.parse_command_line(given, parser)
 
     if args.slices < 1:
         raise UserError(f"--slices must be at least 1, got {args.slices}")

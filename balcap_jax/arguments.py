@@ -9,6 +9,8 @@ def place(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it names no file or directory")
     path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"there is no such user: {text[:80]}; a name that begins with ~ is ./~...")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):

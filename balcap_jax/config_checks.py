@@ -1,6 +1,7 @@
 """What the fields of a configuration demand of each other."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -106,6 +107,9 @@ def problems(config: ConfigDict, order: Sequence[str]) -> Iterator[str]:
             "config field 'checkpoint.best_metric' needs stages.rl.eval_every above 0, and rl as the last of "
             f"stages.order, got {config.stages.rl.eval_every} and {config.stages.order!r}"
         )
+    for name, path in (("data.data_dir", config.data.data_dir), ("judge.cache_dir", config.judge.cache_dir)):
+        if os.path.expanduser(path).startswith("~"):
+            yield f"config field '{name}' names the home of a user that does not exist, got {path!r}"
     yield from _data_problems(config, order)
     if config.judge.failure_rate and config.judge.name != "oracle":
         yield f"config field 'judge.failure_rate' is for the oracle judge only, and judge.name is {config.judge.name!r}"

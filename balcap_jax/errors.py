@@ -1,5 +1,8 @@
-"""The one error type that a user is meant to read, and how every command ends on it, on Ctrl-C and on a closed pipe."""
+"""The one error type that a user is meant to read, and how every command ends on it, on Ctrl-C and on a closed pipe.
 
+And on a full disk that stdout is written to."""
+
+import errno
 import functools
 import gc
 import os
@@ -16,7 +19,10 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Wraps a command: a UserError or Ctrl-C becomes one line on stderr, and exit status 2 or INTERRUPTED."""
+    """Wraps a command: a UserError, a full disk or Ctrl-C becomes one line on stderr.
+
+    The exit status is 2, or INTERRUPTED.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -25,20 +31,35 @@ def exit_on_user_error(main: Callable) -> Callable:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # Paths of files need not be UTF-8.
+        if sys.stdout is None:  # Closed by who started the command.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:
-            # The reader has left (`... | head`). Python would complain once more when it flushes stdout at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # The reader has left (`... | head`).
+            _discard_output()
             sys.exit(1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            what = error.filename or "what this command prints"
+            print(f"error: cannot write {what}: {error.strerror}; make room and run it again", file=sys.stderr)
+            _discard_output()
+            sys.exit(2)
 
     return wrapped
+
+
+def _discard_output() -> None:
+    """Python would complain once more when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @functools.cache

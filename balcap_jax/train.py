@@ -166,6 +166,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             lambda params: evaluators["greedy"](params, validation_batches, held_out.EVALUATION_STEP)[0],
         )
         done = checkpointer.latest_step() or 0
+        if total and not done and distributed.from_first(leads and model.exists()):
+            raise UserError(
+                f"{workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move "
+                f"{model} away to train from the start"
+            )
         summary = distributed.from_first(read_summary(workdir) if done and leads else {})
         failures = deque(maxlen=failure_window(config))
         saved: dict[str, Any] = {}

@@ -39,6 +39,10 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
         see_claim(workdir)
         yield
         return
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError as error:  # Orbax would say so at the first checkpoint.
+        raise UserError(f"workdir {workdir} is not UTF-8 text; choose another --workdir") from error
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     lock = _hold(workdir)
     try:
@@ -47,6 +51,8 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
             if path.exists() and not (path.is_dir() if name in DIRECTORIES else path.is_file()):
                 kind = "directory" if name in DIRECTORIES else "regular file"
                 raise UserError(f"{path} is no {kind}; move it away, or choose another --workdir")
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write to {path}; let it be written to, or choose another --workdir")
         refuse_another_run(workdir / "config.json", config)
         token = os.urandom(8).hex()
         os.pwrite(lock, token.encode(), 0)

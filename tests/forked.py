@@ -1,7 +1,9 @@
 """Commands in processes that are forked from one that has imported what a training command imports.
 
 Importing takes a quarter of a small run's time, and the tests start some fifty of them. All else of a process of its
-own is there: environment, working directory, signals, an end of its own, and nothing that another command has computed.
+own is there: environment, working directory, signals, exit functions, and nothing that another command has computed.
+What happens while modules are imported is not seen here: each command is also started by an interpreter of its own
+(`commands.start_afresh`). What is read at import, such as JAX_* and PYTHONHASHSEED, is as it was in the tests' process.
 """
 
 import atexit
@@ -16,6 +18,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["balcap_jax.train"])
 
@@ -29,7 +33,7 @@ class Forked:
     def __init__(self, args: list[str], cwd: Path, env: Mapping[str, str]):
         self.args = args
         self._output = Path(tempfile.mkdtemp(prefix="balcap-test-output-"))
-        self._process = _forks.Process(target=_run, args=(args, str(cwd), dict(env), str(self._output)))
+        self._process = _forks.Process(target=_run, args=(args, str(cwd), dict(env), str(self._output)), daemon=True)
         self._process.start()
 
     @property
@@ -69,6 +73,7 @@ def _run(args: list[str], cwd: str, env: dict[str, str], output: str) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    np.random.seed()  # Nothing may hang on it; with one state for all, no comparison of runs would find out.
     try:
         if args[0] == "-m":
             sys.argv = args[1:]

@@ -51,6 +51,19 @@ def test_paths_that_are_no_text_can_be_printed():
     assert ending(program) == (0, "")
 
 
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_full_disk_that_a_log_is_written_to_is_one_line(flush):
+    program = "from balcap_jax.errors import exit_on_user_error\nsys.stdout = open('/dev/full', 'w')\n"
+    status, errors = ending(program + f"exit_on_user_error(print)('a line', flush={flush})")
+    line = "error: cannot write what this command prints: No space left on device; make room and run it again\n"
+    assert (status, errors) == (2, line)
+
+
+def test_a_closed_stdout_is_no_error():
+    program = "from balcap_jax.errors import exit_on_user_error\nsys.stdout = None\n"
+    assert ending(program + "exit_on_user_error(print)('a line')") == (0, "")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

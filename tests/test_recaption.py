@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from judges.misbehaving import JudgeServer, Reply, kind_of, text_of, well_behaved
 from PIL import Image
-from system.commands import finish, start
+from system.commands import finish, start, start_afresh
 
 from balcap_jax import config as configuration
 from balcap_jax import data, recaption
@@ -242,7 +242,7 @@ def test_killed_at_any_point_nothing_is_asked_twice_and_no_line_is_lost(photos, 
         before = server.requests
         assert 5 < before < 8
         process = None
-        finish(start("balcap_jax.recaption", *given))
+        finish(start_afresh("balcap_jax.recaption", *given))
         texts = [json.dumps(body["messages"]) for body in server.seen]
         assert len(texts) - len(set(texts)) <= 1, "only the one under way may come twice"
         whole = tmp_path / "whole.jsonl"

@@ -37,6 +37,15 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"is not UTF-8 text; choose another --workdir"),
+        claim(tmp_path / "a\udcff", None),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_not_ours_stays(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

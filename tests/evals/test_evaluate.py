@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, kind_of, right_answer, text_of, well_behaved
 from PIL import Image
-from system.commands import finish, start
+from system.commands import finish, start, start_afresh
 
 from balcap_jax import caption, evaluate, models
 from balcap_jax import config as configuration
@@ -151,7 +151,7 @@ def test_killed_at_any_point_nothing_is_judged_twice_and_the_result_is_the_same(
         assert 9 < before < 13
         assert 0 < len(lines_of(tmp_path / "killed")) < 20
         process = None
-        finish(start("balcap_jax.evaluate", *given, *judge, f"--out={tmp_path / 'killed'}"))
+        finish(start_afresh("balcap_jax.evaluate", *given, *judge, f"--out={tmp_path / 'killed'}"))
         texts = [text_of(body) for body in server.seen]
         assert len(texts) - len(set(texts)) <= 1, "only the one under way may come twice"
         other = judged_by(server, tmp_path, concurrency=1)

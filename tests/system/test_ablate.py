@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from commands import RECIPE, assert_same_run, finish, read_metrics, rewind, start
+from commands import RECIPE, assert_same_run, finish, read_metrics, rewind, start, start_afresh
 
 from balcap_jax import ablate, config
 from balcap_jax.ablate import cost, is_finished, plan, with_variant
@@ -53,7 +53,7 @@ def test_a_study_goes_on_from_its_base_exactly_and_names_the_run_that_fails(tmp_
     out = tmp_path / "study"
     make_base(finished, out, recipe, {"data.data_dir": str(data_dir)})
     given = [f"--config={recipe}", f"--out={out}", "--seeds=0", f"--config.data.data_dir={data_dir}"]
-    done = finish(start("balcap_jax.ablate", *given, "--variants=lost,full", "--jobs=2"), 1)
+    done = finish(start_afresh("balcap_jax.ablate", *given, "--variants=lost,full", "--jobs=2"), 1)
 
     assert_same_run(out / "runs" / "full-seed0", finished.workdir)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -62,6 +62,10 @@ def partial_files(folder: Path) -> list[str]:
         ({"advantage__estimator": "c_gpdo"}, "did you mean 'c_gdpo'?"),
         ({"stages__rl__steps": 10**18}, "'stages.rl.steps' must be in [0, 100000000], got 1000000000000000000"),
         ({"data__prompt": "Beschreibe \udcff"}, "'data.prompt' must be Unicode text"),
+        (
+            {"data__data_dir": "~nobody-of-that-name/data"},
+            "'data.data_dir' names the home of a user that does not exist",
+        ),
         ({"checkpoint__best_metric": "bleu"}, "'checkpoint.best_metric' must be one of"),
         ({"stages__rl__freeze": "^visoin/"}, "'stages.rl.freeze' ('^visoin/') matches no parameter; their paths begin"),
     ],
@@ -128,6 +132,18 @@ def test_damaged_data_set(tmp_path, refused, data_dir, split, damage):
     assert line.endswith("); delete this directory to have it made anew")
     if split == "test":
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("content", "reason"), [("{", "Failed to"), (None, "dataset_info.json is missing")])
+def test_data_set_that_does_not_say_what_it_is(tmp_path, refused, data_dir, content, reason):
+    shutil.copytree(data_dir, tmp_path / "data")
+    (info,) = (tmp_path / "data").rglob("dataset_info.json")
+    info.write_text(content) if content else info.unlink()
+    line = refused(tmp_path / "run", data__data_dir=tmp_path / "data")
+    assert line.startswith(f"error: the data set {tmp_path}/data/scenes/")
+    assert f"cannot be read ({reason}" in line
+    assert line.endswith("; delete this directory to have it made anew")
+    assert not (tmp_path / "run").exists()
 
 
 def test_model_path_that_is_no_model(tmp_path, refused):
@@ -229,6 +245,18 @@ def test_read_only_disk(disk, refused, finished):
     line = refused(disk.parent / "run", data__data_dir=disk / "data")
     assert f"cannot prepare the data set scenes in {disk}/data: Read-only file system; choose another data dir" in line
     assert contents(disk / "run") == before
+
+
+def test_a_directory_of_the_run_that_can_not_be_written(disk, refused, finished, tmp_path):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "samples", disk, dirs_exist_ok=True)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    shutil.rmtree(tmp_path / "run" / "samples")
+    (tmp_path / "run" / "samples").symlink_to(disk)
+    before = contents(tmp_path / "run")
+    line = refused(tmp_path / "run", stages__rl__steps=8)
+    assert line == (f"error: cannot write to {tmp_path}/run/samples; let it be written to, or choose another --workdir")
+    assert contents(tmp_path / "run") == before
 
 
 def test_full_disk(disk, data_dir, finished):

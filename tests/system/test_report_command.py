@@ -3,7 +3,7 @@
 import html
 import json
 
-from commands import finish, start
+from commands import finish, start_afresh
 
 
 def test_captions_of_before_and_after(finished):
@@ -11,7 +11,7 @@ def test_captions_of_before_and_after(finished):
     page = finished.workdir / "report.html"
     written_by_training = page.read_text()
     page.unlink()
-    done = finish(start("balcap_jax.report", str(finished.workdir.relative_to(elsewhere)), cwd=elsewhere))
+    done = finish(start_afresh("balcap_jax.report", str(finished.workdir.relative_to(elsewhere)), cwd=elsewhere))
     assert done.stderr == ""
     text = page.read_text()
     assert str(page.relative_to(elsewhere)) in done.stdout

@@ -8,6 +8,7 @@ import time
 import pytest
 from commands import (
     arguments,
+    assert_same_arrays,
     assert_same_run,
     checkpoints,
     finish,
@@ -16,6 +17,7 @@ from commands import (
     read_summary,
     start,
     start_interrupted,
+    the_one_line,
     train,
 )
 
@@ -137,6 +139,7 @@ def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path, data_dir):
 def test_a_finished_run_shows_its_result_again(data_dir, finished):
     table = finished.output[finished.output.index("4 held-out images") :]
     assert "b-CapScore" in table
+    assert finished.errors == ""
     kept = [path for part in ("checkpoints", "model") for path in (finished.workdir / part).rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in kept}
     done = train(finished.workdir, data_dir)
@@ -179,6 +182,20 @@ def test_a_finished_run_whose_files_were_deleted_or_damaged(tmp_path, data_dir, 
     kill_at("log:11", workdir, data_dir, stages__rl__steps=8)
     assert not (workdir / "model").exists(), "a model of 10 steps under the name of one of 12"
     assert not (workdir / "samples" / "eval-rl.jsonl").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path, data_dir, finished):
+    """Checkpoints are the largest part of a run: somebody may have deleted them to make room."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    line = the_one_line(train(workdir, data_dir, expected=2).stderr)
+    assert line == (
+        f"error: {workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move "
+        f"{workdir}/model away to train from the start"
+    )
+    assert read_metrics(workdir) == read_metrics(finished.workdir)
+    assert_same_arrays(workdir / "model" / "params", finished.workdir / "model" / "params")
 
 
 # test_families.py resumes the other family after other stages.

@@ -161,9 +161,13 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     try:
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
         data_dir.mkdir(parents=True, exist_ok=True)
-        builder = Scenes(data_dir=data_dir, config=config)
+        builder = _open(data_dir, config)
         if builder.is_prepared():
             return builder
+        # TFDS takes a directory that is there for a whole one, and does not make what is missing in it. Another
+        # process may have made it in the meantime.
+        if pathlib.Path(builder.data_dir).exists() and not _open(data_dir, config).is_prepared():
+            raise _damaged(pathlib.Path(builder.data_dir), "dataset_info.json is missing")
         with tempfile.TemporaryFile(dir=data_dir):
             pass
         return _generate(builder, data_dir, config)
@@ -176,6 +180,19 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
             raise
         reason = failure[1]
     raise UserError(f"cannot prepare the data set scenes in {data_dir}: {reason}; choose another data dir")
+
+
+def _open(data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
+    try:
+        return Scenes(data_dir=data_dir, config=config)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's own, among others
+        raise _damaged(data_dir / Scenes.name / config.name, " ".join(str(error).split())) from error
+
+
+def _damaged(folder: pathlib.Path, reason: str) -> UserError:
+    return UserError(f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew")
 
 
 def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
