@@ -158,7 +158,7 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     config = make_config(**settings)
     config = Scenes.builder_configs.get(config.name, config)  # TFDS wants its own object for the default settings
     data_dir = pathlib.Path(data_dir).expanduser()
-    try:
+    with _preparing(data_dir):
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
         data_dir.mkdir(parents=True, exist_ok=True)
         builder = _open(data_dir, config)
@@ -170,7 +170,21 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
             raise _damaged(pathlib.Path(builder.data_dir), "dataset_info.json is missing")
         with tempfile.TemporaryFile(dir=data_dir):
             pass
-        return _generate(builder, data_dir, config)
+    total = sum(getattr(config.settings, split) for split in FIRST_SEED)
+    print(f"scenes: generating {total} examples in {builder.data_dir}", flush=True)
+    start = time.perf_counter()
+    with _preparing(data_dir):
+        builder = _generate(builder, data_dir, config)
+    print(f"scenes: {total} examples in {time.perf_counter() - start:.1f} s", flush=True)
+    return builder
+
+
+@contextlib.contextmanager
+def _preparing(data_dir: pathlib.Path) -> Iterator[None]:
+    """What the disk of `data_dir` refuses becomes a UserError."""
+    try:
+        yield
+        return
     except OSError as error:
         reason = error.strerror or str(error)
     except RuntimeError as error:
@@ -196,9 +210,6 @@ def _damaged(folder: pathlib.Path, reason: str) -> UserError:
 
 
 def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
-    total = sum(getattr(config.settings, split) for split in FIRST_SEED)
-    print(f"scenes: generating {total} examples in {builder.data_dir}", flush=True)
-    start = time.perf_counter()
     try:
         with _quiet_tfds():
             builder.download_and_prepare(
@@ -212,7 +223,6 @@ def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> 
         if not other.is_prepared():
             raise
         return other
-    print(f"scenes: {total} examples in {time.perf_counter() - start:.1f} s", flush=True)
     return builder
 
 
