@@ -107,7 +107,8 @@ def problems(config: ConfigDict, order: Sequence[str]) -> Iterator[str]:
             "config field 'checkpoint.best_metric' needs stages.rl.eval_every above 0, and rl as the last of "
             f"stages.order, got {config.stages.rl.eval_every} and {config.stages.order!r}"
         )
-    for name, path in (("data.data_dir", config.data.data_dir), ("judge.cache_dir", config.judge.cache_dir)):
+    folders = {"data.data_dir": config.data.data_dir, "data.manual_dir": config.data.manual_dir}
+    for name, path in (folders | {"judge.cache_dir": config.judge.cache_dir}).items():
         if os.path.expanduser(path).startswith("~"):
             yield f"config field '{name}' names the home of a user that does not exist, got {path!r}"
     yield from _data_problems(config, order)

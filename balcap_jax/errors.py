@@ -1,6 +1,4 @@
-"""The one error type that a user is meant to read, and how every command ends on it, on Ctrl-C and on a closed pipe.
-
-And on a full disk that stdout is written to."""
+"""The one error type that a user is meant to read, and how every command ends: on it, on Ctrl-C, without its stdout."""
 
 import errno
 import functools
@@ -19,7 +17,7 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Wraps a command: a UserError, a full disk or Ctrl-C becomes one line on stderr.
+    """Wraps a command: a UserError, a full disk under stdout or Ctrl-C becomes one line on stderr.
 
     The exit status is 2, or INTERRUPTED.
     """
@@ -47,18 +45,27 @@ def exit_on_user_error(main: Callable) -> Callable:
             _discard_output()
             sys.exit(1)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno != errno.ENOSPC or not _cannot_print():
                 raise
-            what = error.filename or "what this command prints"
-            print(f"error: cannot write {what}: {error.strerror}; make room and run it again", file=sys.stderr)
+            reason = f"cannot write what this command prints: {error.strerror}"
+            print(f"error: {reason}; make room and run it again", file=sys.stderr)
             _discard_output()
             sys.exit(2)
 
     return wrapped
 
 
+def _cannot_print() -> bool:
+    """Whether it is stdout that has no room; an error of write() does not name its file."""
+    try:
+        print(flush=True)  # Without a buffer, a flush alone has nothing to fail on.
+    except OSError:
+        return True
+    return False
+
+
 def _discard_output() -> None:
-    """Python would complain once more when it flushes stdout at exit."""
+    """Sends the rest of stdout nowhere: Python would complain once more when it flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
 from balcap_jax import distributed, json_text
+from balcap_jax.data.prepared import damaged
 from balcap_jax.errors import UserError
 from balcap_jax.evals import held_out
 
@@ -203,6 +204,4 @@ def readable(settings: ConfigDict) -> Iterator[None]:
             raise UserError(
                 f"the pictures of {settings.data_dir} cannot be read ({reason}); mend or move them"
             ) from error
-        raise UserError(
-            f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew"
-        ) from error
+        raise damaged(folder, reason) from error

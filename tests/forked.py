@@ -2,15 +2,14 @@
 
 Importing takes a quarter of a small run's time, and the tests start some fifty of them. All else of a process of its
 own is there: environment, working directory, signals, exit functions, and nothing that another command has computed.
-What happens while modules are imported is not seen here: each command is also started by an interpreter of its own
-(`commands.start_afresh`). What is read at import, such as JAX_* and PYTHONHASHSEED, is as it was in the tests' process.
+What happens while modules are imported is not seen here: each of these commands is also started by an interpreter of
+its own (`commands.start_afresh`). What is read at import, such as JAX_*, is as it was in the tests' process.
 """
 
 import atexit
 import multiprocessing
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,13 +31,9 @@ class Forked:
 
     def __init__(self, args: list[str], cwd: Path, env: Mapping[str, str]):
         self.args = args
-        self._output = Path(tempfile.mkdtemp(prefix="balcap-test-output-"))
-        self._process = _forks.Process(target=_run, args=(args, str(cwd), dict(env), str(self._output)), daemon=True)
+        self._output = tempfile.TemporaryDirectory(prefix="balcap-test-output-")
+        self._process = _forks.Process(target=_run, args=(args, str(cwd), dict(env), self._output.name), daemon=True)
         self._process.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -59,8 +54,8 @@ class Forked:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
-        texts = tuple((self._output / name).read_text() for name in ("stdout", "stderr"))
-        shutil.rmtree(self._output)
+        texts = tuple(Path(self._output.name, name).read_text() for name in ("stdout", "stderr"))
+        self._output.cleanup()
         return texts
 
 

@@ -52,11 +52,21 @@ def test_paths_that_are_no_text_can_be_printed():
 
 
 @pytest.mark.parametrize("flush", [True, False])
-def test_a_full_disk_that_a_log_is_written_to_is_one_line(flush):
-    program = "from balcap_jax.errors import exit_on_user_error\nsys.stdout = open('/dev/full', 'w')\n"
+@pytest.mark.parametrize("opened", ["open('/dev/full', 'w')", "io.TextIOWrapper(open('/dev/full', 'wb', 0), 'utf-8')"])
+def test_a_full_disk_that_a_log_is_written_to_is_one_line(opened, flush):
+    program = f"import io\nfrom balcap_jax.errors import exit_on_user_error\nsys.stdout = {opened}\n"
     status, errors = ending(program + f"exit_on_user_error(print)('a line', flush={flush})")
     line = "error: cannot write what this command prints: No space left on device; make room and run it again\n"
     assert (status, errors) == (2, line)
+
+
+def test_a_full_disk_elsewhere_is_not_called_that_of_stdout():
+    program = (
+        "from balcap_jax.errors import exit_on_user_error\nexit_on_user_error(open('/dev/full', 'w', 1).write)('\\n')"
+    )
+    status, errors = ending(program)
+    assert status == 1
+    assert errors.splitlines()[-1] == "OSError: [Errno 28] No space left on device"
 
 
 def test_a_closed_stdout_is_no_error():

@@ -283,6 +283,18 @@ def test_another_json_is_refused(tmp_path, manual, content, problem):
         sharegpt4v.prepare(str(tmp_path), str(manual), "other.json")
 
 
+def test_a_damaged_sharegpt4v_is_one_line(tmp_path, manual):
+    chosen = settings(tmp_path / "made", name="sharegpt4v", manual_dir=str(manual), annotations="list.json")
+    data.load(chosen, 0)
+    (info,) = (tmp_path / "made").rglob("dataset_info.json")
+    for damage, reason in ((lambda: info.write_text("{"), "Failed to"), (info.unlink, "dataset_info.json is missing")):
+        damage()
+        with pytest.raises(UserError) as caught:
+            data.load(chosen, 0)
+        assert f"cannot be read ({reason}" in str(caught.value)
+        assert str(caught.value).endswith("; delete this directory to have it made anew")
+
+
 def test_images_stay_inside_the_manual_directory():
     with pytest.raises(UserError, match="outside the manual directory"):
         sharegpt4v.read_sample(sample("../secret.jpg", "<image>", "x"), "here")

@@ -38,11 +38,7 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"is not UTF-8 text; choose another --workdir"),
-        claim(tmp_path / "a\udcff", None),
-    ):
-        pass
+    assert message_of(take, tmp_path / "a\udcff").endswith("is not UTF-8 text; choose another --workdir")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from balcap_jax import json_text
-from balcap_jax.data import fields, images, photos
+from balcap_jax.data import fields, images, photos, prepared
 from balcap_jax.data.photos import LeftOut, Record, Splits
 from balcap_jax.errors import UserError
 
@@ -120,7 +120,7 @@ def load(config: Mapping[str, Any]) -> Splits:
     """The splits of the data set in `data_dir`, built from `manual_dir` first where it is not there.
 
     Raises:
-      UserError: the JSON is missing or no such JSON, no picture is there, or the data set cannot be written.
+      UserError: the JSON is missing or no such JSON, no picture is there, or the data set cannot be written or read.
     """
     builder = prepare(config["data_dir"], config["manual_dir"], config["annotations"])
     source = builder.as_data_source("samples")
@@ -170,7 +170,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     place = Path(data_dir).expanduser()
     try:
         place.mkdir(parents=True, exist_ok=True)
-        builder = Sharegpt4v(data_dir=place, config=config)
+        builder = prepared.open_builder(Sharegpt4v, place, config)
         if not builder.is_prepared():
             print(f"sharegpt4v: building from {folder} in {builder.data_dir}", flush=True)
             with contextlib.redirect_stdout(io.StringIO()):

@@ -28,14 +28,14 @@ def arguments(workdir: Path | str, data_dir: Path, **overrides: Any) -> list[str
     return given + [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
 
 
-def start(module: str, *given: str, cwd: Path | None = None) -> Forked | subprocess.Popen:
+def start(module: str, *given: str) -> Forked | subprocess.Popen:
     """`python -m module arguments`, in a process that sees one device, as on a user's machine."""
-    return _start(["-m", module, *given], cwd)
+    return _start(["-m", module, *given])
 
 
-def start_afresh(module: str, *given: str, cwd: Path | None = None) -> subprocess.Popen:
+def start_afresh(module: str, *given: str, cwd: Path = ROOT) -> subprocess.Popen:
     """The same by an interpreter of its own, as a user starts it."""
-    return _start_afresh(["-m", module, *given], cwd)
+    return _start(["-m", module, *given], cwd, afresh=True)
 
 
 def start_interrupted(number: signal.Signals, where: str, *given: str) -> Forked | subprocess.Popen:
@@ -45,28 +45,21 @@ def start_interrupted(number: signal.Signals, where: str, *given: str) -> Forked
 
 def start_script(name: str, *given: str) -> Forked | subprocess.Popen:
     """A script of this folder."""
-    return _start([str(Path(__file__).with_name(name)), *given], None)
+    return _start([str(Path(__file__).with_name(name)), *given])
 
 
-def _start(command: list[str], cwd: Path | None) -> Forked | subprocess.Popen:
-    if sys.platform != "linux":  # A Mac's system libraries do not work in a forked process.
-        return _start_afresh(command, cwd)
-    return Forked(command, cwd or ROOT, _environment())
-
-
-def _start_afresh(command: list[str], cwd: Path | None) -> subprocess.Popen:
+def _start(command: list[str], cwd: Path = ROOT, *, afresh: bool = False) -> Forked | subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if sys.platform == "linux" and not afresh:  # A Mac's system libraries do not work in a forked process.
+        return Forked(command, cwd, environment)
     return subprocess.Popen(
         [sys.executable, *command],
-        cwd=cwd or ROOT,
-        env=_environment(),
+        cwd=cwd,
+        env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def finish(process: Forked | subprocess.Popen, expected: int = 0) -> subprocess.CompletedProcess:

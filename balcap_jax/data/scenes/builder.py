@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from balcap_jax.data import prepared
 from balcap_jax.data.scenes import faults, language, questions, render, world
 from balcap_jax.errors import UserError
 
@@ -153,7 +154,7 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     writes aside and renames, so a preparation that was killed leaves nothing that a later one would pick up. Read a
     split with `builder.as_data_source("train")`.
 
-    Raises UserError on a setting out of range, a directory that cannot be written, or a full disk.
+    Raises UserError on a setting out of range, a directory that cannot be written, a full disk, or a damaged data set.
     """
     config = make_config(**settings)
     config = Scenes.builder_configs.get(config.name, config)  # TFDS wants its own object for the default settings
@@ -161,13 +162,9 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     with _preparing(data_dir):
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
         data_dir.mkdir(parents=True, exist_ok=True)
-        builder = _open(data_dir, config)
+        builder = prepared.open_builder(Scenes, data_dir, config)
         if builder.is_prepared():
             return builder
-        # TFDS takes a directory that is there for a whole one, and does not make what is missing in it. Another
-        # process may have made it in the meantime.
-        if pathlib.Path(builder.data_dir).exists() and not _open(data_dir, config).is_prepared():
-            raise _damaged(pathlib.Path(builder.data_dir), "dataset_info.json is missing")
         with tempfile.TemporaryFile(dir=data_dir):
             pass
     total = sum(getattr(config.settings, split) for split in FIRST_SEED)
@@ -194,19 +191,6 @@ def _preparing(data_dir: pathlib.Path) -> Iterator[None]:
             raise
         reason = failure[1]
     raise UserError(f"cannot prepare the data set scenes in {data_dir}: {reason}; choose another data dir")
-
-
-def _open(data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
-    try:
-        return Scenes(data_dir=data_dir, config=config)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's own, among others
-        raise _damaged(data_dir / Scenes.name / config.name, " ".join(str(error).split())) from error
-
-
-def _damaged(folder: pathlib.Path, reason: str) -> UserError:
-    return UserError(f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew")
 
 
 def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
