@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 # One range serves jax and its extras. 0.10.2 is the newest jax for Python 3.11; 3.12 and later may take a newer one.
-JAX = ">=0.10.2,<0.13"
+JAX = ">=0.10.1,!=0.10.2,!=0.11.0,<0.13"
 
 # What training, captioning and reporting need. Neither torch nor TensorFlow is here or comes in through these:
 # TFDS is used only through `as_data_source`, transformers only for its tokenizers, image processors and configs.
