@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -74,13 +75,31 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def check_jaxlib(devices: Sequence[jax.Device]) -> None:
+    """Refuses CPU devices under a jaxlib that computes wrongly there.
+
+    Two or more threads add parts of a broadcast operand twice when XLA:CPU sums over it (github.com/jax-ml/jax/issues
+    39103 and 39741). The norm of a gradient is such a sum, so that clipping goes wrong by chance. 0.10.1 and 0.12.0 are
+    right (tests/maths/test_sums.py). setup.py excludes the same versions.
+
+    Raises:
+      UserError: the installed jaxlib is one of them.
+    """
+    if devices[0].platform == "cpu" and jaxlib.__version__.startswith(("0.10.2", "0.11.")):
+        raise UserError(
+            f"jaxlib {jaxlib.__version__} gets sums wrong on CPUs, by chance; install another: "
+            "pip install 'jax>=0.10.1,!=0.10.2,!=0.11.*,<0.13'"
+        )
+
+
 def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     """The mesh of axes AXES over all devices; one size may be -1 and takes what the others leave.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the installed jaxlib is wrong on them.
     """
     devices = jax.devices() if devices is None else devices
+    check_jaxlib(devices)
     wanted = {axis: int(sizes[axis]) for axis in AXES}
     open_axes = [axis for axis, size in wanted.items() if size == -1]
     fixed = math.prod(size for size in wanted.values() if size != -1)

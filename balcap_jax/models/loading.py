@@ -172,8 +172,10 @@ def load(
       (policy, parameters, processor).
 
     Raises:
-      UserError: the directory is missing or no model, or an override changes a parameter's shape.
+      UserError: the directory is missing or no model, an override changes a parameter's shape, or the installed jaxlib
+        is wrong on this machine.
     """
+    sharding.check_jaxlib(jax.devices())
     path = Path(path_or_name).absolute()
     fields = read_fields(path)
     unknown = sorted(set(overrides) - set(fields))
