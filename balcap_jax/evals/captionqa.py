@@ -1,4 +1,7 @@
-"""CaptionQA: how many multiple-choice questions about a picture its caption answers (3.2)."""
+"""CaptionQA: how many multiple-choice questions about a picture its caption answers (3.2).
+
+Source: bronyayang/CaptionQA, commit f729489, qa.py.
+"""
 
 import random
 import re
@@ -20,6 +23,7 @@ from balcap_jax.judges.schema import Failure
 LETTERS = string.ascii_uppercase
 CANNOT_ANSWER = "The caption does not say."
 BONUS = 0.05  # of saying that one cannot answer, beyond guessing
+_DIGITS = 4  # the points of a question are rounded to
 DOMAINS = {"nat": "natural", "doc": "document", "ecom": "e-commerce", "emb": "embodied"}
 _VERBS = "is are was were do does did have has had can could will would should shall may might must"
 _YES_NO_STARTS = tuple(f"{word} " for word in _VERBS.split())
@@ -41,17 +45,17 @@ def is_yes_no(question: str, choices: Sequence[str]) -> bool:
 def parse_letter(answer: str, options: int) -> int | None:
     """Which of so many options an answer names, by the published order of rules; None where it cannot be told.
 
-    What follows "</think>", then the first "Answer: ", then the first line break; in capitals; the first letter that
-    stands alone, if there are as many options, or else the first number from 1.
+    What follows the first "</think>", of that what follows the first "Answer: ", of that what follows the first line
+    break; the first letter that stands alone, in either case, if there are as many options, or else the first number
+    from 1, if there are.
     """
-    text = answer.rsplit("</think>", 1)[-1]
-    text = text.split("Answer: ")[1] if "Answer: " in text else text
-    _, newline, rest = text.partition("\n")
-    text = (rest if newline else text).upper()
-    letter = _ISOLATED.search(text)
+    for mark in ("</think>", "Answer: ", "\n"):
+        before, found, after = answer.partition(mark)
+        answer = after if found else before
+    letter = _ISOLATED.search(answer.upper())
     if letter and LETTERS.index(letter[1]) < options:
         return LETTERS.index(letter[1])
-    number = _NUMBER.search(text)
+    number = _NUMBER.search(answer)
     return int(number[1]) - 1 if number and int(number[1]) <= options else None
 
 
@@ -90,7 +94,8 @@ class CaptionQA(Metric):
             for number, one in enumerate(asked):
                 given = one.get("choices") if isinstance(one, dict) else None
                 choices = [str(choice).strip() for choice in given] if isinstance(given, list) else []
-                answer = str(one.get("answer", "")).strip() if isinstance(one, dict) else ""
+                answer = one.get("answer") if isinstance(one, dict) else None
+                answer = answer.strip() if isinstance(answer, str) else None
                 if len(choices) < 2 or answer not in choices or not isinstance(one.get("question"), str):
                     self._skipped += 1
                     continue
@@ -134,8 +139,10 @@ class CaptionQA(Metric):
             raise ValueError("options of another question")
         place = parse_letter(judgement["answer"], len(shown))
         cannot = place is not None and data["cannot"] is not None and shown[place] == CANNOT_ANSWER
-        right = place is not None and shown[place] == data["options"][data["gold"]]
-        points = 1.0 if right else 1.0 / data["choices"] + BONUS if cannot else 0.0
+        # Of two choices alike the first is the right one, as published; in another order they cannot be told apart.
+        same, gold = shown == data["options"], data["gold"]
+        right = place is not None and (place == gold if same else shown[place] == data["options"][gold])
+        points = 1.0 if right else round(1.0 / data["choices"] + BONUS, _DIGITS) if cannot else 0.0
         of_domain = [value for name in self._domains for value in ((points, 1.0) if name == data["domain"] else (0, 0))]
         return (points, float(right), float(cannot), float(place is None), 1.0, *of_domain)
 
@@ -160,7 +167,8 @@ class _Letter(pydantic.BaseModel):
 
     @classmethod
     def of_text(cls, text: str) -> "_Letter":
-        """The published judge answers with a bare letter, which servers without schemas may do too."""
+        """The published judge answers with a bare letter, which servers without schemas may do too; any other text
+        scores 0, as published."""
         return cls(answer=text)
 
 

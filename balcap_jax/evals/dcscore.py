@@ -2,12 +2,14 @@
 
 Three questions to a judge: split the caption into statements, match them with the reference's, check them against the
 picture. Matching and checking are drawn `DRAWS` times each, and all pairs of draws are averaged.
+
+Source: MAGAer13/DeCapBench, commit 9f3fb10, `compute_precision_recall` of eval/evaluation_decapbench.py.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
@@ -28,9 +30,14 @@ EXTRACT, MATCH, VERIFY = "dc_extract.v1", "dc_match.v1", "dc_verify.v1"
 _REMEDY = '--references takes lines {"image_name", "oracle_caption", "oracle_facts": [...]}'
 
 
+# As in the published script, a flag is set where it equals 1: a relevance of 0.5 is not. Ours may also be "true".
+_Relevance = Annotated[int, pydantic.BeforeValidator(lambda value: int(value == 1)), pydantic.Field(ge=0, le=1)]
+_Verified = Annotated[bool, pydantic.BeforeValidator(lambda value: value if isinstance(value, str) else value == 1)]
+
+
 class _Fact(pydantic.BaseModel):
     fact: str
-    relevance: int = pydantic.Field(ge=0, le=1)
+    relevance: _Relevance
 
 
 class _Facts(pydantic.BaseModel):
@@ -50,7 +57,7 @@ class _Matches(pydantic.BaseModel):
 class _Checked(pydantic.BaseModel):
     fact: int
     why: str
-    verified: bool
+    verified: _Verified
 
 
 class _Checks(pydantic.BaseModel):
@@ -65,13 +72,14 @@ def precision_recall_f1(
     verified[p] 0 or 1, matched[p] the reference's statement or None; counts[k] is how many statements of the whole
     caption, true ones or not, are matched with k: saying one thing often must not count often. oracle: how many
     statements the reference has. A true statement that the reference lacks counts for recall, above and below.
+
+    Raises:
+      ZeroDivisionError: no statements, or nothing that recall is of; the published script has no score then either.
     """
-    if not verified:
-        return 0.0, 0.0, 0.0
     precision = sum(verified) / len(verified)
     extra = sum(1 for v, k in zip(verified, matched, strict=True) if v and k is None)
     covered = sum(1.0 / counts[k] for v, k in zip(verified, matched, strict=True) if v and k is not None)
-    recall = (covered + extra) / (oracle + extra) if oracle + extra else 0.0
+    recall = (covered + extra) / (oracle + extra)
     return precision, recall, 2 * precision * recall / (precision + recall + _TINY)
 
 
@@ -80,7 +88,8 @@ def image_score(
 ) -> tuple[float, float, float, float, float, float]:
     """(P, R, F1 of all statements, P, R, F1 of the relevant ones), averaged over all pairs of draws.
 
-    The relevant ones use the counts of all statements, as the published script does.
+    The relevant ones use the counts of all statements, as the published script does. Raises ZeroDivisionError as
+    `precision_recall_f1` does.
     """
     trials = []
     for matched, verified in itertools.product(matches, checks):
@@ -100,6 +109,9 @@ class DCScore(Metric):
 
     A judgement is {"facts", "relevance", "matches" [draws][facts] (null = none), "verified" [draws][facts]}. A caption
     without a statement, or without a relevant one, is invalid, as in the published script.
+
+    The script knows statements by their text: one that is said twice is relevant where either is, and both have the
+    match of the last. A match with a statement that the reference lacks is a match.
     """
 
     name = "dcscore"
@@ -162,12 +174,7 @@ class DCScore(Metric):
         match = prompts.render(MATCH, facts=facts, oracle=oracle)
         verify = prompts.render(VERIFY, facts=facts, reference=reference)
         every = range(len(facts))
-        check_numbers = numbered(every, "statements", lambda answer: [one.fact for one in answer.matches])
-
-        def check_match(answer: _Matches) -> str:
-            beyond = any(one.match >= len(oracle) for one in answer.matches)
-            return check_numbers(answer) or ("a match with a statement that the reference lacks" if beyond else "")
-
+        check_match = numbered(every, "statements", lambda answer: [one.fact for one in answer.matches])
         check_facts = numbered(every, "statements", lambda answer: [one.fact for one in answer.facts])
         matches, checks = of_length(_Matches, len(facts)), of_length(_Checks, len(facts))
         asks: list[tuple[tuple[int, str], Ask]] = []
@@ -177,17 +184,21 @@ class DCScore(Metric):
         return asks
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
-        relevance = judgement["relevance"]
-        if not relevance or not any(relevance):
+        relevance = [flag == 1 for flag in judgement["relevance"]]
+        if not relevance:
             return None
         draws = [*judgement["matches"], *judgement["verified"]]
         if not judgement["matches"] or not judgement["verified"] or any(len(d) != len(relevance) for d in draws):
             raise ValueError("draws of other lengths than there are statements")
-        if not {*relevance, *itertools.chain(*judgement["verified"])} <= {0, 1}:
-            raise ValueError("flags that are neither 0 nor 1")
-        if not {*itertools.chain(*judgement["matches"])} <= {None, *range(len(item.data[1]))}:
-            raise ValueError("matches with statements that the reference lacks")
-        return (*image_score(relevance, judgement["matches"], judgement["verified"], len(item.data[1])), 1.0)
+        facts = judgement.get("facts", range(len(relevance)))
+        told = {fact for fact, relevant in zip(facts, relevance, strict=True) if relevant}
+        last = {fact: p for p, fact in enumerate(facts)}
+        matches = [[draw[last[fact]] for fact in facts] for draw in judgement["matches"]]
+        checks = [[int(flag == 1) for flag in draw] for draw in judgement["verified"]]
+        try:
+            return (*image_score([fact in told for fact in facts], matches, checks, len(item.data[1])), 1.0)
+        except ZeroDivisionError:
+            return None
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         return ratio((sums[..., 2] + sums[..., 5]) / 2, sums[..., -1])

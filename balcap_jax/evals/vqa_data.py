@@ -166,7 +166,7 @@ def _question(entry: Mapping[str, Any], where: str, number: int) -> Question:
 
 
 def _text(entry: Mapping[str, Any], *names: str) -> str:
-    return next((text for name in names if (text := _plain(entry.get(name)))), "")
+    return next((text for name in names if (text := _plain(entry.get(name)).strip())), "")
 
 
 def _label(entry: Mapping[str, Any], *names: str) -> str:
@@ -174,12 +174,15 @@ def _label(entry: Mapping[str, Any], *names: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A text or a number as a text, "" for nothing, which pandas writes as nan. Raises ValueError for anything else."""
+    """A text or a number as a text, "" for nothing, which pandas writes as nan. Raises ValueError for anything else.
+
+    Blanks at its ends count: some of the official scorers compare them.
+    """
     if value is None or value != value:
         return ""
     if not isinstance(value, str | int | float):
         raise ValueError(f"{str(value)[:60]!r} stands where a text belongs")
-    return str(value).strip()
+    return str(value)
 
 
 def _python(text: str) -> Any:

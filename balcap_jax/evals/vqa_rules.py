@@ -1,8 +1,10 @@
 """When an answer to a question about a picture is right: the rules of the published benchmarks, quirks included.
 
-Sources: the official scorers, as open-compass/VLMEvalKit and EvolvingLMMs-Lab/lmms-eval run them (August 2026).
+Sources: EvolvingLMMs-Lab/lmms-eval, commit 75571cf, and for MMStar and MMBench open-compass/VLMEvalKit, e8e78f0. Texts
+are compared as they come: neither strips blanks from a reference. docs/evaluation.md names the functions.
 """
 
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -20,21 +22,19 @@ REFUSED = "Z"  # VLMEvalKit's letter of an answer that refuses
 def relaxed_match(prediction: str, target: str) -> bool:
     """ChartQA's relaxed accuracy: numbers within 5% of the target, other answers equal but for case.
 
-    "12%" is 0.12. A target of 0, and an answer that is no number, are compared as text.
+    "12%" is 0.12. A target of 0, and an answer that is no number, are compared as text, blanks at the ends included.
     """
     predicted, wanted = _number(prediction), _number(target)
     if predicted is not None and wanted:
         return abs(predicted - wanted) / abs(wanted) <= RELAXED_TOLERANCE
-    return prediction.strip().lower() == target.strip().lower()
+    return prediction.lower() == target.lower()
 
 
 def _number(text: str) -> float | None:
-    text = text.strip()
     try:
-        value = float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
+        return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
     except ValueError:
         return None
-    return value if abs(value) < float("inf") else None
 
 
 # ---- DocVQA, InfoVQA -------------------------------------------------------------------------------------------------
@@ -43,14 +43,14 @@ def _number(text: str) -> float | None:
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Normalised Levenshtein similarity to the nearest answer, in [0, 1]; below 0.5 it is 0 (Biten et al. 2019).
 
-    Distances are those of the lower-case texts with single spaces, lengths those of the texts as they are.
+    Distances are those of the lower-case texts with single spaces, lengths those of the whole texts in capitals.
     """
     best = max((_similarity(prediction, answer) for answer in answers), default=0.0)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
 def _similarity(prediction: str, answer: str) -> float:
-    longest = max(len(prediction), len(answer))
+    longest = max(len(prediction.upper()), len(answer.upper()))  # "ß" in capitals has two letters.
     if not longest:
         return 1.0
     one, other = (" ".join(text.lower().split()) for text in (prediction, answer))
@@ -90,7 +90,7 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
 }
 _ARTICLES = ("a", "an", "the")
 # Forms that the scorer restores where an apostrophe is missing. Not among them, since they are words without it: he'll,
-# she'll, we'll, it's, let's, we'd, she'd.
+# she'll, we'll, it's, let's, we'd, she'd. What ends in 's is restored, and yet split where it came with its apostrophe.
 _CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
     "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've "
@@ -106,22 +106,24 @@ _RESTORED = {
     for form in _CONTRACTED.split()
     for i, character in enumerate(form)
     if character == "'"
-}
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_DIGIT_COMMA = re.compile(r"\d,\d")
+} | {"somebody'd": "somebodyd"}  # the wrong way round in the scorer
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _FULL_STOP = re.compile(r"\.(?!\d)")
+_FULL_STOPS = int(re.UNICODE)  # at most so many are dropped: the scorer gives the flag where the count belongs
 
 
 def vqa_normalised(text: str) -> str:
     """An answer as the VQA scorer compares it: lower case, without punctuation and articles, numbers as digits."""
-    text = text.lower().replace("\n", " ").replace("\t", " ").strip()
-    has_digit_comma = bool(_DIGIT_COMMA.search(text))
+    # Before any mark is looked at, commas are gone, so that "a, b" is apart and "a,b" is one word, and "'s" is a word.
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
     spaced = text
     for mark in _PUNCTUATION:
         # The scorer asks the text as it came, and replaces in the text as it has become.
-        apart = f"{mark} " in text or f" {mark}" in text or has_digit_comma
+        apart = f"{mark} " in text or f" {mark}" in text
         spaced = spaced.replace(mark, "" if apart else " ")
-    words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", spaced).split())
+    spaced = _FULL_STOP.sub("", spaced, count=_FULL_STOPS)
+    words = (_NUMBERS.get(word, word) for word in spaced.lower().split())
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -131,24 +133,28 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         return 0.0
     said, others = vqa_normalised(prediction), [vqa_normalised(answer) for answer in answers]
     same = sum(other == said for other in others)
-    return sum(min(1.0, (same - (other == said)) / AGREEING) for other in others) / len(others)
+    return math.fsum(min(1.0, (same - (other == said)) / AGREEING) for other in others) / len(others)
 
 
 # ---- OCRBench --------------------------------------------------------------------------------------------------------
 
 
-def contains_answer(prediction: str, answers: Sequence[str], *, formula: bool = False) -> bool:
-    """OCRBench: any answer stands in the prediction, in lower case; of a `formula` (HME100k) without spaces, as it is.
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}  # "１" is "1"
 
-    An empty answer is in nothing.
-    """
-    if formula:
-        said = prediction.strip().replace("\n", " ").replace(" ", "")
-        wanted = [answer.strip().replace("\n", " ").replace(" ", "") for answer in answers]
-    else:
-        said = prediction.lower().strip().replace("\n", " ")
-        wanted = [answer.lower().strip().replace("\n", " ") for answer in answers]
-    return any(answer and answer in said for answer in wanted)
+
+def contains_answer(prediction: str, answers: Sequence[str], *, formula: bool = False) -> bool:
+    """OCRBench: any answer stands in the prediction, in lower case and half-width characters; of a `formula` (HME100k)
+    without spaces, as it is. An empty answer stands in everything."""
+    said, *wanted = (_formula(text) if formula else _folded(text) for text in (prediction, *answers))
+    return any(answer in said for answer in wanted)
+
+
+def _formula(text: str) -> str:
+    return text.strip().replace("\n", "").replace(" ", "")
+
+
+def _folded(text: str) -> str:
+    return text.translate(_HALF_WIDTH).lower().strip().replace("\n", " ")
 
 
 # ---- multiple choice -------------------------------------------------------------------------------------------------
@@ -160,31 +166,43 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
+# Cells that pandas, with which VLMEvalKit reads its tables, takes for missing: an option "None" cannot be chosen there.
+_MISSING = {"#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
+_MISSING |= {"NULL", "NaN", "None", "n/a", "nan", "null"}
+_NO_ANSWER = "Failed to obtain answer via API"  # VLMEvalKit's own text in place of an answer
+_STATED = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 _LETTER = re.compile(r"[(\s]*([A-Z])", re.IGNORECASE)
 
 
 def infer_option(answer: str, options: Mapping[str, str]) -> str:
     """The letter that an answer names, as VLMEvalKit infers it; REFUSED of a refusal, "" where it cannot be told.
 
-    The letter of one option alone among the words, first said within the last four of them; else the one option whose
-    text is in an answer that is at most twice as long as all options together. An article "A" is a letter too.
+    The letter of one option alone among the words, first said within the last four of them; else the letter behind
+    "answer is", of a word too ("the answer is blue" is B); else the one option whose text is in an answer that is at
+    most twice as long as all options together. An article "A" is a letter too.
     """
+    options = {letter: text for letter, text in options.items() if text not in _MISSING}
+    if _NO_ANSWER not in answer and (letter := _named_option(answer, options)):
+        return letter
+    lower = answer.lower()
+    if len(lower) <= 2 * sum(len(text) for text in options.values()):
+        held = [letter for letter, text in options.items() if text.lower() in lower]
+        if len(held) == 1:
+            return held[0]
+    return ""
+
+
+def _named_option(answer: str, options: Mapping[str, str]) -> str:
     if any(phrase in answer for phrase in _REFUSALS):
         return REFUSED
     words = answer.translate(_MARKS).split()
     named = [letter for letter in options if letter in words]
-    if len(named) == 1:
-        (letter,) = named
-        if words.index(letter) >= len(words) - _LAST_TOKENS:
-            return letter
-    elif not named and words.count(REFUSED) == 1:
+    if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_TOKENS:
+        return named[0]
+    if not named and REFUSED in words:
         return REFUSED
-    lower = answer.lower()
-    if len(lower) <= 2 * sum(len(text) for text in options.values()):
-        held = [letter for letter, text in options.items() if text and text.lower() in lower]
-        if len(held) == 1:
-            return held[0]
-    return ""
+    stated = _STATED.search(answer)
+    return stated[1].upper() if stated and stated[1].upper() in options else ""
 
 
 def first_letter(answer: str, options: Mapping[str, str]) -> str:
@@ -195,16 +213,17 @@ def first_letter(answer: str, options: Mapping[str, str]) -> str:
 
 def first_character(answer: str, options: Mapping[str, str]) -> str:
     """SEED-Bench (lmms-eval): the first character of the answer; "" where it is no option."""
-    letter = answer.strip()[:1].upper()
-    return letter if letter in options else ""
+    return _either_case(answer.strip()[:1], options)
 
 
 def letter_or_prefix(answer: str, options: Mapping[str, str]) -> str:
-    """ScienceQA (lmms-eval): the letter alone, or the letter and a full stop at the beginning; "" for all else."""
+    """ScienceQA (lmms-eval): the letter alone, or the capital letter and a full stop at the beginning; "" for else."""
     text = answer.strip()
-    letter = text[:1]
-    exact = len(text) == 1 or text[1:2] == "."
-    return letter if exact and letter in options else ""
+    return _either_case(text[:1] if text[:1].isupper() and text[1:2] == "." else text, options)
+
+
+def _either_case(said: str, options: Mapping[str, str]) -> str:
+    return next((letter for letter in options if letter.lower() == said.lower()), "")
 
 
 LETTERS = string.ascii_uppercase

@@ -393,8 +393,6 @@ class Endpoint:
             problem = "answer was filtered"
         elif finish == "length":
             problem = "answer cut off at max_tokens"
-        elif not text.strip():
-            problem = "empty answer"
         if self._key:
             text = text.replace(self._key, "[key]")
         tokens_in = _count(usage, "prompt_tokens", asked)

@@ -23,26 +23,30 @@ def parse_answer(text: str, schema: type[pydantic.BaseModel], check: Callable[[A
     The whole text is taken where it is JSON; else the one object in it. Two different ones are refused, and so is one
     beside anything that begins as one, whole or not: either might be quoted from the text that was to be judged.
 
-    A schema may have a method `of_text` for answers that hold no object at all.
+    A schema may have a method `of_text`, which takes the whole text, thoughts included, where it holds no such object.
 
     Raises:
       UnusableAnswer: no object, not of the schema, more than one, or refused by `check`.
     """
+    try:
+        value = _object_in(text, schema)
+    except UnusableAnswer:
+        if not hasattr(schema, "of_text"):
+            raise
+        value = schema.of_text(text)
+    if check is not None and (problem := check(value)):
+        raise UnusableAnswer(problem)
+    return value
+
+
+def _object_in(text: str, schema: type[pydantic.BaseModel]) -> Any:
     text = _THOUGHTS.sub("", text).strip()
     if fenced := _FENCED.match(text):
         text = fenced[1].strip()
     if not text:
         raise UnusableAnswer("empty answer")
     whole = _decode(text)
-    if hasattr(schema, "of_text") and not isinstance(whole, dict) and "{" not in text:
-        value = schema.of_text(text)
-    elif whole is not None:
-        value = _validate(whole, schema)
-    else:
-        value = _only(text, schema)
-    if check is not None and (problem := check(value)):
-        raise UnusableAnswer(problem)
-    return value
+    return _only(text, schema) if whole is None else _validate(whole, schema)
 
 
 def _decode(text: str) -> Any:
