@@ -235,6 +235,8 @@ def told(results: dict[str, Any], out: Path) -> str:
     text = f"{results['metric']}: {results['score']:.2f} [{span}] over {results['n']} items{words}"
     if results["invalid"]:
         text += f"\n{results['invalid']} items are not in it ({reasons}){again}"
+    if unparsable := results.get("unparsable"):
+        text += f"\n{unparsable:.0f} answers name no option; they count as wrong"
     if results["unused"]:
         named = ", ".join(results["unused_ids"][:3])
         text += f"\n{results['unused']} texts or judgements are of no item here ({named})"

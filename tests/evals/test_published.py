@@ -73,6 +73,11 @@ def test_dcscore_over_images():
         ("a cat", "A"),
         ("The answer is E", "E"),
         ("Answer: C\nD", "D"),
+        ("Answer: see below\nAnswer: D", "D"),
+        ("<think>A</think>B</think>C", "B"),
+        ("<thinking>A</thinking>B", "A"),
+        ("\\boxed{D}", "D"),
+        ("E or 2", "E"),
         ("Z", None),
         ("None", None),
         ("", None),
@@ -151,7 +156,13 @@ def test_captionqa_shuffles_with_one_generator_that_skipped_questions_leave_alon
 
 def test_captionqa_in_its_published_form_and_what_is_skipped_is_counted(tmp_path):
     path = tmp_path / "natural.json"
-    asked = [question("red "), question(3, choices=(3, 4)), question("mauve"), question("a", choices=("a",)), "nothing"]
+    asked = [
+        question("red "),
+        question("3", choices=(3, 4)),
+        question("mauve"),
+        question("a", choices=("a",)),
+        "nothing",
+    ]
     path.write_text(json.dumps({"nat_001": asked}))
     metric = CaptionQA()
     items = metric.items({"nat_001": "c"}, path)
