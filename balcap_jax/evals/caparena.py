@@ -1,4 +1,7 @@
-"""CapArena-Auto: pairs of captions, one of the model's and one of a fixed opponent's, compared by a judge (3.3)."""
+"""CapArena-Auto: pairs of captions, one of the model's and one of a fixed opponent's, compared by a judge (3.3).
+
+Source: njucckevin/CapArena, commit c251cdd, caparena_auto_scores.py.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -150,7 +153,7 @@ def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
     remedy = "--judgements takes items.jsonl, or result rows of CapArena"
     for where, row in json_text.read_entries(path, remedy):
         try:
-            text, sources, picture = row.get("judge", ""), [row["source1"], row["source2"]], row["img"]
+            text, sources, picture = row.get("judge") or "", [row["source1"], row["source2"]], row["img"]
             winner = verdict_of(text)
             if not all(isinstance(one, str) for one in (picture, *sources, row.get("ref_model", ""))):
                 raise TypeError

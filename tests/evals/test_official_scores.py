@@ -5,6 +5,7 @@ CaptionQA: [a picture's (question, reply), scores]. DCScore: [judgement, stateme
 The commits are those that docs/evaluation.md names.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from balcap_jax.evals import vqa
 from balcap_jax.evals.dcscore import DCScore
 from balcap_jax.evals.engine import Item
 from balcap_jax.evals.vqa_data import read_questions
+from balcap_jax.judges.client import ChatClient, ChatSettings
+from balcap_jax.judges.remote import RemoteJudge
+from balcap_jax.judges.schema import ChoiceQuestion, Failure
 
 OFFICIAL = json.loads(Path(__file__).with_name("official_scores.json").read_text(encoding="utf-8"))
 assert OFFICIAL.keys() == {*vqa.BENCHMARKS, "captionqa", "dcscore"}
@@ -116,3 +120,12 @@ def test_dcscore_takes_what_the_published_script_takes(tmp_path):
 
     _, results = evaluated(tmp_path, behave, "dcscore", captions="c.json", references="oracle.jsonl", images=".")
     assert (results["invalid"], results["score"]) == (0, pytest.approx(score, abs=1e-9))
+
+
+@pytest.mark.parametrize("reply", ["", "hm", "B", "\\boxed{A}", '{"answer": 7}'])
+def test_what_a_metric_scores_as_0_stays_missing_in_a_reward(reply):
+    with JudgeServer(lambda body: Reply("text", reply), forms=()) as server:
+        settings = ChatSettings(endpoints=((server.url, 1.0),), model="m", retries=0)
+        with contextlib.closing(RemoteJudge(ChatClient(settings))) as judge:
+            (verdict,) = judge.choice([ChoiceQuestion("a caption", "?", (("A", "one"), ("B", "two")))])
+    assert isinstance(verdict, Failure)

@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from balcap_jax.evals.caparena import CapArena, shown_first, verdict_of
+from balcap_jax.evals.caparena import CapArena, read_results, shown_first, verdict_of
 from balcap_jax.evals.captionqa import BONUS, CaptionQA, is_yes_no, parse_letter
 from balcap_jax.evals.capture import f1, graph_score
 from balcap_jax.evals.checklist import Checklist
@@ -291,6 +291,14 @@ def test_caparena_counts_what_is_no_verdict_as_published(tmp_path):
     assert own.of_category(own.parts(others[0], lost)) == -100.0, "the model's own 0 is none of the opponent's"
     assert float(own.score(sums)) == pytest.approx(-50 / 3), "the board's mean is over all three"
     assert 60 < sum(shown_first(f"{i}.jpg") for i in range(200)) < 140
+
+
+@pytest.mark.parametrize("judge", [{}, {"judge": None}, {"judge": ""}, {"judge": "Caption 3 is better"}])
+def test_caparena_skips_published_rows_without_a_verdict(tmp_path, judge):
+    row = {"img": "a.jpg", "source1": "me", "source2": "gpt", "ref_model": "gpt"} | judge
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (judgement,) = read_results(tmp_path / "rows.json", "me").values()
+    assert verdict_of(judgement["winner"]) is None
 
 
 def test_rank_correlations_of_the_board_with_people():
