@@ -31,7 +31,7 @@ _REMEDY = '--references takes lines {"image_name", "oracle_caption", "oracle_fac
 
 
 # As in the published script, a flag is set where it equals 1: a relevance of 0.5 is not. Ours may also be "true".
-_Relevance = Annotated[int, pydantic.BeforeValidator(lambda value: int(value == 1)), pydantic.Field(ge=0, le=1)]
+_Relevance = Annotated[int, pydantic.Field(ge=0, le=1), pydantic.BeforeValidator(lambda value: int(value == 1))]
 _Verified = Annotated[bool, pydantic.BeforeValidator(lambda value: value if isinstance(value, str) else value == 1)]
 
 
