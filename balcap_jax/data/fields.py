@@ -22,19 +22,21 @@ def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(entry.get("image"), str) or not entry["image"]:
         raise UserError(f'{where}: a line is an object with "image", the path of a picture, and "caption"')
     captions = [entry[name] for name in ("reference", "caption") if entry.get(name) is not None]
-    more = entry.get("captions", [])
+    more = [] if entry.get("captions") is None else entry["captions"]
     captions += more if isinstance(more, list) else [more]
     if not all(isinstance(text, str) for text in captions):
         raise UserError(f'{where}: "reference", "caption" and the entries of "captions" must be text')
     captions = [text.strip() for text in captions if text.strip()]
     if not captions:
         raise UserError(f'{where}: {entry["image"]!r} has no caption; give "caption", or a list "captions"')
-    prompt, units = entry.get("prompt") or "", entry.get("reference_units") or []
+    prompt, units, questions, rubrics = (
+        empty if entry.get(name) is None else entry[name]
+        for name, empty in (("prompt", ""), ("reference_units", []), ("questions", []), ("rubrics", []))
+    )
     if not isinstance(prompt, str):
         raise UserError(f'{where}: "prompt" must be text, got {prompt!r}')
     if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
         raise UserError(f'{where}: "reference_units" must be a list of texts')
-    questions, rubrics = entry.get("questions") or [], entry.get("rubrics") or []
     if not isinstance(questions, list) or not all(_is_question(one) for one in questions):
         raise UserError(
             f'{where}: "questions" must be a list of {{"question": text, "choices": [2 to {MAX_OPTIONS} texts], '

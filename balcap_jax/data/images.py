@@ -1,20 +1,29 @@
 """Reads pictures of any origin: a file becomes an RGB array, or an `ImageError` that names the reason."""
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageMode
+
+from balcap_jax.data import png
 
 # What is tried, and nothing else: some of Pillow's other readers start outside programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # Endings of files that are looked at in a folder.
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
-    *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".jp2", ".j2k", ".j2c", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Endings of pictures that nothing here reads: they are listed all the same, to be named and not passed over.
+OTHER_SUFFIXES = (
+    *(".heic", ".heif", ".hif", ".avifs", ".jxl", ".jxr", ".svg", ".tga", ".ico", ".pcx", ".exr", ".hdr", ".psd"),
+    *(".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 )
 
 # Pillow's own limit for decompression bombs, at which it only warns (it refuses at twice that).
@@ -24,6 +33,7 @@ MAX_PIXELS = 89_478_485
 HUGE_PIXELS = 16_000_000
 HUGE_SHORT_SIDE = 1536
 
+_PHOTOMETRIC_TAG = 262
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,42 +55,43 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
 
     The EXIF orientation is applied, transparent parts lie over white, 16-bit and floating-point greys are scaled to
     8 bits, an animation gives its first frame. Colour profiles are not applied, as in the models' own processors.
+    Of a PNG, only what makes its pixels or turns them is looked at.
 
     Raises:
       ImageError: no such file, no picture, a damaged one, or more than MAX_PIXELS pixels.
     """
     with _opened(path) as image:
         _shrink_while_decoding(image)
+        clear = png.take_transparency(image)
         image.load()  # before its EXIF data: for those of a PNG, Pillow would load it where errors are forgiven
         upright = _TRANSPOSITIONS.get(_orientation(image))
         picture = to_rgb(image)
+        if clear is not None:
+            picture.paste("white", mask=Image.fromarray(clear))
         return np.asarray(picture if upright is None else picture.transpose(upright))
 
 
 def check(path: str | os.PathLike | bytes) -> None:
     """Raises ImageError where the file does not even begin as a picture that `read` takes. Decodes nothing."""
-    with _opened(path):
+    with _opened(path, whole=False):
         pass
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike | bytes) -> Iterator[Image.Image]:
-    """The picture, not yet decoded; whatever is wrong with it inside the block becomes an ImageError."""
-    if isinstance(path, bytes):
-        path = io.BytesIO(path)
-    else:
-        path = Path(path)
-        try:
-            if not path.is_file():  # a named pipe would block, a device may never end
-                raise ImageError("no regular file" if path.exists() else "no such file")
-        except OSError as error:  # a name that is too long, a folder that may not be looked into
-            raise ImageError(f"cannot be looked at: {error.strerror}") from error
+def _opened(path: str | os.PathLike | bytes, *, whole: bool = True) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; whatever is wrong with it inside the block becomes an ImageError.
+
+    If not `whole` it cannot be decoded, and of a PNG only the head is read.
+    """
     # TensorFlow Datasets switches this on for the whole process: the missing part of a picture would be grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_size(image)
-            yield image
+        with io.BytesIO(path) if isinstance(path, bytes) else _file(Path(path)) as file:
+            is_png = file.read(len(png.SIGNATURE)) == png.SIGNATURE
+            file.seek(0)
+            with Image.open(png.stripped(file, whole=whole) if is_png else file, formats=_formats()) as image:
+                _check_size(image)
+                yield image
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -95,6 +106,23 @@ def _opened(path: str | os.PathLike | bytes) -> Iterator[Image.Image]:
         raise ImageError(f"damaged: {reason}") from error
 
 
+def _file(path: Path) -> BinaryIO:
+    try:
+        if not path.is_file():  # a named pipe would block, a device may never end
+            missing = "a broken link" if path.is_symlink() else "no such file"
+            raise ImageError("no regular file" if path.exists() else missing)
+        return path.open("rb")
+    except OSError as error:  # a name that is too long, a folder or a file that may not be looked into
+        raise ImageError(f"cannot be looked at: {error.strerror}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS that the installed Pillow knows: AVIF came late."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded picture of any mode as RGB."""
     if image.has_transparency_data:
@@ -102,15 +130,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     if ImageMode.getmode(image.mode).typestr[1:] not in ("b1", "u1"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        values = _to_8_bits(np.asarray(image))
+        # Pillow turns TIFFs that count from white to black the right way up to 8 bits only.
+        image = Image.fromarray(255 - values if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0 else values)
     return image.convert("RGB")
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Grey values of 16 or 32 bits as uint8. Pillow's own conversion would make all above 255 white."""
     if values.dtype.kind == "f":
-        values = np.nan_to_num(values.astype(np.float64))
-        top = values.max(initial=0.0)
+        values = np.nan_to_num(values.astype(np.float64), posinf=np.inf, neginf=0.0)
+        top = values.max(initial=0.0, where=np.isfinite(values))
         scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / top
     else:  # 16-bit values, though some formats keep them in 32 bits
         scale = 255.0 / max(65535, int(values.max(initial=0)))

@@ -13,7 +13,7 @@ from balcap_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One picture to caption. `key` is its id, or its path as listed: what resuming and sampling go by.
+    """One picture to caption. `key` is its id, or its `picture_name`: what resuming and sampling go by.
 
     `error` says why it cannot be captioned, where that is known before it is read. `entry` is the line it is from.
     """
@@ -40,7 +40,7 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
     """
     source = Path(source)
     if source.is_dir():
-        items = [_found(source, name, prompt) for name in files_below(source, "--images")]
+        items = [_found(source, name, prompt, problem) for name, problem in files_below(source, "--images")]
         if not items:
             kinds = " ".join(images.SUFFIXES)
             raise UserError(f"no pictures in {source}: no file ends in one of {kinds}")
@@ -53,10 +53,10 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
     return items
 
 
-def _found(folder: Path, name: str, prompt: str) -> Item:
+def _found(folder: Path, name: str, prompt: str, problem: str) -> Item:
     """A file of a folder."""
     text = spelt(name)
-    error = "" if text == name else "the name of the file is not UTF-8; rename it"
+    error = problem if text == name else "the name of the file is not UTF-8; rename it"
     return Item(text, text, folder / name, prompt, error=error)
 
 
@@ -65,22 +65,63 @@ def spelt(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def files_below(folder: Path, what: str) -> list[str]:
-    """Paths of pictures below `folder`, relative to it, with /; hidden files and folders are left out.
+def picture_name(folder: str | os.PathLike, image: str) -> str:
+    """The one name, relative to `folder`, of a picture that a file in there calls `image`.
+
+    "a.jpg", "./a.jpg", "b/../a.jpg" and the whole path are one picture. Links keep the names that they are listed by.
+    """
+    folder = os.path.abspath(folder)
+    path = os.path.join(folder, image)
+    plain = os.path.normpath(path)
+    if ".." in Path(image).parts and real_path(plain) != real_path(path):  # ".." behind a link
+        plain = real_path(path)
+    for root in (folder, os.path.realpath(folder)):
+        if plain.startswith(os.path.join(root, "")):
+            return os.path.relpath(plain, root)
+    return os.path.relpath(plain, folder)
+
+
+def real_path(path: str | os.PathLike) -> str:
+    """Where a file lies: the same for all the links to it, and for all spellings of its path."""
+    return str(path) if "\0" in str(path) else os.path.realpath(path)
+
+
+def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
+    """Pictures below `folder`: their paths relative to it, with /, each with "" or why it cannot be looked at.
+
+    Hidden files and folders are left out. Links to folders are followed, into each folder once; those that lead nowhere
+    and subfolders that cannot be looked into are listed as well.
 
     Raises:
-      UserError: a folder cannot be looked into; `what` says in which argument or field it was given.
+      UserError: `folder` itself cannot be looked into; `what` says in which argument or field it was given.
     """
+    found: list[tuple[str, str]] = []
 
-    def unreadable(error: OSError):
-        raise UserError(f"{what}: {error.filename} cannot be read ({error.strerror})") from error
+    def add(path: str, problem: str) -> None:
+        found.append((Path(path).relative_to(folder).as_posix(), problem))
 
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in images.SUFFIXES:
-                found.append((Path(parent) / name).relative_to(folder).as_posix())
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise UserError(f"{what}: {error.filename} cannot be read ({error.strerror})") from error
+        add(error.filename, f"a folder that cannot be looked into: {error.strerror}")
+
+    starts, seen = [str(folder)], set()
+    for start in starts:  # Links come last, so that pictures have the names of the folders in which they lie.
+        for parent, folders, files in os.walk(start, onerror=unreadable):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            starts += (path for name in folders if os.path.islink(path := os.path.join(parent, name)))
+            for name in files:
+                path = os.path.join(parent, name)
+                if name.startswith("."):
+                    continue
+                if Path(name).suffix.lower() in (*images.SUFFIXES, *images.OTHER_SUFFIXES):
+                    add(path, "")
+                elif os.path.islink(path) and not os.path.exists(path):
+                    add(path, "a broken link")
     return sorted(found)
 
 
@@ -100,7 +141,7 @@ def _listed(source: Path, prompt: str) -> list[Item]:
         for name in ("id", "prompt"):
             if not isinstance(entry.get(name, ""), str):
                 raise UserError(f'{source}, line {number}: "{name}" must be text, got {entry[name]!r}')
-        key = entry.get("id", entry["image"])
+        key = entry.get("id", picture_name(source.parent, entry["image"]))
         if key in lines:
             raise UserError(f'{source}, line {number}: {key!r} is line {lines[key]} already; give each its own "id"')
         lines[key] = number

@@ -11,6 +11,8 @@ of which `image` (relative to the file) and `caption`, or `captions`, are needed
 
 import dataclasses
 import hashlib
+import itertools
+import statistics
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,7 @@ from PIL import Image
 
 from balcap_jax import json_text
 from balcap_jax.data import fields, images
-from balcap_jax.data.listing import files_below
+from balcap_jax.data.listing import files_below, picture_name, real_path, spelt
 from balcap_jax.errors import UserError
 
 PROMPT = "Describe this image in detail."
@@ -53,7 +55,10 @@ class Splits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A picture with its texts; `questions` and `rubrics` are JSON text. `open` gives what `images.read` takes."""
+    """A picture with its texts; `questions` and `rubrics` are JSON text. `open` gives what `images.read` takes.
+
+    `picture` names the picture of several records with ids of their own ("": it is the id).
+    """
 
     id: str
     open: Callable[[], Any] | Path
@@ -62,13 +67,19 @@ class Record:
     reference_units: tuple[str, ...] = ()
     questions: str = "[]"
     rubrics: str = "[]"
+    picture: str = ""
+
+    @property
+    def key(self) -> str:
+        """What it is split by."""
+        return self.picture or self.id
 
 
 class Photos:
     """A split: `photos[i]` reads picture i, shrunk to at most `max_pixels` (0 = as it is), with its texts.
 
     In the place of a picture that turns out to be damaged stands the next one that can be read, and a line on stderr
-    says so once for each. Every example has the same number of `captions`.
+    says so once for each. Every example has the same number of `captions`: fewer are repeated, more are cut.
     """
 
     def __init__(self, records: Sequence[Record], captions: int, max_pixels: int):
@@ -111,7 +122,7 @@ class Photos:
             "prompt": record.prompt,
             "reference": record.captions[0],
             "reference_units": list(record.reference_units),
-            "captions": list(record.captions[: self.captions]),
+            "captions": list(itertools.islice(itertools.cycle(record.captions), self.captions)),
             "questions": record.questions,
             "rubrics": record.rubrics,
         }
@@ -149,29 +160,39 @@ def load(config: Mapping[str, Any]) -> Splits:
         raise UserError(f"config field 'data.data_dir': no such folder or file: {source}")
     records, unreadable = _whole(records)
     left_out = [*left_out, *unreadable]
-    announce("photos", len(records), left_out)
+    announce("photos", records, left_out)
     if not records:
         raise UserError(f"no picture with a caption in {source}; a caption of a.jpg is a.txt, or a line of {CAPTIONS}")
     return make_splits(records, left_out, config)
 
 
 def make_splits(records: Sequence[Record], left_out: Sequence[LeftOut], config: Mapping[str, Any]) -> Splits:
-    """Splits by a hash of each picture's id: what is in a split stays there, whatever else is added.
+    """Splits by a hash of each picture's name: what is in a split stays there, whatever else is added.
+
+    All records of a picture are in one split. Examples have as many captions as the median record.
 
     Raises:
       UserError: fewer than three pictures.
     """
-    if len(records) < 3:
-        raise UserError(f"{len(records)} pictures are too few: training, validation and test need one each")
-    parts: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
-    for record in records:
-        parts[split_of(record.id, config["validation_share"], config["test_share"])].append(record)
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for key in (pictures := dict.fromkeys(record.key for record in records)):
+        parts[split_of(key, config["validation_share"], config["test_share"])].append(key)
+    if len(pictures) < 3:
+        raise UserError(f"{len(pictures)} pictures are too few: training, validation and test need one each")
     for part in parts.values():  # Of few pictures a split may have got none: the next by hash of the largest fills it.
         if not part:
             largest = max(parts.values(), key=len)
-            part.append(largest.pop(min(range(len(largest)), key=lambda i: _position(largest[i].id))))
-    count = min(len(record.captions) for record in records)
-    splits = (Photos(part, count, config["max_pixels"]) for part in parts.values())
+            part.append(largest.pop(min(range(len(largest)), key=lambda i: _position(largest[i]))))
+    home = {key: name for name, part in parts.items() for key in part}
+    counts = [len(record.captions) for record in records]
+    count = statistics.median_high(counts)
+    if min(counts) < max(counts):
+        text = f"{min(counts)} to {max(counts)} captions a picture: {count} of each are used, repeated where there are fewer"
+        print(text, flush=True)
+    splits = (
+        Photos([record for record in records if home[record.key] == name], count, config["max_pixels"])
+        for name in parts
+    )
     found = {"reference", "captions"} | {
         name
         for name in ("reference_units", "questions", "rubrics")
@@ -181,7 +202,7 @@ def make_splits(records: Sequence[Record], left_out: Sequence[LeftOut], config: 
 
 
 def split_of(name: str, validation: float, test: float) -> str:
-    """The split of an id, given the shares of validation and test."""
+    """The split of a picture's name, given the shares of validation and test."""
     position = _position(name)
     return "test" if position < test else "validation" if position < test + validation else "train"
 
@@ -192,41 +213,47 @@ def _position(name: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def announce(name: str, count: int, left_out: Sequence[LeftOut]) -> None:
-    """One line: how many pictures there are, and which are left out."""
-    text = f"{name}: {count} pictures"
-    if left_out:
+def announce(name: str, records: Sequence[Record], left_out: Sequence[LeftOut], count: int = 0) -> None:
+    """One line: how many pictures there are, and which are left out; `count` of them if not all are in `left_out`."""
+    pictures, count = len({record.key for record in records}), count or len(left_out)
+    text = f"{name}: {pictures} pictures"
+    if pictures < len(records):
+        text += f" in {len(records)} entries"
+    if count:
         named = ", ".join(f"{one.image} ({one.reason})" for one in left_out[:_NAMED])
-        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
-        text += f"; {len(left_out)} left out: {named}{more}"
+        more = f" and {count - _NAMED} more" if count > _NAMED else ""
+        text += f"; {count} left out: {named}{more}"
     print(text, flush=True)
 
 
 def _beside(folder: Path) -> tuple[list[Record], list[LeftOut]]:
     """Pictures below a folder with a caption in a .txt of the same stem."""
     records, left_out = [], []
-    for name in files_below(folder, "config field 'data.data_dir'"):
-        path = folder / name
+    pictures: dict[str, str] = {}
+    for name, problem in files_below(folder, "config field 'data.data_dir'"):
+        path, caption = folder / name, ""
         try:
-            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-            name.encode()
+            if not problem:
+                caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+                name.encode()
+                problem = "" if caption else "empty caption"
         except FileNotFoundError:
-            left_out.append(LeftOut(name, "no caption"))
-            continue
-        except (OSError, UnicodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "name or caption is not UTF-8"
-            left_out.append(LeftOut(name.encode(errors="replace").decode(), str(reason)))
-            continue
-        if caption:
-            records.append(Record(name, path, PROMPT, (caption,)))
+            problem = "no caption"
+        except OSError as error:
+            problem = f"its caption cannot be read: {error.strerror}"
+        except UnicodeError:
+            problem = "name or caption is not UTF-8"
+        if problem:
+            left_out.append(LeftOut(spelt(name), problem))
         else:
-            left_out.append(LeftOut(name, "empty caption"))
+            picture = pictures.setdefault(real_path(path), name)
+            records.append(Record(name, path, PROMPT, (caption,), picture=picture))
     return records, left_out
 
 
 def _listed(source: Path) -> list[Record]:
     """The lines of a JSONL file. Lines of one picture are joined: its captions, and the last of what else they say."""
-    by_image: dict[str, Record] = {}
+    pictures: dict[str, Record] = {}
     try:
         text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -237,18 +264,18 @@ def _listed(source: Path) -> list[Record]:
             where = f"{source}, line {number}"
             entry = json_text.parse_object(line, where, "mend or remove that line")
             record = fields.read_record(entry, where)
-            before = by_image.get(record["image"])
-            captions = (before.captions if before else ()) + record["captions"]
-            by_image[record["image"]] = Record(
-                record["image"],
-                source.parent / record["image"],
+            path = source.parent / record["image"]
+            before = pictures.get(real := real_path(path))
+            pictures[real] = Record(
+                before.id if before else picture_name(source.parent, record["image"]),
+                path,
                 record["prompt"] or (before.prompt if before else PROMPT),
-                captions,
+                tuple(dict.fromkeys((before.captions if before else ()) + record["captions"])),
                 record["reference_units"] or (before.reference_units if before else ()),
                 record["questions"] if record["questions"] != "[]" or not before else before.questions,
                 record["rubrics"] if record["rubrics"] != "[]" or not before else before.rubrics,
             )
-    return list(by_image.values())
+    return list(pictures.values())
 
 
 def _whole(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:

@@ -2,8 +2,8 @@
 
 The JSON is a list of {"id", "image": "coco/train2017/000000000009.jpg", "conversations": [{"from": "human", "value":
 "prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}. Pictures that are missing, or do not begin as pictures, are
-counted and named. Their files are stored as they are; each sample keeps its own prompt, and what an entry holds for
-rewards in the form of `data.photos`: `reference_units`, `questions`, `rubrics`.
+counted and named, and so are entries of text alone. Files are stored as they are; each sample keeps its own prompt, and
+what an entry holds for rewards in the form of `data.photos`: `reference_units`, `questions`, `rubrics`.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 
 from balcap_jax import json_text
 from balcap_jax.data import fields, images, photos, prepared
+from balcap_jax.data.listing import picture_name, real_path
 from balcap_jax.data.photos import LeftOut, Record, Splits
 from balcap_jax.errors import UserError
 
@@ -39,7 +40,7 @@ class ShareGPT4VConfig(tfds.core.BuilderConfig):
 class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
     """Pictures with GPT-4V's captions, in one split: which part is for training is decided when it is read."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("2.0.0")  # Samples name their picture since 2.0.0.
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The JSON of ShareGPT4V and the folders of images that it names."
     url_infos: ClassVar[dict] = {}  # no download, no checksums
     BUILDER_CONFIGS: ClassVar[list[ShareGPT4VConfig]] = [ShareGPT4VConfig(name="cap100k", description="100K captions")]
@@ -48,7 +49,7 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
         text = tfds.features.Text()
         features = tfds.features.FeaturesDict(
             # A file as it is: readers of our own decode it, upright and in RGB, without TensorFlow.
-            {"id": text, "image": tfds.features.Text(), "prompt": text, "reference": text}
+            {"id": text, "picture": text, "image": tfds.features.Text(), "prompt": text, "reference": text}
             | dict.fromkeys(REWARDED, text)
         )
         return self.dataset_info_from_configs(
@@ -59,23 +60,31 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
         return {"samples": self._generate_examples(Path(dl_manager.manual_dir))}
 
     def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        left_out: list[LeftOut] = []
-        seen: set[str] = set()
-        for number, entry in enumerate(read_annotations(folder / self.builder_config.annotations), start=1):
-            sample = read_sample(entry, f"{folder / self.builder_config.annotations}, entry {number}")
-            if sample["id"] in seen:
-                sample["id"] = f"{sample['id']}#{number}"
-            seen.add(sample["id"])
-            path = folder / sample["id"].partition("#")[0]
+        missing: list[LeftOut] = []
+        texts: list[LeftOut] = []
+        ids: set[str] = set()
+        pictures: dict[str, str] = {}
+        annotations = folder / self.builder_config.annotations
+        for number, entry in enumerate(read_annotations(annotations), start=1):
+            if is_text_alone(entry):
+                texts.append(LeftOut(f"entry {number}", "text alone"))
+                continue
+            sample = read_sample(entry, f"{annotations}, entry {number}", folder)
+            path = folder / sample["id"]
+            sample["picture"] = pictures.setdefault(real_path(path), sample["id"])
+            while sample["id"] in ids:
+                sample["id"] += f"#{number}"
+            ids.add(sample["id"])
             try:
                 images.check(path)
                 content = path.read_bytes()
             except (images.ImageError, OSError) as error:
-                left_out.append(LeftOut(sample["id"], getattr(error, "strerror", None) or str(error)))
+                missing.append(LeftOut(sample["id"], getattr(error, "strerror", None) or str(error)))
                 continue
             yield number, sample | {"image": content}
-        self.info.metadata["left_out"] = len(left_out)
-        self.info.metadata["first_left_out"] = [list(one) for one in left_out[:_NAMED]]
+        metadata = {"left_out": len(missing) + len(texts), "texts": len(texts)}
+        metadata["first_left_out"] = [list(one) for one in [*missing, *texts][:_NAMED]]
+        self.info.metadata.update(metadata)
 
 
 def read_annotations(path: Path) -> list[Any]:
@@ -90,29 +99,40 @@ def read_annotations(path: Path) -> list[Any]:
     return entries
 
 
-def read_sample(entry: Any, where: str) -> dict[str, str]:
+def is_text_alone(entry: Any) -> bool:
+    """Whether an entry is a conversation about no picture, as many of the LLaVA instructions are."""
+    return isinstance(entry, Mapping) and isinstance(entry.get("conversations"), list) and not entry.get("image", "")
+
+
+def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]:
     """{"id": the image's path, "prompt", "reference"} of an entry; its image tag may stand before or after the prompt.
 
-    Beside these `reference_units`, `questions` and `rubrics`, as JSON text, "[]" where the entry has none.
+    Beside these `reference_units`, `questions` and `rubrics`, as JSON text, "[]" where the entry has none. Paths are
+    relative to `folder`.
 
     Raises:
-      UserError: it is no sample of a picture, a question and an answer, or what is for rewards is of another form.
+      UserError: it is no sample of a picture, a question and an answer, or one of its fields is of another form.
     """
-    turns = entry.get("conversations") if isinstance(entry, Mapping) else None
-    said = {}
-    for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, Mapping) and isinstance(turn.get("value"), str):
-            said.setdefault(turn.get("from"), turn["value"])
-    image = entry.get("image") if isinstance(entry, Mapping) else None
-    if not isinstance(image, str) or not image or not said.get("gpt", "").strip() or "human" not in said:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("conversations"), list):
+        raise UserError(f'{where} is no sample: an object with "image" and a list "conversations"; {_REMEDY}')
+    said: dict[str, str] = {}
+    for turn in entry["conversations"]:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
+            raise UserError(f'{where}: "conversations" must be a list of {{"from": text, "value": text}}; {_REMEDY}')
+        said.setdefault(turn["from"], turn["value"])
+    image = entry.get("image")
+    if not isinstance(image, str):
+        raise UserError(f'{where}: "image" must be text, the path of one picture; {_REMEDY}')
+    if not image or not said.get("gpt", "").strip() or "human" not in said:
         raise UserError(f"{where} is no sample with an image, a question of human and an answer of gpt; {_REMEDY}")
-    if Path(image).is_absolute() or ".." in Path(image).parts:
+    name = picture_name(folder, image)
+    if Path(name).parts[:1] == ("..",):
         raise UserError(f"{where} names an image outside the manual directory ({image!r}); {_REMEDY}")
     prompt = said["human"].replace("<image>", "").strip() or photos.PROMPT
     rewarded = {name: entry[name] for name in REWARDED if name in entry}
     record = fields.read_record({"image": image, "reference": said["gpt"], **rewarded}, where)
     units = json.dumps(record.pop("reference_units"))
-    sample = {"id": image, "prompt": prompt, "reference": said["gpt"].strip(), "reference_units": units}
+    sample = {"id": name, "prompt": prompt, "reference": said["gpt"].strip(), "reference_units": units}
     return sample | {name: record[name] for name in ("questions", "rubrics")}
 
 
@@ -124,24 +144,25 @@ def load(config: Mapping[str, Any]) -> Splits:
     """
     builder = prepare(config["data_dir"], config["manual_dir"], config["annotations"])
     source = builder.as_data_source("samples")
-    count = builder.info.metadata.get("left_out", 0)
-    left_out = [LeftOut(*one) for one in builder.info.metadata.get("first_left_out", [])]
-    photos.announce("sharegpt4v", len(source), left_out)
-    if count > len(left_out):
-        print(f"sharegpt4v: {count} pictures are left out in all", flush=True)
-    if not len(source):
-        raise UserError(f"none of the pictures of {config['annotations']} is in {config['manual_dir']}")
+    metadata = builder.info.metadata
+    left_out = [LeftOut(*one) for one in metadata.get("first_left_out", [])]
     # Texts are held, pictures are not: half a kilobyte a sample.
-    texts = _texts(source)
     records = [
-        Record(name, functools.partial(_content, source, i), prompt, (reference,), tuple(json.loads(units)), *rest)
-        for i, (name, prompt, reference, units, *rest) in enumerate(texts)
+        Record(
+            name, functools.partial(_content, source, i), prompt, (reference,), tuple(json.loads(units)), *rest, picture
+        )
+        for i, (name, picture, prompt, reference, units, *rest) in enumerate(_texts(source))
     ]
+    photos.announce("sharegpt4v", records, left_out, metadata.get("left_out", 0))
+    if metadata.get("texts"):
+        print(f"sharegpt4v: {metadata['texts']} entries of text alone are left out", flush=True)
+    if not records:
+        raise UserError(f"none of the pictures of {config['annotations']} is in {config['manual_dir']}")
     return photos.make_splits(records, left_out, config)
 
 
 def _texts(source: Any) -> list[tuple[str, ...]]:
-    return [tuple(_text(one[field]) for field in ("id", "prompt", "reference", *REWARDED)) for one in source]
+    return [tuple(_text(one[name]) for name in ("id", "picture", "prompt", "reference", *REWARDED)) for one in source]
 
 
 def _text(value: bytes | str) -> str:
