@@ -36,7 +36,7 @@ from balcap_jax.caption_settings import beside
 from balcap_jax.config import CommandParser
 from balcap_jax.config_fields import FIELDS
 from balcap_jax.data import images as pictures
-from balcap_jax.data.listing import Item, list_items
+from balcap_jax.data.listing import Item, list_items, picture_name
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.jsonl import AppendedLines
 from balcap_jax.machine import use_compilation_cache
@@ -217,14 +217,15 @@ def caption(
         options = dataclasses.replace(options, prompt=_prompt_of(model))
     items = list_items(images, options.prompt)
     wanted = {item.key for item in items}
-    out = Path(out)
+    folder, out = Path(images), Path(out)
+    folder = folder if folder.is_dir() else folder.parent
     settings = caption_settings.identity(model) | options.settings()
     with AppendedLines(out) as lines, AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors:
-        captioned, failed = _keys(lines), _keys(errors)
+        captioned, failed = _keys(lines, folder), _keys(errors, folder)
         if lines.found or errors.found:
             caption_settings.check(out, settings)
         if retry_errors:
-            errors.keep(lambda entry: _key(entry) not in wanted)
+            errors.keep(lambda entry: _key(entry, folder) not in wanted)
             failed -= wanted
         pending = [item for item in items if item.key not in captioned | failed]
         counts = {"captions": len(wanted & captioned), "errors": len(wanted & failed - captioned)}
@@ -260,18 +261,18 @@ def caption(
 # --- lines, prompts, memory ------------------------------------------------------------------------------------------
 
 
-def _key(entry: dict[str, Any]) -> Any:
-    return entry.get("id", entry.get("image"))
+def _key(entry: dict[str, Any], folder: Path) -> str:
+    return entry["id"] if "id" in entry else picture_name(folder, entry["image"])
 
 
-def _keys(lines: AppendedLines) -> set[str]:
-    """The keys of all lines. Raises UserError for a line that is none of ours."""
+def _keys(lines: AppendedLines, folder: Path) -> set[str]:
+    """The keys of all lines, of pictures in `folder`. Raises UserError for a line that is none of ours."""
     for number, entry in enumerate(lines.entries, start=1):
-        if not isinstance(_key(entry), str):
+        if not isinstance(entry.get("id", entry.get("image")), str):
             raise UserError(
                 f'{lines.path}, line {number} names no picture: "id" or "image" must be text; mend or remove that line'
             )
-    return {_key(entry) for entry in lines.entries}
+    return {_key(entry, folder) for entry in lines.entries}
 
 
 def _prompt_of(model: str | os.PathLike) -> str:

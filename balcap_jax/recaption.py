@@ -36,7 +36,7 @@ from balcap_jax.arguments import place
 from balcap_jax.caption_settings import beside
 from balcap_jax.config import CommandParser, take_group
 from balcap_jax.data import photos, sharegpt4v
-from balcap_jax.data.listing import Item, list_items, spelt
+from balcap_jax.data.listing import Item, list_items, picture_name, spelt
 from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
 from balcap_jax.jsonl import AppendedLines
 from balcap_jax.judges import cost, prompts
@@ -68,17 +68,29 @@ class Sources:
     root: str | None = None
     students: str | None = None
 
+    @property
+    def folder(self) -> Path:
+        """What the paths of its pictures are relative to."""
+        source = Path(self.images)
+        if source.suffix.lower() == ".json" and self.root:
+            return Path(self.root)
+        return source if source.is_dir() else source.parent
+
     def items(self) -> list[Item]:
         """Raises UserError where nothing is there, a line is bad, or a reference is needed and missing."""
         source = Path(self.images)
         if source.suffix.lower() == ".json" and source.is_file():
-            folder = Path(self.root) if self.root else source.parent
-            items = []
+            folder, items, texts = self.folder, [], 0
             for number, entry in enumerate(sharegpt4v.read_annotations(source), start=1):
-                sample = sharegpt4v.read_sample(entry, f"{source}, entry {number}")
+                if sharegpt4v.is_text_alone(entry):
+                    texts += 1
+                    continue
+                sample = sharegpt4v.read_sample(entry, f"{source}, entry {number}", folder)
                 line = {"image": sample["id"], "prompt": sample["prompt"], "caption": sample["reference"]}
                 line |= {name: entry[name] for name in sharegpt4v.REWARDED if name in entry}
                 items.append(Item(sample["id"], sample["id"], folder / sample["id"], sample["prompt"], entry=line))
+            if texts:
+                print(f"{source}: {texts} entries of text alone are left out", flush=True)
         else:
             items = list_items(source, self.prompt)
         if self.kind != "references":
@@ -93,7 +105,7 @@ class Sources:
         for where, entry in json_text.read_lines(Path(self.students or ""), remedy):
             if not isinstance(_key(entry), str) or not isinstance(entry.get("caption"), str):
                 raise UserError(f"{where} has no picture and caption; {remedy}")
-            found[_key(entry)] = entry["caption"]
+            found[entry["id"] if "id" in entry else picture_name(self.folder, entry["image"])] = entry["caption"]
         return found
 
 
@@ -169,7 +181,7 @@ def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels:
 
 def _seen_from(folder: Path, item: Item) -> Item:
     """The item under the name that a file in `folder` gives it; what it is known by to others is its key."""
-    return dataclasses.replace(item, image=spelt(Path(os.path.relpath(item.path.absolute(), folder)).as_posix()))
+    return dataclasses.replace(item, image=spelt(picture_name(folder, str(item.path.absolute()))))
 
 
 def _key(entry: Mapping[str, Any]) -> Any:

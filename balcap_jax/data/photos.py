@@ -187,8 +187,8 @@ def make_splits(records: Sequence[Record], left_out: Sequence[LeftOut], config: 
     counts = [len(record.captions) for record in records]
     count = statistics.median_high(counts)
     if min(counts) < max(counts):
-        text = f"{min(counts)} to {max(counts)} captions a picture: {count} of each are used, repeated where there are fewer"
-        print(text, flush=True)
+        text = f"captions of a picture: {min(counts)} to {max(counts)}; {count} of each are used"
+        print(f"{text}, repeated where there are fewer", flush=True)
     splits = (
         Photos([record for record in records if home[record.key] == name], count, config["max_pixels"])
         for name in parts

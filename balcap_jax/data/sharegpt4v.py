@@ -101,7 +101,8 @@ def read_annotations(path: Path) -> list[Any]:
 
 def is_text_alone(entry: Any) -> bool:
     """Whether an entry is a conversation about no picture, as many of the LLaVA instructions are."""
-    return isinstance(entry, Mapping) and isinstance(entry.get("conversations"), list) and not entry.get("image", "")
+    is_sample = isinstance(entry, Mapping) and isinstance(entry.get("conversations"), list)
+    return is_sample and entry.get("image") in (None, "")
 
 
 def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]:

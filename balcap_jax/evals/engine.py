@@ -368,10 +368,12 @@ class Texts(dict):
 
     def __init__(self, texts: Mapping[str, str]):
         super().__init__(texts)
-        names = [Path(key).name for key in texts]
-        counts = collections.Counter(names)
-        self._by_file = {name: key for name, key in zip(names, texts, strict=True) if counts[name] == 1}
-        self._found_by_file: dict[str, str] = {}
+        self._by_path = {os.path.normpath(key): key for key in reversed(texts)}
+        self._by_end: dict[str, str | None] = {}  # None: of several texts
+        for key in texts:
+            for end in _ends(key):
+                self._by_end[end] = None if end in self._by_end else key
+        self._found_by_end: dict[str, str] = {}
         self._used: set[str] = set()
 
     @classmethod
@@ -388,16 +390,20 @@ class Texts(dict):
     def find(self, *names: str) -> str | None:
         """The text of a picture that goes by these names.
 
-        A path is also found by its end, as "images/1.jpg" by "1.jpg", where no other text has that file name. Raises
-        UserError where a text is found so for two pictures.
+        Paths are the same however they are spelt ("./1.jpg"). One is also found by its end, as "images/1.jpg" by
+        "1.jpg", where no other text has that end. Raises UserError where a text is found so for two pictures.
         """
         names = tuple(name for name in names if name)
         if exact := next((name for name in names if name in self), None):
             return self[exact]
+        if same := next((path for path in map(os.path.normpath, names) if path in self._by_path), None):
+            return self[self._by_path[same]]
         for name in names:
-            key = self._by_file.get(Path(name).name)
-            if key is not None and _ends_alike(key, name):
-                first = self._found_by_file.setdefault(key, names[0])
+            whole, *shorter = _ends(name)
+            found = {self._by_end.get(whole)} | {self._by_path.get(end) for end in shorter if self._by_end.get(end)}
+            if len(found := found - {None}) == 1:
+                (key,) = found
+                first = self._found_by_end.setdefault(key, names[0])
                 if first != names[0]:
                     raise UserError(
                         f"the caption of {key!r} may be that of {first!r} or of {names[0]!r}; give captions the ids of "
@@ -412,10 +418,10 @@ class Texts(dict):
         return [name for name in self if name not in self._used]
 
 
-def _ends_alike(one: str, other: str) -> bool:
-    parts = Path(one).parts, Path(other).parts
-    shared = min(map(len, parts))
-    return parts[0][-shared:] == parts[1][-shared:]
+def _ends(path: str) -> list[str]:
+    """A path without its first folders: "a/b.jpg" and "b.jpg" of "a/b.jpg" and of "/a/b.jpg"."""
+    parts = Path(os.path.normpath(path)).relative_to(Path(path).anchor).parts
+    return ["/".join(parts[start:]) for start in range(len(parts))] or [path]
 
 
 def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
@@ -444,14 +450,18 @@ def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
     else:
         lines = json_text.read_lines(path, remedy)
     found: dict[str, str] = {}
+    known: set[str] = set()
     for where, line in lines:
         names = _QUESTIONS if what == "predictions" else _PICTURES
-        key = next((line[name] for name in names if line.get(name) is not None), None)
+        field = next((name for name in names if line.get(name) is not None), "")
+        key = line.get(field)
         text = next((line[name] for name in _SAID if name in line), None)
         if not isinstance(key, str | int) or isinstance(key, bool) or not isinstance(text, str):
             raise UserError(f"{where} has no id and text; {remedy}")
-        if str(key) in found:
+        name = os.path.normpath(str(key)) if field.startswith("image") else str(key)
+        if name in known:
             raise UserError(f"{where}: {key!r} has a text already; keep one of them")
+        known.add(name)
         found[str(key)] = text
     return Texts(found)
 
