@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -132,6 +133,107 @@ def test_a_huge_jpeg_is_shrunk_while_it_is_decoded(tmp_path):
     assert images.read(tmp_path / "a.jpg").shape == (2400, 6400, 3)
 
 
+# ---- PNG: what stands beside the pixels
+
+
+def chunk(kind: bytes, data: bytes, damage: int = 0) -> bytes:
+    """A chunk of a PNG; its checksum is wrong by `damage`."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
+
+
+RAMP = [65535 * x // 7 for x in range(8)]
+RAMP_8 = [0, 36, 73, 109, 146, 182, 219, 255]
+
+
+def png_of_rows(depth: int, colour: int, row: bytes, extra: bytes = b"", after: bytes = b"", damage: int = 0) -> bytes:
+    """8 x 8 pixels of equal rows, with chunks before and after them; `damage` is to the checksum of the pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * 8), damage)
+    return b"\x89PNG\r\n\x1a\n" + head + extra + pixels + after + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("colour", [0, 2])
+@pytest.mark.parametrize(("clear", "white"), [(1, None), (RAMP[2], 2), (0, 0), (RAMP[2] ^ 1, None)])
+def test_16_bits_with_a_transparent_colour(colour, clear, white):
+    """Only pixels of exactly that colour are white, as all others are without the chunk."""
+    channels = 3 if colour else 1
+    row = struct.pack(f">{8 * channels}H", *np.repeat(RAMP, channels))
+    content = png_of_rows(16, colour, row, chunk(b"tRNS", struct.pack(f">{channels}H", *[clear] * channels)))
+    expected = [255 if x == white else value for x, value in enumerate(RAMP_8)]
+    assert images.read(content)[3].tolist() == [[value] * 3 for value in expected]
+
+
+SIDEWAYS = b'<x tiff:Orientation="6"/>'  # to be turned by 90 degrees clockwise
+XMP = b"XML:com.adobe.xmp\0"
+LONG = bytes(3 << 20)
+
+
+@pytest.mark.parametrize(
+    ("extra", "after", "turned"),
+    [
+        (chunk(b"zTXt", b"Raw\0\0" + zlib.compress(LONG)), b"", False),
+        (chunk(b"iCCP", b"icc\0\0" + zlib.compress(LONG)), b"", False),
+        (b"", chunk(b"zTXt", b"Raw\0\0" + zlib.compress(LONG)), False),
+        (chunk(b"tEXt", b"Raw\0" + LONG) * 25, b"", False),
+        (chunk(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(SIDEWAYS + LONG)), b"", True),
+        (b"", chunk(b"iTXt", XMP + b"\0\0\0\0" + SIDEWAYS), True),
+        (chunk(b"iTXt", XMP + b"\0\0\0\0" + SIDEWAYS, damage=1), b"", False),
+        (chunk(b"tIME", b"no time", damage=3), chunk(b"tEXt", b"a\0b", damage=1), False),
+        (chunk(b"gAMA", b"", damage=1) + chunk(b"pHYs", b"x") + chunk(b"bKGD", b"x", 7), b"", False),
+        (chunk(b"tRNS", b"x", damage=1) + chunk(b"eXIf", b"x", 7) + chunk(b"acTL", b"x"), b"", False),
+    ],
+)
+def test_what_stands_beside_the_pixels_of_a_png_hinders_nothing(extra, after, turned):
+    row = bytes(np.repeat(np.arange(8), 3).tolist())
+    content = png_of_rows(8, 2, row, extra, after)
+    images.check(content)
+    expected = np.repeat(np.tile(np.arange(8, dtype=np.uint8), (8, 1))[..., None], 3, -1)
+    np.testing.assert_array_equal(images.read(content), np.rot90(expected, -1) if turned else expected)
+
+
+def test_wrong_checksums_of_pixels_and_pixels_that_are_missing_are_named():
+    row = bytes(range(24))
+    assert reason(png_of_rows(8, 2, row, damage=1)) == "damaged: the checksum of IDAT is wrong"
+    palette = chunk(b"PLTE", bytes(6), damage=1)
+    assert reason(png_of_rows(8, 3, bytes(8), palette)) == "damaged: the checksum of PLTE is wrong"
+    whole = png_of_rows(8, 2, np.random.default_rng(0).bytes(24))
+    assert reason(whole[:60]).startswith("damaged: image file is truncated")
+    np.testing.assert_array_equal(images.read(whole[:-14]), images.read(whole))  # Its end alone is missing.
+
+
+def test_many_texts_that_unfold_take_little_memory():
+    bomb = chunk(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(bytes(1 << 24))) * 30
+    tracemalloc.start()
+    images.read(png_of_rows(8, 2, bytes(24), bomb))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6
+
+
+def tiff_of(bits: int, photometric: int, sample_format: int, data: bytes) -> bytes:
+    """One row of 8 grey pixels."""
+    tags = {256: 8, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in (tags | {339: sample_format}).items()]
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(entries))
+    return head + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "sample_format", "values", "expected"),
+    [
+        (16, 1, 1, np.array(RAMP, "<u2"), RAMP_8),
+        (16, 0, 1, np.array(RAMP, "<u2"), RAMP_8[::-1]),  # from white to black
+        (8, 0, 1, np.array(RAMP_8, "u1"), RAMP_8[::-1]),
+        (32, 1, 1, np.array(RAMP, "<u4") * 65537, RAMP_8),  # beyond 2**31
+        (32, 0, 3, np.array(RAMP, "<f4") / 65535, RAMP_8[::-1]),
+        (32, 1, 3, np.array([0, 0.2, 0.4, 1, np.inf, -np.inf, np.nan, -1], "<f4"), [0, 51, 102, 255, 255, 0, 0, 0]),
+    ],
+)
+def test_greys_of_a_tiff(bits, photometric, sample_format, values, expected):
+    picture = images.read(tiff_of(bits, photometric, sample_format, values.tobytes()))
+    assert picture[0, :, 0].tolist() == expected
+
+
 # ---- what is refused
 
 
@@ -162,10 +264,6 @@ def test_what_is_no_picture(tmp_path, content):
 
 def png_of(width: int, height: int) -> bytes:
     """A PNG that claims to be of that size, with next to no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
@@ -180,3 +278,5 @@ def test_a_decompression_bomb(tmp_path, side):
 def test_what_is_no_file(tmp_path):
     assert reason(tmp_path / "none.jpg") == "no such file"
     assert reason(tmp_path) == "no regular file"
+    (tmp_path / "link.jpg").symlink_to("gone.jpg")
+    assert reason(tmp_path / "link.jpg") == "a broken link"

@@ -1,6 +1,8 @@
 """Photographs from a folder, a JSONL file or ShareGPT4V: what is read, what is left out, which split it is in."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from balcap_jax import config as configuration
 from balcap_jax import data, judges, rewards
-from balcap_jax.data import photos, sharegpt4v
+from balcap_jax.data import listing, photos, sharegpt4v
 from balcap_jax.data.input import as_columns, examples, make_dataset
 from balcap_jax.errors import UserError
 from balcap_jax.evals.held_out import to_samples
@@ -204,6 +206,108 @@ def test_settings_that_do_not_fit(changes, problem):
         configuration.load("configs/forkme.py", lexical | changes)
 
 
+def test_lines_of_one_picture_are_joined_however_they_spell_it(folder):
+    (folder / "other").symlink_to("deep")
+    spellings = ["deep/1.png", "./deep/1.png", "deep/../deep/1.png", str(folder / "deep/1.png"), "other/1.png"]
+    others = [{"image": f"./{i}.png", "caption": f"{i}."} for i in (0, 2, 4)]
+    for first in range(len(spellings)):
+        given = spellings[first:] + spellings[:first]
+        lines_of(folder, *others, *({"image": text, "caption": f"as {text}"} for text in given))
+        found = all_of(data.load(settings(folder), 0))
+        name = "other/1.png" if given[0].startswith("other") else "deep/1.png"
+        assert sorted(found) == sorted(["0.png", "2.png", "4.png", name])
+        assert found[name]["reference"] == f"as {given[0]}"
+        assert len(all_of(data.load(settings(folder), 0))) == 4
+
+
+def test_names_of_pictures(tmp_path):
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "list").symlink_to("real")
+    (tmp_path / "real" / "link").symlink_to(tmp_path)
+    for image in (
+        "a.jpg",
+        "./a.jpg",
+        "gone/../a.jpg",
+        "deep/..//a.jpg",
+        tmp_path / "list/a.jpg",
+        tmp_path / "real/a.jpg",
+    ):
+        assert listing.picture_name(tmp_path / "list", str(image)) == "a.jpg"
+    for image in ("../b.jpg", "deep/../../b.jpg", tmp_path / "b.jpg"):
+        assert listing.picture_name(tmp_path / "list", str(image)) == "../b.jpg"
+    assert listing.picture_name(tmp_path / "list", "link/b.jpg") == "link/b.jpg", "links keep their names"
+    beyond = listing.picture_name(tmp_path / "list", "link/../b.jpg")
+    assert (tmp_path / "list" / beyond).resolve() == tmp_path.parent / "b.jpg"
+
+
+def test_one_picture_with_one_caption_leaves_the_others_theirs(folder, capsys):
+    lines = [{"image": f"{i}.png", "captions": [f"{i}{letter}" for letter in "abc"]} for i in (0, 2, 4)]
+    lines_of(
+        folder, *lines, {"image": "deep/1.png", "caption": "1a"}, {"image": "deep/3.png", "captions": list("vwxyz")}
+    )
+    found = all_of(data.load(settings(folder), 0))
+    assert found["0.png"]["captions"] == ["0a", "0b", "0c"]
+    assert found["deep/1.png"]["captions"] == ["1a"] * 3
+    assert found["deep/3.png"]["captions"] == ["v", "w", "x"]
+    assert (
+        "captions of a picture: 1 to 5; 3 of each are used, repeated where there are fewer\n" in capsys.readouterr().out
+    )
+    as_columns(list(found.values()))
+
+
+def test_what_is_not_read_is_named_and_links_are_followed(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    picture(elsewhere / "cat.png", (20, 20), 9)
+    for name in ("cat.txt", "IMG.txt", "raw.txt", "gone.txt"):
+        (elsewhere if name == "cat.txt" else folder).joinpath(name).write_text("A caption.")
+    (folder / "IMG.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (folder / "raw.dng").write_bytes(b"II*\0")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (elsewhere / "back").symlink_to(folder / "deep")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "lost").symlink_to("nowhere")
+    (folder / "twin.png").symlink_to("0.png")
+    (folder / "twin.txt").write_text("The same picture.")
+    splits = data.load(settings(folder), 0)
+    found = all_of(splits)
+    assert sorted(found) == [
+        "0.png",
+        "2.png",
+        "4.png",
+        "deep/1.png",
+        "deep/3.png",
+        "deep/5.png",
+        "linked/cat.png",
+        "twin.png",
+    ]
+    assert any({"0.png", "twin.png"} <= set(part) for part in home_of(splits).values())
+    left_out = dict(splits.left_out)
+    assert sorted(left_out) == ["IMG.HEIC", "gone.png", "lost", "raw.dng"]
+    assert left_out["lost"] == left_out["gone.png"] == "a broken link"
+    assert left_out["IMG.HEIC"].startswith("no picture in a known format")
+    listed = {item.key: item.error for item in listing.list_items(folder, "")}
+    assert sorted(listed) == sorted([*found, *left_out])
+    assert listed["lost"] == "a broken link"
+
+
+def test_a_subfolder_that_cannot_be_looked_into_is_named(folder, monkeypatch):
+    scan = os.scandir
+
+    def refusing(path):  # as for others than root
+        if str(path).endswith(("deep", "shut")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    splits = data.load(settings(folder), 0)
+    assert sorted(all_of(splits)) == ["0.png", "2.png", "4.png"]
+    assert splits.left_out == (("deep", "a folder that cannot be looked into: Permission denied"),)
+    (folder / "shut").mkdir()
+    with pytest.raises(UserError, match=r"'data\.data_dir': .*shut cannot be read"):
+        data.load(settings(folder / "shut"), 0)
+
+
 def test_nothing_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder or file"):
         data.load(settings(tmp_path / "gone"), 0)
@@ -298,6 +402,105 @@ def test_a_damaged_sharegpt4v_is_one_line(tmp_path, manual):
 def test_images_stay_inside_the_manual_directory():
     with pytest.raises(UserError, match="outside the manual directory"):
         sharegpt4v.read_sample(sample("../secret.jpg", "<image>", "x"), "here")
+
+
+def home_of(splits) -> dict[str, list[str]]:
+    """The ids in each split."""
+    return {name: [record.id for record in getattr(splits, name).records] for name in ("train", "validation", "test")}
+
+
+def test_entries_of_one_picture_are_in_one_split(tmp_path, manual):
+    """However their paths are spelt; and pictures that were alone before stay where they were."""
+    (manual / "linked").symlink_to("coco/train2017")
+    spellings = ["coco/train2017/{}.jpg", "./coco/train2017/{}.jpg", "sam/../coco//train2017/{}.jpg", "linked/{}.jpg"]
+    spellings.append(str(manual / "coco/train2017/{}.jpg"))
+    chosen = settings(tmp_path / "built", name="sharegpt4v", manual_dir=str(manual), annotations="list.json")
+    alone = home_of(data.load(chosen, 0))
+    entries = [sample(text.format(i), f"{k}?", f"{i} {k}") for k, text in enumerate(spellings) for i in range(6)]
+    (manual / "list.json").write_text(json.dumps(entries))
+    splits = data.load(chosen, 0)
+    for name in alone:
+        found = sorted(one["reference"] for one in examples(getattr(splits, name)))
+        assert found == sorted(f"{Path(one).stem} {k}" for one in alone[name] for k in range(5))
+    ids = [one for part in home_of(splits).values() for one in part]
+    assert len(set(ids)) == 30
+    with pytest.raises(UserError, match="2 pictures are too few"):
+        photos.make_splits([record for record in splits.train.records if record.key in alone["train"][:2]], (), chosen)
+
+
+def test_any_character_may_stand_in_a_name(tmp_path, capsys):
+    names = [
+        "a#2.jpg",
+        "#.jpg",
+        "a?b.jpg",
+        "a%20b.jpg",
+        "a b.jpg",
+        "ä\N{SNOWMAN}.jpg",
+        "a&b=c;'\".jpg",
+        "a[0:1].jpg",
+        "a",
+    ]
+    for i, name in enumerate(names):
+        picture(tmp_path / "web" / (name if "." in name else f"{name}.jpg"), (9, 8 + i), i)
+    (tmp_path / "web" / "a.jpg").rename(tmp_path / "web" / "a")
+    lines = [{"image": f"web/{name}", "caption": name} for name in names]
+    lines_of(tmp_path, *lines)
+    (tmp_path / "list.json").write_text(json.dumps([sample(one["image"], "?", one["caption"]) for one in lines]))
+    chosen = settings(tmp_path / "b#[1]?", name="sharegpt4v", manual_dir=str(tmp_path), annotations="list.json")
+    for found in (data.load(settings(tmp_path), 0), data.load(chosen, 0)):
+        assert {one["id"]: one["reference"] for one in all_of(found).values()} == {
+            f"web/{name}": name for name in names
+        }
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_entries_of_text_alone_are_left_out_and_counted(tmp_path, manual, capsys):
+    turns = sample("", "Hello", "Hi.")["conversations"]
+    entries = json.loads((manual / "list.json").read_text())
+    entries += [{"id": "t", "model": "", "conversations": turns}, {"image": None, "conversations": turns}]
+    entries += [{"image": "", "conversations": []}]
+    (manual / "list.json").write_text(json.dumps(entries))
+    chosen = settings(tmp_path / "built", name="sharegpt4v", manual_dir=str(manual), annotations="list.json")
+    splits = data.load(chosen, 0)
+    assert len(all_of(splits)) == 6
+    assert splits.left_out[1:] == tuple((f"entry {number}", "text alone") for number in (8, 9, 10))
+    out = capsys.readouterr().out
+    assert "6 pictures; 4 left out: sam/images/gone.jpg (no such file), entry 8 (text alone)" in out
+    assert "sharegpt4v: 3 entries of text alone are left out\n" in out
+    for kept, reason in ((entries[-3:], "all entries are text alone"), (entries[2:3], r"gone\.jpg: no such file")):
+        (manual / "list.json").write_text(json.dumps(kept))
+        with pytest.raises(UserError, match=f"none of the pictures of .*{reason}"):
+            data.load(chosen, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, '"conversations" must be a list of'),
+        ({"conversations": [{"from": "human", "value": None}]}, '"conversations" must be a list of'),
+        ({"conversations": ["x"]}, '"conversations" must be a list of'),
+        ({"conversations": "x"}, "is no sample"),
+        ({"image": ["a.jpg", "b.jpg"]}, '"image" must be text'),
+        ({"image": 0}, '"image" must be text'),
+        ({"image": "a.jpg", "questions": 0}, '"questions" must be a list'),
+        ({"image": "a.jpg", "reference_units": {}}, '"reference_units" must be a list'),
+        ({"image": "a.jpg", "rubrics": False}, '"rubrics" must be a list'),
+        ({"image": "/etc/a.jpg"}, "outside the manual directory"),
+        ({"image": "a/../../b.jpg"}, "outside the manual directory"),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path, changes, named):
+    entry = sample("a.jpg", "<image>", "x") | changes
+    with pytest.raises(UserError, match=r"^here") as caught:
+        sharegpt4v.read_sample(entry, "here", tmp_path)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", [None, 3, "x", [], {}, {"image": "a.jpg"}])
+def test_what_is_no_entry_is_named(entry):
+    assert not sharegpt4v.is_text_alone(entry)
+    with pytest.raises(UserError, match=r"^here is no sample"):
+        sharegpt4v.read_sample(entry, "here")
 
 
 # ---- rewards of a judge ---------------------------------------------------------------------------------------------

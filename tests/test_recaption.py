@@ -136,6 +136,33 @@ def test_rubrics_of_sharegpt4v_find_the_students_captions_by_path(photos, tmp_pa
     assert (line["image"], line["reference_units"]) == ("photos/deep/d.png", ["A dog"])
 
 
+def test_a_picture_is_asked_about_once_however_its_path_is_spelt(photos, tmp_path, capsys):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}]
+    source = photos / "share.json"
+    names = ["a.png", "./b.png", "deep/../e.png", str(photos / "deep/d.png"), "./a.png", "deep/../b.png"]
+    entries = [{"image": name, "conversations": turns} for name in names]
+    source.write_text(json.dumps([*entries, {"id": "text", "conversations": turns}]))
+    students = tmp_path / "students.jsonl"
+    said = {"./a.png": "a hog", str(photos / "b.png"): "a bat", "e.png": "a hen", "deep/../deep/d.png": "a cod"}
+    students.write_text("".join(json.dumps({"image": name, "caption": text}) + "\n" for name, text in said.items()))
+    out = tmp_path / "out.jsonl"
+    with JudgeServer(well_behaved) as server:
+        given = ["--write=rubrics", f"--students={students}", f"--out={out}"]
+        run(tmp_path, server, *given, f"--images={source}")
+        asked = server.requests
+        source.write_text(json.dumps([entry | {"image": f"deep/.././{entry['image']}"} for entry in entries[:3]]))
+        run(tmp_path, server, *given, f"--images={source}")
+        assert server.requests == asked, "other spellings were asked about again"
+    assert "1 entries of text alone are left out" in capsys.readouterr().out
+    lines = {line["image"]: line["rubrics"][0]["criterion"] for line in lines_of(out)}
+    assert lines == {
+        "photos/a.png": "is not a hog",
+        "photos/b.png": "is not a bat",
+        "photos/e.png": "is not a hen",
+        "photos/deep/d.png": "is not a cod",
+    }
+
+
 def test_failures_are_named_and_asked_again_on_demand(photos, tmp_path):
     def behave(body):
         if kind_of(body) == "describe" or "asked" not in text_of(body):

@@ -33,7 +33,7 @@ MAX_PIXELS = 89_478_485
 HUGE_PIXELS = 16_000_000
 HUGE_SHORT_SIDE = 1536
 
-_PHOTOMETRIC_TAG = 262
+_PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 262, 339
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -130,9 +130,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     if ImageMode.getmode(image.mode).typestr[1:] not in ("b1", "u1"):
-        values = _to_8_bits(np.asarray(image))
-        # Pillow turns TIFFs that count from white to black the right way up to 8 bits only.
-        image = Image.fromarray(255 - values if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0 else values)
+        values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+        # Of TIFFs with more than 8 bits Pillow takes 32 without a sign for numbers with one, and white for 0 as black.
+        if image.mode == "I" and tags.get(_SAMPLE_FORMAT_TAG) == (1,):
+            values = values.view(np.uint32)
+        values = _to_8_bits(values)
+        image = Image.fromarray(255 - values if tags.get(_PHOTOMETRIC_TAG) == 0 else values)
     return image.convert("RGB")
 
 

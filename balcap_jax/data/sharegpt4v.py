@@ -82,6 +82,9 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
                 missing.append(LeftOut(sample["id"], getattr(error, "strerror", None) or str(error)))
                 continue
             yield number, sample | {"image": content}
+        if len(missing) == len(ids):
+            why = f"; the first, {missing[0].image}: {missing[0].reason}" if missing else ": all entries are text alone"
+            raise UserError(f"none of the pictures of {annotations} is in {folder}{why}; set data.manual_dir")
         metadata = {"left_out": len(missing) + len(texts), "texts": len(texts)}
         metadata["first_left_out"] = [list(one) for one in [*missing, *texts][:_NAMED]]
         self.info.metadata.update(metadata)
@@ -157,8 +160,6 @@ def load(config: Mapping[str, Any]) -> Splits:
     photos.announce("sharegpt4v", records, left_out, metadata.get("left_out", 0))
     if metadata.get("texts"):
         print(f"sharegpt4v: {metadata['texts']} entries of text alone are left out", flush=True)
-    if not records:
-        raise UserError(f"none of the pictures of {config['annotations']} is in {config['manual_dir']}")
     return photos.make_splits(records, left_out, config)
 
 
