@@ -301,6 +301,20 @@ def test_errors_are_tried_again_only_when_asked(llava, tmp_path):
     assert caption(llava, folder, out, OPTIONS) == {"captions": 3, "errors": 1, "new": 1, "wide": 0}
 
 
+def test_a_picture_is_captioned_once_however_its_path_is_spelt(llava, tmp_path):
+    folder, out, listed = tmp_path / "photos", tmp_path / "out.jsonl", tmp_path / "list.jsonl"
+    folder.mkdir()
+    photograph(0, 30, 40).save(folder / "a#1.png")
+    (folder / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    for image in ("photos/a#1.png", "./photos/a#1.png", "photos/../photos/a#1.png", folder / "a#1.png"):
+        rows = [{"image": str(image)}, {"image": str(image).replace("a#1.png", "b.HEIC")}]
+        listed.write_text("\n".join(map(json.dumps, rows)))
+        counts = caption(llava, listed, out, OPTIONS)
+        assert (counts["captions"], counts["errors"]) == (1, 1)
+    assert list(by_image(out)) == ["photos/a#1.png"]
+    assert list(by_image(tmp_path / "out.errors.jsonl")) == ["photos/b.HEIC"]
+
+
 def test_settings_are_not_mixed_in_one_file(llava, folder, tmp_path):
     listed, out = tmp_path / "list.jsonl", tmp_path / "out.jsonl"
     listed.write_text(json.dumps({"image": str(folder / "photo 0.jpg")}))
@@ -366,6 +380,7 @@ def test_a_list_has_its_own_prompts_ids_and_place(llava, folder, tmp_path):
         ('{"picture": "a.jpg"}', 'line 1: a line is an object with "image"'),
         ('{"image": "a.jpg", "prompt": 3}', 'line 1: "prompt" must be text, got 3'),
         ('{"image": "a.jpg"}\n\n{"image": "a.jpg"}', "line 3: 'a.jpg' is line 1 already"),
+        ('{"image": "b/../a.jpg"}\n{"image": "./a.jpg"}', "line 2: 'a.jpg' is line 1 already"),
         ("\n", "is empty"),
     ],
 )

@@ -18,7 +18,7 @@ from balcap_jax import config as configuration
 from balcap_jax.data import photos
 from balcap_jax.errors import UserError
 from balcap_jax.evals.dcscore import DCScore
-from balcap_jax.evals.engine import Item, Texts
+from balcap_jax.evals.engine import Item, Texts, read_captions
 from balcap_jax.evals.vqa_data import read_questions
 
 CHECK = "--metric=checklist"
@@ -657,6 +657,22 @@ def test_a_caption_is_found_for_one_picture():
     with pytest.raises(UserError, match=r"'4.jpg' may be that of 'a/4.jpg' or of 'b/4.jpg'"):
         texts.find("b/4.jpg")
     assert texts.unused == ["3"]
+
+
+def test_a_caption_is_found_however_its_path_is_spelt(tmp_path):
+    texts = Texts(
+        {"./a/1.jpg": "one", "/data/b/1.jpg": "two", "c/../2.jpg": "three", "d/e/1.jpg": "four", "1.jpg": "five"}
+    )
+    assert texts.find("a/1.jpg") == texts.find("x/../a//1.jpg") == "one"
+    assert texts.find("b/1.jpg") == texts.find("/data/c/../b/1.jpg") == "two"
+    assert texts.find("2.jpg") == texts.find("./2.jpg") == "three"
+    assert texts.find("/data/d/e/1.jpg") == "four"
+    assert texts.find("./1.jpg") == "five"
+    assert texts.find("f/1.jpg") is None
+    lines = [{"image": "a.jpg", "caption": "x"}, {"image": "b/.././a.jpg", "caption": "y"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r"line 2: 'b/\.\./\./a\.jpg' has a text already"):
+        read_captions(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize(
