@@ -182,6 +182,18 @@ LONG = bytes(3 << 20)
         (chunk(b"gAMA", b"", damage=1) + chunk(b"pHYs", b"x") + chunk(b"bKGD", b"x", 7), b"", False),
         (chunk(b"tRNS", b"x", damage=1) + chunk(b"eXIf", b"x", 7) + chunk(b"acTL", b"x"), b"", False),
     ],
+    ids=[
+        "long text",
+        "long profile",
+        "after",
+        "many",
+        "long XMP",
+        "XMP",
+        "wrong XMP",
+        "wrong texts",
+        "wrong",
+        "wrong tRNS",
+    ],
 )
 def test_what_stands_beside_the_pixels_of_a_png_hinders_nothing(extra, after, turned):
     row = bytes(np.repeat(np.arange(8), 3).tolist())
