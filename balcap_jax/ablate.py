@@ -32,6 +32,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
+from balcap_jax import durable
 from balcap_jax.ablations import FULL, VARIANTS
 from balcap_jax.arguments import place
 from balcap_jax.checkpoint import PreemptionFlag, branch
@@ -232,7 +233,8 @@ def copy_base(base: Path, workdir: Path) -> None:
     aside.mkdir(parents=True)
     branch(base / "checkpoints", aside / "checkpoints")
     shutil.copyfile(base / "metrics.jsonl", aside / "metrics.jsonl")
-    aside.rename(workdir)
+    durable.sync_tree(aside)
+    durable.rename(aside, workdir)
 
 
 def last_line(log: Path) -> str:

@@ -4,13 +4,11 @@ The images that evaluations show and report are those of the test split; they ch
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import OBJECTIVES
-
-TAG = "best"
 
 
 def check(metric: str, measured: Sequence[str], images: int) -> None:
@@ -55,8 +53,16 @@ class Best:
         """JSON-able; `restore` takes it."""
         return {str(step): score for step, score in self.scores.items()}
 
-    def restore(self, state: Mapping[str, float | None]) -> None:
+    def restore(self, state: Mapping[str, float | None], whole: Collection[int]) -> int | None:
+        """The best of the steps that are `whole` on disk; better ones that are not are forgotten."""
         self.scores = {int(step): score for step, score in state.items()}
+        while self.step is not None and self.step not in whole:
+            del self.scores[self.step]
+        return self.step
 
     def summary(self) -> dict[str, Any]:
-        return {"metric": self.metric, "step": self.step, "score": self.scores[self.step], "scores": self.state()}
+        """{"best": what is known of it}, empty while there is none."""
+        if self.step is None:
+            return {}
+        found = {"metric": self.metric, "step": self.step, "score": self.scores[self.step], "scores": self.state()}
+        return {"best": found}

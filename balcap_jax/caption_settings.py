@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from balcap_jax import json_text
+from balcap_jax import durable, json_text
 from balcap_jax.errors import UserError
 
 _MODEL_FILES = ("model.json", "config.json", "preprocessor_config.json", "tokenizer.json")
@@ -78,6 +78,6 @@ def check(out: Path, settings: dict[str, Any]) -> None:
 def write(out: Path, settings: dict[str, Any]) -> None:
     path = beside(out, ".settings.json")
     try:
-        json_text.replace_file(path, json.dumps(settings, indent=2) + "\n")
+        durable.replace_file(path, (json.dumps(settings, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); make room or name another --out") from error

@@ -1,21 +1,23 @@
 """Checkpoints of a run (Orbax) and the flag that says a run should stop.
 
-    DIR/<step>/arrays/    Orbax arrays: parameters, optimizer state, PRNG key data, counters
-    DIR/<step>/extra/     JSON: data iterator state, clock, configuration, versions
-    DIR/tags.json         {tag: step} of the checkpoints that are never deleted, such as stage ends
+    DIR/<step>/arrays/     Orbax arrays: parameters, optimizer state, PRNG key data, counters
+    DIR/<step>/extra/      JSON: data iterator state, clock, configuration, versions
+    DIR/<step>/sums.json   sizes and checksums of these files, by which a step is whole or torn
+    DIR/incomplete-<step>  a torn step that was passed over, kept until that step or a later one is whole
 
-A step is written under a temporary name and renamed when it is whole, so a killed run leaves no half-written step.
+A step is written under a temporary name, synced, and renamed when it is whole and on disk: neither a killed run nor a
+power cut leaves half of one. Names of steps to be deleted go first, for the same reason.
 """
 
 import base64
+import contextlib
 import itertools
-import json
 import logging
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from balcap_jax import distributed, json_text
+from balcap_jax import distributed, durable
 from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of, remove_unfinished
 from balcap_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_PARTS = ("_CHECKPOINT_METADATA", "arrays/_METADATA", "arrays/manifest.ocdbt", "extra/metadata")
-"""Files without which a step directory is no whole checkpoint (a copy that was cut short, for example)."""
+_TEMPORARY = ".orbax-checkpoint-tmp"
+"""In the names of directories that Orbax clears at the next start."""
 
-_TAGS = "tags.json"
+_INCOMPLETE = "incomplete-"
 _BYTES = "__bytes__"
 
 
@@ -47,33 +49,47 @@ class Checkpointer:
     fails is reported by the next `save`, `wait` or `close`; the checkpoints written before it stay valid.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, asynchronous: bool = True):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 2,
+        beside: Collection[Path] = (),
+        asynchronous: bool = True,
+    ):
         """
         Args:
           directory: made if it is missing; leftovers of killed runs in it are cleared.
-          keep: newest checkpoints that are kept; tagged ones are kept besides.
+          keep: newest checkpoints that are kept; those of `keep_also` are kept besides.
+          beside: files outside of `directory` that a resumed run needs as they were at a `save`; they are put on disk
+            before the checkpoint counts.
           asynchronous: write in the background. `save` still copies the arrays to the host before it returns, so
             that the caller may donate or change them at once.
+
+        Torn steps newer than the newest whole one are passed over, with a line each. Raises UserError if none is whole.
         """
         self.directory = Path(directory).expanduser().absolute()
+        self._keep = keep
+        self._kept_also: dict[str, int | None] = {}
+        self._beside, self._asynchronous = tuple(beside), asynchronous
         quieten_orbax()
         if distributed.is_first():
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                durable.make_directory(self.directory)
                 with tempfile.TemporaryFile(dir=self.directory):
                     pass  # A read-only disk is better found now than after the first fifty steps.
-                self._set_incomplete_aside()
             except OSError as error:
                 raise UserError(
                     f"can't write checkpoints in {self.directory}: {reason_of(error)}; choose another workdir"
                 ) from error
-        self._tags = distributed.from_first(self._read_tags() if distributed.is_first() else {})
+        self._verified: set[int] = set()
+        self._pass_over_torn()
         self._manager = checkpoint_managers.CheckpointManager(
             self.directory,
             options=checkpoint_managers.CheckpointManagerOptions(
-                preservation_policy=_LatestAndTagged(keep, self._tags),
                 cleanup_tmp_directories=True,
-                enable_async_checkpointing=asynchronous,
+                temporary_path_class=_committed_by(self._commit, self.directory),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._sync_own_and_meet),
             ),
             handler_registry=ocp.handlers.create_default_handler_registry(
                 arrays=ocp.handlers.PyTreeCheckpointHandler(), extra=ocp.handlers.JsonCheckpointHandler()
@@ -88,20 +104,18 @@ class Checkpointer:
             self.close()
         # Else the other processes may be gone, and to finish a save would be to wait for them.
 
-    def save(self, step: int, arrays: Any, extra: Mapping[str, Any] | None = None, *, tag: str = "") -> None:
-        """Saves a step; when the step is already on disk only the tag is added.
+    def save(self, step: int, arrays: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Saves a step, unless it is on disk already.
 
         Args:
           step: non-negative, growing.
           arrays: pytree with jax.Array or NumPy leaves; None and empty containers are part of its structure.
           extra: nested dict of JSON values and `bytes`; what is not in `arrays` but needed to go on.
-          tag: keeps this checkpoint for good and makes it findable by `tagged_step(tag)`.
         """
         flat = _flatten(arrays)
         text = _encode(dict(extra or {}), "extra")
         self.wait()
         try:
-            self._set_tag(step, tag)
             if step not in self.steps():
                 self._manager.save(
                     step,
@@ -113,36 +127,28 @@ class Checkpointer:
                 )
         except Exception as error:
             raise self._write_error(error, f"checkpoint {step}") from error
+        if not self._asynchronous:
+            self.wait()
 
-    def tag(self, step: int, tag: str) -> None:
-        """Moves `tag` to `step`, one that was saved; what it kept before goes with the next save."""
-        self.wait()  # Until the step is whole, the tag protects the one before it.
-        try:
-            self._set_tag(step, tag)
-        except OSError as error:
-            raise self._write_error(error, f"the tag of checkpoint {step}") from error
-
-    def _set_tag(self, step: int, tag: str) -> None:
-        if tag and self._tags.get(tag) != step:
-            self._tags[tag] = step
-            if distributed.is_first():
-                self._write_tags()
+    def keep_also(self, role: str, step: int | None) -> None:
+        """Keeps `step`, such as the end of a stage, however old; the one that had the role goes with the next save."""
+        if role in self._kept_also:
+            self.wait()  # Until the step is whole, the one before it stays.
+        self._kept_also[role] = step
 
     def steps(self) -> list[int]:
-        """Steps that are whole on disk, ascending."""
-        return distributed.from_first(self._steps_seen())
+        """Steps that are whole on disk, ascending; only their sizes are looked at."""
+        return distributed.from_first(self._steps_seen() if distributed.is_first() else None)
 
     def _steps_seen(self) -> list[int]:
-        return sorted(step for step, path in self._step_directories() if not _missing_parts(path))
+        try:
+            return [step for step, path in self._directories() if not durable.damage(path, content=False)]
+        except OSError as error:
+            raise _read_error(self.directory, error) from error
 
     def latest_step(self) -> int | None:
         """The newest whole step, or None."""
         return max(self.steps(), default=None)
-
-    def tagged_step(self, tag: str) -> int | None:
-        """The whole step that was saved with this tag, or None."""
-        step = self._tags.get(tag)
-        return step if step in self.steps() else None
 
     def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
         """Reads a step.
@@ -157,9 +163,11 @@ class Checkpointer:
           (arrays as `like`, extra as saved, tuples as lists).
 
         Raises:
-          UserError: the step is unreadable, or another tree than `like` was saved (the first differing path is named).
+          UserError: the step is torn or cannot be read, or another tree than `like` was saved (the first differing
+            path is named).
         """
         self.wait()
+        self._verify(step)
         path = self.directory / str(step)
         wanted = _flatten(like)
         try:
@@ -188,8 +196,9 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
 
     def extra(self, step: int) -> dict[str, Any]:
-        """The JSON part of a step alone, without its arrays. Raises UserError when it is unreadable."""
+        """The JSON part of a step alone, without its arrays. Raises UserError when it cannot be read."""
         self.wait()
+        self._verify(step)
         path = self.directory / str(step)
         try:
             return _decode(self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"])
@@ -211,40 +220,102 @@ class Checkpointer:
         except Exception as error:
             raise self._write_error(error, "a checkpoint") from error
 
-    def _step_directories(self) -> Iterator[tuple[int, Path]]:
+    def _directories(self, prefix: str = "") -> list[tuple[int, Path]]:
+        """(step, path) of all that are called `prefix` and a step, ascending."""
         if not self.directory.is_dir():
-            return  # Removed under the run; the write that fails for it says so.
-        for path in self.directory.iterdir():
-            if path.name.isdecimal() and path.is_dir():
-                yield int(path.name), path
+            return []  # Removed under the run; the write that fails for it says so.
+        names = (path.name.removeprefix(prefix) for path in self.directory.glob(f"{prefix}*") if path.is_dir())
+        return [(step, self.directory / f"{prefix}{step}") for step in sorted(int(n) for n in names if n.isdecimal())]
 
-    def _set_incomplete_aside(self) -> None:
-        for step, path in list(self._step_directories()):
-            missing = _missing_parts(path)
-            if missing:
-                aside = Path(tempfile.mkdtemp(prefix=f"incomplete-{step}-", dir=self.directory))
-                path.rename(aside / path.name)
-                _log.warning("%s is no whole checkpoint (%s is missing); moved to %s", path, missing[0], aside)
+    # ---- torn or whole: all processes agree
 
-    def _read_tags(self) -> dict[str, int]:
-        path = self.directory / _TAGS
+    def _pass_over_torn(self) -> None:
+        """Sets what is newer than the newest whole step aside, where it is in nobody's way."""
+        torn: dict[int, str] = {}
+        steps = distributed.from_first([step for step, _ in self._directories()] if distributed.is_first() else None)
+        for step in reversed(steps):
+            if not (found := self._damage(step)):
+                break
+            torn[step] = found
+        if steps and len(torn) == len(steps):
+            told = "; ".join(f"{step}: {found}" for step, found in torn.items())
+            raise UserError(
+                f"none of the checkpoints in {self.directory} is whole ({told}); put a whole one there, or choose "
+                "another workdir"
+            )
+        for step, found in torn.items() if distributed.is_first() else ():
+            path, aside = self.directory / str(step), self.directory / f"{_INCOMPLETE}{step}"
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                durable.rename(path, aside)
+            except OSError as error:
+                raise UserError(f"can't move {path} to {aside}: {reason_of(error)}; mend that") from error
+            _log.warning("checkpoint %s is torn (%s): passed over, and kept as %s for now", path, found, aside.name)
+
+    def _damage(self, step: int) -> str:
+        """What all processes, each with a share of the files, have found to be torn; "" where the step is whole.
+
+        Raises:
+          UserError: in all of them, where one of them cannot tell.
+        """
+        path = self.directory / str(step)
+        mine: str | UserError
         try:
-            tags = json_text.read_object(path, "delete it, or choose another workdir")
-            return {str(tag): int(step) for tag, step in tags.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"unreadable {path}: {reason_of(error)}; delete it, or choose another workdir") from error
+            mine = durable.damage(path, share=(jax.process_index(), jax.process_count()))
+        except (OSError, MemoryError) as error:
+            mine = _read_error(path, error)
+        answers = distributed.all_gather(mine)
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+        found = next(filter(None, answers), "")
+        if not found:
+            self._verified.add(step)
+        return found
 
-    def _write_tags(self) -> None:
-        aside = self.directory / f"{_TAGS}.tmp"
-        aside.write_text(json.dumps(self._tags, sort_keys=True) + "\n")
-        aside.replace(self.directory / _TAGS)
+    def _verify(self, step: int) -> None:
+        if step not in self._verified and (found := self._damage(step)):
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is torn ({found}); put a whole one there, or choose another "
+                "workdir"
+            )
+
+    # ---- on the threads that write
+
+    def _sync_own_and_meet(self, *, key: str, timeout_ms: int) -> None:
+        """Puts on disk what this process wrote, then waits for the others: a host may not be able to sync for another.
+
+        TensorStore syncs its own files, Orbax does not.
+        """
+        with contextlib.suppress(FileNotFoundError):  # At the second meeting the first process is renaming.
+            for path in self.directory.glob(f"*{_TEMPORARY}/**/process_{jax.process_index()}"):
+                durable.sync(path)
+                durable.sync(path.parent)
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _commit(self, written: Path, final: Path) -> None:
+        """In the first process, when all have written: puts a step on disk, names it, and deletes what it replaces."""
+        for path in self._beside:
+            if path.exists():
+                durable.sync(path)
+                durable.sync(path.parent)
+        durable.seal(written)
+        durable.rename(written, final)
+        whole = self._steps_seen()
+        kept = {*whole[-self._keep :], *self._kept_also.values()}
+        for step, path in self._directories():
+            if step < whole[-1] and step not in kept:
+                going = path.with_name(f"{step}{_TEMPORARY}-old")
+                path.rename(going)
+                shutil.rmtree(going)
+        for step, path in self._directories(_INCOMPLETE):
+            if step <= whole[-1]:
+                shutil.rmtree(path)
 
     def _write_error(self, error: Exception, what: str) -> UserError:
         drop_stragglers()
         if distributed.is_first():
-            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            for path in self.directory.glob(f"*{_TEMPORARY}*"):
                 remove_unfinished(path)  # Half a step is of no use, and may fill the disk.
         latest = max(self._steps_seen(), default=None)  # The others need not have failed.
         go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
@@ -257,37 +328,40 @@ class Checkpointer:
 def branch(source: Path, target: Path) -> int:
     """Makes `target` a checkpoint directory that holds the newest whole step of `source` alone; returns that step.
 
-    The step stays tagged as it was, so that a run that goes on from it never deletes it.
-
     Raises:
       UserError: `source` holds no whole step, or the disk refuses.
     """
-    steps = [int(path.name) for path in source.glob("*") if path.name.isdecimal() and not _missing_parts(path)]
-    if not steps:
-        raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
-    step = max(steps)
     try:
-        tags = json_text.read_object(source / _TAGS, "delete that run to have it made anew")
-        kept = {tag: tagged for tag, tagged in tags.items() if tagged == step}
+        found = sorted((int(path.name) for path in source.glob("*") if path.name.isdecimal()), reverse=True)
+        step = next((step for step in found if not durable.damage(source / str(step))), None)
+        if step is None:
+            raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
         shutil.copytree(source / str(step), target / str(step))
-        (target / _TAGS).write_text(json.dumps(kept, sort_keys=True) + "\n")
+        durable.sync_tree(target)
     except OSError as error:
-        raise UserError(f"can't copy {source / str(step)} to {target}: {reason_of(error)}; make room there") from error
+        raise UserError(
+            f"can't copy a checkpoint of {source} to {target}: {reason_of(error)}; make room there"
+        ) from error
     return step
 
 
-class _LatestAndTagged(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest checkpoints and every tagged one; `tags` is the Checkpointer's own dict, which grows."""
+def _committed_by(commit: Callable[[Path, Path], None], root: Path) -> type:
+    """Orbax's temporary directory of a step, whose last step from `written` to `final` is `commit(written, final)`.
 
-    def __init__(self, keep: int, tags: Mapping[str, int]):
-        self._keep = keep
-        self._tags = tags
+    Orbax changes files of a step until it has renamed it, so it renames to one more temporary name.
+    """
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        first_kept = len(checkpoints) - self._keep
-        tagged = set(self._tags.values())
-        return [index >= first_kept or info.step in tagged for index, info in enumerate(checkpoints)]
+    class Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            final = Path(self._final_path)
+            if final.parent != root:  # of a part of a step
+                await super().finalize()
+                return
+            self._final_path = self.get().with_name(f"{self.get().name}-whole")
+            await super().finalize()
+            commit(Path(self._final_path), final)
+
+    return Committed
 
 
 # ---- trees ----------------------------------------------------------------------------------------------------------
@@ -383,15 +457,8 @@ def _decode(value: Any) -> Any:
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _missing_parts(path: Path) -> list[str]:
-    return [part for part in _PARTS if not (path / part).is_file()]
-
-
 def _read_error(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"unreadable checkpoint {path}: {reason_of(error)}; delete this directory to go on from the checkpoint "
-        "before it, or choose another workdir"
-    )
+    return UserError(f"can't read {path}: {reason_of(error)}; mend that and run the same command again")
 
 
 # ---- preemption -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """JSON that others wrote: a file or a line that may be torn, of another kind, or no text at all."""
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -94,18 +93,6 @@ def read_entries(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]
         raise UserError(f"{path} is no list of objects; {remedy}")
     for number, entry in enumerate(content, start=1):
         yield f"{path}, entry {number}", entry
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises OSError as the disk does, and leaves nothing behind then."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
 
 
 def _content(path: str | os.PathLike, remedy: str) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from balcap_jax import json_text
+from balcap_jax import durable, json_text
 from balcap_jax.errors import UserError
 
 
@@ -59,7 +59,7 @@ class AppendedLines:
         self._file.close()
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Writes one line for each entry. They reach the system at once: no later kill can lose them."""
+        """Writes one line for each entry. They are on disk when it returns: no later kill or power cut loses them."""
         entries = list(entries)
         if self._file is None:
             self._open()
@@ -69,6 +69,7 @@ class AppendedLines:
             rest = memoryview("".join(json.dumps(entry) + "\n" for entry in entries).encode())
             while rest:
                 rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise self._failure("written", error) from error
         self.entries += map(self._remember, entries)
@@ -82,7 +83,7 @@ class AppendedLines:
     def replace(self, entries: Sequence[dict[str, Any]]) -> None:
         """Writes these in place of all lines: the one change that is no addition."""
         try:
-            json_text.replace_file(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
+            durable.replace_file(self.path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
         except OSError as error:
             raise self._failure("written", error) from error
         self._file.close()
@@ -92,9 +93,10 @@ class AppendedLines:
 
     def _open(self) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            durable.make_directory(self.path.parent)
             self._made |= not self.path.exists()
             self._file = self.path.open("ab+", buffering=0)
+            durable.sync(self.path.parent)
         except OSError as error:
             raise self._failure("written", error) from error
         try:

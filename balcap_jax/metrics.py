@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balcap_jax import json_text
+from balcap_jax import durable, json_text
 from balcap_jax.errors import UserError
 from balcap_jax.event_file import EventFile, writing_below
 
@@ -179,12 +179,7 @@ class MetricsWriter:
             old = self.path.read_bytes()
             kept = b"".join(line + b"\n" for line, record in _records(self.path, old) if keep(record))
             if kept != old:
-                aside = self.path.with_name(self.path.name + ".tmp")
-                with aside.open("wb") as file:
-                    file.write(kept)
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.replace(self.path)
+                durable.replace_file(self.path, kept)
         return self.path.open("ab", buffering=0)
 
 

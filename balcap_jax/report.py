@@ -8,7 +8,6 @@ Jinja's autoescaping, and nothing is marked safe but the template's own style sh
 """
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from balcap_jax import durable
 from balcap_jax.arguments import place
 from balcap_jax.charts import (
     BOTTOM,
@@ -332,14 +332,10 @@ def _write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | None)
         raise UserError(f"{path}: cannot write the report (not a regular file); name another file with --out")
     # A lone surrogate, which JSON can smuggle in, has no UTF-8 form.
     page = render(runs).encode("utf-8", errors="replace")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(page)
-        aside.replace(path)
+        durable.make_directory(path.parent)
+        durable.replace_file(path, page)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise UserError(
             f"{path}: cannot write the report ({error.strerror}); free space or name another file with --out"
         ) from error

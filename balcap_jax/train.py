@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from balcap_jax import config as configuration
 from balcap_jax import data, distributed, judges, layouts, lora, models, report, rewards, sharding
 from balcap_jax.arguments import place
-from balcap_jax.best import TAG, Best
+from balcap_jax.best import Best
 from balcap_jax.best import check as check_best_metric
 from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
 from balcap_jax.config_fields import RUN_FIELDS
@@ -148,7 +148,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         # ============================================================================================== restore
         checkpointer = stack.enter_context(
             Checkpointer(
-                workdir / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+                workdir / "checkpoints",
+                keep=config.checkpoint.keep,
+                beside=[workdir / "metrics.jsonl"],
+                asynchronous=config.checkpoint.asynchronous,
             )
         )
         writer = stack.enter_context(
@@ -179,7 +182,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             check_saved(saved, checkpointer.directory / str(done))
             clock.restore(saved["clock"])
             failures.extend(map(tuple, saved["failures"]))
-            best.restore(saved.get("best", {}))
+            checkpointer.keep_also("best", best.restore(saved.get("best", {}), checkpointer.steps()))
             if leads:
                 print(f"going on after step {done} of {total} ({saved['stage']})", flush=True)
         writer.truncate(done)
@@ -201,13 +204,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             """Scores a saved step on the validation images; the best checkpoint so far outlives `checkpoint.keep`."""
             with clock.phase("evaluate"):
                 best.measure(step, params)
-            if best.step is not None:
-                checkpointer.tag(best.step, TAG)
-                summary["best"] = best.summary()
+            checkpointer.keep_also("best", best.step)
             write_summary()
 
         def write_summary() -> None:
-            summary["seconds"] = clock.totals()
+            summary.update(best.summary(), seconds=clock.totals())
             if leads:
                 held_out.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
@@ -231,6 +232,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         first, stopped = 0, False
         for index, name in enumerate(order):
             last = first + steps[name]
+            checkpointer.keep_also(name, last)
             settings = config.stages[name]
             previous = order[index - 1] if index else ""
             if done >= last and name != order[-1]:
@@ -291,7 +293,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
                     raise not_ours(checkpointer.directory / str(done), "iterator") from error
 
-            def save(step: int, tag: str = "") -> None:
+            def save(step: int) -> None:
                 with clock.phase("save"):
                     writer.flush()  # A resumed run does not log these steps again.
                     arrays = {"state": state} | ({"reference": reference} if reference is not None else {})  # noqa: B023
@@ -307,7 +309,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                         "config": configuration.to_text(config),
                         "versions": versions(),
                     }
-                    checkpointer.save(step, arrays, extra, tag=tag)
+                    checkpointer.save(step, arrays, extra)
 
             # ------------------------------------------------------------------------------------- the loop
             clock.step()
@@ -368,18 +370,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                             raise UserError(spending.stop_text(step))
                     # All processes stop after the same step, whichever of them was asked to.
                     asked_by = distributed.largest(stop.number)
-                    every = config.checkpoint.every
-                    if step == last:
-                        save(step, tag=f"{name}-end")
-                    elif (
-                        asked_by or (every and step % every == 0) or best.is_due(name, step, settings.eval_every, last)
-                    ):
+                    validated = best.is_due(name, step, settings.eval_every, last)
+                    if asked_by or validated or step == last or is_due(step, config.checkpoint.every, last):
                         save(step)
                     if is_due(step, settings.eval_every, last):
                         if stage.depth:
                             stage.finish_judging()
                         evaluate(f"{name}-{step}", state.params)
-                    if best.is_due(name, step, settings.eval_every, last):
+                    if validated:
                         validate(step, state.params)
                     if asked_by:
                         checkpointer.wait()

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import distributed, json_text
+from balcap_jax import distributed, durable, json_text
 from balcap_jax.data.prepared import damaged
 from balcap_jax.errors import UserError
 from balcap_jax.evals import held_out
@@ -73,7 +73,7 @@ def _hold(workdir: Path) -> int:
     """The descriptor of the workdir's lock file, locked; both are made where they are missing."""
     while True:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            durable.make_directory(workdir)
             lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error

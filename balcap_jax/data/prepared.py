@@ -1,9 +1,11 @@
 """TFDS data sets that are made on this machine: opened whole, or refused."""
 
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from balcap_jax import durable
 from balcap_jax.errors import UserError
 
 
@@ -28,6 +30,19 @@ def open_builder(
         if not builder.is_prepared():
             raise damaged(Path(builder.data_dir), "dataset_info.json is missing")
     return builder
+
+
+def prepare(builder: tfds.core.GeneratorBasedBuilder, **download: Any) -> None:
+    """Makes a data set; what TFDS gives its name is on disk when this returns. `download`: of TFDS's DownloadConfig."""
+    builder.download_and_prepare(
+        # Everything is made here: do not look for a prepared copy in TFDS's public bucket.
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False, **download),
+        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+    )
+    folder = Path(builder.data_dir)  # data_dir/name/config/version
+    durable.sync_tree(folder)
+    for parent in folder.parents[:3]:
+        durable.sync(parent)
 
 
 def _open(kind, data_dir: Path, config) -> tfds.core.GeneratorBasedBuilder:

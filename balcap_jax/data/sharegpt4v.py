@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from balcap_jax import json_text
+from balcap_jax import durable, json_text
 from balcap_jax.data import fields, images, photos, prepared
 from balcap_jax.data.listing import picture_name, real_path
 from balcap_jax.data.photos import LeftOut, Record, Splits
@@ -192,17 +192,14 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
     place = Path(data_dir).expanduser()
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        durable.make_directory(place)
         builder = prepared.open_builder(Sharegpt4v, place, config)
         if not builder.is_prepared():
             print(f"sharegpt4v: building from {folder} in {builder.data_dir}", flush=True)
             with contextlib.redirect_stdout(io.StringIO()):
                 if not sys.stderr.isatty():
                     tfds.disable_progress_bar()
-                builder.download_and_prepare(
-                    download_config=tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False),
-                    file_format=tfds.core.FileFormat.ARRAY_RECORD,
-                )
+                prepared.prepare(builder, manual_dir=folder)
         return builder
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot prepare the data set sharegpt4v in {place}: {' '.join(str(error).split())}") from error

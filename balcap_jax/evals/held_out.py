@@ -1,10 +1,8 @@
 """Captions and scores of held-out images during training: the numbers of the before/after table and the report."""
 
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from balcap_jax import durable
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore, harmonic_mean, three_of
 from balcap_jax.rewards.base import Samples, Scores, count_words
@@ -143,22 +142,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step, so that no reader (and no crash) ever meets half of it.
+    """Replaces a file in one step, so that no reader, no crash and no power cut ever meets half of it.
 
     Raises:
       UserError: the disk is full or read-only.
     """
-    aside = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        durable.make_directory(path.parent)
+        durable.replace_file(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; free space there or name another directory") from error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax import json_text, sharding
+from balcap_jax import durable, json_text, sharding
 from balcap_jax.disk_errors import reason_of, remove_unfinished
 from balcap_jax.errors import UserError
 from balcap_jax.models import arrays, hf, llava, qwen2_5_vl, safetensors_files
@@ -86,10 +86,11 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
     aside = path.with_name(path.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        durable.make_directory(aside)
         yield aside
+        durable.sync_tree(aside)
         shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        durable.rename(aside, path)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         remove_unfinished(aside)
         # On a full disk tokenizers raises a bare Exception, and TensorStore a ValueError.

@@ -7,7 +7,6 @@ not through a memory map, whose pages would count as resident memory and turn a 
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,5 +230,3 @@ def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[in
                 )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             progress(tensor.size)
-        file.flush()
-        os.fsync(file.fileno())

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from balcap_jax import durable
 from balcap_jax.data import prepared
 from balcap_jax.data.scenes import faults, language, questions, render, world
 from balcap_jax.errors import UserError
@@ -161,7 +162,7 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     data_dir = pathlib.Path(data_dir).expanduser()
     with _preparing(data_dir):
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
-        data_dir.mkdir(parents=True, exist_ok=True)
+        durable.make_directory(data_dir)
         builder = prepared.open_builder(Scenes, data_dir, config)
         if builder.is_prepared():
             return builder
@@ -196,11 +197,7 @@ def _preparing(data_dir: pathlib.Path) -> Iterator[None]:
 def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
     try:
         with _quiet_tfds():
-            builder.download_and_prepare(
-                # Everything is made here: do not look for a prepared copy in TFDS's public bucket.
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-                file_format=tfds.core.FileFormat.ARRAY_RECORD,
-            )
+            prepared.prepare(builder)
     except OSError:
         # Another process may have finished the same directory in the meantime; its result is as good as ours.
         other = Scenes(data_dir=data_dir, config=config)
