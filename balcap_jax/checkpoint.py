@@ -116,6 +116,7 @@ class Checkpointer:
         text = _encode(dict(extra or {}), "extra")
         self.wait()
         try:
+            self.directory.stat()  # Where it was removed, Orbax would make it anew.
             if step not in self.steps():
                 self._manager.save(
                     step,

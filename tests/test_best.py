@@ -36,7 +36,7 @@ def test_a_step_is_measured_once_and_scores_come_back():
     best = scripted([1.0, 2.0])
     best.measure(4, None)  # would exhaust the script
     other = Best("b_capscore", lambda params: {"b_capscore": {"mean": 9.0}})
-    other.restore(best.state())
+    assert other.restore(best.state(), [4, 8]) == 4
     assert (other.scores, other.step) == ({2: 1.0, 4: 2.0}, 4)
     other.measure(6, None)
     assert other.step == 6

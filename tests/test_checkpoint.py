@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or not at all; signals only set a flag."""
 
+import errno
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from balcap_jax import durable
 from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
 from balcap_jax.errors import UserError
 
@@ -184,43 +186,53 @@ def test_partial_restore_reads_the_parameters_alone(tmp_path):
 # ---- which steps are kept -------------------------------------------------------------------------------------------
 
 
-def test_newest_and_tagged_steps_are_kept_also_by_a_later_run(tmp_path):
+def test_newest_steps_and_those_with_a_role_are_kept_also_by_a_later_run(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         assert checkpointer.latest_step() is None
-        assert checkpointer.tagged_step("sft") is None
+        checkpointer.keep_also("sft", 1)
         for step in range(5):
-            checkpointer.save(step, {"x": jnp.int32(step)}, tag="sft" if step == 1 else "")
+            checkpointer.save(step, {"x": jnp.int32(step)})
         checkpointer.wait()
         assert checkpointer.steps() == [1, 3, 4]
-        assert checkpointer.tagged_step("sft") == 1
     with Checkpointer(tmp_path, keep=1) as later:
-        assert later.tagged_step("sft") == 1
+        later.keep_also("sft", 1)
         later.save(10, {"x": jnp.int32(10)})
         later.wait()
         assert later.steps() == [1, 10]
         assert int(later.restore(1, {"x": jnp.int32(0)})[0]["x"]) == 1
 
 
-def test_saving_a_step_twice_keeps_the_first_and_adds_the_tag(tmp_path):
+def test_a_role_that_moves_lets_the_step_before_go_with_the_next_save(tmp_path):
     with Checkpointer(tmp_path, keep=1) as checkpointer:
+        for step in range(4):
+            checkpointer.save(step, {"x": jnp.int32(step)})
+            checkpointer.keep_also("best", step if step < 2 else 1)
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 3]
+        checkpointer.keep_also("best", None)
+        checkpointer.save(4, {"x": jnp.int32(4)})
+        checkpointer.wait()
+        assert checkpointer.steps() == [4]
+    assert [path.name for path in tmp_path.iterdir()] == ["4"]
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
         checkpointer.save(3, {"x": jnp.int32(1)})
-        checkpointer.save(3, {"x": jnp.int32(2)}, tag="rl")
+        checkpointer.save(3, {"x": jnp.int32(2)})
         checkpointer.save(4, {"x": jnp.int32(3)})
         checkpointer.wait()
         assert checkpointer.steps() == [3, 4]
-        assert checkpointer.tagged_step("rl") == 3
         assert int(checkpointer.restore(3, {"x": jnp.int32(0)})[0]["x"]) == 1
 
 
-def test_tag_of_a_step_that_was_never_finished_is_not_found(tmp_path):
-    (tmp_path / "tags.json").write_text('{"sft": 5}')
+@pytest.mark.parametrize("content", ["", '{"sft": ', "[]", '{"sft": "x"}'])
+def test_a_list_of_tags_that_earlier_versions_wrote_is_not_read(tmp_path, content):
+    (tmp_path / "tags.json").write_text(content)
     with Checkpointer(tmp_path) as checkpointer:
-        assert checkpointer.tagged_step("sft") is None
-    for content in ('{"sft": ', "[]", '{"sft": "x"}', '{"sft": ' * 100_000):
-        (tmp_path / "tags.json").write_text(content)
-        message = message_of(Checkpointer, tmp_path)
-        assert f"{tmp_path}/tags.json" in message
-        assert message.endswith("delete it, or choose another workdir")
+        checkpointer.save(1, {"x": jnp.int32(1)})
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1]
 
 
 # ---- half-written and unreadable ------------------------------------------------------------------------------------
@@ -239,13 +251,22 @@ def test_hand_made_partial_directories_are_not_picked_up(tmp_path, caplog):
     (tmp_path / "5").write_text("a file")
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.steps() == [3]
+        left = sorted(path.name for path in tmp_path.glob("incomplete-*"))
+        assert left == ["incomplete-7", "incomplete-8", "incomplete-9"]
         assert_same(checkpointer.restore(checkpointer.latest_step(), state)[0], state)
         checkpointer.save(8, state)  # the number is free again
         checkpointer.wait()
         assert checkpointer.steps() == [3, 8]
-    left = sorted(path.name.rpartition("-")[0] for path in tmp_path.glob("incomplete-*"))
-    assert left == ["incomplete-7", "incomplete-8", "incomplete-9"]
-    assert sum("is no whole checkpoint" in record.message for record in caplog.records) == 3
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["3", "8", "incomplete-9"]
+    told = [record.message for record in caplog.records]
+    assert told == [
+        f"checkpoint {tmp_path}/{step} is torn ({found}): passed over, and kept as incomplete-{step} for now"
+        for step, found in (
+            (9, "sums.json is missing"),
+            (8, "extra/commit_success.txt is missing"),
+            (7, "arrays/manifest.ocdbt is missing"),
+        )
+    ]
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path):
@@ -258,7 +279,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
         checkpointer.save(1, {"x": big["x"][:5]})
         checkpointer.wait()
         print("ready", flush=True)
-        checkpointer.save(2, big, tag="sft")
+        checkpointer.save(2, big)
         checkpointer.wait()
         """,
         tmp_path,
@@ -277,49 +298,145 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
     assert not (tmp_path / "2").exists(), "the save had ended before the kill: nothing was tested"
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() == 1
-        assert checkpointer.tagged_step("sft") is None
         restored, _ = checkpointer.restore(1, {"x": jax.ShapeDtypeStruct((5,), jnp.float32)})
         assert np.array_equal(restored["x"], jax.random.normal(jax.random.key(0), (20_000_000,))[:5])
-        checkpointer.save(2, restored, tag="sft")
+        checkpointer.save(2, restored)
         checkpointer.wait()
-        assert checkpointer.tagged_step("sft") == 2
+        assert checkpointer.latest_step() == 2
     assert not list(tmp_path.glob("*tmp*")), "leftovers of the killed run were not cleared"
 
 
-def _truncate(path: Path, pattern: str) -> None:
-    files = [file for file in path.glob(pattern) if file.is_file()]
-    assert files
-    for file in files:
-        os.truncate(file, file.stat().st_size // 2)
+PARTS = (
+    "arrays/ocdbt.process_0/d/*",
+    "arrays/d/*",
+    "arrays/manifest.ocdbt",
+    "arrays/_METADATA",
+    "arrays/_sharding",
+    "arrays/array_metadatas/*",
+    "extra/metadata",
+    "_CHECKPOINT_METADATA",
+    "sums.json",
+)
+DAMAGES = {
+    "empty": lambda path: os.truncate(path, 0),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "one bit": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "missing": lambda path: path.unlink(),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two steps")
+    with Checkpointer(folder, keep=5) as checkpointer:
+        checkpointer.save(1, make_state())
+        checkpointer.save(2, make_state(1), {"x": "long enough"})
+    return folder
+
+
+def copied(two_steps: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_damage_of_any_file_is_found(two_steps, tmp_path, damage):
+    """That of the newest step; what a power cut leaves is among it."""
+    for part in PARTS:
+        folder = copied(two_steps, tmp_path / part.replace("/", "-").replace("*", "x"))
+        file = max((folder / "2").glob(part), key=lambda path: path.stat().st_size)
+        DAMAGES[damage](file)
+        found = durable.damage(folder / "2")
+        assert found.startswith(str(file.relative_to(folder / "2"))) or part == "sums.json", (part, found)
+        assert found
+        assert not durable.damage(folder / "1")
+
+
+@pytest.mark.parametrize(("part", "damage"), [("arrays/ocdbt.process_0/d/*", "zeros"), ("extra/metadata", "empty")])
+def test_a_torn_checkpoint_is_passed_over_with_one_line(two_steps, tmp_path, caplog, capfd, part, damage):
+    folder, state = copied(two_steps, tmp_path), make_state()
+    file = max((folder / "2").glob(part), key=lambda path: path.stat().st_size)
+    DAMAGES[damage](file)
+    with Checkpointer(folder, keep=1) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        assert_same(checkpointer.restore(1, state)[0], state)
+        (line,) = [record.message for record in caplog.records]
+        what = {"zeros": "is damaged", "empty": "is empty"}[damage]
+        name = file.relative_to(folder / "2")
+        assert line == f"checkpoint {folder}/2 is torn ({name} {what}): passed over, and kept as incomplete-2 for now"
+        assert (folder / "incomplete-2").is_dir()
+        checkpointer.save(2, state)  # The torn one is in nobody's way, and goes now.
+        checkpointer.wait()
+        assert checkpointer.steps() == [2]
+        assert_same(checkpointer.restore(2, state)[0], state)
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_torn_step_between_whole_ones_is_no_step_and_goes_when_it_is_due(two_steps, tmp_path, caplog):
+    """As an interrupted deletion leaves it."""
+    folder = copied(two_steps, tmp_path)
+    shutil.rmtree(folder / "1" / "arrays")
+    with Checkpointer(folder, keep=2) as checkpointer:
+        assert checkpointer.steps() == [2]
+        message = message_of(checkpointer.restore, 1, make_state())
+        assert message.startswith(f"checkpoint {folder}/1 is torn (arrays/")
+        checkpointer.save(3, make_state())
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+    assert not caplog.records
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(two_steps, tmp_path, caplog):
+    folder = copied(two_steps, tmp_path)
+    DAMAGES["empty"](folder / "1" / "arrays" / "_METADATA")
+    DAMAGES["missing"](folder / "2" / "extra" / "metadata")
+    before = sorted(folder.rglob("*"))
+    assert message_of(Checkpointer, folder) == (
+        f"none of the checkpoints in {folder} is whole (2: extra/metadata is missing; 1: arrays/_METADATA is empty); "
+        "put a whole one there, or choose another workdir"
+    )
+    assert sorted(folder.rglob("*")) == before
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
-    "pattern", ["arrays/**/d/*", "arrays/manifest.ocdbt", "arrays/_METADATA", "extra/metadata", "_CHECKPOINT_METADATA"]
+    "error", [OSError(errno.EMFILE, "x"), OSError(errno.EIO, "x"), PermissionError(errno.EACCES, "x"), MemoryError()]
 )
-def test_damaged_checkpoint_is_one_line_that_names_it(tmp_path, pattern, capfd):
-    state = make_state()
-    with Checkpointer(tmp_path, keep=5) as checkpointer:
-        checkpointer.save(1, state)
-        checkpointer.save(2, state, {"x": "long enough"})
-        checkpointer.wait()
-    _truncate(tmp_path / "2", pattern)
-    with Checkpointer(tmp_path, keep=5) as checkpointer:
-        assert checkpointer.latest_step() == 2
-        if pattern == "_CHECKPOINT_METADATA":  # Orbax does not need it to read the arrays
-            assert_same(checkpointer.restore(2, state)[0], state)
-            return
-        message = message_of(checkpointer.restore, 2, state)
-        assert message.startswith(f"unreadable checkpoint {tmp_path}/2: ")
-        assert "delete this directory" in message
-        assert "another workdir" in message
-    shutil.rmtree(tmp_path / "2")  # what the message says
-    with Checkpointer(tmp_path, keep=5) as checkpointer:
-        assert checkpointer.latest_step() == 1
-        assert_same(checkpointer.restore(1, state)[0], state)
-        checkpointer.save(2, state)
-        checkpointer.wait()
+@pytest.mark.parametrize("part", ["sums.json", "_METADATA"])
+def test_what_does_not_say_that_a_checkpoint_is_torn_stops_the_run(two_steps, tmp_path, monkeypatch, error, part):
+    """Memory, descriptors, rights and the disk itself: with them mended the newest checkpoint is there."""
+    folder, opened = copied(two_steps, tmp_path), Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.name == part and self.parents[1 if part == "_METADATA" else 0].name == "2":
+            raise error
+        return opened(self, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        reason = os.strerror(error.errno).lower() if isinstance(error, OSError) else "MemoryError: "
+        message = message_of(Checkpointer, folder)
+    assert message.startswith(f"can't read {folder}/2: ")
+    assert message.endswith("; mend that and run the same command again")
+    with Checkpointer(folder) as checkpointer:
+        assert checkpointer.steps() == [1, 2], reason
+
+
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), ValueError("RESOURCE_EXHAUSTED: Too many open files")])
+def test_an_error_while_a_whole_checkpoint_is_restored_does_not_blame_it(two_steps, tmp_path, monkeypatch, error):
+    folder = copied(two_steps, tmp_path)
+
+    def refuse(*_, **__):
+        raise error
+
+    with Checkpointer(folder) as checkpointer:
+        monkeypatch.setattr(checkpointer._manager, "restore", refuse)
+        for message in (message_of(checkpointer.restore, 2, make_state()), message_of(checkpointer.extra, 2)):
+            assert message.startswith(f"can't read {folder}/2: ")
+            assert message.endswith("; mend that and run the same command again")
         assert checkpointer.steps() == [1, 2]
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -422,7 +539,7 @@ def test_directory_that_is_removed_under_the_run(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c", asynchronous=False)
     checkpointer.save(1, {"x": jnp.ones(3)})
     shutil.rmtree(tmp_path / "c")
-    assert "no such file or directory" in message_of(checkpointer.save, 2, {"x": jnp.ones(3)}, tag="sft")
+    assert "no such file or directory" in message_of(checkpointer.save, 2, {"x": jnp.ones(3)})
 
 
 def test_no_room_at_all_is_found_at_once(tmp_path, monkeypatch):

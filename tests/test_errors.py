@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from balcap_jax import disk_errors, json_text
+from balcap_jax import disk_errors, durable, json_text
 from balcap_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def test_what_tensorstore_says_of_a_full_disk_is_not_logged_beside_the_line(capl
 def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError):
-        json_text.replace_file(tmp_path / "a", "text")
+        durable.replace_file(tmp_path / "a", b"text")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
