@@ -50,12 +50,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike,
-        *,
-        keep: int = 2,
-        beside: Collection[Path] = (),
-        asynchronous: bool = True,
+        self, directory: str | os.PathLike, *, keep: int = 2, beside: Collection[Path] = (), asynchronous: bool = True
     ):
         """
         Args:
@@ -284,14 +279,16 @@ class Checkpointer:
     # ---- on the threads that write
 
     def _sync_own_and_meet(self, *, key: str, timeout_ms: int) -> None:
-        """Puts on disk what this process wrote, then waits for the others: a host may not be able to sync for another.
+        """Puts on disk what this process wrote, then waits for the others: no host can sync what another has in memory.
 
-        TensorStore syncs its own files, Orbax does not.
+        Orbax meets once more when the first process, which may be renaming by now, is done.
         """
-        with contextlib.suppress(FileNotFoundError):  # At the second meeting the first process is renaming.
-            for path in self.directory.glob(f"*{_TEMPORARY}/**/process_{jax.process_index()}"):
-                durable.sync(path)
-                durable.sync(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.directory.glob(f"*{_TEMPORARY}/**/*process_{jax.process_index()}"):
+                if path.is_file():
+                    durable.sync(path)
+                elif not (path / durable.SUMS).exists():
+                    durable.seal(path)
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _commit(self, written: Path, final: Path) -> None:

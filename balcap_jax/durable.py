@@ -77,12 +77,17 @@ def rename(path: Path, target: Path) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Puts all of `directory` on disk, with the size and CRC-32 of each file below it in `sums.json`."""
-    files = list(_files(directory))
+    """Puts all of `directory` on disk, with the size and CRC-32 of each file below it in `sums.json`.
+
+    What was sealed before in a directory below it is not read again.
+    """
+    sums = {}
+    for inner in directory.glob(f"*/**/{SUMS}"):
+        folder = inner.parent.relative_to(directory)
+        sums |= {str(folder / name): found for name, found in json.loads(inner.read_bytes()).items()}
+    names = [name for path in _files(directory) if (name := str(path.relative_to(directory))) not in sums]
     with ThreadPoolExecutor(_READERS) as pool:
-        sums = dict(
-            zip((str(path.relative_to(directory)) for path in files), pool.map(_synced_sum, files), strict=True)
-        )
+        sums |= zip(names, pool.map(lambda name: _synced_sum(directory / name), names), strict=True)
     _sync_directories(directory)
     replace_file(directory / SUMS, json.dumps(sums, indent=0).encode())
 

@@ -225,6 +225,71 @@ def test_rows_that_processes_hold_alone_or_share():
     assert "this one and process 0 differ in number (1 and 0); start all of them alike" in second
 
 
+TORN = """
+import errno, os, sys
+from pathlib import Path
+import jax, numpy as np
+from balcap_jax import distributed, durable
+from balcap_jax.checkpoint import Checkpointer
+from balcap_jax.errors import UserError
+folder = Path(sys.argv[1])
+with distributed.session():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = np.arange(4096.0, dtype=np.float32)
+    make = lambda step: {"x": jax.make_array_from_callback(whole.shape, spread, lambda index: whole[index] + step)}
+    with Checkpointer(folder, keep=5) as checkpointer:
+        for step in (1, 2, 3, 4):
+            checkpointer.save(step, make(step))
+    me, damage = jax.process_index(), durable.damage
+    sealed = [durable.damage(folder / "4" / "arrays" / f"ocdbt.process_{i}") for i in range(2)]
+    assert sealed == ["", ""], sealed
+
+    def seen_here(path, **options):  # a disk that shows process 1 alone something else
+        if me == 1 and path.name == "4" and options.get("content", True):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return damage(path, **options)
+
+    durable.damage = seen_here
+    try:
+        Checkpointer(folder)
+    except UserError as error:
+        print("stops:", error)
+
+    def seen_here(path, **options):
+        torn = me == 1 and path.name == "4" and options.get("content", True)
+        return "extra/metadata is empty" if torn else damage(path, **options)
+
+    durable.damage = seen_here
+    if me == 0:
+        file = max((folder / "3" / "arrays" / "ocdbt.process_1").glob("d/*"), key=lambda path: path.stat().st_size)
+        file.write_bytes(bytes(file.stat().st_size))
+    distributed.barrier()
+    with Checkpointer(folder, keep=5) as checkpointer:
+        durable.damage = damage
+        print("latest:", checkpointer.latest_step())
+        found = checkpointer.restore(2, make(0))[0]["x"]
+        assert all((shard.data == whole[shard.index] + 2).all() for shard in found.addressable_shards)
+        checkpointer.save(4, make(4))
+        checkpointer.wait()
+        print("saved:", checkpointer.steps(), sorted(path.name for path in folder.iterdir()))
+        distributed.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_torn_all_pass_over(tmp_path):
+    done = [finish(process) for process in start([str(tmp_path)], 2, 2, command=["-c", TORN])]
+    for process in done:
+        lines = process.stdout.splitlines()
+        stops = f"stops: can't read {tmp_path}/4: permission denied; mend that and run the same command again"
+        assert lines[-3:] == [stops, "latest: 2", "saved: [1, 2, 4] ['1', '2', '4']"]
+    first, second = ([line for line in process.stderr.splitlines() if "torn" in line] for process in done)
+    assert f"checkpoint {tmp_path}/4 is torn (extra/metadata is empty): passed over" in first[0]
+    assert f"checkpoint {tmp_path}/3 is torn (arrays/ocdbt.process_1/d/" in first[1]
+    assert (len(first), second) == (2, []), "process 0 says it for all"
+
+
 SLEEPER = """
 import os, signal, time
 import jax
