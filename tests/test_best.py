@@ -40,12 +40,16 @@ def test_a_step_is_measured_once_and_scores_come_back():
     assert (other.scores, other.step) == ({2: 1.0, 4: 2.0}, 4)
     other.measure(6, None)
     assert other.step == 6
-    assert other.summary() == {
-        "metric": "b_capscore",
-        "step": 6,
-        "score": 9.0,
-        "scores": {"2": 1.0, "4": 2.0, "6": 9.0},
-    }
+    found = {"metric": "b_capscore", "step": 6, "score": 9.0, "scores": {"2": 1.0, "4": 2.0, "6": 9.0}}
+    assert other.summary() == {"best": found}
+    assert Best("b_capscore", None).summary() == {}
+
+
+def test_better_steps_that_are_not_whole_any_more_are_forgotten():
+    best = Best("b_capscore", None)
+    assert best.restore({"2": 1.0, "4": 3.0, "6": 2.0, "8": None}, whole=[2, 6, 8]) == 6
+    assert best.scores == {2: 1.0, 6: 2.0, 8: None}
+    assert best.restore({"2": 1.0}, whole=[]) is None
 
 
 def test_when_steps_are_due():
