@@ -157,10 +157,13 @@ def recaption(
                     written = writer(part)
                     if impatient := patience.exhausted():
                         raise UserError(f"{impatient}; {out} has what was written before, the same command goes on")
+                    added: dict[AppendedLines, list[dict[str, Any]]] = {}
                     for item, one in zip(part, written, strict=True):
                         file = errors if isinstance(one, str) else duplicates if "same_as" in one else lines
                         fields = {"error": one} if isinstance(one, str) else one
-                        file.append([{**fields, **item.names}])
+                        added.setdefault(file, []).append({**fields, **item.names})
+                    for file, entries in added.items():
+                        file.append(entries)
                     progress.advance(len(part))
                     spending.update()
                     if spending.spent and start + len(part) < len(pending):
