@@ -85,7 +85,7 @@ def seal(directory: Path) -> None:
     for inner in directory.glob(f"*/**/{SUMS}"):
         folder = inner.parent.relative_to(directory)
         sums |= {str(folder / name): found for name, found in json.loads(inner.read_bytes()).items()}
-    names = [name for path in _files(directory) if (name := str(path.relative_to(directory))) not in sums]
+    names = {str(path.relative_to(directory)) for path in _files(directory)} - {SUMS, *sums}
     with ThreadPoolExecutor(_READERS) as pool:
         sums |= zip(names, pool.map(lambda name: _synced_sum(directory / name), names), strict=True)
     _sync_directories(directory)
