@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     client = make_client(judge, seed=0) if asks else None
     try:
         if client:
-            client.connect()
+            client.connect(metric.sees)
         known = read_judgements(args.judgements, args) if args.judgements else None
         unused = [*texts.unused, *sorted({*(known or {})} - {item.id for item in items})]
         options = {"client": client, "judge": judge, "judgements": known, "retry_errors": args.retry_errors}

@@ -131,7 +131,7 @@ def recaption(
             AppendedLines(beside(out, ".duplicates.jsonl"), lazy=True) as duplicates,
         ):
             spending = cost.Spending(client, judge, beside(out, ".judge.json"))
-            client.connect()
+            client.connect(sees=sources.kind == "references")
             settings = {"write": sources.kind, "judge": client.model, "prompts": ", ".join(writer.prompts)}
             settings |= {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
             if sources.kind == "references":

@@ -20,7 +20,7 @@ from balcap_jax.errors import UserError
 from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask, ChatClient
-from balcap_jax.judges.endpoints import of_length
+from balcap_jax.judges.forms import of_length
 from balcap_jax.judges.remote import numbered
 from balcap_jax.judges.schema import Failure
 

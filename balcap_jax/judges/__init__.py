@@ -1,6 +1,6 @@
 """Judges: who says whether an assertion holds, a unit is covered and a caption reads well."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -9,8 +9,10 @@ from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import Judge
 
 
-def build(config: Mapping[str, Any], seed: int) -> Judge:
+def build(config: Mapping[str, Any], seed: int, asks: Collection[str] = ()) -> Judge:
     """The judge of the config group `judge`, whose limits all processes of the run share. Close it in the end.
+
+    asks: methods that will be called, so that an endpoint that takes no pictures is found at the start.
 
     Raises:
       UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model; or the model of a
@@ -26,7 +28,7 @@ def build(config: Mapping[str, Any], seed: int) -> Judge:
 
     client = make_client(config, seed, jax.process_count())
     try:
-        client.connect()
+        client.connect(sees="precision" in asks)
     except BaseException:
         client.close()
         raise

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +25,20 @@ import numpy as np
 import pydantic
 
 from balcap_jax.errors import UserError
-from balcap_jax.judges import endpoints
-from balcap_jax.judges.endpoints import CallError, Endpoint
+from balcap_jax.judges import probe
+from balcap_jax.judges.endpoints import Endpoint, make_http
+from balcap_jax.judges.forms import Form, wire_schema
+from balcap_jax.judges.keys import cleaned, read_key
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.pictures import data_url, picture_hash
+from balcap_jax.judges.replies import CUT_OFF, CallError
 from balcap_jax.judges.schema import Failure, Usage
 
 _BEGUN_PER_SLOT = 4  # calls under way per slot: those that wait before a retry leave their slots to others
 _LONGEST_BACK_OFF = 30.0  # seconds
 _CLOSING = 5.0  # seconds that requests under way are given to be cancelled
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,7 @@ class ChatSettings:
     api_key_env: name of the environment variable that holds the key, "" = no key.
     temperature, seed: of the model's sampling; the seed is sent where the temperature is above 0.
     answer_bytes: longest answer that is read.
+    max_tokens: longest answer to the question at the start, by which an endpoint is known.
     """
 
     endpoints: tuple[tuple[str, float], ...]
@@ -60,6 +67,7 @@ class ChatSettings:
     temperature: float = 0.0
     seed: int = 0
     answer_bytes: int = 1 << 20
+    max_tokens: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +121,11 @@ class ChatClient:
         self.settings = settings
         self.cache = cache
         self.model = settings.model
-        self._key = endpoints.read_key(settings.api_key_env)
+        self._key = read_key(settings.api_key_env)
         self._usage = Usage()
         self._urls: collections.OrderedDict[str, str] = collections.OrderedDict()
-        self._connected = False
+        self._endpoints: list[Endpoint] = []
+        self._known: set[bool] = set()  # whether of questions without a picture, and of those with one
         self._random = random.Random()
         self._http: httpx2.AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -124,32 +133,41 @@ class ChatClient:
 
     # ---- for callers ------------------------------------------------------------------------------------------------
 
-    def connect(self) -> None:
+    def connect(self, sees: bool = False) -> None:
         """Finds out how each endpoint takes questions, by asking it something small; does nothing the second time.
 
+        sees: there will be questions about pictures; else that is found out before the first of them.
+
         Raises:
-          UserError: an endpoint is down, refuses the key, or does not know the model.
+          UserError: an endpoint is down, refuses the key, does not know the model, or gives no answers of use.
         """
-        if not self._connected:
-            self._run(self._connect())
-            self._connected = True
+        kinds = {False, sees}
+        if not kinds <= self._known:
+            self._run(self._connect(sees))
+            self._known |= kinds
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]:
         """One Answer or Failure per question, in order. The same question asked twice at once is sent once."""
-        self.connect()
+        self.connect(any(ask.image is not None for ask in asks))
         keys = [self.key(ask) for ask in asks]
         unique = dict(zip(keys, asks, strict=True))
         found = self._run(self._answer_all(unique, len(keys) - len(unique)))
         return [found[key] for key in keys]
 
     def key(self, ask: Ask) -> str:
-        """The cache's key: everything that decides what the model answers, and nothing else."""
+        """The cache's key: everything that decides what the model answers, and nothing else.
+
+        Endpoints stand in for each other, so that it holds the set of them, and what is left out of questions to each.
+        """
+        forms = [(one.url, one.forms.get(ask.image is not None, Form()), one.unknown) for one in self._endpoints]
         parts = {
+            "endpoints": sorted(url.rstrip("/") for url, _ in self.settings.endpoints),
+            "forms": sorted([url, form.name, sorted(form.left_out), sorted(unknown)] for url, form, unknown in forms),
             "model": self.model,
             "prompt": ask.prompt,
             "messages": [dict(message) for message in ask.messages],
             "image": "" if ask.image is None else picture_hash(ask.image),
-            "schema": endpoints.wire_schema(ask.schema),
+            "schema": wire_schema(ask.schema),
             "max_tokens": ask.max_tokens,
             "temperature": self.settings.temperature,
             "seed": self.settings.seed if self.settings.temperature else 0,
@@ -207,7 +225,7 @@ class ChatClient:
     async def _open(self) -> None:
         self._slots = asyncio.Semaphore(self.settings.concurrency)
         try:
-            self._http = endpoints.make_http(self.settings, self._key)
+            self._http = make_http(self.settings, self._key)
         except (ImportError, ValueError) as error:  # of a proxy that the environment names
             raise UserError(f"no connection to judges can be made: {error}; mend HTTP_PROXY, ALL_PROXY, ...") from error
         self._endpoints = [
@@ -222,15 +240,35 @@ class ChatClient:
         if self._http is not None:
             await self._http.aclose()
 
-    async def _connect(self) -> None:
+    async def _connect(self, sees: bool) -> None:
         if not self.model:
-            names = {endpoint.url: await endpoint.only_model() for endpoint in self._endpoints}
+            names = {endpoint.url: await probe.listed_model(endpoint) for endpoint in self._endpoints}
             if len(set(names.values())) > 1:
                 listed = ", ".join(f"{name!r} at {url}" for url, name in names.items())
                 raise UserError(f"judge.model is empty, and the endpoints serve different models ({listed}); name one")
             self.model = next(iter(names.values()))
-        for endpoint in self._endpoints:
-            await endpoint.detect(self.model)
+        found = await asyncio.gather(*(self._find_out(one, sees) for one in self._endpoints))
+        waiting = {one: error for one, error in zip(self._endpoints, found, strict=True) if error}
+        if len(waiting) == len(self._endpoints):
+            found = await asyncio.gather(*(self._find_out(one, sees, patient=True) for one in waiting))
+            waiting = {one: error for one, error in zip(waiting, found, strict=True) if error}
+            if len(waiting) == len(self._endpoints):
+                raise probe.refusal(*next(iter(waiting.items())))
+        for endpoint, error in waiting.items():
+            endpoint.note(error)
+            reason = cleaned(f"{error.reason} {error.detail}", self._key)
+            _log.warning("judge endpoint %s asks to wait (%s); the others are asked meanwhile", endpoint.url, reason)
+
+    async def _find_out(self, endpoint: Endpoint, sees: bool, *, patient: bool = False) -> CallError | None:
+        """What an endpoint says that asks to wait, None once it is known. Raises UserError for what else is wrong."""
+        try:
+            for pictures in (False, True)[: 1 + sees]:
+                await endpoint.ready(self.model, pictures, patient=patient)
+        except CallError as error:
+            if error.asks_to_wait:
+                return error
+            raise probe.refusal(endpoint, error) from error
+        return None
 
     # ---- questions --------------------------------------------------------------------------------------------------
 
@@ -287,9 +325,13 @@ class ChatClient:
             try:
                 await endpoint.admit(ask)
                 async with self._slots:
+                    if loop.time() < endpoint.breaker.asked_until:  # It has said so since it was chosen.
+                        endpoint.breaker.abandoned()
+                        continue
                     now = loop.time()
                     ends = now + settings.deadline if ends is None else ends + now - queued
-                    return await self._request(endpoint, ask, min(now + settings.attempt_timeout, ends))
+                    await self._ready(endpoint, ask)
+                    return await self._request(endpoint, ask, min(loop.time() + settings.attempt_timeout, ends))
             except CallError as caught:
                 error = caught
             except BaseException:
@@ -304,17 +346,30 @@ class ChatClient:
             if counted > settings.retries or len(hopeless) == len(self._endpoints):
                 return self._failed_call(error, errors)
             # A server that answers, if not as it should, is not overloaded.
-            wait = max(self._back_off(sum(error.kind != "answer" for error in errors)), error.retry_after)
-            if loop.time() + wait >= ends:
+            wait = self._back_off(sum(error.kind != "answer" for error in errors))
+            begins = max(loop.time() + wait, self._first_asked_until(hopeless))
+            if begins >= ends:
                 return self._failed_call(error, errors, f", deadline of {settings.deadline:g} s")
             await asyncio.sleep(wait)
+
+    async def _ready(self, endpoint: Endpoint, ask: Ask) -> None:
+        """Finds out what of the endpoint is not known yet. Raises CallError."""
+        try:
+            await endpoint.ready(self.model, ask.image is not None)
+        except CallError as error:
+            endpoint.note(error)
+            raise
+
+    def _first_asked_until(self, hopeless: set[str]) -> float:
+        """When the first of the endpoints that are left may be asked again, by what they said."""
+        return min(one.breaker.asked_until for one in self._endpoints if one.url not in hopeless)
 
     async def _request(self, endpoint: Endpoint, ask: Ask, ends: float) -> Answer:
         """One request and what it means. Raises CallError."""
         begun = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(ends):
-                reply = await endpoint.complete(self.model, self._body(ask), ask)
+                reply = await endpoint.complete(self.model, ask, self._picture(ask.image))
         except TimeoutError as error:
             reason = f"no answer within {ends - begun:.3g} s"
             endpoint.breaker.failed(ends, reason)
@@ -323,9 +378,10 @@ class ChatClient:
         if reply.problem:
             raise CallError(endpoint.url, reply.problem, "answer", detail=reply.detail)
         try:
-            return Answer(parse_answer(reply.text, ask.schema, ask.check), reply.tokens_in, reply.tokens_out)
+            value = parse_answer(reply.text, ask.schema, ask.check, cut=reply.cut)
         except UnusableAnswer as error:
-            raise CallError(endpoint.url, str(error), "answer") from error
+            raise CallError(endpoint.url, CUT_OFF if reply.cut else str(error), "answer") from error
+        return Answer(value, reply.tokens_in, reply.tokens_out)
 
     async def _choose(self, hopeless: set[str], last: set[str], ends: float | None) -> Endpoint:
         """The least loaded endpoint for its weight, rather not the one that failed last; waits while all are shut.
@@ -342,21 +398,18 @@ class ChatClient:
                 best = min(ready, key=lambda one: (one.url in last, (one.under_way + 1) / one.weight))
                 best.breaker.begin(now)
                 return best
+            if self._first_asked_until(hopeless) >= ends:
+                asking = min(left, key=lambda one: one.breaker.asked_until)
+                raise CallError(asking.url, f"asks to wait longer than the deadline: {asking.breaker.reason}", "busy")
             down = min(left, key=lambda one: one.breaker.down_for(now))
             if now >= ends or down.breaker.down_for(now) > self.settings.deadline:
                 raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint")
             await asyncio.sleep(min(0.05, max(ends - now, 0.001)))
 
-    def _body(self, ask: Ask) -> list[dict[str, Any]]:
-        """The messages as they go over the wire, with the picture in the last one."""
-        messages = [dict(message) for message in ask.messages]
-        if ask.image is not None:
-            picture = {"type": "image_url", "image_url": {"url": self._picture(ask.image)}}
-            messages[-1]["content"] = [picture, {"type": "text", "text": messages[-1]["content"]}]
-        return messages
-
-    def _picture(self, image: np.ndarray) -> str:
+    def _picture(self, image: np.ndarray | None) -> str:
         """The data URL; a group's captions are of one picture, so that it is encoded once for all of them."""
+        if image is None:
+            return ""
         name = picture_hash(image)
         url = self._urls.pop(name, None) or data_url(image)
         self._urls[name] = url
@@ -373,9 +426,9 @@ class ChatClient:
         return self._failed(last.url, last.reason, last.detail, f" ({requests}{ended_by})")
 
     def _failed(self, url: str, reason: str, detail: str = "", after: str = "") -> Failure:
-        clean = endpoints.cleaned(reason, self._key)
+        clean = cleaned(reason, self._key)
         self._count(calls=1, failures=collections.Counter({f"{url}: {clean}": 1}))
-        more = f", {endpoints.cleaned(detail, self._key)}" if detail else ""
+        more = f", {cleaned(detail, self._key)}" if detail else ""
         return Failure(f"{url}: {clean}{more}{after}")
 
     def _count(self, **more: Any) -> None:

@@ -26,17 +26,22 @@ class Pace:
 
 
 class Breaker:
-    """Shuts an endpoint for a while after failures in a row, then lets one request through to see whether it is up."""
+    """Shuts an endpoint for a while after failures in a row, then lets one request through to see whether it is up.
+
+    It is shut as well until the time that the endpoint asks to wait for: `asked_until`.
+    """
 
     def __init__(self) -> None:
         self.reason = ""
+        self.asked_until = -math.inf
         self._failures = self._pauses = 0
         self._open_until = -math.inf
         self._down_since = math.inf
         self._probing = False
 
     def may_call(self, now: float) -> bool:
-        return self._failures < _OPENS_AFTER or (now >= self._open_until and not self._probing)
+        waited = now >= self.asked_until
+        return waited and (self._failures < _OPENS_AFTER or (now >= self._open_until and not self._probing))
 
     def begin(self, now: float) -> None:
         self._probing = self._failures >= _OPENS_AFTER
@@ -51,11 +56,12 @@ class Breaker:
 
     def failed(self, now: float, reason: str, retry_after: float = 0.0) -> None:
         self.reason = reason
+        self.asked_until = max(self.asked_until, now + retry_after)
         self._down_since = min(self._down_since, now)
         self._failures += 1
         if self._failures >= _OPENS_AFTER and now >= self._open_until:  # Others that were under way add no pause.
             pause = min(_FIRST_PAUSE * 2**self._pauses, _LONGEST_PAUSE) * random.uniform(0.75, 1.0)
-            self._open_until = now + max(pause, retry_after)
+            self._open_until = now + pause
             self._pauses += 1
         self._probing = False
 

@@ -14,7 +14,7 @@ from balcap_jax.errors import UserError
 from balcap_jax.judges import prompts
 from balcap_jax.judges.cache import AnswerFile
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
-from balcap_jax.judges.endpoints import of_length
+from balcap_jax.judges.forms import of_length
 from balcap_jax.judges.schema import (
     Assertion,
     ChoiceQuestion,
@@ -217,6 +217,7 @@ def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> Cha
         retries=config["retries"],
         temperature=config["temperature"],
         seed=seed,
+        max_tokens=config["max_tokens"],
     )
     cache = AnswerFile(config["cache_dir"], config["cache_gb"]) if config["cache_dir"] else None
     return ChatClient(settings, cache)

@@ -1,0 +1,93 @@
+"""How a question goes over the wire: the form in which a server takes its schema, and what is left out for it."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import pydantic
+
+FORMS = ("json_schema", "json_object", "plain")
+_LENGTHS = ("minItems", "maxItems")
+_KEYWORDS = {
+    "ranges": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    "lengths": _LENGTHS,
+    "enums": ("enum", "const"),
+    "extras": ("additionalProperties",),
+}
+PARTS = ("system", *_KEYWORDS)
+"""What a server may refuse: the role of the system message, and keywords of schemas."""
+
+
+class Form(NamedTuple):
+    """`name` is one of FORMS; `left_out` are those of PARTS that the server does not take."""
+
+    name: str = FORMS[0]
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def least(self) -> "Form":
+        """The same form with nothing in it that a server may refuse."""
+        return Form(self.name, frozenset(PARTS if self.name != "plain" else PARTS[:1]))
+
+
+@functools.cache
+def wire_schema(schema: type[pydantic.BaseModel], left_out: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The JSON schema in a narrow form: nothing by reference, every property required."""
+    tree = schema.model_json_schema()
+    definitions = tree.pop("$defs", {})
+    dropped = {"title", "description", "default"}.union(*(_KEYWORDS.get(part, ()) for part in left_out))
+
+    def narrow(node: Any) -> Any:
+        if isinstance(node, list):
+            return [narrow(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return narrow(definitions[node["$ref"].rpartition("/")[2]])
+        kept = {name: narrow(value) for name, value in node.items() if name not in dropped}
+        if "properties" in node:
+            kept["properties"] = {name: narrow(value) for name, value in node["properties"].items()}
+            kept["required"] = list(node["properties"])
+            if "additionalProperties" not in dropped:
+                kept["additionalProperties"] = False
+        return kept
+
+    return narrow(tree)
+
+
+@functools.cache
+def of_length(schema: type[pydantic.BaseModel], count: int) -> type[pydantic.BaseModel]:
+    """`schema`, an object of one list, with `count` entries as the server is asked for it.
+
+    A server that keeps to schemas then gives that many. Of others any number is read: what is wrong with it, the
+    question's own check says better.
+    """
+    ((name, field),) = schema.model_fields.items()
+    asked = pydantic.Field(json_schema_extra=dict.fromkeys(_LENGTHS, count))
+    return pydantic.create_model(schema.__name__, __base__=schema, **{name: (Annotated[field.annotation, asked], ...)})
+
+
+def response_format(form: Form, schema: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """The part of a request's body that asks for an answer of the schema."""
+    if form.name == "plain":
+        return {}
+    tree = wire_schema(schema, form.left_out)
+    if form.name == "json_schema":  # OpenAI, vLLM, SGLang
+        return {"response_format": {"type": form.name, form.name: {"name": "answer", "strict": True, "schema": tree}}}
+    return {"response_format": {"type": form.name, "schema": tree}}  # the server of llama-cpp-python
+
+
+def wire_messages(messages: Sequence[Mapping[str, str]], picture: str, form: Form) -> list[dict[str, Any]]:
+    """The messages as they go out, with the picture (a data URL, "" = none) in the last one.
+
+    Where the system role is refused, its text stands before that of the first other message.
+    """
+    found: list[dict[str, Any]] = [dict(message) for message in messages]
+    if "system" in form.left_out:
+        said = [message["content"] for message in found if message["role"] == "system"]
+        found = [message for message in found if message["role"] != "system"]
+        found[0]["content"] = "\n\n".join((*said, found[0]["content"]))
+    if picture:
+        image = {"type": "image_url", "image_url": {"url": picture}}
+        found[-1]["content"] = [image, {"type": "text", "text": found[-1]["content"]}]
+    return found
