@@ -93,9 +93,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
     with contextlib.ExitStack() as stack:
         stack.enter_context(claim(workdir, config))
         stop = stack.enter_context(PreemptionFlag())
-        judge = judges.build(
-            config.judge, config.seed, rewards.resolve(config.rewards.name).asks
-        )  # First: it may be down.
+        judge = judges.build(config.judge, config.seed, rewards.resolve(config.rewards.name).asks)
         stack.callback(judge.close)
         spending = cost.Spending(judge, config.judge, workdir / cost.LEDGER, failure_window(config))
 

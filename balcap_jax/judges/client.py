@@ -399,11 +399,12 @@ class ChatClient:
                 best.breaker.begin(now)
                 return best
             if self._first_asked_until(hopeless) >= ends:
-                asking = min(left, key=lambda one: one.breaker.asked_until)
-                raise CallError(asking.url, f"asks to wait longer than the deadline: {asking.breaker.reason}", "busy")
+                one = min(left, key=lambda one: one.breaker.asked_until)
+                reason = f"asks to wait longer than the deadline: {one.breaker.reason}"
+                raise CallError(one.url, reason, "busy", detail=one.breaker.detail)
             down = min(left, key=lambda one: one.breaker.down_for(now))
             if now >= ends or down.breaker.down_for(now) > self.settings.deadline:
-                raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint")
+                raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint", detail=down.breaker.detail)
             await asyncio.sleep(min(0.05, max(ends - now, 0.001)))
 
     def _picture(self, image: np.ndarray | None) -> str:

@@ -104,7 +104,7 @@ class Endpoint:
         if error.kind in ("answer", "question"):
             self.breaker.succeeded()
         else:
-            self.breaker.failed(asyncio.get_running_loop().time(), error.reason, error.retry_after)
+            self.breaker.failed(asyncio.get_running_loop().time(), error.reason, error.retry_after, error.detail)
 
     def _estimate(self, ask: "Ask") -> float:
         return self._question_tokens(ask) + self._answer_tokens

@@ -14,20 +14,15 @@ _KEYWORDS = {
     "enums": ("enum", "const"),
     "extras": ("additionalProperties",),
 }
-PARTS = ("system", *_KEYWORDS)
-"""What a server may refuse: the role of the system message, and keywords of schemas."""
+SYSTEM, SCHEMA = frozenset({"system"}), frozenset(_KEYWORDS)
+"""What a server may refuse: the role of the system message, and kinds of keywords in schemas."""
 
 
 class Form(NamedTuple):
-    """`name` is one of FORMS; `left_out` are those of PARTS that the server does not take."""
+    """`name` is one of FORMS; `left_out` are those of SYSTEM and SCHEMA that the server does not take."""
 
     name: str = FORMS[0]
     left_out: frozenset[str] = frozenset()
-
-    @property
-    def least(self) -> "Form":
-        """The same form with nothing in it that a server may refuse."""
-        return Form(self.name, frozenset(PARTS if self.name != "plain" else PARTS[:1]))
 
 
 @functools.cache

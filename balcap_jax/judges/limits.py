@@ -32,7 +32,7 @@ class Breaker:
     """
 
     def __init__(self) -> None:
-        self.reason = ""
+        self.reason = self.detail = ""  # of the last failure, and what the server said of it
         self.asked_until = -math.inf
         self._failures = self._pauses = 0
         self._open_until = -math.inf
@@ -54,8 +54,8 @@ class Breaker:
         self._down_since = math.inf
         self._probing = False
 
-    def failed(self, now: float, reason: str, retry_after: float = 0.0) -> None:
-        self.reason = reason
+    def failed(self, now: float, reason: str, retry_after: float = 0.0, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
         self.asked_until = max(self.asked_until, now + retry_after)
         self._down_since = min(self._down_since, now)
         self._failures += 1

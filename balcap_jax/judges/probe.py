@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 
 from balcap_jax.errors import UserError
-from balcap_jax.judges.forms import FORMS, Form
+from balcap_jax.judges.forms import FORMS, SCHEMA, SYSTEM, Form
 from balcap_jax.judges.keys import cleaned, without_key
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.pictures import data_url, picture_tokens
@@ -79,45 +79,53 @@ async def detect(endpoint: "Endpoint", model: str, sees: bool, patient: bool) ->
       CallError: it is down, refuses the key, does not know the model, takes no picture, or says nothing.
     """
     ask = functools.partial(_ask, endpoint, model, data_url(_PICTURE) if sees else "", patient)
+    if False in endpoint.forms:  # With a picture most servers take the same.
+        try:
+            await ask(endpoint.forms[False])
+        except CallError as error:
+            _raise_if_final(error)
+        else:
+            return endpoint.forms[False]
     error = CallError(endpoint.url, "no answer")
-    # Without the system role only where no form is taken with it: some servers answer 500 to what they don't take.
-    for base in (frozenset(), frozenset({"system"})):
+    # At last without the system role whatever is said: some servers answer 500 to what they don't take.
+    for base in (frozenset(), SYSTEM):
         for name in FORMS:
-            try:
+            schema = frozenset() if name == "plain" else SCHEMA
+            for left_out in dict.fromkeys((base, base | schema, base | SYSTEM, SYSTEM | schema)):
                 try:
-                    await ask(Form(name, base))
-                    return Form(name, base)
-                except CallError as refused:
-                    if refused.status not in _REFUSED:
-                        raise
-                    await ask(Form(name).least)
-            except CallError as caught:
-                error = caught
-                if error.kind == "endpoint" or error.asks_to_wait:
-                    raise
-                continue
-            return await _with_all_it_takes(ask, Form(name).least)
+                    await ask(Form(name, left_out))
+                except CallError as caught:
+                    error = caught
+                    _raise_if_final(error)
+                    if error.status not in _REFUSED:
+                        break  # It takes the form and does not keep to it, or says nothing of what it refuses.
+                else:
+                    return await _with_all_it_takes(ask, Form(name, left_out))
         if error.kind != "server":
             break
     if sees and False in endpoint.forms and error.kind != "server":
         remedy = "name a model that sees pictures in judge.model, or ask nothing about pictures (rewards.name=text)"
-        raise CallError(
-            endpoint.url, "takes no pictures", "endpoint", detail=f"{error.reason} {error.detail}", remedy=remedy
-        ) from error
+        said = f"{error.reason} {error.detail}"
+        raise CallError(endpoint.url, "takes no pictures", "endpoint", detail=said, remedy=remedy) from error
     raise error
 
 
 async def _with_all_it_takes(ask: functools.partial, form: Form) -> Form:
-    for part in sorted(form.left_out):
+    """What was left out of the schema at once goes back but for what is refused alone."""
+    for part in sorted(SCHEMA & form.left_out):
         more = Form(form.name, form.left_out - {part})
         try:
             await ask(more)
         except CallError as error:
-            if error.kind == "endpoint" or error.asks_to_wait:
-                raise
+            _raise_if_final(error)
         else:
             form = more
     return form
+
+
+def _raise_if_final(error: CallError) -> None:
+    if error.kind == "endpoint" or error.asks_to_wait:
+        raise error
 
 
 async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, form: Form) -> None:

@@ -228,8 +228,9 @@ def _error(url: str, status: int, headers: Mapping[str, str], told: Mapping[str,
         kind = "server"
     else:
         kind = "question"
-    said = told.get("message") or told.get("detail")
-    detail = said if isinstance(said, str) else json.dumps(told)
+    said = (told.get(name) for name in ("message", "detail"))
+    detail = next((text for text in said if isinstance(text, str)), None)
+    detail = json.dumps(told) if detail is None else detail
     code = told.get("code")
     detail += f" {code}" if isinstance(code, str) else ""
     if kind == "busy" and "insufficient_quota" in str(told):  # No waiting brings money.

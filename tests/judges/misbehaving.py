@@ -38,8 +38,9 @@ class JudgeServer:
     """Answers each chat request with `behave(body of the request)`, and models and probes in good order.
 
     `forms` are the forms of a schema that it takes; others get `wrong_form` as status, and so do schemas with lengths
-    of lists where it does not take `lengths`. `seen` holds the bodies of all but probes, `held` the seconds that each
-    of those took here, `keys` the Authorization headers.
+    of lists where it does not take `lengths`. `refuses` is asked of each body first: what it says goes out with HTTP
+    400, "" = nothing. With `probes_too` probes are left to `behave`. `seen` holds the bodies of all but probes, `held`
+    the seconds that each of those took here, `keys` the Authorization headers.
     """
 
     def __init__(
@@ -52,9 +53,13 @@ class JudgeServer:
         key: str = "",
         keep_bodies: bool = True,
         port: int = 0,
+        refuses: Callable[[dict], str] = lambda body: "",
+        probes_too: bool = False,
+        models: bytes = b'{"data": [{"id": "the-model"}]}',
     ):
         self.behave, self.forms, self.wrong_form, self.key = behave, forms, wrong_form, key
         self.lengths = lengths
+        self.refuses, self.probes_too, self.models = refuses, probes_too, models
         self.keep_bodies = keep_bodies
         self.seen: list[dict] = []
         self.probes: list[dict] = []
@@ -111,13 +116,16 @@ class JudgeServer:
             told = headers.get("authorization", "").removeprefix("Bearer ")
             return await _send(writer, 401, json.dumps({"error": {"message": f"wrong key: {told}"}}).encode())
         if path.endswith("/models"):
-            return await _send(writer, 200, b'{"data": [{"id": "the-model"}]}')
+            return await _send(writer, 200, self.models)
         body = json.loads(raw)
         form = body.get("response_format", {}).get("type", "plain")
         if form not in (*self.forms, "plain") or (not self.lengths and b"Items" in raw):
             return await _send(writer, self.wrong_form, b'{"error": {"message": "unknown response_format"}}')
+        if said := self.refuses(body):
+            return await _send(writer, 400, json.dumps({"error": {"message": said}}).encode())
         if is_probe(body):
             self.probes.append(body)
+        if is_probe(body) and not self.probes_too:
             return await _send(writer, 200, completion('{"ok": [true]}'))
         begun = time.monotonic()
         self.requests += 1
@@ -174,7 +182,7 @@ async def _send(writer: asyncio.StreamWriter, status: int, body: bytes, headers:
 
 
 def is_probe(body: dict) -> bool:
-    return body["messages"][-1]["content"] == 'Answer with this JSON object and nothing else: {"ok": [true]}'
+    return text_of(body).endswith('Answer with this JSON object and nothing else: {"ok": [true]}')
 
 
 def text_of(body: dict) -> str:

@@ -17,10 +17,11 @@ import pytest
 from misbehaving import HANG, JudgeServer, Reply, completion, digest, is_probe, text_of
 
 from balcap_jax.errors import UserError
-from balcap_jax.judges import endpoints
+from balcap_jax.judges import probe
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
-from balcap_jax.judges.endpoints import FORMS, retry_after
+from balcap_jax.judges.forms import of_length
 from balcap_jax.judges.limits import Breaker, Pace
+from balcap_jax.judges.replies import retry_after
 from balcap_jax.judges.schema import Failure
 
 
@@ -65,7 +66,7 @@ FAULTS = {
     "null": (lambda body: Reply("text", None), "empty answer"),
     "refusal": (lambda body: Reply("text", None, refusal="I cannot help with that"), "model refuses to answer"),
     "filtered": (lambda body: Reply("text", said(body), finish="content_filter"), "answer was filtered"),
-    "too long": (lambda body: Reply("text", said(body), finish="length"), "answer cut off at max_tokens"),
+    "too long": (lambda body: Reply("text", said(body)[:-2], finish="length"), "answer cut off at max_tokens"),
     "HTML": (lambda body: Reply("raw", b"<html>502 Bad Gateway</html>"), "answer is no chat completion"),
     "5 MB": (lambda body: Reply("raw", completion("x" * 5_000_000)), "answer longer than 1048576 bytes"),
     "out of range": (lambda body: Reply("text", '{"number": 100001}'), "(number: less_than_equal)"),
@@ -265,18 +266,29 @@ def test_the_form_that_an_endpoint_takes_is_found(forms, status, expected):
     )
 
 
+def refused_alone(form):
+    """(form, whether with lengths) of the questions that find lengths to be all that is refused: all at once, nothing
+    that may be refused, and then one thing after the other, of which lengths are the third."""
+    return [(form, some) for some in (True, False, False, False, True, False)]
+
+
 @pytest.mark.parametrize(
     ("forms", "lengths", "status", "expected"),
     [
         (("json_schema",), True, 400, [("json_schema", True)]),
-        (("json_schema",), False, 400, [("json_schema", True), ("json_schema", False)]),
-        (("json_object",), False, 422, [(form, some) for form in FORMS[:2] for some in (True, False)]),
+        (("json_schema",), False, 400, [*refused_alone("json_schema")]),
+        (
+            ("json_object",),
+            False,
+            422,
+            [*[("json_schema", some) for some in (True, False)] * 2, *refused_alone("json_object")],
+        ),
         # What has no word against the question is asked once more without lengths by nobody.
         (("json_object",), True, 500, [("json_schema", True)] * 3 + [("json_object", True)]),
     ],
 )
 def test_lengths_of_lists_are_asked_for_where_a_server_takes_them(monkeypatch, forms, lengths, status, expected):
-    monkeypatch.setattr(endpoints, "_PROBE_WAIT", 0.01)
+    monkeypatch.setattr(probe, "WAIT", 0.01)
     asked = []
 
     class Watching(JudgeServer):
@@ -285,7 +297,7 @@ def test_lengths_of_lists_are_asked_for_where_a_server_takes_them(monkeypatch, f
                 asked.append((body["response_format"]["type"], b"minItems" in raw))
             return await super()._answer(path, headers, raw, reader, writer)
 
-    question = Ask("numbers.v1", ask_for(7).messages, endpoints.of_length(Numbers, 3))
+    question = Ask("numbers.v1", ask_for(7).messages, of_length(Numbers, 3))
     two = Reply("text", '{"numbers": [1, 2]}')
     server = Watching(lambda body: two, forms=forms, lengths=lengths, wrong_form=status)
     with server, client_of(server) as client:
