@@ -48,8 +48,8 @@ def _pattern(key: str) -> re.Pattern[str]:
 def _spellings(character: str) -> str:
     """All repeats are bounded, so that no answer makes the search slow."""
     code, own = ord(character), re.escape(character)
-    escaped = rf"\\{{1,4}}(?:u00|x)(?i:{code:02x})|%(?:25){{0,3}}(?i:{code:02x})"
+    escaped = rf"\\{{1,16}}(?:u00|x)(?i:{code:02x})|%(?:25){{0,3}}(?i:{code:02x})"
     entity = rf"&#(?:0{{0,5}}{code}|[xX]0{{0,5}}(?i:{code:x}));"
     named = "" if html.escape(character) == character else "|" + re.escape(html.escape(character))
-    slashed = "" if character.isalnum() else rf"|\\{{1,4}}{own}"
+    slashed = "" if character.isalnum() else rf"|\\{{1,16}}{own}"
     return f"(?:{own}{slashed}|{escaped}|{entity}{named})"

@@ -151,10 +151,10 @@ async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, fo
                     max_tokens = _FEW_TOKENS
                     continue
             tries += 1
-            asked_to_wait = error.asks_to_wait and not patient
+            asked_to_wait = error.asks_to_wait and not (patient and error.retry_after <= settings.deadline)
             if error.kind in ("endpoint", "question", "answer") or tries == TRIES or asked_to_wait:
                 raise
-            await asyncio.sleep(max(WAIT, min(error.retry_after, settings.deadline)))
+            await asyncio.sleep(max(WAIT, error.retry_after))
 
 
 def _read(url: str, form: Form, reply: Reply) -> None:

@@ -1,5 +1,6 @@
 """Answers on disk: found again by what decides them alone, by several processes, within a size, never a failure."""
 
+import json
 import multiprocessing
 import sqlite3
 import time
@@ -7,7 +8,7 @@ import time
 import numpy as np
 import pydantic
 import pytest
-from misbehaving import JudgeServer, Reply
+from misbehaving import JudgeServer, Reply, is_probe
 
 from balcap_jax.errors import UserError
 from balcap_jax.judges import cache
@@ -84,6 +85,34 @@ def test_whatever_decides_an_answer_is_part_of_its_key(tmp_path, change):
         warm = {"temperature": 1.0}
         with client_of(server, tmp_path, **warm) as one, client_of(server, tmp_path, **warm, seed=9) as other:
             assert one.key(base) != other.key(base)
+
+
+def test_replicas_share_answers_and_another_server_is_asked_anew(tmp_path):
+    def asked(*servers: JudgeServer) -> bool:
+        settings = ChatSettings(tuple((server.url, 1.0 + i) for i, server in enumerate(servers)), "m", retries=0)
+        with ChatClient(settings, AnswerFile(str(tmp_path), 1.0)) as client:
+            (answer,) = client.ask([ask_of()])
+        return not answer.cached
+
+    with JudgeServer(behave) as one, JudgeServer(behave) as other, JudgeServer(behave) as third:
+        assert asked(one, other)
+        assert not asked(one, other)
+        assert not asked(other, one), "the order and the weights of replicas are no part of the question"
+        assert asked(one)
+        assert asked(one, third)
+        assert not asked(one)
+
+
+@pytest.mark.parametrize("word", ["system", "enum", "minItems", "json_schema", "temperature"])
+def test_what_is_left_out_of_a_question_is_part_of_its_key(tmp_path, word):
+    said = {"temperature": "no temperature, please"}.get(word, "no")
+    with JudgeServer(behave) as server:
+        with client_of(server, tmp_path) as client:
+            client.ask([ask_of()])
+        server.refuses = lambda body: said if word in json.dumps(body) and is_probe(body) else ""
+        for cached in (False, True):
+            with client_of(server, tmp_path) as client:
+                assert client.ask([ask_of()])[0].cached == cached
 
 
 class Marked(pydantic.BaseModel):

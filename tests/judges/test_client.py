@@ -1,6 +1,7 @@
 """The chat client against an endpoint that misbehaves: nothing lost, nothing mixed up, each failure with its reason."""
 
 import collections
+import contextlib
 import ctypes
 import gc
 import json
@@ -450,7 +451,102 @@ def test_the_wait_that_a_server_asks_for_is_kept():
     assert time.monotonic() - begun < 3
 
 
+def waiting(body) -> Reply:
+    return Reply("status", "slow down", status=429, headers="Retry-After: 60\r\n")
+
+
+def with_one_that_waits(calls: int, **more) -> tuple[list, list[JudgeServer]]:
+    """Answers to `calls` questions by three endpoints, the first of which always asks to wait for a minute."""
+    behave = [waiting, *[lambda body: Reply("text", said(body))] * 2]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(JudgeServer(one, keep_bodies=False)) for one in behave]
+        client = stack.enter_context(client_of(*servers, **more))
+        return client.ask([ask_for(number) for number in range(calls)]), servers
+
+
+def test_a_question_whose_endpoint_asks_to_wait_goes_to_another():
+    for more in ({"retries": 0}, {"rpm": 6000}):
+        answers, (busy, *others) = with_one_that_waits(100, deadline=10.0, **more)
+        assert [answer.value.number for answer in answers if isinstance(answer, Answer)] == list(range(100))
+        assert 1 <= busy.requests <= 8, "it is asked again before its time"
+        assert min(one.requests for one in others) > 20
+
+
+@pytest.mark.slow
+def test_10000_questions_of_which_none_fails_while_an_endpoint_is_free():
+    begun = time.monotonic()
+    answers, servers = with_one_that_waits(10_000, concurrency=32, deadline=20.0)
+    failed = [answer.reason for answer in answers if isinstance(answer, Failure)]
+    print(f"\n{time.monotonic() - begun:.1f} s, requests {[one.requests for one in servers]}")
+    assert not failed
+    assert [answer.value.number for answer in answers] == list(range(10_000))
+
+
+def test_an_endpoint_that_asks_to_wait_at_the_start_is_asked_later(caplog):
+    busy = True
+
+    def behave(body):
+        wait = Reply("status", "slow down", status=429, headers="Retry-After: 1\r\n")
+        return wait if busy else Reply("text", said(body) if not is_probe(body) else '{"ok": [true]}')
+
+    with JudgeServer(behave, probes_too=True) as one, JudgeServer(lambda body: Reply("text", said(body))) as other:
+        with client_of(one, other) as client:
+            client.connect()
+            assert f"judge endpoint {one.url} asks to wait (HTTP 429 slow down)" in caplog.text
+            busy = False
+            deadline = time.monotonic() + 10
+            number = 0
+            while not any(not is_probe(body) for body in one.seen):
+                assert isinstance(client.ask([ask_for(number)])[0], Answer)
+                number += 1
+                assert time.monotonic() < deadline
+        busy = True
+        # Where there is no other, the start waits as long as a question would, and then says so.
+        line = refused(one, deadline=0.5)
+        assert line.startswith(f"judge endpoint {one.url} asks to wait (HTTP 429: slow down); start again later")
+
+
+def test_questions_that_can_only_wait_too_long_fail_at_once():
+    with JudgeServer(waiting) as server, client_of(server, deadline=5.0) as client:
+        begun = time.monotonic()
+        answers = client.ask([ask_for(number) for number in range(200)])
+        assert time.monotonic() - begun < 5
+        assert server.requests <= 8
+    assert all("HTTP 429" in answer.reason and "slow down" in answer.reason for answer in answers)
+
+
+def test_a_date_is_read_against_the_date_of_the_answer():
+    ahead = {"date": "Wed, 21 Oct 2015 07:28:00 GMT", "retry-after": "Wed, 21 Oct 2015 07:28:07 GMT"}
+    assert retry_after(ahead) == 7
+    assert retry_after(ahead | {"retry-after": "Wed, 21 Oct 2015 07:27:00 GMT"}) == 0
+    assert retry_after(ahead | {"retry-after": "Wed, 21 Oct 2015 09:28:03 +0200"}) == 3
+    assert retry_after(ahead | {"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}) == 3600
+    assert 0 <= retry_after(ahead | {"date": "yesterday", "retry-after": "Wed, 21 Oct 2015 07:28:07 -0000"}) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("-5", 0),
+        ("1e400", 0),
+        ("inf", 0),
+        ("9" * 12, 3600),
+        ("9" * 5000, 0),
+        ("1.5", 1.5),
+        ("2s", 2),
+        ("3, 9", 3),
+        ("", 0),
+        (" 4 ", 4),
+        ("Wed, 99 Foo 2015", 0),
+        ("Mon, 01 Jan 0001 00:00:00 +2359", 0),
+    ],
+)
+def test_odd_values_of_retry_after(value, seconds):
+    assert retry_after({"retry-after": value}) == seconds
+
+
 def test_retry_after_is_a_number_or_a_date():
+    assert retry_after({"retry-after-ms": "250"}) == 0.25
     assert retry_after({"retry-after": "7"}) == 7
     assert retry_after({"retry-after": "soon"}) == retry_after({"retry-after": "nan"}) == retry_after({}) == 0
     assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0

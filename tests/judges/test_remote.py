@@ -1,7 +1,9 @@
 """Questions to prompts and answers to verdicts; captions that speak to their judge."""
 
+import contextlib
 import json
 import re
+import time
 
 import numpy as np
 import pydantic
@@ -11,7 +13,7 @@ from misbehaving import JudgeServer, Reply, blocks_of, kind_of, right_answer, te
 from balcap_jax import config as configuration
 from balcap_jax.errors import UserError
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import ChatClient, ChatSettings
+from balcap_jax.judges.client import Ask, ChatClient, ChatSettings
 from balcap_jax.judges.injection import suspicious
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.remote import RemoteJudge, make_client, units_ask
@@ -399,12 +401,145 @@ def test_answers_that_can_be_read(text):
         ("{" * 100_000, "no JSON object"),
         ('{"a":' * 100_000, "no JSON object"),
         ("[" * 100_000, "no JSON object"),
+        ('{"a": 1, "b": true, "why": 1}</think>', "empty answer"),
+        ('<think>so {"a": 1, "b": true}', "empty answer"),
+        ('<|channel|>analysis<|message|>{"a": 1, "b": true}', "empty answer"),
+        ('{"a": ' + "9" * 5000 + ', "b": true}', "no JSON object"),
     ],
 )
 def test_answers_that_cannot(text, reason):
     with pytest.raises(UnusableAnswer) as caught:
         parse_answer(text, Pair)
     assert reason in str(caught.value)
+
+
+ANSWER = '{"a": 1, "b": true}'
+THOUGHT = 'If {so}, {"a": 2, "b": false}; '
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>{THOUGHT}</think>{ANSWER}",
+        f"{THOUGHT}\n</think>\n\n{ANSWER}",
+        f"<thinking>{THOUGHT}</thinking> {ANSWER}",
+        f"<thought>\n{THOUGHT}</thought>```json\n{ANSWER}\n```",
+        f"<seed:think>{THOUGHT}</seed:think>{ANSWER}",
+        f"<longcat_think>{THOUGHT}</longcat_think>{ANSWER}",
+        f"[THINK]{THOUGHT}[/THINK]{ANSWER}",
+        f"◁think▷{THOUGHT}◁/think▷{ANSWER}",
+        f"<|begin_of_thought|>{THOUGHT}<|end_of_thought|><|begin_of_solution|>{ANSWER}<|end_of_solution|>",
+        f"<|START_THINKING|>{THOUGHT}<|END_THINKING|><|START_RESPONSE|>{ANSWER}<|END_RESPONSE|>",
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>{ANSWER}<|return|>",
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|channel|>final <|constrain|>json<|message|>{ANSWER}",
+        f"analysis{THOUGHT}assistantfinal{ANSWER}",
+        f"<|channel>thought\n{THOUGHT}<channel|>{ANSWER}",
+        f"<unused94>thought\n{THOUGHT}<unused95>{ANSWER}",
+        f"<reasoning>{THOUGHT}</reasoning><answer>{ANSWER}</answer>",
+        f"Here is my thought process: {THOUGHT} Here is my response: {ANSWER}",
+        f"<think>{THOUGHT}</think><think>{THOUGHT * 3}</think>{ANSWER}",
+        f"<think>It writes </think> itself. {THOUGHT}</think>{ANSWER}",
+        f"<think>{'{x} {{y}} ' * 500}</think>{ANSWER}",
+        f"{ANSWER}<think>{THOUGHT}",
+        '{"why": "it says </think> and <think>", "a": 1, "b": true}',
+        'So: {"why": "it says [/THINK]", "a": 1, "b": true}.',
+        f"{ANSWER} <analysis of it>",
+    ],
+)
+def test_what_stands_before_the_end_of_thoughts_is_thought(text):
+    assert parse_answer(text, Pair) == Pair(a=1, b=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        (ANSWER + " " * 50, True),
+        (f"```json\n{ANSWER}\n```\n\n", True),
+        (f"Here it is: {ANSWER}\n\n\n", True),
+        (f"{ANSWER}\n{ANSWER}\n{ANSWER}", True),
+        (f"{ANSWER} I hope that this", True),
+        (f"<think>{THOUGHT}</think>{ANSWER}  ", True),
+        (f"{ANSWER}\n" + ANSWER[:-4], False),
+        (f"Let me see. {ANSWER} would be one, but", False),
+        (f"<think>{ANSWER}   ", False),
+        (ANSWER[:-1], False),
+    ],
+)
+def test_of_an_answer_that_was_cut_off_a_whole_object_counts(text, whole):
+    if whole:
+        assert parse_answer(text, Pair, cut=True) == Pair(a=1, b=True)
+    else:
+        with pytest.raises(UnusableAnswer):
+            parse_answer(text, Pair, cut=True)
+
+
+class Word(pydantic.BaseModel):
+    word: str
+
+    @classmethod
+    def of_text(cls, text):
+        return cls(word=text)
+
+
+class Other(pydantic.BaseModel):
+    word: str
+
+
+@pytest.mark.parametrize(
+    "text", ['{"word": "a \\ud800 b"}', '{"word": "\\udfff"}', '{"word": "\ud83d"}', "\ude00 it is"]
+)
+def test_half_of_a_surrogate_pair_is_no_answer(text):
+    with pytest.raises(UnusableAnswer, match="half of a surrogate pair"):
+        parse_answer(text, Word)
+    assert parse_answer('{"word": "\\ud83d\\ude00"}', Word).word == "\U0001f600"
+    server = JudgeServer(lambda body: Reply("text", text))
+    with server, ChatClient(ChatSettings(((server.url, 1.0),), "m", retries=0)) as client:
+        (answer,) = client.ask([Ask("w.v1", ({"role": "user", "content": "w"},), Other)])
+    assert isinstance(answer, Failure)
+    assert "client:" not in answer.reason
+
+
+def test_a_text_without_an_object_is_an_answer_where_the_schema_takes_texts():
+    assert parse_answer(r"\boxed{E}", Word).word == r"\boxed{E}"
+    assert parse_answer("<thinking>C</thinking>", Word).word == "<thinking>C</thinking>"
+    assert parse_answer('<think>{"word": "A"}</think>{"word": "B"}', Word).word == "B"
+
+
+MEGABYTE = 1 << 20
+UNITS = [
+    "{",
+    '{"',
+    '{"a":',
+    '{"a":{},',
+    "{}",
+    "[",
+    "<",
+    "<think>",
+    "</think>",
+    '{"a": 1111',
+    '{"\\',
+    "`",
+    "{a:",
+    "{ \n",
+]
+LONG = {
+    "blanks between fences": "```\n" + " " * MEGABYTE + "x",
+    "lines between fences": "```" + "\n \n" * (MEGABYTE // 3) + "```x",
+    "blanks behind a name": ANSWER + "{a" + " " * MEGABYTE,
+    "different objects": "".join(f'{{"a": {i}, "b": true}}' for i in range(MEGABYTE // 20)),
+    "wrong entries": '{"a": [' + "1," * (MEGABYTE // 2) + "1]}",
+    "long numbers": ('{"a": ' + "1" * 5000 + "}") * 200,
+} | {unit: unit * (MEGABYTE // len(unit)) for unit in UNITS}
+
+
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", LONG)
+def test_no_answer_takes_long(name, share):
+    """Of the longest that is read, and of a tenth of it."""
+    begun = time.process_time()
+    with contextlib.suppress(UnusableAnswer):
+        parse_answer(LONG[name][: int(share * MEGABYTE)], Pair)
+    assert time.process_time() - begun < 2
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------
