@@ -49,8 +49,8 @@ def test_other_texts_stay():
     assert without_key(text, "sk-right") == without_key(text, "") == text
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-@pytest.mark.parametrize("key", KEYS[:2])
+@pytest.mark.parametrize("name", ["as it is", "JSON", "JSON twice", "unicode", "URL"])
+@pytest.mark.parametrize("key", KEYS[:1])
 def test_no_answer_error_or_file_holds_the_key(tmp_path, monkeypatch, name, key):
     class Why(pydantic.BaseModel):
         why: str

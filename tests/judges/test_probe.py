@@ -1,8 +1,11 @@
 """What the start finds out of an endpoint: what it takes is asked, what it refuses is left out, and what is of no use
 is one line."""
 
+import dataclasses
 import gzip
+import itertools
 import json
+import time
 import zlib
 
 import numpy as np
@@ -13,6 +16,7 @@ from misbehaving import JudgeServer, Reply, completion, is_probe, text_of
 from balcap_jax.errors import UserError
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
 from balcap_jax.judges.forms import SCHEMA, of_length
+from balcap_jax.judges.replies import CallError, reply_of
 from balcap_jax.judges.schema import Failure
 
 IMAGE = np.zeros((30, 40, 3), np.uint8)
@@ -47,6 +51,19 @@ def line_of(*servers: JudgeServer, sees: bool = False, **more) -> str:
         client.connect(sees)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def answer_to():
+    """What becomes of one question, whatever is set as the server's reply to it."""
+    with JudgeServer(right) as server, client_of(server) as client:
+        numbers = itertools.count()
+
+        def ask(reply: Reply) -> Answer | Failure:
+            server.behave = lambda body: reply
+            return client.ask([dataclasses.replace(ASKS[1], draw=next(numbers))])[0]
+
+        yield ask
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -226,10 +243,8 @@ def test_a_form_with_which_answers_are_empty_is_not_taken():
         {"type": "text", "text": ANSWER},
     ],
 )
-def test_answers_as_lists_of_parts_are_joined(content):
-    with JudgeServer(lambda body: message_of(content=content)) as server, client_of(server) as client:
-        (answer,) = client.ask(ASKS[1:])
-    assert answer.value == Verdict(mark=3, letter="A")
+def test_answers_as_lists_of_parts_are_joined(answer_to, content):
+    assert answer_to(message_of(content=content)).value == Verdict(mark=3, letter="A")
 
 
 # ---- errors with status 200 -----------------------------------------------------------------------------------------
@@ -249,40 +264,49 @@ ERRORS = {
 }
 
 
+def error_in(body: object) -> CallError:
+    with pytest.raises(CallError) as caught:
+        reply_of("http://a/v1", {}, json.dumps(body).encode(), 0, "")
+    return caught.value
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_body_with_status_200_is_that_error(name):
-    """429 waits, and no retry is used up by it."""
-    replies = [Reply("raw", json.dumps(ERRORS[name]).encode()), Reply("text", ANSWER)]
-    with JudgeServer(lambda body: replies[min(server.requests, 2) - 1]) as server, client_of(server) as client:
+    error = error_in(ERRORS[name])
+    assert (error.kind, error.status, error.reason) == ("busy", 429, "HTTP 200 with error 429")
+    assert LIMIT in error.detail
+
+
+def test_an_error_429_with_status_200_waits_and_uses_up_no_retry():
+    body = ERRORS["busy"]["error"] | {"metadata": {"headers": {"Retry-After": "0.5"}}}
+    replies = [Reply("raw", json.dumps({"error": body}).encode()), Reply("text", ANSWER)]
+    with JudgeServer(lambda _: replies[min(server.requests, 2) - 1]) as server, client_of(server) as client:
+        begun = time.monotonic()
         assert isinstance(client.ask(ASKS[1:])[0], Answer)
+        assert time.monotonic() - begun >= 0.5
         assert server.requests == 2
-    with JudgeServer(lambda body: replies[0]) as server, client_of(server, deadline=0.2) as client:
-        (answer,) = client.ask(ASKS[1:])
-    assert "HTTP 200 with error 429" in answer.reason
-    assert LIMIT in answer.reason
 
 
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({"choices": None}, "HTTP 200 with an error, no choices in the answer"),
-        ({"choices": []}, "HTTP 200 with an error, no choices in the answer"),
-        ({"error": {"code": 502, "message": "Upstream broke"}}, "HTTP 200 with error 502, Upstream broke"),
+        ({"choices": None}, "HTTP 200 with an error: no choices in the answer"),
+        ({"choices": []}, "HTTP 200 with an error: no choices in the answer"),
+        ({"error": {"code": 502, "message": "Upstream broke"}}, "HTTP 200 with error 502: Upstream broke"),
         ({"choices": [{"message": {"content": ANSWER}, "finish_reason": "error"}]}, "the answer ended with an error"),
-        ({"error": {"type": "overloaded_error", "message": "Overloaded"}, "type": "error"}, "error 503, Overloaded"),
-        ({"error": {"code": 400, "message": "too long"}}, "HTTP 200 with error 400, too long"),
-        ({"error": {"odd": [1]}}, 'HTTP 200 with an error, {"odd": [1]}'),
-        ({"error": [None]}, "HTTP 200 with an error, None"),
-        ({"detail": "it broke"}, "HTTP 200 with an error, it broke"),
+        ({"error": {"type": "overloaded_error", "message": "Overloaded"}, "type": "error"}, "error 503: Overloaded"),
+        ({"error": {"code": 400, "message": "too long"}}, "HTTP 200 with error 400: too long"),
+        ({"error": {"odd": [1]}}, 'HTTP 200 with an error: {"odd": [1]}'),
+        ({"error": [None]}, "HTTP 200 with an error: None"),
+        ({"detail": "it broke"}, "HTTP 200 with an error: it broke"),
         ({"id": 1}, "answer is no chat completion"),
         ({"choices": [5]}, "answer is no chat completion"),
         ([], "answer is no chat completion"),
     ],
 )
 def test_other_errors_with_status_200(body, reason):
-    with JudgeServer(lambda _: Reply("raw", json.dumps(body).encode())) as server, client_of(server) as client:
-        (answer,) = client.ask(ASKS[1:])
-    assert reason in answer.reason
+    error = error_in(body)
+    assert reason in f"{error.reason}: {error.detail}"
 
 
 def test_a_key_that_is_refused_with_status_200_is_one_line_at_the_start():
@@ -345,10 +369,9 @@ def raw_deflate(body: bytes) -> bytes:
         ("identity", lambda body: body),
     ],
 )
-def test_packed_answers_are_read(encoding, pack):
-    reply = Reply("raw", pack(completion(ANSWER)), headers=f"Content-Encoding: {encoding}\r\n" if encoding else "")
-    with JudgeServer(lambda body: reply) as server, client_of(server) as client:
-        assert isinstance(client.ask(ASKS[1:])[0], Answer)
+def test_packed_answers_are_read(answer_to, encoding, pack):
+    headers = f"Content-Encoding: {encoding}\r\n" if encoding else ""
+    assert isinstance(answer_to(Reply("raw", pack(completion(ANSWER)), headers=headers)), Answer)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +386,5 @@ def test_packed_answers_are_read(encoding, pack):
     ],
     ids=["gzip", "deflate", "twice", "members", "torn", "brotli"],
 )
-def test_bombs_and_what_cannot_be_unpacked_are_no_answers(encoding, body, reason):
-    reply = Reply("raw", body, headers=f"Content-Encoding: {encoding}\r\n")
-    with JudgeServer(lambda _: reply) as server, client_of(server) as client:
-        (answer,) = client.ask(ASKS[1:])
-    assert reason in answer.reason
+def test_bombs_and_what_cannot_be_unpacked_are_no_answers(answer_to, encoding, body, reason):
+    assert reason in answer_to(Reply("raw", body, headers=f"Content-Encoding: {encoding}\r\n")).reason
