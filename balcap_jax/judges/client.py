@@ -375,12 +375,13 @@ class ChatClient:
             endpoint.breaker.failed(ends, reason)
             raise CallError(endpoint.url, reason) from error
         self._count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
-        if reply.problem:
+        if reply.problem and not reply.remedy:
             raise CallError(endpoint.url, reply.problem, "answer", detail=reply.detail)
         try:
             value = parse_answer(reply.text, ask.schema, ask.check, cut=reply.cut)
         except UnusableAnswer as error:
-            raise CallError(endpoint.url, CUT_OFF if reply.cut else str(error), "answer") from error
+            reason = CUT_OFF if reply.cut else reply.problem or str(error)
+            raise CallError(endpoint.url, reason, "answer") from error
         return Answer(value, reply.tokens_in, reply.tokens_out)
 
     async def _choose(self, hopeless: set[str], last: set[str], ends: float | None) -> Endpoint:

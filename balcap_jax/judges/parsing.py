@@ -59,21 +59,17 @@ def parse_answer(
 
     `cut`: the text was cut off. Its object counts where it begins the answer or ends it: it may be a draft elsewhere.
 
-    A schema may have a method `of_text` for answers that hold no object at all; it gets the whole text.
+    A schema may have a method `of_text`, which takes the whole text, thoughts included, where it holds no such object.
 
     Raises:
       UnusableAnswer: no object, not of the schema, more than one, or refused by `check`.
     """
-    objects = list(_objects(text))
-    begin, end = _behind_thoughts(text, objects)
-    answer = text[begin:end].strip()
-    if hasattr(schema, "of_text") and not cut and not _BEGINNING.search(answer) and text.strip():
+    try:
+        value = _object_in(text, schema, cut)
+    except UnusableAnswer:
+        if cut or not hasattr(schema, "of_text"):
+            raise
         value = schema.of_text(text)
-    elif not answer:
-        raise UnusableAnswer("empty answer")
-    else:
-        inside = [(value, first - begin, last - begin) for value, first, last in objects if begin <= first < end]
-        value = _only(text[begin:end], inside, schema, cut)
     try:
         value.model_dump_json()
     except ValueError as error:
@@ -81,6 +77,15 @@ def parse_answer(
     if check is not None and (problem := check(value)):
         raise UnusableAnswer(problem)
     return value
+
+
+def _object_in(text: str, schema: type[pydantic.BaseModel], cut: bool) -> Any:
+    objects = list(_objects(text))
+    begin, end = _behind_thoughts(text, objects)
+    if not text[begin:end].strip():
+        raise UnusableAnswer("empty answer")
+    inside = [(value, first - begin, last - begin) for value, first, last in objects if begin <= first < end]
+    return _only(text[begin:end], inside, schema, cut)
 
 
 def _behind_thoughts(text: str, objects: list[tuple[dict, int, int]]) -> tuple[int, int]:

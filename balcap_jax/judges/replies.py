@@ -64,7 +64,7 @@ class Reply:
     """What a model said, and the tokens of question and answer (estimated where the server does not count them).
 
     `problem` says why the text is of no use, "" = it may be; its tokens were paid for all the same. `cut`: it ended at
-    max_tokens. `remedy` is what to do where all answers are so.
+    max_tokens. `remedy`: what to do where all answers are as empty as this one, "" = it is not empty.
     """
 
     text: str
