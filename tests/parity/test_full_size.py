@@ -5,10 +5,11 @@ import math
 
 import jax
 import pytest
-import torch
 import transformers
 
 from balcap_jax.models import hf, loading, published
+
+torch = pytest.importorskip("torch", reason="the reference implementations need torch, of the [dev] extra")
 
 # config.json of the published checkpoints, which leave much to transformers' defaults.
 LLAVA_7B = {
