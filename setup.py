@@ -56,7 +56,7 @@ EXTRAS_REQUIRE = {
         "ipykernel>=6.29,<8",  # the notebook's kernel
         MATPLOTLIB,
         f"jax[tpu]{JAX}",  # compiles for TPU topologies, as `aot` does
-        # Reference checks only; nothing outside tests/ may import it. One Python is enough for them, and with torch come
+        # Reference checks only; nothing outside tests/ may import it. One Python is enough for them, and torch brings
         # gigabytes of CUDA: on the others those tests are skipped, and say so.
         "torch==2.13.0; python_version < '3.12'",
     ],

@@ -17,7 +17,6 @@ fails keeps none of the others from running; it is named at the end, and the exi
 
 import ctypes
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import durable
+from balcap_jax import durable, json_text
 from balcap_jax.ablations import FULL, VARIANTS
 from balcap_jax.arguments import place
 from balcap_jax.checkpoint import PreemptionFlag, branch
@@ -283,7 +282,7 @@ def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence
     tables = {kind: rows(collect(runs, kind)) for kind in KINDS}
     spent, images = cost(entries), runs[0].config.log.eval_images
     about = {"command": command, "versions": versions(), "device": device_text(), "jobs": jobs, **spent}
-    write_text(out / "table.json", json.dumps(about | tables, indent=1) + "\n")
+    write_text(out / "table.json", json_text.dumps(about | tables, indent=1) + "\n")
     parts = [
         f"`{command}`\n",
         f"{spent['wall_seconds'] / 60:.0f} min in all, {spent['runs_seconds'] / 60:.0f} min of runs, {jobs} at a time, "

@@ -9,7 +9,6 @@ Exit status 1 says that a program does not fit, and names its largest part.
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from balcap_jax import json_text
 from balcap_jax.errors import UserError, exit_on_user_error
 
 ENVIRONMENT = {
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.json:
         try:
-            Path(args.json).expanduser().write_text(json.dumps(found, indent=2))
+            Path(args.json).expanduser().write_text(json_text.dumps(found, indent=2))
         except OSError as error:
             raise UserError(f"cannot write --json={args.json}: {error.strerror}") from error
     if too_large:

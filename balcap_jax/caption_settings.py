@@ -1,7 +1,6 @@
 """What captions of one file were made with: a file beside it, which keeps those of other models or settings out."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -78,6 +77,6 @@ def check(out: Path, settings: dict[str, Any]) -> None:
 def write(out: Path, settings: dict[str, Any]) -> None:
     path = beside(out, ".settings.json")
     try:
-        durable.replace_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+        durable.replace_file(path, (json_text.dumps(settings, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); make room or name another --out") from error

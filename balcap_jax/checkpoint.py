@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from balcap_jax import distributed, durable
+from balcap_jax import distributed, durable, json_text
 from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of, remove_unfinished
 from balcap_jax.errors import UserError
 
@@ -108,7 +108,7 @@ class Checkpointer:
           extra: nested dict of JSON values and `bytes`; what is not in `arrays` but needed to go on.
         """
         flat = _flatten(arrays)
-        text = _encode(dict(extra or {}), "extra")
+        text = _encode(json_text.with_nulls(dict(extra or {})), "extra")
         self.wait()
         try:
             self.directory.stat()  # Where it was removed, Orbax would make it anew.

@@ -11,7 +11,6 @@ caption. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold 
 import dataclasses
 import functools
 import html
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -296,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(Path(args.out) / "comparison.md", text)
         write_text(Path(args.out) / "comparison.html", page(evaluations))
         results = [{"folder": one.name, **one.results, **against(one, evaluations)} for one in evaluations]
-        write_text(Path(args.out) / "comparison.json", json.dumps(results, indent=2) + "\n")
+        write_text(Path(args.out) / "comparison.json", json_text.dumps(results, indent=2) + "\n")
     print(text, flush=True)
 
 

@@ -10,7 +10,6 @@ import argparse
 import ast
 import difflib
 import inspect
-import json
 import math
 import numbers
 import re
@@ -372,7 +371,7 @@ def parse_command_line(
 
 def to_text(config: ConfigDict) -> str:
     """The checked configuration as JSON with sorted keys: equal configurations give equal text."""
-    return json.dumps(_canonical(config).to_dict(), indent=2, sort_keys=True) + "\n"
+    return json_text.dumps(_canonical(config).to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def from_text(text: str | bytes, where: str = "the text", remedy: str = "give what `to_text` wrote") -> ConfigDict:

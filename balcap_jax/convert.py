@@ -7,7 +7,6 @@ Numbers keep their type and come back bit for bit. They pass a layer at a time, 
 largest tensor and no more.
 """
 
-import json
 import os
 import sys
 import time
@@ -166,7 +165,7 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json_text.dumps(content, indent=2) + "\n")
 
 
 def _existing(path: str | os.PathLike, holds: str) -> Path:

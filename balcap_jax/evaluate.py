@@ -18,7 +18,6 @@ items.jsonl.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -142,7 +141,7 @@ def answer(args: argparse.Namespace) -> str:
             raise UserError(f"the question {question.id!r} of {args.questions} has no picture for a model to look at")
         prompt = vqa.prompt_of(benchmark, question)
         listing.append({"id": question.id, "image": str(path.absolute()), "prompt": prompt})
-    write_text(out / "questions.jsonl", "".join(json.dumps(line) + "\n" for line in listing))
+    write_text(out / "questions.jsonl", json_text.lines(listing))
     options = caption.Options(max_tokens=benchmark.tokens, prompt="")
     predictions = out / "predictions.jsonl"
     caption.caption(args.model, out / "questions.jsonl", predictions, options)
@@ -184,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = "\n\n".join(f"{one.name or Path(args.votes).stem}\n\n{side_by_side.markdown(one)}" for one in found)
         write_text(out / "table.md", text + "\n")
         write_text(
-            out / "results.json", json.dumps({"metric": "side_by_side", "comparisons": side_by_side.as_json(found)})
+            out / "results.json",
+            json_text.dumps({"metric": "side_by_side", "comparisons": side_by_side.as_json(found)}),
         )
         print(text, flush=True)
         return

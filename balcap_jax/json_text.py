@@ -1,8 +1,9 @@
-"""JSON that others wrote: a file or a line that may be torn, of another kind, or no text at all."""
+"""JSON that others wrote, which may be torn, of another kind or no text at all; and the JSON that we write."""
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,31 @@ def read_entries(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]
         raise UserError(f"{path} is no list of objects; {remedy}")
     for number, entry in enumerate(content, start=1):
         yield f"{path}, entry {number}", entry
+
+
+def dumps(value: Any, **layout: Any) -> str:
+    """JSON of `value`, with null for numbers that are NaN or infinite: JSON has no word for them. `layout` as `json`'s.
+
+    Raises TypeError, ValueError or RecursionError for what JSON cannot hold.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except ValueError:
+        return json.dumps(with_nulls(value), allow_nan=False, **layout)
+
+
+def lines(values: Iterable[Any]) -> str:
+    """JSONL of `values`, by `dumps`."""
+    return "".join(dumps(value) + "\n" for value in values)
+
+
+def with_nulls(value: Any) -> Any:
+    """`value` with None in place of numbers that are NaN or infinite; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: with_nulls(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _content(path: str | os.PathLike, remedy: str) -> bytes:

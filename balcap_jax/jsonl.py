@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ class AppendedLines:
         try:
             self._tail()
             self._tail = lambda: None
-            rest = memoryview("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            rest = memoryview(json_text.lines(entries).encode())
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
@@ -83,7 +82,7 @@ class AppendedLines:
     def replace(self, entries: Sequence[dict[str, Any]]) -> None:
         """Writes these in place of all lines: the one change that is no addition."""
         try:
-            durable.replace_file(self.path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            durable.replace_file(self.path, json_text.lines(entries).encode())
         except OSError as error:
             raise self._failure("written", error) from error
         self._file.close()

@@ -7,7 +7,6 @@ of the step without `HIDDEN`. `step` counts over all stages of a run, so that it
 
 import contextlib
 import importlib
-import json
 import math
 import os
 import statistics
@@ -141,7 +140,7 @@ class MetricsWriter:
         if not self.enabled:
             return
         numbers = {name: _json_number(value) for name, value in values.items()}
-        line = json.dumps({"step": int(step), "stage": stage, **numbers}, allow_nan=False) + "\n"
+        line = json_text.dumps({"step": int(step), "stage": stage, **numbers}) + "\n"
         with writing_below(self.path):
             rest = memoryview(line.encode())
             while rest:  # a disk that fills up takes a part first and fails on the next write

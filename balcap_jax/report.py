@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from balcap_jax import durable
+from balcap_jax import durable, json_text
 from balcap_jax.arguments import place
 from balcap_jax.charts import (
     BOTTOM,
@@ -248,7 +248,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             leaves |= _flat(value, f"{prefix}{name}.")
         else:
-            leaves[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
+            leaves[f"{prefix}{name}"] = json_text.dumps(value, ensure_ascii=False)
     return leaves
 
 

@@ -7,7 +7,6 @@ The same command goes on with a run that was stopped or killed, and shows the re
 
 import contextlib
 import functools
-import json
 import math
 import os
 import shlex
@@ -23,7 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import data, distributed, judges, layouts, lora, models, report, rewards, sharding
+from balcap_jax import data, distributed, json_text, judges, layouts, lora, models, report, rewards, sharding
 from balcap_jax.arguments import place
 from balcap_jax.best import Best
 from balcap_jax.best import check as check_best_metric
@@ -122,7 +121,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         if config.lora.rank:
             policy = lora.Adapted(policy, config.lora.alpha / config.lora.rank)
         check_freezes(config, params)
-        reward = rewards.build(config.rewards, judge, config.seed)
+        tried_on = held_out.references_as_samples(shown, as_columns)
+        reward = rewards.build(config.rewards, judge, config.seed, tried_on)
         measure = with_miniature(rewards.measure(reward, judge, splits.fields), judge, splits.fields)
         check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
         job = Job(config, mesh, policy, processor, reward, clock, measure)
@@ -142,8 +142,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         if leads:
             held_out.write_text(workdir / "config.json", configuration.to_text(config))
             if splits.left_out:
-                lines = (json.dumps(one._asdict()) + "\n" for one in splits.left_out)
-                held_out.write_text(workdir / "left_out.jsonl", "".join(lines))
+                lines = json_text.lines(one._asdict() for one in splits.left_out)
+                held_out.write_text(workdir / "left_out.jsonl", lines)
 
         # ============================================================================================== restore
         checkpointer = stack.enter_context(
@@ -210,7 +210,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         def write_summary() -> None:
             summary.update(best.summary(), seconds=clock.totals())
             if leads:
-                held_out.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+                held_out.write_text(workdir / "summary.json", json_text.dumps(summary, indent=2) + "\n")
 
         def forget(labels: Sequence[str]) -> None:
             """Drops what more steps make outdated, whatever else was deleted by hand: the model and these results."""
@@ -361,8 +361,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                             raise UserError(
                                 f"stopped at step {step}: {failed} of the last {asked} judge calls failed, more than "
                                 f"judge.max_failure_rate = {config.judge.max_failure_rate:g} allows over "
-                                f"{failure_window(config)} steps{why}; the run is saved, mend the "
-                                f"judge (reasons are in {workdir / 'samples'}) and run the same command again"
+                                f"{failure_window(config)} steps{why}; the run is saved, mend the judge or the "
+                                f"reward (reasons are in {workdir / 'samples'}) and run the same command again"
                             )
                         if spending.spent and step < last:
                             save(step)

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -187,9 +186,7 @@ def _is_pair(entry: Any) -> bool:
 
 def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
     """Every caption of a training step with its verdicts: samples/step-000120.jsonl."""
-    held_out.write_text(
-        workdir / "samples" / f"step-{step:06d}.jsonl", "".join(json.dumps(record) + "\n" for record in records)
-    )
+    held_out.write_text(workdir / "samples" / f"step-{step:06d}.jsonl", json_text.lines(records))
 
 
 @contextlib.contextmanager

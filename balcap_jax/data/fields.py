@@ -1,9 +1,9 @@
 """What a line of a captioned JSONL file may hold, checked."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from balcap_jax import json_text
 from balcap_jax.data.choices import MAX_OPTIONS, lettered
 from balcap_jax.errors import UserError
 
@@ -49,8 +49,8 @@ def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         "captions": tuple(dict.fromkeys(captions)),
         "prompt": prompt,
         "reference_units": tuple(units),
-        "questions": json.dumps(questions),
-        "rubrics": json.dumps(rubrics),
+        "questions": json_text.dumps(questions),
+        "rubrics": json_text.dumps(rubrics),
     }
 
 

@@ -135,7 +135,7 @@ def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]
     prompt = said["human"].replace("<image>", "").strip() or photos.PROMPT
     rewarded = {name: entry[name] for name in REWARDED if name in entry}
     record = fields.read_record({"image": image, "reference": said["gpt"], **rewarded}, where)
-    units = json.dumps(record.pop("reference_units"))
+    units = json_text.dumps(record.pop("reference_units"))
     sample = {"id": name, "prompt": prompt, "reference": said["gpt"].strip(), "reference_units": units}
     return sample | {name: record[name] for name in ("questions", "rubrics")}
 

@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from balcap_jax.judges.client import ChatClient
 from balcap_jax.judges.cost import Patience, Spending
 from balcap_jax.judges.schema import Failure
 from balcap_jax.progress import ProgressLine
+from balcap_jax.rewards.words import count_words
 
 RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
 LARGEST = 2048 * 2048  # pixels of a picture that a judge is shown: hosted models shrink larger ones too
@@ -59,7 +59,7 @@ class Item:
 
     @property
     def words(self) -> int | None:
-        return len((self.caption or "").split()) if self.told else None
+        return count_words(self.caption or "") if self.told else None
 
 
 class Metric:
@@ -188,7 +188,7 @@ def evaluate(
     results["state"] = metric.state()
     results |= {"unused": len(unused), "unused_ids": list(unused)[:_REASONS]}
     results["version"] = balcap_jax.__version__
-    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "results.json", json_text.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -261,7 +261,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{out} has items.jsonl without settings.json, which says what they are; {_REMEDY}"
             ) from None
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        write_text(path, json_text.dumps(settings, indent=2) + "\n")
         return
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from balcap_jax import durable
+from balcap_jax import durable, json_text
 from balcap_jax.errors import UserError
 from balcap_jax.evals.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore, harmonic_mean, three_of
-from balcap_jax.rewards.base import Samples, Scores, count_words
+from balcap_jax.rewards.base import Samples, Scores
+from balcap_jax.rewards.words import count_words
 
 # Samples of evaluations draw from a stream of their own: no training step has this number.
 EVALUATION_STEP = 2**31 - 1
@@ -36,6 +36,13 @@ def to_samples(
         metadata=[{name: examples[name][i] for name in examples if name not in known} for i in rows],
         tokens=tokens,
     )
+
+
+def references_as_samples(examples: Sequence[Mapping[str, Any]], columns: Callable) -> Samples:
+    """Samples of two examples (of the only one, twice), with their references as three captions of each."""
+    ((batch, _),) = batches(examples[:2], 2, columns)
+    captions = [[text] * 3 for text in batch["reference"]]
+    return to_samples(batch, captions, np.array([list(map(count_words, group)) for group in captions]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +136,7 @@ def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], image
                 picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
             picture.save(file, format="PNG")
             write_bytes(path, file.getvalue())
-    write_text(workdir / "samples" / f"eval-{label}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_text(workdir / "samples" / f"eval-{label}.jsonl", json_text.lines(records))
 
 
 def picture_name(example_id: str) -> str:

@@ -1,7 +1,6 @@
 """What judging costs: tokens and money by step and in total, and an estimate before a run begins."""
 
 import collections
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ class Spending:
             self.totals[name] += getattr(added, name)
         self.totals["cost"] += cost
         if distributed.is_first():
-            write_text(self._path, json.dumps(self.totals, indent=2) + "\n")
+            write_text(self._path, json_text.dumps(self.totals, indent=2) + "\n")
 
     def step(self) -> dict[str, float]:
         """`update`, and the metrics of what was asked since the last step, evaluations in between included."""

@@ -5,7 +5,6 @@ processor's, generation_config.json ...), and `hf_names.json` with what its tens
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -102,7 +101,7 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
 
 
 def write_fields(directory: Path, fields: Mapping[str, Any]) -> None:
-    (directory / MODEL).write_text(json.dumps(fields, indent=2) + "\n")
+    (directory / MODEL).write_text(json_text.dumps(fields, indent=2) + "\n")
 
 
 def carry_files(source: Path, directory: Path) -> None:
@@ -152,7 +151,7 @@ def source_names(directory: Path) -> dict[str, str]:
 
 def write_names(directory: Path, names: Mapping[str, str]) -> None:
     if names:
-        (directory / NAMES).write_text(json.dumps(names, indent=2) + "\n")
+        (directory / NAMES).write_text(json_text.dumps(names, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- reading

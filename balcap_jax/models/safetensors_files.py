@@ -5,7 +5,6 @@ tensors' bytes (huggingface/safetensors, README "Format"). Tensors are read and 
 not through a memory map, whose pages would count as resident memory and turn a file that is cut short into a bus error.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -208,7 +207,7 @@ def write_directory(
         _write_file(directory / name, shard, progress)
         where |= {tensor.name: name for tensor in shard}
     index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": dict(sorted(where.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX).write_text(json_text.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None]) -> None:
@@ -218,7 +217,7 @@ def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[in
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[tensor.name] = entry | {"data_offsets": [offset, offset + tensor.size]}
         offset += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json_text.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8, so that readers may map it
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

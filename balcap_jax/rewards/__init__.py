@@ -12,14 +12,16 @@ from typing import Any
 from balcap_jax.errors import UserError
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
-from balcap_jax.rewards.base import RewardFn, Samples, Scores, count_words
+from balcap_jax.rewards.base import RewardFn, Samples, Scores
 from balcap_jax.rewards.caprl import CaprlReward
 from balcap_jax.rewards.feedquill import FeedquillReward
 from balcap_jax.rewards.joined import Joined
 from balcap_jax.rewards.length import LengthPenalised
 from balcap_jax.rewards.lexical import LexicalReward
+from balcap_jax.rewards.own import OwnReward
 from balcap_jax.rewards.rubicap import RubicapReward
 from balcap_jax.rewards.text import TextReward
+from balcap_jax.rewards.words import count_words
 
 REWARDS: dict[str, type] = {
     "balcap": BalCapReward,
@@ -73,10 +75,19 @@ def objectives(config: Mapping[str, Any]) -> tuple[str, ...]:
     return resolve(config["name"]).names + (("length",) if config["length"] != "none" else ())
 
 
-def build(config: Mapping[str, Any], judge: Judge, seed: int = 0) -> RewardFn:
-    """The reward function of the config group `rewards`."""
-    settings = dict(config) | {"seed": seed}
-    reward = resolve(config["name"])(judge, settings)
+def build(config: Mapping[str, Any], judge: Judge, seed: int = 0, tried_on: Samples | None = None) -> RewardFn:
+    """The reward function of the config group `rewards`; one of the user's own is tried out on `tried_on` at once.
+
+    Raises:
+      UserError: the user's own cannot be made, or does not score those samples as a reward must.
+    """
+    name, settings = config["name"], dict(config) | {"seed": seed}
+    if name in REWARDS:
+        reward = REWARDS[name](judge, settings)
+    else:
+        reward = OwnReward(name, resolve(name), judge, settings)
+        if tried_on is not None:
+            reward.try_out(tried_on)
     return reward if config["length"] == "none" else LengthPenalised(reward, settings)
 
 

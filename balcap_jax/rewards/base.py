@@ -75,8 +75,9 @@ Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is n
 def collect(reward: "RewardFn", samples: Samples, scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
     """Scores from one Scored per objective for each caption, in the order of `samples.where`.
 
-    A Failure becomes a missing value with its reason. A detail says also what the judge says of itself and of the
-    prompts that `reward` asks, under "judge", and where a caption speaks to its judge, under "suspicious".
+    A Failure becomes a missing value with its reason, and so does a number that is not finite. A detail says also what
+    the judge says of itself and of the prompts that `reward` asks, under "judge", and where a caption speaks to its
+    judge, under "suspicious".
     """
     names = reward.names
     shape = (*samples.shape, len(names))
@@ -95,7 +96,17 @@ def collect(reward: "RewardFn", samples: Samples, scored: Sequence[Sequence[Scor
                 rewards[b, g, k], valid[b, g, k] = value, True
                 entry |= parts
         detail[b][g] = entry
-    return Scores(rewards, valid, detail)
+    return without_nonfinite(Scores(rewards, valid, detail), names)
+
+
+def without_nonfinite(scores: Scores, names: Sequence[str]) -> Scores:
+    """`scores` in which a valid reward that is NaN or infinite is a missing value, with its reason in the detail."""
+    valid = scores.valid & np.isfinite(scores.rewards)
+    detail = [[dict(entry) for entry in group] for group in scores.detail]
+    for b, g, k in np.argwhere(scores.valid & ~valid):
+        reason = {names[k]: f"the reward is {scores.rewards[b, g, k]}, which is no finite number"}
+        detail[b][g]["failures"] = dict(detail[b][g].get("failures", {})) | reason
+    return Scores(np.where(valid, scores.rewards, np.float32(0)), valid, detail)
 
 
 def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
@@ -117,8 +128,3 @@ def ask_kinds(judge: Judge, **questions: Sequence) -> list[list]:
         return [ask_all(getattr(judge, kind), asked) for kind, asked in questions.items()]
     answers = iter(ask_all(judge.mixed, [one for asked in questions.values() for one in asked]))
     return [[next(answers) for _ in asked] for asked in questions.values()]
-
-
-def count_words(text: str) -> int:
-    """Whitespace words: the length unit of the gate (and of CapArena's published lengths)."""
-    return len(text.split())

@@ -1,14 +1,11 @@
 """ROUGE-L to the reference: a reward that needs no judge, and one that longer words of praise do not fool."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.base import Samples, Scores, collect
-
-# As Google's rouge_score without stemming: lower case, runs of letters and digits.
-_WORD = re.compile(r"[a-z0-9]+")
+from balcap_jax.rewards.words import words
 
 
 class LexicalReward:
@@ -23,17 +20,17 @@ class LexicalReward:
         del judge, settings
 
     def __call__(self, samples: Samples) -> Scores:
-        references = [_words(text) for text in samples.references]
-        scored = [[(rouge_l(_words(samples.captions[b][g]), references[b]), {})] for b, g in samples.where]
+        references = [words(text) for text in samples.references]
+        scored = [[(rouge_l(words(samples.captions[b][g]), references[b]), {})] for b, g in samples.where]
         return collect(self, samples, scored, None)
 
 
-def rouge_l(words: Sequence[str], reference: Sequence[str]) -> float:
+def rouge_l(caption: Sequence[str], reference: Sequence[str]) -> float:
     """ROUGE-L F1 of two lists of words, in [0, 1]; 0 where either is empty or they share nothing."""
-    common = longest_common_subsequence(words, reference)
+    common = longest_common_subsequence(caption, reference)
     if not common:
         return 0.0
-    precision, recall = common / len(words), common / len(reference)
+    precision, recall = common / len(caption), common / len(reference)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -51,7 +48,3 @@ def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
         matches = row & positions.get(word, 0)
         row = ((row + matches) | (row - matches)) & every
     return len(other) - row.bit_count()
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())

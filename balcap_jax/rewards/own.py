@@ -1,0 +1,136 @@
+"""A reward of a user's own: what it raises, and scores of another form than a reward's, are one line each."""
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from balcap_jax import json_text
+from balcap_jax.errors import UserError
+from balcap_jax.judges.schema import (
+    Assertion,
+    ChoiceQuestion,
+    ChoiceVerdict,
+    Judge,
+    LinguisticQuestion,
+    LinguisticVerdict,
+    PrecisionQuestion,
+    PrecisionVerdict,
+    RecallQuestion,
+    RecallVerdict,
+    RubricQuestion,
+    RubricVerdict,
+)
+from balcap_jax.rewards.base import Samples, Scores, without_nonfinite
+
+_METHODS = ("precision", "recall", "linguistic", "choice", "rubric", "mixed")
+# What a judge might answer, for a call whose scores nobody uses.
+_ANSWERS: dict[type, Callable[[Any], Any]] = {
+    PrecisionQuestion: lambda _: PrecisionVerdict(assertions=[Assertion(text="a", verified=True, pointable=True)]),
+    RecallQuestion: lambda asked: RecallVerdict(covered=[True] * len(asked.units)),
+    LinguisticQuestion: lambda _: LinguisticVerdict(clarity=3, fluency=3, coherency=3),
+    ChoiceQuestion: lambda asked: ChoiceVerdict(answer=asked.options[0][0]),
+    RubricQuestion: lambda asked: RubricVerdict(passed=[True] * len(asked.criteria)),
+}
+_FORM = "see balcap_jax/rewards/base.py"
+
+
+class OwnReward:
+    """The reward `cls`, which `rewards.name` names; every call of it is checked.
+
+    Raises UserError, which names `rewards.name`, where the class cannot be made or called, or gives another form of
+    scores. A valid score that is no finite float32 becomes a missing value.
+    """
+
+    def __init__(self, name: str, cls: type, judge: Judge, settings: Mapping[str, Any]):
+        self._where = f"config field 'rewards.name' is {name!r}:"
+        self._judge = _Judge(judge)
+        self.names, self.gated, self.needs, self.asks = cls.names, cls.gated, cls.needs, cls.asks
+        with self._one_line("making it"):
+            self._reward = cls(self._judge, settings)
+
+    def __call__(self, samples: Samples) -> Scores:
+        # Its own transfers between host and device, if it computes with JAX, are its own matter.
+        with self._one_line("a call of it"), jax.transfer_guard("allow"):
+            scores = self._reward(samples)
+        return without_nonfinite(self._checked(scores, (*samples.shape, len(self.names))), self.names)
+
+    def try_out(self, samples: Samples) -> None:
+        """Calls it once, with a stand-in for its judge, whose answers may cost money."""
+        self._judge.stands_in = True
+        try:
+            self(samples)
+        finally:
+            self._judge.stands_in = False
+
+    def _checked(self, scores: Any, shape: tuple[int, int, int]) -> Scores:
+        if not isinstance(scores, Scores):
+            raise self._wrong(f"a call of it must return Scores with rewards of shape {_text(shape)}", scores)
+        for field, kinds, what in (("rewards", "fiub", "numbers"), ("valid", "b", "bools")):
+            array = getattr(scores, field)
+            if type(array) is not np.ndarray or array.dtype.kind not in kinds or array.shape != shape:
+                raise self._wrong(f"Scores.{field} must be a NumPy array of {what} of shape {_text(shape)}", array)
+        detail, (prompts, group, _) = scores.detail, shape
+        if not _is_list(detail, prompts) or not all(_is_list(one, group) for one in detail):
+            raise self._wrong(f"Scores.detail must be {prompts} lists of {group} dicts each", detail)
+        for b, entries in enumerate(detail):
+            for g, entry in enumerate(entries):
+                if not isinstance(entry, Mapping) or not isinstance(entry.get("failures", {}), Mapping):
+                    raise self._wrong(f"Scores.detail[{b}][{g}], and 'failures' in it, must be a dict", entry)
+                try:
+                    json_text.dumps(dict(entry))
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{self._where} Scores.detail[{b}][{g}] must hold what JSON can ({error}); convert it with "
+                        f"float() or .tolist(), {_FORM}"
+                    ) from error
+        with np.errstate(over="ignore"):
+            return Scores(scores.rewards.astype(np.float32), scores.valid, detail)
+
+    def _wrong(self, wanted: str, given: Any) -> UserError:
+        return UserError(f"{self._where} {wanted} (B examples, G captions, K objectives); got {_given(given)}; {_FORM}")
+
+    @contextlib.contextmanager
+    def _one_line(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # Whatever it raises is its author's to mend.
+            *_, last = traceback.extract_tb(error.__traceback__)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{self._where} {what} raised {reason} ({last.filename}, line {last.lineno})") from error
+
+
+class _Judge:
+    """`judge`; while it `stands_in`, questions are answered here and reach nobody."""
+
+    def __init__(self, judge: Judge):
+        self._judge, self.stands_in = judge, False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._judge, name)
+        if name not in _METHODS:
+            return found
+        return lambda asked: [_ANSWERS[type(one)](one) for one in asked] if self.stands_in else found(asked)
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == length
+
+
+def _text(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _given(value: Any) -> str:
+    """Type and shape of a value, such as "ndarray (float32) of shape [2, 3]"."""
+    kind = type(value).__name__ + (f" ({value.dtype})" if hasattr(value, "dtype") else "")
+    try:
+        shape = np.shape(value)
+    except ValueError:
+        return f"{kind} of {len(value)} parts of different lengths"
+    return f"{kind} of shape {_text(shape)}" if shape else kind

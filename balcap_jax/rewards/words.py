@@ -1,0 +1,43 @@
+"""What a word is, in any script: what is matched by the lexical reward, and what lengths are counted in."""
+
+import functools
+import unicodedata
+
+# Scripts that put no blanks between words, by how Unicode names their characters. Without a dictionary each character
+# counts as a word, as UAX #29 splits most of them and as BERT and sacreBLEU split Chinese.
+_WITHOUT_BLANKS = (
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TAI ", "NEW TAI",
+    "JAVANESE", "BALINESE",
+)  # fmt: skip
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, marks and digits without regard to case; characters of scripts without blanks one by one.
+
+    Of ASCII text the words are those of Google's rouge_score without stemming. A text without any word, such as one of
+    emoji, is split into its characters, so that equal texts have equal words, and some unless they are blank.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(map(_in_words, text)).split() or list("".join(text.split()))
+
+
+def count_words(text: str) -> int:
+    """Whitespace words: the length unit of the gate (and of CapArena's published lengths).
+
+    Characters of scripts without blanks count one each, and so do the marks of punctuation between them.
+    """
+    return len("".join(map(_apart, unicodedata.normalize("NFC", text))).split())
+
+
+@functools.cache
+def _in_words(character: str) -> str:
+    category, name = unicodedata.category(character), unicodedata.name(character, "")
+    # Soft hyphens, joiners and variation selectors change how a word looks, not which it is.
+    if (category == "Cf" and name != "ZERO WIDTH SPACE") or name.startswith("VARIATION SELECTOR"):
+        return ""
+    return _apart(character) if category[0] in "LMN" else " "
+
+
+@functools.cache
+def _apart(character: str) -> str:
+    return f" {character} " if unicodedata.name(character, "").startswith(_WITHOUT_BLANKS) else character
