@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from balcap_jax import disk_errors, durable, json_text
+import balcap_jax
+from balcap_jax import disk_errors, durable, json_text, jsonl
 from balcap_jax.errors import UserError
+from balcap_jax.workdir import dump_samples
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,6 +114,48 @@ def test_json_that_can_be_read(tmp_path):
         json_text.read(tmp_path, "write it again")
     with pytest.raises(FileNotFoundError):
         json_text.read(tmp_path / "none", "")
+
+
+VALUE = {"a": [float("nan"), (float("inf"), np.float64("nan"))], "b": {"c": -float("inf")}, "d": 1.5, "e": "NaN"}
+WRITTEN = {"a": [None, [None, None]], "b": {"c": None}, "d": 1.5, "e": "NaN"}
+
+
+def strictly(text: str):
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_no_json_that_we_write_holds_nan(tmp_path):
+    assert strictly(json_text.dumps(VALUE, indent=1)) == WRITTEN
+    assert list(map(strictly, json_text.lines([VALUE, {}]).splitlines())) == [WRITTEN, {}]
+    fine = {"b": [1, 2.5, None, "ü"], "a": True}
+    for layout in ({}, {"indent": 2, "sort_keys": True}, {"ensure_ascii": False}):
+        assert json_text.dumps(fine, **layout) == json.dumps(fine, **layout)
+    with jsonl.AppendedLines(tmp_path / "a.jsonl") as lines:
+        lines.append([VALUE])
+        lines.replace([VALUE, VALUE])
+    with jsonl.AppendedLines(tmp_path / "a.jsonl") as lines:
+        assert lines.entries == [WRITTEN] * 2
+    assert list(map(strictly, (tmp_path / "a.jsonl").read_text().splitlines())) == [WRITTEN] * 2
+    dump_samples(tmp_path, 3, [VALUE])
+    assert strictly((tmp_path / "samples" / "step-000003.jsonl").read_text()) == WRITTEN
+    for value in ({"a": {1, 2}}, {"a": np.float32(1)}, {("a", 1): 1}, {"a": b"x"}):
+        with pytest.raises(TypeError):
+            json_text.dumps(value)
+
+
+def test_all_json_that_is_kept_is_written_by_one_function():
+    """Beside it: digests and what is sent to servers, and the data of scenes, which holds whole numbers."""
+    others = {"judges/client.py": 1, "judges/endpoints.py": 1, "report.py": 1}
+    others |= {"data/scenes/world.py": 1, "data/scenes/builder.py": 1}
+    package = Path(balcap_jax.__file__).parent
+    calls = {
+        path.relative_to(package).as_posix(): path.read_text().count("json.dump") for path in package.rglob("*.py")
+    }
+    calls.pop("json_text.py")
+    assert {name: count for name, count in calls.items() if count} == others
 
 
 def test_what_tensorstore_says_of_a_full_disk_is_not_logged_beside_the_line(caplog):

@@ -1,7 +1,9 @@
 """Worked examples of every reward but BalCap's own, the registry, and what is refused at the start."""
 
 import json
+import re
 import sys
+import unicodedata
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +29,7 @@ from balcap_jax.rewards.feedquill import FeedquillReward
 from balcap_jax.rewards.length import LengthPenalised, ramp, two_sided
 from balcap_jax.rewards.lexical import LexicalReward, longest_common_subsequence, rouge_l
 from balcap_jax.rewards.rubicap import RubicapReward
+from balcap_jax.rewards.words import count_words, words
 
 
 def make_samples(captions, references=None, metadata=None, tokens=None) -> Samples:
@@ -76,6 +79,78 @@ def test_lexical_needs_no_judge_and_reads_words_alone():
     np.testing.assert_allclose(scores.rewards[..., 0], [[1.0, 0.0]])
     assert scores.valid.all()
     assert (reward.names, reward.asks) == (("rouge_l",), ())
+
+
+TEXTS = {
+    "A red door, 2 cats; it's 3.5 m_wide!": "a red door 2 cats it s 3 5 m wide",
+    "一只棕色的狗坐在草地上，旁边有3个iPhone。": "一 只 棕 色 的 狗 坐 在 草 地 上 旁 边 有 3 个 iphone",
+    "犬がソファーで寝る": "犬 が ソ フ ァ ー で 寝 る",
+    "개가 잔디에 앉아 있다.": "개가 잔디에 앉아 있다",
+    "หมานั่งบน หญ้า": "ห ม า น ั ่ ง บ น ห ญ ้ า",
+    "Собака сидит на Траве": "собака сидит на траве",
+    "كلب بني على العشب ٢": "كلب بني على العشب ٢",
+    "कुत्ता घास पर बैठा है।": "कुत्ता घास पर बैठा है",
+    "Ein großer BÄR fährt": "ein grosser bär fährt",
+    "un niño pequeño": "un niño pequeño",
+    "ΣΚΎΛΟΣ σκύλος": "σκύλοσ σκύλοσ",
+    "می\u200cخواهم": "میخواهم",
+    "fahr\u00adrad ﬁn ＡＢＣ１": "fahrrad fin abc1",
+    "🐶🐶 !": "🐶 🐶 !",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_words_of_any_script(text):
+    assert words(text) == TEXTS[text].split()
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC")]
+    forms += [text.upper().replace("SS", "ß"), f"  {text}\n"]
+    scores = LexicalReward()(make_samples([forms], references=[text]))
+    np.testing.assert_array_equal(scores.rewards.ravel(), 1.0)
+    assert count_words(forms[0]) == count_words(forms[1])
+
+
+def test_the_words_of_ascii_are_those_of_rouge_score():
+    """Its default tokenizer: lower case, runs of [a-z0-9]."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(map(chr, rng.integers(0, 128, 60)))
+        assert words(text) == re.findall("[a-z0-9]+", text.lower())
+        assert count_words(text) == len(text.split())
+
+
+def test_lexical_tells_captions_without_latin_letters_apart():
+    captions = ["一只棕色的狗", "一只狗", "红色的球", "a brown dog", ""]
+    rewards = LexicalReward()(make_samples([captions], references=["一只棕色的狗"])).rewards.ravel()
+    np.testing.assert_allclose(rewards, [1, 2 * 0.5 / 1.5, 2 * (2 / 4) * (2 / 6) / (2 / 4 + 2 / 6), 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("A red door -- open !", 6),
+        ("Ein großer Bär, dösend.", 4),
+        ("개가 잔디에", 2),
+        ("一只狗 and 2 cats", 6),
+        ("犬が寝る", 4),
+        ("หมา", 3),
+        ("", 0),
+    ],
+)
+def test_lengths_are_whitespace_words_and_characters_of_scripts_without_blanks(text, count):
+    assert count_words(text) == count
+
+
+def test_a_rubric_of_infinite_weights_is_a_missing_value():
+    class Marker:
+        about: ClassVar = {}
+
+        def rubric(self, questions):
+            return [RubricVerdict(passed=[True]) for _ in questions]
+
+    rubrics = '[{"criterion": "door", "weight": Infinity}]'
+    scores = RubicapReward(Marker())(make_samples([["a"]], metadata=[{"rubrics": rubrics}]))
+    assert (scores.valid.item(), scores.rewards.item()) == (False, 0.0)
+    assert "no finite number" in scores.detail[0][0]["failures"]["rubric"]
 
 
 # ---- length penalties ------------------------------------------------------------------------------------------------

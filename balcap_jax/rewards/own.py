@@ -1,6 +1,7 @@
 """A reward of a user's own: what it raises, and scores of another form than a reward's, are one line each."""
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,7 @@ class OwnReward:
         self._where = f"config field 'rewards.name' is {name!r}:"
         self._judge = _Judge(judge)
         self.names, self.gated, self.needs, self.asks = cls.names, cls.gated, cls.needs, cls.asks
+        self._file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         with self._one_line("making it"):
             self._reward = cls(self._judge, settings)
 
@@ -100,7 +102,8 @@ class OwnReward:
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # Whatever it raises is its author's to mend.
-            *_, last = traceback.extract_tb(error.__traceback__)
+            frames = traceback.extract_tb(error.__traceback__)
+            last = ([frame for frame in frames if frame.filename == self._file] or frames)[-1]
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{self._where} {what} raised {reason} ({last.filename}, line {last.lineno})") from error
 
