@@ -43,6 +43,8 @@ class Samples:
 class Scores:
     """`rewards` [B, G, K] float32 (0 where not valid), `valid` [B, G, K] bool, `detail` [B][G] JSON-able dicts.
 
+    Of a user's own reward any NumPy numbers are taken, and a valid one that is NaN or infinite becomes a missing value.
+
     A detail holds what a report shows of a caption: the judge's verdicts, and under "failures" {objective: reason}
     for each missing value.
     """
