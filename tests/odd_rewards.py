@@ -60,7 +60,7 @@ class OneEach(Good):
         return valid
 
     def detail(self, shape):
-        return [[{"score": float("nan")} for _ in range(shape[1])] for _ in range(shape[0])]
+        return [[{"score": float("nan"), "rewards": 3, "words": "?"} for _ in range(shape[1])] for _ in range(shape[0])]
 
 
 class OneForAll(Good):

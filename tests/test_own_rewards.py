@@ -73,7 +73,7 @@ def test_what_is_written_of_missing_scores_is_json_and_their_share_stops_a_run()
     summary = summarise(records, reward.names)
     first = strictly(lines(records))[0]["captions"][0]
     assert first["rewards"] == {"mine": None, "yours": None, "length": 0.5}
-    assert first["score"] is None
+    assert (first["score"], first["words"]) == (None, 1)
     assert first["failures"]["mine"].startswith("the reward is nan")
     assert summary["invalid"] == 3
     assert summary["mine"]["mean"] == 1.0

@@ -70,7 +70,7 @@ class Judged:
 
         def caption(b: int, g: int) -> dict[str, Any]:
             valid, rewards = scores.valid[b, g], scores.rewards[b, g]
-            return {
+            ours = {
                 "caption": self.captions[b][g],
                 "words": int(words[b, g]),
                 "tokens": int(self.tokens[b, g]),
@@ -78,8 +78,12 @@ class Judged:
                 "in_band": bool(inside[b, g]),
                 "rewards": {name: float(rewards[k]) if valid[k] else None for k, name in enumerate(names)},
                 "b_capscore": float(balanced[b, g]) if whole[b, g] else None,
-                **scores.detail[b][g],
             }
+            return {
+                **ours,
+                **scores.detail[b][g],
+                **ours,
+            }  # Whatever names a detail uses, these are ours.
 
         return [
             {
