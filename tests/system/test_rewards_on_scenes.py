@@ -32,7 +32,9 @@ def test_a_run(tmp_path, data_dir, name, weights, objectives):
     json.dumps(after)
 
 
-@pytest.mark.parametrize("name", ["NoK", "ReturnsNone", pytest.param("NumpyDetail", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["NoK", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ReturnsNone", "NumpyDetail"))]
+)
 def test_a_reward_of_another_form_ends_before_the_first_stage(tmp_path, data_dir, name):
     overrides = {"rewards__name": f"tests.odd_rewards:{name}", "rewards__weights": "1,1"}
     line = the_one_line(train(tmp_path / "run", data_dir, expected=2, **overrides).stderr)
