@@ -7,10 +7,9 @@ A recipe is a short Python file whose `get_config(variant)` starts from `default
 """
 
 import argparse
-import ast
+import contextlib
 import difflib
 import inspect
-import math
 import numbers
 import re
 import shutil
@@ -23,19 +22,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balcap_jax import config_checks, json_text
+from balcap_jax import config_checks, json_text, regular_files
 from balcap_jax.arguments import place
 from balcap_jax.config_fields import FIELDS, KINDS, TYPE_NAMES, Field
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.errors import UserError, exit_on_user_error, shown
 
 _OVERRIDE = "--config."
 _LISTED = 8  # members of a group that a message names
 _SIMILAR = 0.6  # difflib ratio from which a name counts as a misspelling of another
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_LONGEST_RECIPE = 1 << 24  # bytes
 
 _BY_NAME = {field.name: field for field in FIELDS}
 _GROUPS = {name.rsplit(".", depth)[0] for name in _BY_NAME for depth in range(1, name.count(".") + 1)}
+_DEEPEST = max(name.count(".") for name in _BY_NAME) + 1  # dots of a name that is looked for: a group may hold itself
 
 
 # ---- building -------------------------------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ def _leaves(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every leaf; an empty unknown group counts as a leaf, so that it is reported."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping | ConfigDict) and name not in _BY_NAME and (len(value) or name in _GROUPS):
+        group = isinstance(value, Mapping | ConfigDict) and name not in _BY_NAME and name.count(".") < _DEEPEST
+        if group and (len(value) or name in _GROUPS):
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value
@@ -88,15 +90,21 @@ def check(config: ConfigDict) -> None:
 
 
 def _canonical(config: ConfigDict) -> ConfigDict:
-    """A checked copy in which a float field holds a float and a tuple field a tuple, whatever the recipe wrote."""
-    given = dict(_leaves(config))
+    return _checked(_values(dict(_leaves(config))))
+
+
+def _values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every field: a float field's is a float and a tuple field's a tuple, whatever the recipe wrote."""
     for name in given:
         if name not in _BY_NAME:
             raise _unknown(name, given[name])
     missing = [name for name in _BY_NAME if name not in given]
     if missing:
         raise UserError(f"config field {missing[0]!r} is missing; a recipe starts from config.default_config()")
-    values = {field.name: _typed(field, given[field.name]) for field in FIELDS}
+    return {field.name: _typed(field, given[field.name]) for field in FIELDS}
+
+
+def _checked(values: Mapping[str, Any]) -> ConfigDict:
     for field in FIELDS:
         _check_range(field, values[field.name])
     checked = _build(values)
@@ -111,7 +119,7 @@ def _unknown(name: str, value: Any = None) -> UserError:
         members = list(dict.fromkeys(member.partition(".")[0] for member in below))
         more = f" and {len(members) - _LISTED} more" if len(members) > _LISTED else ""
         listed = ", ".join(members[:_LISTED]) + more
-        return UserError(f"config field {name!r} is a group ({listed}), it can't be set to {value!r}")
+        return UserError(f"config field {name!r} is a group ({listed}), it can't be set to {shown(value)}")
     near = nearest(name, _BY_NAME)
     hint = f"did you mean {near!r}?" if near else "`python -m balcap_jax.config` lists all fields"
     return UserError(f"unknown config field {name!r}; {hint}")
@@ -135,12 +143,12 @@ def _typed(field: Field, value: Any) -> Any:
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str):
-        if not value.isascii() and _SURROGATE.search(value):
+        if _NO_TEXT.search(value):
             raise UserError(
-                f"config field {field.name!r} must be Unicode text, got {value!r} (bytes that are not UTF-8, or half "
-                "of a surrogate pair)"
+                f"config field {field.name!r} must be Unicode text, got {shown(value)} (bytes that are not UTF-8, half "
+                "of a surrogate pair, or the character 0)"
             )
-        return value
+        return str(value)
     if kind in ("ints", "floats") and isinstance(value, tuple | list) and (value or field.may_be_empty):
         entries = [_number(kind.removesuffix("s"), entry) for entry in value]
         if None not in entries:
@@ -149,7 +157,7 @@ def _typed(field: Field, value: Any) -> Any:
         number = _number(kind, value)
         if number is not None:
             return number
-    raise UserError(f"config field {field.name!r} must be {KINDS[kind]}, got {value!r} ({field.meaning})")
+    raise UserError(f"config field {field.name!r} must be {KINDS[kind]}, got {shown(value)} ({field.meaning})")
 
 
 def _number(kind: str, value: Any) -> int | float | None:
@@ -157,19 +165,20 @@ def _number(kind: str, value: Any) -> int | float | None:
         return None
     if kind == "int":
         return int(value) if isinstance(value, numbers.Integral) else None
-    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+    return float(value) if json_text.is_number(value) else None
 
 
 def _check_range(field: Field, value: Any) -> None:
     if field.choices and value not in field.choices:
         near = difflib.get_close_matches(value, field.choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"config field {field.name!r} must be one of {', '.join(field.choices)}, got {value!r}{hint}")
+        choices = ", ".join(field.choices)
+        raise UserError(f"config field {field.name!r} must be one of {choices}, got {shown(value)}{hint}")
     if field.kind in ("int", "float", "ints", "floats"):
         for number in value if isinstance(value, tuple) else (value,):
             if not field.holds(number):
                 demand = f"must be in {field.range_text}"
-                raise UserError(f"config field {field.name!r} {demand}, got {value!r} ({field.meaning})")
+                raise UserError(f"config field {field.name!r} {demand}, got {shown(value)} ({field.meaning})")
 
 
 # ---- recipes and the command line -----------------------------------------------------------------------------------
@@ -185,9 +194,11 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     Raises:
       UserError: the recipe is missing or fails, or `check` fails.
     """
-    config = _run_recipe(recipe)
-    _override(config, overrides or {}, f"recipe {recipe}")
-    return _canonical(config)
+    path, variant = _split_variant(recipe)
+    with _errors_of(path):  # What is in the ConfigDict is the recipe's code too, until every value has its type.
+        given = dict(_leaves(_run_recipe(path, variant)))
+        values = _values(_overridden(given, overrides or {}))
+    return _checked(values)
 
 
 def take_group(argv: Sequence[str], group: str, **defaults: Any) -> tuple[list[str], ConfigDict]:
@@ -203,30 +214,33 @@ def take_group(argv: Sequence[str], group: str, **defaults: Any) -> tuple[list[s
       UserError: a bad field or value.
     """
     rest, overrides = split_overrides(argv, f"--{group}.")
-    config = default_config()
-    config[group].update(defaults)
-    _override(config, {f"{group}.{name}": text for name, text in overrides.items()}, "the command line")
-    return rest, _canonical(config)[group]
+    given = {field.name: field.default for field in FIELDS}
+    given |= {f"{group}.{name}": value for name, value in defaults.items()}
+    given = _overridden(given, {f"{group}.{name}": text for name, text in overrides.items()})
+    return rest, _checked(_values(given))[group]
 
 
-def _override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> None:
+def _overridden(given: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
     for name, text in overrides.items():
         if name not in _BY_NAME:
             raise _unknown(name, text)
-        *groups, leaf = name.split(".")
-        at = config
-        for depth, group in enumerate(groups):
-            at = at.get(group)
-            if not isinstance(at, ConfigDict):
-                raise UserError(f"{where}: config group {'.'.join(groups[: depth + 1])!r} is missing")
-        at[leaf] = _parse(_BY_NAME[name], text)
+    return {**given, **{name: _parse(_BY_NAME[name], text) for name, text in overrides.items()}}
 
 
-def _run_recipe(recipe: str) -> ConfigDict:
-    path, variant = _split_variant(recipe)
+@contextlib.contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Whatever a recipe's code raises inside becomes a UserError, SystemExit too: no recipe ends a command well."""
     try:
-        with open(path, encoding="utf-8") as file:
-            source = file.read()
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise _recipe_error(path, error) from error
+
+
+def _run_recipe(path: str, variant: str | None) -> ConfigDict:
+    try:
+        source = regular_files.read(path, _LONGEST_RECIPE).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"recipe {path}: {reason}; --config takes a Python file such as configs/scenes.py") from error
@@ -235,8 +249,8 @@ def _run_recipe(recipe: str) -> ConfigDict:
     module.__file__ = path
     try:
         exec(compile(source, path, "exec"), module.__dict__)
-    except Exception as error:
-        raise _recipe_error(path, error) from error
+    except UserError as error:
+        raise UserError(f"recipe {path}: {error}") from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise UserError(f"recipe {path} has no function get_config; copy configs/forkme.py for the form of a recipe")
@@ -245,8 +259,10 @@ def _run_recipe(recipe: str) -> ConfigDict:
         raise UserError(f"recipe {path} has no variants (its get_config takes no argument), got {variant!r}")
     try:
         config = get_config(variant or "") if accepts_variant else get_config()
-    except Exception as error:
-        raise _recipe_error(path, error) from error
+    except UserError as error:
+        raise UserError(f"recipe {path}: {error}") from error
+    if inspect.iscoroutine(config):
+        config.close()  # Python would complain later that nobody awaits it.
     if not isinstance(config, ConfigDict):
         raise UserError(f"recipe {path}: get_config must return a ConfigDict, got {type(config).__name__}")
     return config
@@ -257,15 +273,13 @@ def _split_variant(recipe: str) -> tuple[str, str | None]:
     return (path, variant) if colon and path.endswith(".py") else (recipe, None)
 
 
-def _recipe_error(path: str, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return UserError(f"recipe {path}: {error}")
-    if isinstance(error, SyntaxError):
+def _recipe_error(path: str, error: BaseException) -> UserError:
+    if isinstance(error, SyntaxError) and error.filename == path:
         return UserError(f"recipe {path}, line {error.lineno}: {error.msg}")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
     where = f", line {lines[-1]}" if lines else ""
-    message = " ".join(str(error).split())
-    return UserError(f"recipe {path}{where}: {type(error).__name__}: {message}")
+    message = shown(error, str)
+    return UserError(f"recipe {path}{where}: {type(error).__name__}{f': {message}' if message else ''}")
 
 
 def _parse(field: Field, text: str) -> Any:
@@ -285,11 +299,15 @@ def _parse(field: Field, text: str) -> Any:
 
 def _parse_number(kind: str, text: str) -> int | float | None:
     try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+        return _number(kind, int(text, 0))
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
         return None
-    if kind == "int" and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1e3 steps
+    if kind == "int":
+        return int(value) if value.is_integer() else None  # 1e3 steps
     return _number(kind, value)
 
 
@@ -403,11 +421,11 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
         if name not in old or name not in new:
             found.append(f"{name}: only in the {'saved' if name in old else 'new'} configuration")
         elif old[name] != new[name]:
-            grows = name == f"stages.{last}.steps" and new[name] > old[name]
+            grows = name == f"stages.{last}.steps" and json_text.is_number(old[name]) and new[name] > old[name]
             if grows and current.stages[last].schedule == "constant":
                 continue
             why = " (the cosine schedule depends on it)" if grows else ""
-            found.append(f"{name}: {old[name]!r} -> {new[name]!r}{why}")
+            found.append(f"{name}: {shown(old[name])} -> {shown(new[name])}{why}")
     return found
 
 

@@ -4,16 +4,38 @@ import errno
 import functools
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells count it: 128 + SIGINT."""
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LONGEST = 2000  # characters of a message
+_LONGEST_VALUE = 200
+
 
 class UserError(Exception):
-    """Bad input or a bad environment: one line that says what was wrong, where, and what to do."""
+    """Bad input or a bad environment: one line that says what was wrong, where, and what to do.
+
+    What a message quotes cannot break it: control characters are spelt out, and the middle of a long text is left out.
+    """
+
+    def __str__(self) -> str:
+        text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} ... {text[-500:]}"
+
+
+def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
+    """A value of any kind as a message quotes it: its `form` on one line, cut; of one that has none, its type."""
+    try:
+        text = re.sub(r"\s*\n\s*", " ", form(value)).strip()
+    except Exception as error:  # An integer of too many digits, or whatever a recipe's own class raises.
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def exit_on_user_error(main: Callable) -> Callable:

@@ -2,20 +2,65 @@
 
 import json
 import math
+import numbers
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from balcap_jax import regular_files
 from balcap_jax.errors import UserError
+
+_DEEPEST = 100  # objects and lists inside each other; what people write has ten
+_MOST_DIGITS = 300  # of an integer: a float holds 308
+
+
+def decode(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text; `hook` makes objects of their pairs.
+
+    Raises:
+      ValueError: no UTF-8, no JSON, an integer that no float holds, or nested so deeply that a reader would fail on it.
+    """
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    try:
+        value = json.loads(text, object_pairs_hook=hook, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _is_deep(value: Any) -> bool:
+    level = [[value]]
+    for _ in range(_DEEPEST):
+        insides = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [inside for one in insides for inside in one if isinstance(inside, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold; True and False are none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of 309 digits or more
+        return False
 
 
 def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -> Any:
     """The value of a JSON text; `where` (file, and line) and `remedy` are for the error.
 
     Raises:
-      UserError: no UTF-8, no JSON, nested too deeply, or with half of a surrogate pair, which is no character; if
-        `unique`, an object that has a name twice, of which `json` would keep the last.
+      UserError: what `decode` raises, or half of a surrogate pair, which is no character; if `unique`, an object that
+        has a name twice, of which `json` would keep the last.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -27,9 +72,9 @@ def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -
         return found
 
     try:
-        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=once if unique else None)
-        if "\\ud" in text.lower():  # `json` lets halves of pairs through; file names and tokenizers do not take them.
+        value = decode(text, once if unique else None)
+        # `json` lets halves of pairs through; file names and tokenizers do not take them.
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} is not JSON (half of a surrogate pair is no character); {remedy}") from error
@@ -37,8 +82,8 @@ def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -
         raise UserError(f"{where} is not JSON (not a text file); {remedy}") from error
     except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}); {remedy}") from error
-    except RecursionError as error:
-        raise UserError(f"{where} is not JSON that can be read (nested too deeply); {remedy}") from error
+    except MemoryError as error:
+        raise UserError(f"{where} is too large for this machine's memory; {remedy}") from error
     return value
 
 
@@ -72,11 +117,10 @@ def read_lines(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
       UserError: there is no such file, it cannot be read, or a line is no object.
     """
     try:
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, parse_object(line, where, remedy)
+        for number, line in enumerate(regular_files.read_lines(path), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, parse_object(line, where, remedy)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
@@ -123,8 +167,10 @@ def with_nulls(value: Any) -> Any:
 
 def _content(path: str | os.PathLike, remedy: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return regular_files.read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise
+    except MemoryError as error:
+        raise UserError(f"{path} is too large for this machine's memory; {remedy}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error

@@ -5,7 +5,6 @@ the pictures that those name. Rewards and shares are fractions there, b-CapScore
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,9 @@ from typing import Annotated, Any
 
 import pydantic
 
+from balcap_jax import json_text, regular_files
 from balcap_jax.errors import UserError
+from balcap_jax.json_text import is_number
 from balcap_jax.judges.schema import Assertion
 
 STAGE_LABELS = {"base": "Base", "vision": "Vision", "align": "Alignment", "sft": "SFT", "rl": "RL"}
@@ -151,7 +152,7 @@ def load_run(directory: str | os.PathLike) -> Run:
 def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
     """(line number, object) of each readable line; what is not readable is counted in one note."""
     try:
-        lines = file.read_bytes().splitlines()
+        lines = regular_files.read(file).splitlines()
     except OSError as error:
         notes.append(f"{file.name}: not readable ({error.strerror})")
         return []
@@ -172,7 +173,7 @@ def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
 
 def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        value = _object(file.read_bytes())
+        value = _object(regular_files.read(file))
     except OSError as error:
         notes.append(f"{file.name}: not readable ({error.strerror})")
         return {}
@@ -184,8 +185,8 @@ def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:
 def _object(text: bytes) -> dict[str, Any] | None:
     """The JSON object of a text, None for any other text. The page can show what `json_text` refuses."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json_text.decode(text)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -201,10 +202,6 @@ def _continuous(records: Iterable[dict]) -> list[dict]:
         stage, last = record.get("stage"), record["step"] + offset
         continuous.append(record | {"step": last})
     return continuous
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
