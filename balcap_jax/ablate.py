@@ -31,7 +31,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import durable, json_text
+from balcap_jax import durable, json_text, regular_files
 from balcap_jax.ablations import FULL, VARIANTS
 from balcap_jax.arguments import place
 from balcap_jax.checkpoint import PreemptionFlag, branch
@@ -120,7 +120,7 @@ def with_variant(recipe: str, variant: str) -> str:
 def is_finished(run: Run) -> bool:
     """Whether the run has done all of its steps, has been evaluated, and has left its model."""
     try:
-        saved = configuration.from_text((run.workdir / "config.json").read_bytes())
+        saved = configuration.from_text(regular_files.read(run.workdir / "config.json"))
         stages = configuration.stage_order(run.config)
         summary = read_summary(run.workdir)
     except (FileNotFoundError, NotADirectoryError):

@@ -24,9 +24,10 @@ from balcap_jax.arguments import place
 from balcap_jax.charts import bars
 from balcap_jax.config import CommandParser
 from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.evals.engine import Metric, interval, is_number, resampled_sums, sums_of_groups
+from balcap_jax.evals.engine import Metric, interval, resampled_sums, sums_of_groups
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.metrics import metric_of
+from balcap_jax.json_text import is_number
 
 _ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
 _ROUNDING = 1e-6  # points that are no difference

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balcap_jax import durable, json_text
+from balcap_jax import durable, json_text, regular_files
 from balcap_jax.errors import UserError
 from balcap_jax.event_file import EventFile, writing_below
 
@@ -175,7 +175,7 @@ class MetricsWriter:
     def _reopen(self, keep: Callable[[dict], bool]) -> IO[bytes]:
         """Rewrites the file without a torn last line and lines not to `keep`, and opens it for appending."""
         if self.path.exists():
-            old = self.path.read_bytes()
+            old = regular_files.read(self.path)
             kept = b"".join(line + b"\n" for line, record in _records(self.path, old) if keep(record))
             if kept != old:
                 durable.replace_file(self.path, kept)

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from balcap_jax import durable, json_text
+from balcap_jax import durable, json_text, regular_files
 from balcap_jax.arguments import place
 from balcap_jax.charts import (
     BOTTOM,
@@ -194,7 +194,7 @@ def _picture(run: Run, image: JudgedImage) -> str:
             run.notes.append(f"picture {image.image}: outside samples/, not shown")
         elif file.stat().st_size > MAX_IMAGE_BYTES:
             run.notes.append(f"picture {image.image}: more than {MAX_IMAGE_BYTES >> 20} MiB, not shown")
-        elif not (data := file.read_bytes()).startswith(PNG_SIGNATURE):
+        elif not (data := regular_files.read(file)).startswith(PNG_SIGNATURE):
             run.notes.append(f"picture {image.image}: not a PNG, not shown")
         else:
             return "data:image/png;base64," + base64.b64encode(data).decode()

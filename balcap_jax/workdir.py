@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import distributed, durable, json_text
+from balcap_jax import distributed, durable, json_text, regular_files
 from balcap_jax.data.prepared import damaged
 from balcap_jax.errors import UserError
 from balcap_jax.evals import held_out
@@ -121,7 +121,7 @@ def see_claim(workdir: Path) -> None:
 def refuse_another_run(path: Path, config: ConfigDict) -> None:
     remedy = "choose another --workdir"
     try:
-        saved = configuration.from_text(path.read_bytes(), str(path), remedy)
+        saved = configuration.from_text(regular_files.read(path), str(path), remedy)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -10,10 +10,8 @@ lines for every metric, and only these vectors stay in memory.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +20,10 @@ from typing import Any
 import numpy as np
 
 import balcap_jax
-from balcap_jax import json_text
+from balcap_jax import json_text, regular_files
 from balcap_jax.errors import UserError
 from balcap_jax.evals.held_out import write_text
+from balcap_jax.json_text import is_number
 from balcap_jax.jsonl import AppendedLines
 from balcap_jax.judges.client import ChatClient
 from balcap_jax.judges.cost import Patience, Spending
@@ -235,13 +234,6 @@ def read_row(line: Mapping[str, Any]) -> Row:
     values = None if parts is None else tuple(map(float, parts))
     error, group = str(line.get("error", "")), str(line.get("group", line["id"]))
     return Row(line["id"], str(line.get("category", "")), words, values, error, group)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold."""
-    with contextlib.suppress(OverflowError):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return False
 
 
 def _forget_errors(lines: AppendedLines) -> None:
@@ -477,7 +469,7 @@ def digest_of(*paths: str | os.PathLike | None) -> str:
             try:
                 files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
                 for file in files:
-                    digest.update(file.read_bytes())
+                    digest.update(regular_files.read(file))
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]
