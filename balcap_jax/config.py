@@ -29,6 +29,7 @@ from balcap_jax.errors import UserError, exit_on_user_error, shown
 
 _OVERRIDE = "--config."
 _LISTED = 8  # members of a group that a message names
+_LONGEST_NAME = 200
 _SIMILAR = 0.6  # difflib ratio from which a name counts as a misspelling of another
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -133,6 +134,8 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
         return max(whole, last), whole
 
+    if len(name) > _LONGEST_NAME:  # Compared in quadratic time, and like none.
+        return None
     best = max(known, key=likeness)
     return best if likeness(best)[0] >= _SIMILAR else None
 

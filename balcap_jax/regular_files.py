@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import IO
 
 LONGEST = 1 << 31  # bytes of a file that is read whole: the largest published lists of captions have 1.5 GB
-_LONGEST_LINE = 1 << 28  # bytes: a line may hold pictures
+_LONGEST_LINE = 1 << 26  # bytes: a line may hold pictures
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from balcap_jax import json_text
+from balcap_jax import json_text, regular_files
 from balcap_jax.data import images
 from balcap_jax.errors import UserError
 
@@ -128,7 +128,7 @@ def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
 def _listed(source: Path, prompt: str) -> list[Item]:
     items, lines = [], {}
     try:
-        text = source.read_text(encoding="utf-8-sig")
+        text = regular_files.read(source).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--images={source} cannot be read ({reason}); give a folder or a JSONL file") from error

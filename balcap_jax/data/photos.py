@@ -25,12 +25,13 @@ import tokenizers
 import transformers
 from PIL import Image
 
-from balcap_jax import json_text
+from balcap_jax import json_text, regular_files
 from balcap_jax.data import fields, images
 from balcap_jax.data.listing import files_below, picture_name, real_path, spelt
 from balcap_jax.errors import UserError
 
 PROMPT = "Describe this image in detail."
+_LONGEST_CAPTION = 1 << 20  # bytes
 CAPTIONS = "captions.jsonl"
 _NAMED = 5  # pictures that a message names
 _VOCABULARY = 2048
@@ -234,7 +235,8 @@ def _beside(folder: Path) -> tuple[list[Record], list[LeftOut]]:
         path, caption = folder / name, ""
         try:
             if not problem:
-                caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+                text = regular_files.read(path.with_suffix(".txt"), _LONGEST_CAPTION)
+                caption = text.decode("utf-8-sig").strip()
                 name.encode()
                 problem = "" if caption else "empty caption"
         except FileNotFoundError:
@@ -255,7 +257,7 @@ def _listed(source: Path) -> list[Record]:
     """The lines of a JSONL file. Lines of one picture are joined: its captions, and the last of what else they say."""
     pictures: dict[str, Record] = {}
     try:
-        text = source.read_text(encoding="utf-8-sig")
+        text = regular_files.read(source).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"{source} cannot be read ({reason}); give a folder or a JSONL file") from error

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from balcap_jax import json_text
+from balcap_jax import json_text, regular_files
 from balcap_jax.errors import UserError
 from balcap_jax.evals.vqa_rules import LETTERS
 
@@ -128,9 +128,9 @@ def _problems(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     csv.field_size_limit(_LONGEST_FIELD)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=1):
-                yield f"{path}, row {number}", {key: value for key, value in row.items() if key and value is not None}
+        lines = (line.decode("utf-8-sig") for line in regular_files.read_lines(path))
+        for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=1):
+            yield f"{path}, row {number}", {key: value for key, value in row.items() if key and value is not None}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
     except (UnicodeDecodeError, csv.Error) as error:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from balcap_jax import durable, json_text, sharding
 from balcap_jax.disk_errors import reason_of, remove_unfinished
-from balcap_jax.errors import UserError
+from balcap_jax.errors import UserError, shown
 from balcap_jax.models import arrays, hf, llava, qwen2_5_vl, safetensors_files
 from balcap_jax.models import fields as model_fields
 from balcap_jax.models.fields import DEFAULTS
@@ -222,6 +222,9 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"the tokenizer at {path} cannot be read: {_TOKENIZERS[0]} is missing; copy the tokenizer's files there"
         )
+    for file in path.iterdir():
+        if file.suffix in _CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"the tokenizer at {path} cannot be read: {file.name} is no regular file; copy it there")
     try:
         # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
         from transformers import AutoTokenizer
@@ -230,7 +233,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         _ = tokenizer.all_special_ids  # A damaged one looks for its unknown word for ever.
         return tokenizer
     except Exception as error:  # tokenizers raises nothing more special
-        reason = str(error).strip().splitlines()[0]
+        reason = shown(error, str) or type(error).__name__
         raise UserError(f"the tokenizer at {path} cannot be read: {reason}; copy its files there again") from error
 
 
