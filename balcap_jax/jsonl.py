@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from balcap_jax import durable, json_text
+from balcap_jax import durable, json_text, regular_files
 from balcap_jax.errors import UserError
 
 
@@ -44,8 +44,10 @@ class AppendedLines:
             self._open()
             try:
                 self._read()
-            except BaseException:
+            except BaseException as error:
                 self._file.close()
+                if isinstance(error, OSError):
+                    raise self._failure("read", error) from error
                 raise
         return self
 
@@ -108,7 +110,7 @@ class AppendedLines:
         self._file.seek(0)
         at = 0
         with open(os.dup(self._file.fileno()), "rb") as lines:  # Line by line: files of gigabytes are few entries.
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(regular_files.lines_of(lines), start=1):
                 self.found = True
                 where = f"{self.path}, line {number}"
                 if not line.endswith(b"\n") and not _is_object(line):

@@ -33,7 +33,12 @@ def read(path: str | os.PathLike, longest: int = LONGEST) -> bytes:
 def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
     """The lines of a regular file, with their ends. Raises OSError, also for a line that no memory would hold."""
     with open_regular(path) as file:
-        while line := file.readline(_LONGEST_LINE + 1):
-            if len(line) > _LONGEST_LINE:
-                raise OSError(errno.EFBIG, f"a line has more than {_LONGEST_LINE >> 20} MiB")
-            yield line
+        yield from lines_of(file)
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """As `read_lines`, of an open file."""
+    while line := file.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise OSError(errno.EFBIG, f"a line has more than {_LONGEST_LINE >> 20} MiB")
+        yield line

@@ -1,6 +1,7 @@
 """The settings table, its checks, recipes, the command line, and what may change when a run is resumed."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -346,6 +347,115 @@ def test_recipe_that_fails(tmp_path, source, parts):
     assert str(path) in message
     for part in parts:
         assert part in message
+
+
+ODD_RECIPES = {
+    "ends well": ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+    "ends in get_config": ("def get_config():\n    raise SystemExit\n", "line 2: SystemExit"),
+    "of no Exception": ("class Odd(BaseException): pass\nraise Odd('a\\nb')\n", "line 2: Odd: a b"),
+    "GeneratorExit": ("raise GeneratorExit\n", "line 1: GeneratorExit"),
+    "StopIteration": ("def get_config():\n    raise StopIteration(3)\n", "line 2: StopIteration: 3"),
+    "that says nothing": (
+        "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd\n",
+        "line 3: Odd: a Odd that cannot be shown (ValueError)",
+    ),
+    "recursion": ("def get_config():\n    return get_config()\n", "line 2: RecursionError"),
+    "deep": (f"x = {'-' * 100_000}1\n", "recipe.py: "),
+    "null": ("x = 1\0\n", "null bytes"),
+    "another's syntax": ("exec('(')\n", "line 1: SyntaxError: '(' was never closed (<string>, line 1)"),
+    "class": ("get_config = dict\n", "no signature found for builtin type"),
+    "no signature": ("class A:\n    __signature__ = 3\n    __call__ = print\nget_config = A()\n", "TypeError: "),
+    "coroutine": ("async def get_config(): pass\n", "must return a ConfigDict, got coroutine"),
+    "pretends": (
+        "from ml_collections import ConfigDict\nclass A:\n    __class__ = ConfigDict\nget_config = A\n"
+        "get_config.__signature__ = __import__('inspect').Signature()\n",
+        "AttributeError: ",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD_RECIPES)
+def test_recipe_that_does_something_odd(tmp_path, name):
+    source, part = ODD_RECIPES[name]
+    path = tmp_path / "recipe.py"
+    path.write_text(source)
+    message = error_of(config_lib.load, str(path))
+    assert message.startswith(f"recipe {path}")
+    assert part in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("config.data.prompt = {}", "'data.prompt' must be a string, got {} ("),
+        ("config.data.prompt = {'a': {'b': 1}}", "'data.prompt' must be a string, got a: b: 1 ("),
+        ("config.data.prompt = b'x'", "'data.prompt' must be a string, got b'x' ("),
+        ("config.data.prompt = '\\0'", "'data.prompt' must be Unicode text"),
+        ("config.data.prompt = str", "'data.prompt' must be a string, got <class 'str'> ("),
+        ("config.data.itself = config", "unknown config field 'data.itself"),
+        ("config.data = config", "unknown config field 'data."),
+        ("config['a\\nb'] = 1", "unknown config field 'a\\nb'"),
+        ("config.seed = 10**5000", "'seed' must be in [0, 2147483647], got a int that cannot be shown"),
+        ("config.optim.eps = 10**400", "line 4: OverflowError: int too large"),
+        ("config.optim.eps = float('nan')", "'optim.eps' must be a number, got nan"),
+        ("config.rewards.weights = (1, -(10**400), 1)", "'rewards.weights' must be a tuple of numbers"),
+        ("from fractions import Fraction; config.optim.eps = Fraction(10**400, 3)", "'optim.eps'"),
+        ("from ml_collections import FieldReference; config.seed = FieldReference(1) // 0", "ZeroDivisionError"),
+        (
+            "from ml_collections import config_dict as c; config.seed = c.required_placeholder(int)",
+            "RequiredValueError",
+        ),
+        ("config.seed = type('O', (), {'__repr__': lambda self: 1 / 0})()", "got a O that cannot be shown"),
+        ("config.seed = type('O', (), {'__repr__': lambda self: exit(0)})()", "SystemExit: 0"),
+        ("config.seed = 'x' * 1_000_000", "'seed' must be an integer, got 'xxx"),
+    ],
+)
+def test_odd_value_in_a_recipe(write_recipe, line, part):
+    message = error_of(config_lib.load, write_recipe(line))
+    assert part in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large", "not UTF-8"])
+def test_recipe_that_is_no_file_of_text(tmp_path, kind):
+    path = tmp_path / "recipe.py"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"x = '\xff'")
+        if kind == "large":
+            os.truncate(path, 1 << 40)
+    reason = {"large": "1,099,511,627,776 bytes are more than", "not UTF-8": "not a text file"}.get(
+        kind, "no regular file"
+    )
+    assert error_of(config_lib.load, str(path)).startswith(f"recipe {path}: {reason}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0x" + "f" * 5000, "9" * 400, "9" * 5000, "1e400", "nan", "{[]: 1}", "[" * 5000, "-" * 9000 + "1", "1if 2else 3"],
+)
+@pytest.mark.parametrize("name", ["seed", "optim.eps", "rollout.buckets", "rewards.weights"])
+def test_override_that_is_no_number_to_hold(write_recipe, name, text):
+    message = error_of(config_lib.load, write_recipe(), {name: text})
+    assert message.startswith(f"config field {name!r} must be ")
+    assert len(message) < 1000
+
+
+def test_override_of_a_field_with_an_endless_name(write_recipe):
+    assert "unknown config field 'seedseed" in error_of(config_lib.load, write_recipe(), {"seed" * 20_000: "1"})
+
+
+def test_saved_configuration_of_other_types():
+    saved = json.loads(config_lib.to_text(changed()))
+    for odd in ("100", None, [1], {"a": 1}):
+        saved["stages"]["rl"]["steps"] = odd
+        assert len(config_lib.differences(config_lib.from_text(json.dumps(saved)), changed())) >= 1
 
 
 def test_missing_recipe_and_unasked_variant(tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import math
+import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +91,10 @@ def test_a_closed_stdout_is_no_error():
         (b'{"a": "\\ud800"}', "half of a surrogate pair is no character"),
         (b'{"\\uDFFF": 1}', "half of a surrogate pair is no character"),
         (b'"\xed\xa0\x80"', "not a text file"),
+        (b"[" * 101 + b"]" * 101, "nested too deeply"),
+        (b'{"a": ' * 150 + b"1" + b"}" * 150, "nested too deeply"),
+        (b'{"a": [' + b"9" * 309 + b"]}", "an integer of 309 digits"),
+        (b"-" + b"9" * 5000, "an integer of 5001 digits"),
     ],
 )
 def test_json_that_cannot_be_read_is_one_line(tmp_path, content, reason):
@@ -188,3 +195,39 @@ def test_a_directory_that_is_still_written_to_is_removed_for_good(tmp_path, monk
     disk_errors.remove_unfinished(folder, patience=patience)
     assert folder.exists() == stays
     assert len(calls) == (1 if stays else writes + 1)
+
+
+def test_numbers_that_no_float_holds():
+    odd = (10**400, -(10**5000), Fraction(10**400, 3), math.nan, math.inf, True, "1", None, 1j, [1])
+    assert [json_text.is_number(value) for value in odd] == [False] * len(odd)
+    assert all(map(json_text.is_number, (0, -1.5, 10**300, Fraction(1, 3), np.float32(1))))
+    assert json_text.decode("[" * 99 + "1" * 300 + "]" * 99)
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    for odd in ("a\nb", "\r\n", "\x85\u2028\x0c", "\x1b[2J", "\0"):
+        assert len(str(UserError(f"{odd} is wrong")).splitlines()) == 1
+        assert "\x1b" not in str(UserError(odd))
+    long = str(UserError("file: " + "x" * 100_000 + "; write it again"))
+    assert len(long) < 3000
+    assert long.startswith("file: xxx")
+    assert long.endswith("xxx; write it again")
+    assert str(UserError("a\\nb ü \u3000")) == "a\\nb ü \u3000"
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "device")
+    (tmp_path / "lines.jsonl").write_bytes(b"{}\n")
+    os.truncate(tmp_path / "lines.jsonl", 1 << 40)
+    for name, reason in (("pipe", "no regular file"), ("device", "no regular file"), ("", "Is a directory")):
+        with pytest.raises(UserError, match=rf"cannot be read \({reason}\); mend it"):
+            json_text.read(tmp_path / name, "mend it")
+        with pytest.raises(UserError, match=rf"cannot be read \({reason}\); mend it"):
+            next(json_text.read_lines(tmp_path / name, "mend it"))
+    with pytest.raises(UserError, match="1,099,511,627,776 bytes are more than"):
+        json_text.read(tmp_path / "lines.jsonl", "mend it")
+    lines = json_text.read_lines(tmp_path / "lines.jsonl", "mend it")
+    assert next(lines) == (f"{tmp_path}/lines.jsonl, line 1", {})
+    with pytest.raises(UserError, match="a line has more than 64 MiB"):
+        next(lines)
