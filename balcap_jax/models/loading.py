@@ -200,13 +200,14 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
     Raises:
       UserError: a field is missing, or the tokenizer cannot be read or does not fit.
     """
-    try:
-        policy, processor = FAMILIES[fields["family"]](fields, read_tokenizer(path), fields["template"])
-    except KeyError as error:
-        raise UserError(f"{path / MODEL} lacks the field {error}; {_CONVERT_AGAIN}") from error
-    for what, word in (("end", processor.tokenizer.eos_token_id), ("padding", processor.tokenizer.pad_token_id)):
+    tokenizer = read_tokenizer(path)
+    for what, word in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
         if word is None:
             raise UserError(f"the tokenizer at {path} names no {what} token; copy its files there again")
+    try:
+        policy, processor = FAMILIES[fields["family"]](fields, tokenizer, fields["template"])
+    except KeyError as error:
+        raise UserError(f"{path / MODEL} lacks the field {error}; {_CONVERT_AGAIN}") from error
     words = len(processor.tokenizer)
     if words > policy.vocab:
         raise UserError(
