@@ -8,7 +8,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from balcap_jax import hlo, lora, models, rewards, sharding, stages, train_step
 from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.paths import resolved
 from balcap_jax.rollout import Sampling, make_rollout
 
 GIB = 2.0**30
@@ -103,7 +103,7 @@ class Report:
 def build_policy(config: ConfigDict) -> tuple[Policy, Any]:
     """Policy and processor of the recipe's sizes. The tokenizer is a stand-in: no program depends on its words."""
     fields = config.model.to_dict()
-    if fields["path"] and Path(fields["path"]).is_dir():
+    if fields["path"] and resolved(fields["path"]).is_dir():
         own = {name: fields[name] for name in RUN_FIELDS if fields[name] != ""}
         fields = models.read_fields(fields["path"]) | own
     policy, processor = models.build(fields | {"template": ""}, scenes_tokenizer())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax import json_text
+from balcap_jax.arguments import place
 from balcap_jax.errors import UserError, exit_on_user_error
 
 ENVIRONMENT = {
@@ -59,10 +60,9 @@ def devices_of(topology: str, slices: int) -> list[Any]:
     return list(described.devices)
 
 
-def check_writable(path: str) -> None:
+def check_writable(path: str | None) -> None:
     """Raises UserError now, and not after all compilation, where --json could not be written."""
-    target = Path(path).expanduser()
-    if path and (target.is_dir() or not target.parent.is_dir()):
+    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
         raise UserError(f"cannot write --json={path}: name a file in a directory that exists")
 
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--program", choices=("all", "layout", "rollout", "update"), default="all", help="compile this one alone"
     )
     parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there as well")
     config, args = configuration.parse_command_line(given, parser)
 
     if args.slices < 1:
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.json:
         try:
-            Path(args.json).expanduser().write_text(json_text.dumps(found, indent=2))
+            Path(args.json).write_text(json_text.dumps(found, indent=2))
         except OSError as error:
             raise UserError(f"cannot write --json={args.json}: {error.strerror}") from error
     if too_large:

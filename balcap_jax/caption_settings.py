@@ -7,6 +7,7 @@ from typing import Any
 
 from balcap_jax import durable, json_text
 from balcap_jax.errors import UserError
+from balcap_jax.paths import resolved
 
 _MODEL_FILES = ("model.json", "config.json", "preprocessor_config.json", "tokenizer.json")
 _PIECE, _PIECES = 4096, 64  # bytes, and how many of them, that tell a file of weights from another
@@ -19,7 +20,7 @@ def beside(out: Path, suffix: str) -> Path:
 
 def existing(model: str | os.PathLike) -> Path:
     """The directory of the model. Raises UserError where there is none."""
-    path = Path(model).absolute()
+    path = resolved(model).absolute()
     if not path.is_dir():
         raise UserError(f"--model={model}: no such folder; give a directory that training or convert wrote")
     return path

@@ -29,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 from balcap_jax import distributed, durable, json_text
 from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of, remove_unfinished
 from balcap_jax.errors import UserError
+from balcap_jax.paths import for_tensorstore, resolved
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Checkpointer:
 
         Torn steps newer than the newest whole one are passed over, with a line each. Raises UserError if none is whole.
         """
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = resolved(directory).absolute()
         self._keep = keep
         self._kept_also: dict[str, int | None] = {}
         self._beside, self._asynchronous = tuple(beside), asynchronous
@@ -80,7 +81,7 @@ class Checkpointer:
         self._verified: set[int] = set()
         self._pass_over_torn()
         self._manager = checkpoint_managers.CheckpointManager(
-            self.directory,
+            for_tensorstore(self.directory),
             options=checkpoint_managers.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 temporary_path_class=_committed_by(self._commit, self.directory),

@@ -26,6 +26,7 @@ from balcap_jax import config_checks, json_text, regular_files
 from balcap_jax.arguments import place
 from balcap_jax.config_fields import FIELDS, KINDS, TYPE_NAMES, Field
 from balcap_jax.errors import UserError, exit_on_user_error, shown
+from balcap_jax.paths import resolved
 
 _OVERRIDE = "--config."
 _LISTED = 8  # members of a group that a message names
@@ -145,7 +146,7 @@ def _typed(field: Field, value: Any) -> Any:
     kind = field.kind
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind == "str" and isinstance(value, str):
+    if kind in ("str", "path") and isinstance(value, str):
         if _NO_TEXT.search(value):
             raise UserError(
                 f"config field {field.name!r} must be Unicode text, got {shown(value)} (bytes that are not UTF-8, half "
@@ -287,7 +288,7 @@ def _recipe_error(path: str, error: BaseException) -> UserError:
 
 def _parse(field: Field, text: str) -> Any:
     """A command line's text as the field's type; what is no such value stays text, for `check` to name."""
-    if field.kind == "str":
+    if field.kind in ("str", "path"):
         return text
     if field.kind == "bool":
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
@@ -423,13 +424,20 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
             continue
         if name not in old or name not in new:
             found.append(f"{name}: only in the {'saved' if name in old else 'new'} configuration")
-        elif old[name] != new[name]:
+        elif old[name] != new[name] and not _lead_to_one_place(name, old[name], new[name]):
             grows = name == f"stages.{last}.steps" and json_text.is_number(old[name]) and new[name] > old[name]
             if grows and current.stages[last].schedule == "constant":
                 continue
             why = " (the cosine schedule depends on it)" if grows else ""
             found.append(f"{name}: {shown(old[name])} -> {shown(new[name])}{why}")
     return found
+
+
+def _lead_to_one_place(name: str, *paths: Any) -> bool:
+    if name not in _BY_NAME or _BY_NAME[name].kind != "path" or not all(isinstance(path, str) for path in paths):
+        return False
+    one, other = (path and resolved(path).absolute() for path in paths)
+    return one == other
 
 
 # ---- python -m balcap_jax.config ------------------------------------------------------------------------------------

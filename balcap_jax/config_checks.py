@@ -1,7 +1,7 @@
 """What the fields of a configuration demand of each other."""
 
+import functools
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from balcap_jax import rewards as reward_functions
 from balcap_jax.config_fields import FIELDS, STAGES
+from balcap_jax.errors import UserError
 from balcap_jax.judges import settings as judge_settings
+from balcap_jax.paths import resolved
 
 _LEAST = 0.01  # of a temperature or of the largest weight: below, fp32 and the epsilons decide the result
 _DATA_DIR = next(field.default for field in FIELDS if field.name == "data.data_dir")
@@ -107,10 +109,12 @@ def problems(config: ConfigDict, order: Sequence[str]) -> Iterator[str]:
             "config field 'checkpoint.best_metric' needs stages.rl.eval_every above 0, and rl as the last of "
             f"stages.order, got {config.stages.rl.eval_every} and {config.stages.order!r}"
         )
-    folders = {"data.data_dir": config.data.data_dir, "data.manual_dir": config.data.manual_dir}
-    for name, path in (folders | {"judge.cache_dir": config.judge.cache_dir}).items():
-        if os.path.expanduser(path).startswith("~"):
-            yield f"config field '{name}' names the home of a user that does not exist, got {path!r}"
+    for field in FIELDS:
+        if field.kind == "path":
+            try:
+                resolved(functools.reduce(getattr, field.name.split("."), config))
+            except UserError as error:
+                yield f"config field '{field.name}': {error}"
     yield from _data_problems(config, order)
     if config.judge.failure_rate and config.judge.name != "oracle":
         yield f"config field 'judge.failure_rate' is for the oracle judge only, and judge.name is {config.judge.name!r}"

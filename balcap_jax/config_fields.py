@@ -18,6 +18,7 @@ KINDS = {
     "float": "a number",
     "bool": "True or False",
     "str": "a string",
+    "path": "a path",
     "ints": "a tuple of integers",
     "floats": "a tuple of numbers",
 }
@@ -109,7 +110,7 @@ FIELDS: tuple[Field, ...] = (
     Field("seed", "int", 0, "seed of initial parameters, data order and sampling", low=0, high=2**31 - 1),
     # model: the sizes are those of the random initialisation; a saved model brings its own, all but RUN_FIELDS.
     Field("model.family", "str", "llava", "architecture of the policy", choices=("llava", "qwen2_5_vl")),
-    Field("model.path", "str", "", "directory of a saved model; empty = random initialisation with the sizes below"),
+    Field("model.path", "path", "", "directory of a saved model; empty = random initialisation with the sizes below"),
     Field("model.image_size", "int", 96, "height and width of the square input image, pixels", low=1, high=8192),
     Field(
         "model.patch_size", "int", 16, "height and width of a vision patch, pixels; divides image_size",
@@ -204,7 +205,7 @@ FIELDS: tuple[Field, ...] = (
         "data.name", "str", "scenes", "data set to train and evaluate on", choices=("scenes", "photos", "sharegpt4v")
     ),
     Field(
-        "data.data_dir", "str", "~/.cache/balcap_jax",
+        "data.data_dir", "path", "~/.cache/balcap_jax",
         "where data sets are built and read; of photos: their folder, or a JSONL file; ~ is expanded",
     ),
     Field("data.train_size", "int", 4096, "training images to build", low=1, high=IMAGES),
@@ -219,7 +220,7 @@ FIELDS: tuple[Field, ...] = (
         "data.max_pixels", "int", 1_048_576, "pixels that a picture is shrunk to when it is read; 0 = as it is",
         low=0, high=WIDE * 6,
     ),
-    Field("data.manual_dir", "str", "", "folder of the JSON and the image roots (sharegpt4v)"),
+    Field("data.manual_dir", "path", "", "folder of the JSON and the image roots (sharegpt4v)"),
     Field(
         "data.annotations", "str", "sharegpt4v_instruct_gpt4-vision_cap100k.json", "name of the JSON there (sharegpt4v)"
     ),
@@ -286,7 +287,7 @@ FIELDS: tuple[Field, ...] = (
     Field("judge.max_failure_rate", "float", 0.2, "share of failed calls above which the run stops", low=0, high=1),
     Field("judge.failure_window", "int", 20, "steps over which it is measured, at most those of rl", low=1, high=STEPS),
     # judge.name policy only, beside judge.max_tokens
-    Field("judge.path", "str", "", "model directory of the judge, of ours or of Hugging Face"),
+    Field("judge.path", "path", "", "model directory of the judge, of ours or of Hugging Face"),
     Field(
         "judge.scoring", "str", "generate",
         "written JSON answers, or probabilities of yes and no and of marks, one forward pass each",
@@ -330,7 +331,7 @@ FIELDS: tuple[Field, ...] = (
         low=0, high=100, resumable=True,
     ),
     Field(
-        "judge.cache_dir", "str", "~/.cache/balcap_jax/judge",
+        "judge.cache_dir", "path", "~/.cache/balcap_jax/judge",
         "where answers are kept, on a disk of this machine; empty = nowhere", resumable=True,
     ),
     Field(

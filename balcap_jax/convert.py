@@ -25,6 +25,7 @@ from balcap_jax.config import CommandParser
 from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.models import Policy, arrays, hf, loading, safetensors_files
+from balcap_jax.paths import resolved
 from balcap_jax.progress import PLAIN_SECONDS
 
 DTYPES = {
@@ -169,7 +170,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _existing(path: str | os.PathLike, holds: str) -> Path:
-    path = Path(path).expanduser().absolute()
+    path = resolved(path).absolute()
     if not path.is_dir():
         raise UserError(f"there is no directory {path}; give one that holds {holds}")
     if holds == loading.MODEL and not (path / holds).exists() and hf.is_checkpoint(path):
@@ -180,7 +181,7 @@ def _existing(path: str | os.PathLike, holds: str) -> Path:
 
 
 def _new(path: str | os.PathLike) -> Path:
-    path = Path(path).expanduser().absolute()
+    path = resolved(path).absolute()
     if os.path.lexists(path):
         raise UserError(f"{path} exists; delete it, or give a directory that does not")
     return path

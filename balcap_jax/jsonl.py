@@ -1,14 +1,13 @@
 """A JSONL file that only grows, whole line by whole line, whatever kills the process that writes it."""
 
 import contextlib
-import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from balcap_jax import durable, json_text, regular_files
+from balcap_jax import durable, json_text, locks, regular_files
 from balcap_jax.errors import UserError
 
 
@@ -98,13 +97,12 @@ class AppendedLines:
             self._made |= not self.path.exists()
             self._file = self.path.open("ab+", buffering=0)
             durable.sync(self.path.parent)
+            held = locks.hold(self._file, self.path)
         except OSError as error:
             raise self._failure("written", error) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not held:
             self._file.close()
-            raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from error
+            raise UserError(f"{self.path} is being written by another process; wait for it or stop it")
 
     def _read(self) -> None:
         self._file.seek(0)

@@ -4,9 +4,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import jax
+
+from balcap_jax.paths import resolved
 
 PACKAGES = ("balcap-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "grain")
 
@@ -17,7 +18,7 @@ def use_compilation_cache(data_dir: str | os.PathLike = "~/.cache/balcap_jax") -
     JAX_COMPILATION_CACHE_DIR, where it is set, says otherwise.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(data_dir).expanduser() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(resolved(data_dir) / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

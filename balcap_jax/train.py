@@ -37,6 +37,7 @@ from balcap_jax.machine import device_text, use_compilation_cache, versions
 from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress, import_wandb
 from balcap_jax.models import arrays as model_arrays
 from balcap_jax.models import loading
+from balcap_jax.paths import resolved
 from balcap_jax.pipeline import abstract_kept
 from balcap_jax.stages import (
     LORA_STAGES,
@@ -73,7 +74,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
       UserError: bad input, a full disk, too many failed judge calls, or a gradient that stays non-finite.
     """
     # =================================================================================================== set-up
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = resolved(workdir).absolute()
     clock = PhaseClock()
     order = configuration.stage_order(config)
     steps = {name: config.stages[name].steps for name in order}

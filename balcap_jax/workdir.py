@@ -1,7 +1,6 @@
 """The directory of a run: whose it is, and the small files in it that are not metrics, checkpoints or models."""
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax import config as configuration
-from balcap_jax import distributed, durable, json_text, regular_files
+from balcap_jax import distributed, durable, json_text, locks, regular_files
 from balcap_jax.data.prepared import damaged
 from balcap_jax.errors import UserError
 from balcap_jax.evals import held_out
+from balcap_jax.paths import resolved
 
 # What a run writes.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
@@ -74,13 +74,12 @@ def _hold(workdir: Path) -> int:
         try:
             durable.make_directory(workdir)
             lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
+            held = locks.hold(lock, workdir / ".lock")
         except OSError as error:
             raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not held:
             os.close(lock)
-            raise UserError(f"another process is training in {workdir}; choose another --workdir") from error
+            raise UserError(f"another process is training in {workdir}; choose another --workdir")
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(lock), os.stat(workdir / ".lock")):
                 return lock
@@ -94,12 +93,9 @@ def is_held(workdir: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return not locks.hold(lock, workdir / ".lock")
     finally:
         os.close(lock)
-    return False
 
 
 def see_claim(workdir: Path) -> None:
@@ -195,7 +191,7 @@ def readable(settings: ConfigDict) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        folder = Path(settings.data_dir).expanduser() / settings.name
+        folder = resolved(settings.data_dir) / settings.name
         reason = " ".join(str(error).split())
         if settings.name == "photos":  # nothing of ours: never to be deleted
             raise UserError(

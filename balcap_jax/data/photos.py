@@ -29,6 +29,7 @@ from balcap_jax import json_text, regular_files
 from balcap_jax.data import fields, images
 from balcap_jax.data.listing import files_below, picture_name, real_path, spelt
 from balcap_jax.errors import UserError
+from balcap_jax.paths import resolved
 
 PROMPT = "Describe this image in detail."
 _LONGEST_CAPTION = 1 << 20  # bytes
@@ -152,7 +153,7 @@ def load(config: Mapping[str, Any]) -> Splits:
     Raises:
       UserError: nothing there, a bad line, or no picture that is whole.
     """
-    source = Path(config["data_dir"]).expanduser()
+    source = resolved(config["data_dir"])
     if source.is_dir() and not (source / CAPTIONS).is_file():
         records, left_out = _beside(source)
     elif source.is_file() or source.is_dir():

@@ -24,6 +24,7 @@ from balcap_jax.data import fields, images, photos, prepared
 from balcap_jax.data.listing import picture_name, real_path
 from balcap_jax.data.photos import LeftOut, Record, Splits
 from balcap_jax.errors import UserError
+from balcap_jax.paths import resolved
 
 REWARDED = ("reference_units", "questions", "rubrics")  # stored as JSON text
 _NAMED = 100  # pictures left out that are named in the data set's own metadata
@@ -180,7 +181,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
 
     Raises UserError as `load` does.
     """
-    folder = Path(manual_dir).expanduser().absolute()
+    folder = resolved(manual_dir).absolute()
     try:
         with (folder / annotations).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
@@ -190,7 +191,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
             "data.annotations"
         ) from error
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
-    place = Path(data_dir).expanduser()
+    place = resolved(data_dir)
     try:
         durable.make_directory(place)
         builder = prepared.open_builder(Sharegpt4v, place, config)

@@ -8,9 +8,9 @@ import contextlib
 import logging
 import sqlite3
 import time
-from pathlib import Path
 
 from balcap_jax.errors import UserError
+from balcap_jax.paths import resolved
 
 _FILE = "answers.sqlite3"
 _BUSY_SECONDS = 5.0  # Requests under way stand still meanwhile.
@@ -31,7 +31,7 @@ class AnswerFile:
     """
 
     def __init__(self, folder: str, gigabytes: float):
-        self.path = Path(folder).expanduser() / _FILE
+        self.path = resolved(folder) / _FILE
         self._limit = gigabytes * 1e9
         self._since_check = 0.0
         self._failed = False

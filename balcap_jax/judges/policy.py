@@ -11,9 +11,7 @@ questions. Prompts are padded to a few lengths (`judge.prompt_buckets`), so that
 import collections
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,6 +42,7 @@ from balcap_jax.judges.schema import (
 from balcap_jax.judges.statements import statements_of
 from balcap_jax.models.policy import Params, Policy, Prompt, WithoutImage
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
+from balcap_jax.paths import resolved
 from balcap_jax.rollout import Sampling, compile_rollout
 
 YES_NO = ("yes", "no")
@@ -389,8 +388,8 @@ def build_judge(config: Mapping[str, Any]) -> RemoteJudge | YesNoJudge:
     Raises:
       UserError: judge.path is no model, or its tokenizer lacks the words that yes_no needs.
     """
-    path: str | os.PathLike = config["path"]
-    if not Path(path).is_dir():
+    path = resolved(config["path"])
+    if not path.is_dir():
         raise UserError(f"config field 'judge.path': no such folder: {path}; give a directory as model.path takes it")
     mesh = sharding.make_mesh({"replica": 1, "data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
     policy, params, processor = models.load(path, mesh=mesh, param_dtype=config["dtype"], dtype=config["dtype"])
@@ -400,7 +399,7 @@ def build_judge(config: Mapping[str, Any]) -> RemoteJudge | YesNoJudge:
             f"{processor.image_tokens} image tokens of the judge"
         )
     model = Model(policy, params, processor, buckets=config["prompt_buckets"], batch_size=config["batch_size"])
-    name = Path(path).resolve().name
+    name = path.resolve().name
     if config["scoring"] == "generate":
         return RemoteJudge(PolicyClient(model, name), config["max_tokens"])
     for words in (YES_NO, MARKS):

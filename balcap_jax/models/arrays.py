@@ -23,6 +23,7 @@ import tensorstore as ts
 from balcap_jax import json_text
 from balcap_jax.disk_errors import drop_stragglers, quieten_orbax
 from balcap_jax.errors import UserError
+from balcap_jax.paths import for_tensorstore
 
 # A chunk is compressed, checked and buffered as a whole, several at a time.
 _CHUNK_BYTES = 64 * 2**20
@@ -54,7 +55,7 @@ def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, multiprocessing_options=alone)
     with _without_merge_warning(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(directory, flax.traverse_util.unflatten_dict(placeholders, sep="/"))
+        checkpointer.save(for_tensorstore(directory), flax.traverse_util.unflatten_dict(placeholders, sep="/"))
     return {path: _open(directory, path, _metadata(path, *spec)) for path, spec in specs.items()}
 
 
@@ -101,7 +102,7 @@ def restore(directory: Path, like: Any) -> Any:
     Raises UserError when it is damaged.
     """
     with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory, like)
+        return checkpointer.restore(for_tensorstore(directory), like)
 
 
 def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, A
 def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) -> ts.TensorStore:
     spec: dict[str, Any] = {
         "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(directory / path.replace("/", "."))},
+        "kvstore": {"driver": "file", "path": str(for_tensorstore(directory) / path.replace("/", "."))},
         # Orbax takes a chunk that is not there for a damaged checkpoint, so zeros are written too.
         "store_data_equal_to_fill_value": True,
     }

@@ -26,6 +26,7 @@ from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.models.qwen2_5_vl import hf as qwen2_5_vl_hf
+from balcap_jax.paths import resolved
 
 FAMILIES = {"llava": llava.build, "qwen2_5_vl": qwen2_5_vl.build}
 CHECKPOINTS = {"llava": llava_hf, "qwen2_5_vl": qwen2_5_vl_hf}
@@ -62,17 +63,18 @@ def save(
     Raises:
       UserError: the model cannot be written, or `source` is gone.
     """
-    if source and not Path(source).is_dir():
+    path, source = resolved(path).absolute(), source and resolved(source)
+    if source and not source.is_dir():
         raise UserError(f"{source}, which the model was loaded from, is gone; put it back and save again")
-    with written_aside(Path(path).absolute(), "the model") as aside:
+    with written_aside(path, "the model") as aside:
         arrays.write_tree(aside / PARAMS, params)
         processor.tokenizer.save_pretrained(aside)
         if source:
-            carry_files(Path(source), aside)
-            write_names(aside, source_names(Path(source)))
+            carry_files(source, aside)
+            write_names(aside, source_names(source))
         fields = {name: value for name, value in dict(model).items() if name != "path"}
         write_fields(aside, fields | {"template": processor.template})
-    return Path(path).absolute()
+    return path
 
 
 @contextlib.contextmanager
@@ -176,7 +178,7 @@ def load(
         is wrong on this machine.
     """
     sharding.check_jaxlib(jax.devices())
-    path = Path(path_or_name).absolute()
+    path = resolved(path_or_name).absolute()
     fields = read_fields(path)
     unknown = sorted(set(overrides) - set(fields))
     if unknown:
@@ -244,7 +246,7 @@ def read_fields(path_or_name: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: the directory is missing or no model.
     """
-    path = Path(path_or_name).absolute()
+    path = resolved(path_or_name).absolute()
     if not (path / MODEL).is_file() and hf.is_checkpoint(path):
         return DEFAULTS | hf.read_fields(path, tuple(CHECKPOINTS.values()))[1]
     try:

@@ -24,6 +24,7 @@ from balcap_jax import durable
 from balcap_jax.data import prepared
 from balcap_jax.data.scenes import faults, language, questions, render, world
 from balcap_jax.errors import UserError
+from balcap_jax.paths import resolved
 
 PROMPT = "Describe the picture."
 # Splits draw their scenes from ranges of seeds that cannot meet: each range is far longer than any split. The data set
@@ -159,7 +160,7 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     """
     config = make_config(**settings)
     config = Scenes.builder_configs.get(config.name, config)  # TFDS wants its own object for the default settings
-    data_dir = pathlib.Path(data_dir).expanduser()
+    data_dir = resolved(data_dir)
     with _preparing(data_dir):
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
         durable.make_directory(data_dir)
