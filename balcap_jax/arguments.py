@@ -11,6 +11,6 @@ def place(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it names no file or directory")
     try:
-        return str(resolved(text))
+        return str(resolved(text, "it"))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -146,7 +146,7 @@ def _typed(field: Field, value: Any) -> Any:
     kind = field.kind
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind in ("str", "path") and isinstance(value, str):
+    if kind == "str" and isinstance(value, str):
         if _NO_TEXT.search(value):
             raise UserError(
                 f"config field {field.name!r} must be Unicode text, got {shown(value)} (bytes that are not UTF-8, half "
@@ -288,7 +288,7 @@ def _recipe_error(path: str, error: BaseException) -> UserError:
 
 def _parse(field: Field, text: str) -> Any:
     """A command line's text as the field's type; what is no such value stays text, for `check` to name."""
-    if field.kind in ("str", "path"):
+    if field.kind == "str":
         return text
     if field.kind == "bool":
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
@@ -434,7 +434,7 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
 
 
 def _lead_to_one_place(name: str, *paths: Any) -> bool:
-    if name not in _BY_NAME or _BY_NAME[name].kind != "path" or not all(isinstance(path, str) for path in paths):
+    if name not in _BY_NAME or not _BY_NAME[name].is_path or not all(isinstance(path, str) for path in paths):
         return False
     one, other = (path and resolved(path).absolute() for path in paths)
     return one == other

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from balcap_jax import rewards as reward_functions
 from balcap_jax.config_fields import FIELDS, STAGES
-from balcap_jax.errors import UserError
 from balcap_jax.judges import settings as judge_settings
 from balcap_jax.paths import resolved
 
@@ -110,11 +109,8 @@ def problems(config: ConfigDict, order: Sequence[str]) -> Iterator[str]:
             f"stages.order, got {config.stages.rl.eval_every} and {config.stages.order!r}"
         )
     for field in FIELDS:
-        if field.kind == "path":
-            try:
-                resolved(functools.reduce(getattr, field.name.split("."), config))
-            except UserError as error:
-                yield f"config field '{field.name}': {error}"
+        if field.is_path:
+            resolved(functools.reduce(getattr, field.name.split("."), config), f"config field '{field.name}'")
     yield from _data_problems(config, order)
     if config.judge.failure_rate and config.judge.name != "oracle":
         yield f"config field 'judge.failure_rate' is for the oracle judge only, and judge.name is {config.judge.name!r}"

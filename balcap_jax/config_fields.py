@@ -18,7 +18,6 @@ KINDS = {
     "float": "a number",
     "bool": "True or False",
     "str": "a string",
-    "path": "a path",
     "ints": "a tuple of integers",
     "floats": "a tuple of numbers",
 }
@@ -36,7 +35,7 @@ class Field:
 
     `kind` is a key of `KINDS`; every number, or entry of a tuple, is within `low` and `high` (exclusive with
     `open_high`); `choices` lists the values of a string, `may_be_empty` allows (). `resumable` fields may change when a
-    run is resumed.
+    run is resumed; `is_path` ones are read by `paths.resolved`.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Field:
     choices: tuple[str, ...] = ()
     may_be_empty: bool = False
     resumable: bool = False
+    is_path: bool = False
 
     @property
     def range_text(self) -> str:
@@ -110,7 +110,10 @@ FIELDS: tuple[Field, ...] = (
     Field("seed", "int", 0, "seed of initial parameters, data order and sampling", low=0, high=2**31 - 1),
     # model: the sizes are those of the random initialisation; a saved model brings its own, all but RUN_FIELDS.
     Field("model.family", "str", "llava", "architecture of the policy", choices=("llava", "qwen2_5_vl")),
-    Field("model.path", "path", "", "directory of a saved model; empty = random initialisation with the sizes below"),
+    Field(
+        "model.path", "str", "", "directory of a saved model; empty = random initialisation with the sizes below",
+        is_path=True,
+    ),
     Field("model.image_size", "int", 96, "height and width of the square input image, pixels", low=1, high=8192),
     Field(
         "model.patch_size", "int", 16, "height and width of a vision patch, pixels; divides image_size",
@@ -205,8 +208,8 @@ FIELDS: tuple[Field, ...] = (
         "data.name", "str", "scenes", "data set to train and evaluate on", choices=("scenes", "photos", "sharegpt4v")
     ),
     Field(
-        "data.data_dir", "path", "~/.cache/balcap_jax",
-        "where data sets are built and read; of photos: their folder, or a JSONL file; ~ is expanded",
+        "data.data_dir", "str", "~/.cache/balcap_jax",
+        "where data sets are built and read; of photos: their folder, or a JSONL file; ~ is expanded", is_path=True,
     ),
     Field("data.train_size", "int", 4096, "training images to build", low=1, high=IMAGES),
     Field("data.validation_size", "int", 64, "validation images to build", low=1, high=IMAGES),
@@ -220,7 +223,7 @@ FIELDS: tuple[Field, ...] = (
         "data.max_pixels", "int", 1_048_576, "pixels that a picture is shrunk to when it is read; 0 = as it is",
         low=0, high=WIDE * 6,
     ),
-    Field("data.manual_dir", "path", "", "folder of the JSON and the image roots (sharegpt4v)"),
+    Field("data.manual_dir", "str", "", "folder of the JSON and the image roots (sharegpt4v)", is_path=True),
     Field(
         "data.annotations", "str", "sharegpt4v_instruct_gpt4-vision_cap100k.json", "name of the JSON there (sharegpt4v)"
     ),
@@ -287,7 +290,7 @@ FIELDS: tuple[Field, ...] = (
     Field("judge.max_failure_rate", "float", 0.2, "share of failed calls above which the run stops", low=0, high=1),
     Field("judge.failure_window", "int", 20, "steps over which it is measured, at most those of rl", low=1, high=STEPS),
     # judge.name policy only, beside judge.max_tokens
-    Field("judge.path", "path", "", "model directory of the judge, of ours or of Hugging Face"),
+    Field("judge.path", "str", "", "model directory of the judge, of ours or of Hugging Face", is_path=True),
     Field(
         "judge.scoring", "str", "generate",
         "written JSON answers, or probabilities of yes and no and of marks, one forward pass each",
@@ -331,8 +334,8 @@ FIELDS: tuple[Field, ...] = (
         low=0, high=100, resumable=True,
     ),
     Field(
-        "judge.cache_dir", "path", "~/.cache/balcap_jax/judge",
-        "where answers are kept, on a disk of this machine; empty = nowhere", resumable=True,
+        "judge.cache_dir", "str", "~/.cache/balcap_jax/judge",
+        "where answers are kept, on a disk of this machine; empty = nowhere", resumable=True, is_path=True,
     ),
     Field(
         "judge.cache_gb", "float", 2.0, "size above which answers not used for longest go, GB",

@@ -14,26 +14,29 @@ _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/")  # With one slash too: it is 
 _SHOWN = 80  # characters of a path in a message
 
 
-def resolved(path: str | os.PathLike) -> Path:
+def resolved(path: str | os.PathLike, what: str = "the path") -> Path:
     """The path without `~`, `.`, `..`, and doubled or trailing slashes, which TensorStore refuses.
 
     `..` goes up from where a link leads, as the system does, and makes the path absolute. All else stays as it is: a
     relative path, and links, whose names say more than those of what they lead to.
 
     Raises:
-      UserError: it is a URL, of no user's home, or no name that a disk can have.
+      UserError: it is a URL, of no user's home, or no name that a disk can have; the line begins with `what`.
     """
     text = os.fspath(path)
+    given = repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
     if _URL.match(text):
         raise UserError(
-            f"{text[:_SHOWN]} is a URL, and files are read and written on mounted disks only; mount it and give the "
-            "path there, or write ./ before a folder of that name"
+            f"{what} is a URL, and files are read and written on mounted disks only, got {given}; mount it and give "
+            "the path there (a folder of that name is ./...)"
         )
     if "\0" in text:
-        raise UserError(f"{text[:_SHOWN]!r} holds a character 0, which no name has")
+        raise UserError(f"{what} holds a character 0, which no name has, got {given}")
     text = os.path.expanduser(text)
     if text.startswith("~"):
-        raise UserError(f"there is no such user: {text[:_SHOWN]}; a name that begins with ~ is ./~...")
+        raise UserError(
+            f"{what} names the home of a user that does not exist, got {given}; a name that begins with ~ is ./~..."
+        )
     found = Path()
     for part in Path(re.sub("/+", "/", text)).parts:
         found = Path(os.path.realpath(found)).parent if part == ".." else found / part
@@ -42,7 +45,7 @@ def resolved(path: str | os.PathLike) -> Path:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # Whether it must be there is the reader's to say.
     except OSError as error:  # A name that is too long, links in a circle.
-        raise UserError(f"{error.strerror}: {text[:_SHOWN]}") from error
+        raise UserError(f"{what} cannot be a file ({error.strerror}), got {given}") from error
     return found
 
 
