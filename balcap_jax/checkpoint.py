@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from balcap_jax import distributed, durable, json_text
-from balcap_jax.disk_errors import drop_stragglers, quieten_orbax, reason_of, remove_unfinished
+from balcap_jax.disk_errors import quieten_orbax, reason_of, remove_unfinished
 from balcap_jax.errors import UserError
 from balcap_jax.paths import for_tensorstore, resolved
 
@@ -85,7 +85,10 @@ class Checkpointer:
             options=checkpoint_managers.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 temporary_path_class=_committed_by(self._commit, self.directory),
-                async_options=ocp.AsyncOptions(barrier_sync_fn=self._sync_own_and_meet),
+                # Were directories made beside the run, threads would wait ten minutes for those a full disk refused.
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self._sync_own_and_meet, create_directories_asynchronously=False
+                ),
             ),
             handler_registry=ocp.handlers.create_default_handler_registry(
                 arrays=ocp.handlers.PyTreeCheckpointHandler(), extra=ocp.handlers.JsonCheckpointHandler()
@@ -173,7 +176,6 @@ class Checkpointer:
             raise _read_error(path, error) from error
         _compare(path, wanted, saved, partial)
         nested = _nest({name: _placed(leaf) for name, leaf in wanted.items()})
-        drop_stragglers()
         try:
             restored = self._manager.restore(
                 step,
@@ -312,7 +314,6 @@ class Checkpointer:
                 shutil.rmtree(path)
 
     def _write_error(self, error: Exception, what: str) -> UserError:
-        drop_stragglers()
         if distributed.is_first():
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
                 remove_unfinished(path)  # Half a step is of no use, and may fill the disk.

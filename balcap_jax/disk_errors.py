@@ -40,14 +40,13 @@ _drop_repeated = _DropRepeated()
 
 
 def quieten_orbax() -> None:
-    """Drops the tracebacks that Orbax and asyncio log of failures which the caller reports."""
+    """Drops what Orbax, asyncio and TensorStore print of failures that the caller reports.
+
+    After the first array that can't be read or written, TensorStore's other ones end on an event loop that is gone, at
+    any time, also before the caller knows, or never begin: each is a traceback or a warning.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_drop_repeated)  # Adding it twice is the same as once.
-
-
-def drop_stragglers() -> None:
-    """After the first array that can't be read or written, TensorStore's other ones end on an event loop that is gone,
-    at any time, or never begin; each would print a traceback or a warning beside the one line for the user."""
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
     if getattr(before, "drops_stragglers", False):

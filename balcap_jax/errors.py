@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from balcap_jax import memory
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells count it: 128 + SIGINT."""
 
@@ -59,7 +61,7 @@ def exit_on_user_error(main: Callable) -> Callable:
             sys.stdout.flush()
             return result
         except UserError as error:
-            _end(str(error))
+            end(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
@@ -67,47 +69,29 @@ def exit_on_user_error(main: Callable) -> Callable:
             _discard_output()
             sys.exit(1)
         except (OSError, MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                _end(OUT_OF_MEMORY)
+            if memory.is_too_little(error):
+                end(memory.TOO_LITTLE)
             if not isinstance(error, OSError) or not error.strerror:
                 raise
             if error.errno == errno.ENOSPC and _cannot_print():
                 _discard_output()
-                _end(f"cannot write what this command prints: {error.strerror}; make room and run it again")
-            _end(f"{_where(error)}: {error.strerror}; mend that and run the same command again")
+                end(f"cannot write what this command prints: {error.strerror}; make room and run it again")
+            end(f"{_where(error)}: {error.strerror}; mend that and run the same command again")
 
     return wrapped
 
 
-OUT_OF_MEMORY = (
-    "there is too little memory for this: free some, raise the limit that is set (ulimit -v, a container's), or lower "
-    "the sizes, such as those of batches"
-)
-_MEMORY_SIGNS = ("RESOURCE_EXHAUSTED", "can't start new thread", "Cannot allocate memory", "std::bad_alloc")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, XLA or the system says that there is no memory, or no room for another thread."""
-    return (
-        isinstance(error, MemoryError)
-        or getattr(error, "errno", None) == errno.ENOMEM
-        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS))
-    )
-
-
 def _where(error: OSError) -> str:
     """The file that the system refuses, or, as fsync and write do not name it, our line that worked with it."""
-    if error.filename is not None:
-        return " -> ".join(
-            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
-        )
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "balcap_jax" in frame.filename]
-    frame = ours[-1]
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if names:
+        return " -> ".join(names)
+    frame = [frame for frame in traceback.extract_tb(error.__traceback__) if "balcap_jax" in frame.filename][-1]
     return f"{os.path.basename(frame.filename)}, line {frame.lineno} ({frame.line})"
 
 
-def _end(reason: str) -> NoReturn:
-    """Whatever a name or a message holds, it stays one line."""
+def end(reason: str) -> NoReturn:
+    """Ends the command with one line, whatever a name or a message in it holds; exit status 2."""
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in reason)
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)

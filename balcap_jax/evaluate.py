@@ -26,7 +26,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balcap_jax import json_text
+from balcap_jax import json_text, memory
 from balcap_jax.arguments import place
 from balcap_jax.config import CommandParser, default_config, take_group
 from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
@@ -127,6 +127,8 @@ def answer(args: argparse.Namespace) -> str:
     """Has `args.model` answer the questions, going on where it was stopped; returns the file of its predictions."""
     from balcap_jax import caption  # JAX only where a model is run.
 
+    if problem := memory.problem("caption"):
+        raise UserError(problem)
     out, listing = Path(args.out), []
     benchmark = vqa.BENCHMARKS[args.metric]
     folder = Path(args.images).absolute() if args.images else Path(args.questions).absolute().parent

@@ -14,6 +14,7 @@ from balcap_jax import distributed, durable, json_text, locks, regular_files
 from balcap_jax.data.prepared import damaged
 from balcap_jax.errors import UserError
 from balcap_jax.evals import held_out
+from balcap_jax.event_file import writing_below
 from balcap_jax.paths import resolved
 
 # What a run writes.
@@ -55,8 +56,9 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
                 raise UserError(f"cannot write to {path}; let it be written to, or choose another --workdir")
         refuse_another_run(workdir / "config.json", config)
         token = os.urandom(8).hex()
-        os.pwrite(lock, token.encode(), 0)
-        os.fsync(lock)
+        with writing_below(workdir / ".lock"):
+            os.pwrite(lock, token.encode(), 0)
+            os.fsync(lock)
         distributed.from_first(token)
         yield
     finally:

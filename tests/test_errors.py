@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -66,13 +67,34 @@ def test_a_full_disk_that_a_log_is_written_to_is_one_line(opened, flush):
     assert (status, errors) == (2, line)
 
 
-def test_a_full_disk_elsewhere_is_not_called_that_of_stdout():
-    program = (
-        "from balcap_jax.errors import exit_on_user_error\nexit_on_user_error(open('/dev/full', 'w', 1).write)('\\n')"
-    )
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        ("open('/dev/full', 'w', 1).write('\\n')", r"No space left on device; mend .*"),
+        ("os.fsync(os.pipe()[0])", r"Invalid argument; mend .*"),
+        ("os.unlink('none')", "none: No such file or directory; mend .*"),
+        ("os.rename('none', 'other')", "none -> other: No such file or directory; mend .*"),
+        ("os.mkdir(b'/proc/\\xff')", r"/proc/\\udcff: No such file or directory; mend .*"),
+        ("[0] * 2**60", "there is too little memory .*"),
+        ("exec('raise OSError(12, \"Cannot allocate memory\")')", "there is too little memory .*"),
+        ("exec('raise RuntimeError(\"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\")')", "there is too .*"),
+        ("exec('raise RuntimeError(\"can\\\\\\'t start new thread\")')", "there is too little memory .*"),
+        ("exec('raise UserError(\"a\\\\nb\")')", r"a\\nb"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(raised, line):
+    program = f"from balcap_jax.errors import UserError, exit_on_user_error\nexit_on_user_error(lambda: {raised})()"
     status, errors = ending(program)
-    assert status == 1
-    assert errors.splitlines()[-1] == "OSError: [Errno 28] No space left on device"
+    assert status == 2
+    assert re.fullmatch(rf"error: (<string>, line 3 \(.*\): |errors.py, line \d+ \(.*\): )?{line}\n", errors), errors
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    for raised in ("RuntimeError('odd')", "OSError('odd')", "ValueError('RESOURCE_EXHAUSTED')"):
+        program = f"from balcap_jax.errors import exit_on_user_error\nexit_on_user_error(exec)({f'raise {raised}'!r})"
+        status, errors = ending(program)
+        assert status == 1
+        assert errors.startswith("Traceback")
 
 
 def test_a_closed_stdout_is_no_error():

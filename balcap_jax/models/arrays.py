@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from balcap_jax import json_text
-from balcap_jax.disk_errors import drop_stragglers, quieten_orbax
+from balcap_jax.disk_errors import quieten_orbax
 from balcap_jax.errors import UserError
 from balcap_jax.paths import for_tensorstore
 
@@ -46,7 +46,6 @@ def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]
     Every element must be written before the directory is read.
     """
     quieten_orbax()
-    drop_stragglers()
     placeholders = {path: np.zeros(1, dtype) for path, (_, dtype) in specs.items()}
     # Of several processes the one that calls this writes alone: Orbax must not wait for the others.
     me = jax.process_index()
@@ -141,7 +140,6 @@ def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) ->
 def _reading(directory: Path) -> Iterator[None]:
     """What goes wrong with the files below `directory` becomes one UserError, without tracebacks beside it."""
     quieten_orbax()
-    drop_stragglers()
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
