@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
 
+from balcap_jax import json_text
+
 SUMS = "sums.json"
 _PIECE_BYTES = 4 * 2**20
 _READERS = 8  # threads; zlib lets go of the interpreter's lock
@@ -89,7 +91,7 @@ def seal(directory: Path) -> None:
     with ThreadPoolExecutor(_READERS) as pool:
         sums |= zip(names, pool.map(lambda name: _synced_sum(directory / name), names), strict=True)
     _sync_directories(directory)
-    replace_file(directory / SUMS, json.dumps(sums, indent=0).encode())
+    replace_file(directory / SUMS, json_text.dumps(sums, indent=0).encode())
 
 
 def damage(directory: Path, *, content: bool = True, share: tuple[int, int] = (0, 1)) -> str:
