@@ -16,10 +16,11 @@ _MOST_DIGITS = 300  # of an integer: a float holds 308
 
 
 def decode(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text; `hook` makes objects of their pairs.
+    """The value of a JSON text; `hook` makes objects of their pairs. An integer that no float holds is infinite, as
+    1e400 is.
 
     Raises:
-      ValueError: no UTF-8, no JSON, an integer that no float holds, or nested so deeply that a reader would fail on it.
+      ValueError: no UTF-8, no JSON, or nested so deeply that a reader would fail on it.
     """
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
@@ -31,10 +32,8 @@ def decode(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | Non
     return value
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _is_deep(value: Any) -> bool:

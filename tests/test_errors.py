@@ -115,8 +115,6 @@ def test_a_closed_stdout_is_no_error():
         (b'"\xed\xa0\x80"', "not a text file"),
         (b"[" * 101 + b"]" * 101, "nested too deeply"),
         (b'{"a": ' * 150 + b"1" + b"}" * 150, "nested too deeply"),
-        (b'{"a": [' + b"9" * 309 + b"]}", "an integer of 309 digits"),
-        (b"-" + b"9" * 5000, "an integer of 5001 digits"),
     ],
 )
 def test_json_that_cannot_be_read_is_one_line(tmp_path, content, reason):
@@ -224,6 +222,7 @@ def test_numbers_that_no_float_holds():
     assert [json_text.is_number(value) for value in odd] == [False] * len(odd)
     assert all(map(json_text.is_number, (0, -1.5, 10**300, Fraction(1, 3), np.float32(1))))
     assert json_text.decode("[" * 99 + "1" * 300 + "]" * 99)
+    assert json_text.decode(f"[{10**400}, -{'9' * 5000}, {10**299}]") == [math.inf, -math.inf, 10**299]
 
 
 def test_an_error_is_one_line_whatever_it_quotes():
