@@ -84,7 +84,7 @@ class Checkpointer:
             for_tensorstore(self.directory),
             options=checkpoint_managers.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                temporary_path_class=_committed_by(self._commit, self.directory),
+                temporary_path_class=_committed_by(self._commit),
                 # Were directories made beside the run, threads would wait ten minutes for those a full disk refused.
                 async_options=ocp.AsyncOptions(
                     barrier_sync_fn=self._sync_own_and_meet, create_directories_asynchronously=False
@@ -345,7 +345,7 @@ def branch(source: Path, target: Path) -> int:
     return step
 
 
-def _committed_by(commit: Callable[[Path, Path], None], root: Path) -> type:
+def _committed_by(commit: Callable[[Path, Path], None]) -> type:
     """Orbax's temporary directory of a step, whose last step from `written` to `final` is `commit(written, final)`.
 
     Orbax changes files of a step until it has renamed it, so it renames to one more temporary name.
@@ -354,7 +354,7 @@ def _committed_by(commit: Callable[[Path, Path], None], root: Path) -> type:
     class Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         async def finalize(self) -> None:
             final = Path(self._final_path)
-            if final.parent != root:  # of a part of a step
+            if not final.name.isdecimal():  # of a part of a step
                 await super().finalize()
                 return
             self._final_path = self.get().with_name(f"{self.get().name}-whole")
