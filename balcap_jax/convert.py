@@ -156,7 +156,7 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
         config |= dict.fromkeys(known, dtype)
     else:
         tokenizer = processor.tokenizer
-        ids = {"bos": tokenizer.bos_token_id, "eos": policy.eos_token, "pad": policy.pad_token}
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": policy.pad_token}
         family = loading.CHECKPOINTS[fields["family"]]
         config = family.config_to_hf(fields, ids | {"image": policy.image_token, "vocab": policy.vocab})
         config["dtype"] = dtype

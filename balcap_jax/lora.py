@@ -150,8 +150,8 @@ class Adapted:
         return self.policy.pad_token
 
     @property
-    def eos_token(self) -> int:
-        return self.policy.eos_token
+    def end_tokens(self) -> tuple[int, ...]:
+        return self.policy.end_tokens
 
     def init(self, rng: jax.Array) -> Params:
         return self.policy.init(rng)

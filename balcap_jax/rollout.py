@@ -146,8 +146,9 @@ def sample(
             log_probs.at[:, :, t].set(jnp.where(done, 0.0, sampled)),
             policy_log_probs.at[:, :, t].set(jnp.where(done, 0.0, full)),
         )
-        return buffers, tokens, done | (tokens == policy.eos_token)
+        return buffers, tokens, done | (tokens[..., None] == ends).any(-1)
 
+    ends = jnp.array(policy.end_tokens, jnp.int32)
     shape = (batch, group, sampling.max_tokens)
     buffers = (
         jnp.full(shape, policy.pad_token, jnp.int32),

@@ -203,7 +203,7 @@ def test_a_model_that_came_from_no_checkpoint_becomes_one(fields, tmp_path):
     back = convert.to_hf(model, tmp_path / "back")
     reference = load_in_transformers(fields["family"], back).eval()
     assert logits_error(fields["family"], reference, policy, params, processor) <= TOLERANCE
-    assert reference.generation_config.eos_token_id == policy.eos_token
+    assert (reference.generation_config.eos_token_id,) == policy.end_tokens
     jax.tree.map(np.testing.assert_array_equal, models.load(back)[1]["decoder"], params["decoder"])
 
 

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Where the settings of the image processor are; transformers 5 nests them in the second."""
 
@@ -257,6 +259,30 @@ def _reason(error: Exception) -> str:
     """The line of an exception that tells most: validators of transformers put the field and the cause on two."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return ": ".join(line.rstrip(":") for line in lines[:2]) or type(error).__name__
+
+
+def end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
+    """The ids that end a response by generation_config.json, or by config.json where the first names none; or ().
+
+    transformers looks for `eos_token_id` in the same files. Checkpoints and our models alike carry them.
+
+    Raises:
+      UserError: one of the files is torn, or what it names are not ids below `vocab`.
+    """
+    for path in (directory / GENERATION, directory / CONFIG):
+        content = json_text.read_object(path, _DOWNLOAD_AGAIN) if path.is_file() else {}
+        for group in (content, content.get("text_config")):
+            ids = group.get("eos_token_id") if isinstance(group, dict) else None
+            if ids is None:
+                continue
+            listed = ids if isinstance(ids, list) else [ids]
+            if not listed or not all(type(i) is int and 0 <= i < vocab for i in listed):
+                raise UserError(
+                    f"{path}: eos_token_id is {reprlib.repr(ids)}, it must be one or several ids from 0 to {vocab - 1}; "
+                    f"{_DOWNLOAD_AGAIN}"
+                )
+            return tuple(listed)
+    return ()
 
 
 def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoint:

@@ -206,17 +206,18 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
     for what, word in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
         if word is None:
             raise UserError(f"the tokenizer at {path} names no {what} token; copy its files there again")
+    words = len(tokenizer)
+    vocab = fields.get("vocab") or words
+    if words > vocab:
+        raise UserError(
+            f"the tokenizer at {path} has {words} words, the model {vocab} embeddings; put the tokenizer there that "
+            f"belongs to it"
+        )
+    ends = hf.end_tokens(path, vocab)
     try:
-        policy, processor = FAMILIES[fields["family"]](fields, tokenizer, fields["template"])
+        return FAMILIES[fields["family"]]({**fields, "end_tokens": ends}, tokenizer, fields["template"])
     except KeyError as error:
         raise UserError(f"{path / MODEL} lacks the field {error}; {_CONVERT_AGAIN}") from error
-    words = len(processor.tokenizer)
-    if words > policy.vocab:
-        raise UserError(
-            f"the tokenizer at {path} has {words} words, the model {policy.vocab} embeddings; put the tokenizer there "
-            f"that belongs to it"
-        )
-    return policy, processor
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:

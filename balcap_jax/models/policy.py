@@ -32,14 +32,14 @@ class Prompt(NamedTuple):
 class Policy(Protocol):
     """A frozen, hashable object; every method is pure and may be called under jit.
 
-    `vocab` is V. `pad_token`, `eos_token` delimit responses. Logits of tokens that a response may never hold (vision,
-    padding, beginning of sequence) are masked by the policy itself, in sampling and in `log_probs` alike, so that both
-    see one distribution.
+    `vocab` is V. A response ends with the first of its tokens that is in `end_tokens`; `pad_token` fills what is behind
+    it. Logits of tokens that a response may never hold (vision, padding, beginning of sequence) are masked by the
+    policy itself, in sampling and in `log_probs` alike, so that both see one distribution.
     """
 
     vocab: int
     pad_token: int
-    eos_token: int
+    end_tokens: tuple[int, ...]
 
     def init(self, rng: jax.Array) -> Params: ...
 
@@ -83,7 +83,7 @@ class VisionLanguagePolicy:
     decoder: DecoderConfig
     image_token: int
     pad_token: int
-    eos_token: int
+    end_tokens: tuple[int, ...]
     forbidden: tuple[int, ...]
     logits_chunk: int
 
@@ -165,8 +165,8 @@ class WithoutImage:
         return self.policy.pad_token
 
     @property
-    def eos_token(self) -> int:
-        return self.policy.eos_token
+    def end_tokens(self) -> tuple[int, ...]:
+        return self.policy.end_tokens
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """[B, 1, D] zeros, which no token of such a prompt takes."""

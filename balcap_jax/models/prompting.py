@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -34,13 +35,14 @@ class PromptProcessor:
 
     `prompt_tokens` is P; shorter prompts are padded on the right, longer ones are refused, since cutting one would cut
     image tokens. `template` holds `{image}`, where the image tokens go, and `{prompt}`, where the instruction goes;
-    `image_token` is the word of one image token.
+    `image_token` is the word of one image token. `end_tokens` are those of the policy.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt_tokens: int
     image_token: str
     template: str
+    end_tokens: tuple[int, ...]
 
     def encode_responses(self, responses: Sequence[Sequence[str]], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Target texts [B][G] to tokens [B, G, R] ending in the end token, and their mask; longer ones are cut."""
@@ -56,8 +58,11 @@ class PromptProcessor:
         return tokens, mask
 
     def decode(self, tokens: np.ndarray) -> list[str]:
-        """Tokens [..., R] to a flat list of texts, special tokens dropped."""
-        return self.tokenizer.batch_decode(tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True)
+        """Tokens [..., R] to a flat list of texts, each up to its first end token, special tokens dropped."""
+        rows = np.asarray(tokens).reshape(-1, tokens.shape[-1])
+        going = ~np.isin(rows, self.end_tokens).cumsum(-1, dtype=bool)
+        texts = [row[keep].tolist() for row, keep in zip(rows, going, strict=True)]
+        return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
     def without_special_tokens(self, text: str) -> str:
         """Text of a data set must not be able to bring image placeholders, ends or padding along."""
@@ -102,7 +107,8 @@ class PromptProcessor:
 
     @functools.cached_property
     def _special_words(self) -> tuple[str, ...]:
-        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        added = self.tokenizer.added_tokens_decoder.items()
+        added = (token.content for i, token in added if token.special or i in self.end_tokens)
         return tuple(dict.fromkeys([self.image_token, *self.tokenizer.all_special_tokens, *added]))
 
     def _encode(self, instruction: str, image_tokens: int, name: str) -> list[int]:
@@ -152,11 +158,30 @@ def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
     return ids or [f"sample {i}" for i in range(count)]
 
 
-def forbidden_tokens(tokenizer: PreTrainedTokenizerBase, image_token: int, vocab: int) -> tuple[int, ...]:
-    """Ids that no response may hold: special tokens but the end token, and rows of the embedding without a word.
+def has_word(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    return tokenizer.convert_tokens_to_ids(word) not in (None, tokenizer.unk_token_id)
+
+
+def image_word(tokenizer: PreTrainedTokenizerBase, *words: str) -> str:
+    """The first of `words` that the tokenizer has. Raises UserError where it has none."""
+    for word in words:
+        if has_word(tokenizer, word):
+            return word
+    raise UserError(f"the tokenizer has no word for an image token ({' or '.join(words)}); add one as a special token")
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's end token, which target texts end in, and those of the checkpoint."""
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *model.get("end_tokens", ()))))
+
+
+def forbidden_tokens(
+    tokenizer: PreTrainedTokenizerBase, image_token: int, vocab: int, ends: Sequence[int]
+) -> tuple[int, ...]:
+    """Ids that no response may hold: special tokens but the end tokens, and rows of the embedding without a word.
 
     Checkpoints pad their embedding beyond the tokenizer's words (Qwen2.5-VL: 151,936 rows for 151,665 words).
     """
     added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     special = {image_token, tokenizer.pad_token_id, *tokenizer.all_special_ids, *added}
-    return tuple(sorted((special | set(range(len(tokenizer), vocab))) - {tokenizer.eos_token_id}))
+    return tuple(sorted((special | set(range(len(tokenizer), vocab))) - set(ends)))

@@ -20,7 +20,7 @@ class TextPolicy(VisionLanguagePolicy):
 
     decoder: DecoderConfig
     pad_token: int
-    eos_token: int
+    end_tokens: tuple[int, ...]
     forbidden: tuple[int, ...] = ()
     logits_chunk: int = 512
     image_token: int = -1  # no token has this id

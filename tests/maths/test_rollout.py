@@ -26,7 +26,7 @@ class Markov:
     decoded: list[int] | None = None
     vocab = V
     pad_token = PAD
-    eos_token = EOS
+    end_tokens = (EOS,)
 
     def encode(self, params, images):
         return jnp.zeros((images.shape[0], 1, 1))

@@ -12,7 +12,7 @@ from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.vision import VisionConfig
 
 TOWER = VisionConfig(image_size=12, patch_size=4, width=32, layers=2, heads=2, mlp=32)
-POLICY = Llava(TOWER, DecoderConfig(16, 16, 1, 2, 2, 8, 16), image_token=3, pad_token=0, eos_token=2)
+POLICY = Llava(TOWER, DecoderConfig(16, 16, 1, 2, 2, 8, 16), image_token=3, pad_token=0, end_tokens=(2,))
 CLASSES = (3, 5)
 
 

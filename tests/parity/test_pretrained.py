@@ -64,7 +64,7 @@ def ours(smollm2):
         norm_eps=config.rms_norm_eps,
         tied_embeddings=config.tie_word_embeddings,
     )
-    policy = TextPolicy(language, pad_token=tokenizer.pad_token_id, eos_token=tokenizer.eos_token_id)
+    policy = TextPolicy(language, pad_token=tokenizer.pad_token_id, end_tokens=(tokenizer.eos_token_id,))
     return policy, {"decoder": decoder_params(model.state_dict(), "model.", "lm_head.weight", language)}
 
 
@@ -97,7 +97,7 @@ def test_greedy_answers_equal_the_reference(smollm2, ours):
                 attention_mask=torch.ones(1, len(row), dtype=torch.long),
                 do_sample=False,
                 max_new_tokens=NEW_TOKENS,
-                eos_token_id=policy.eos_token,
+                eos_token_id=policy.end_tokens[0],
                 pad_token_id=policy.pad_token,
             )[0, len(row) :].tolist()
         assert tokens[:length].tolist() == answer

@@ -223,7 +223,7 @@ def test_special_tokens_and_rows_without_a_word_are_never_sampled():
     tokenizer = build_qwen_tokenizer()
     policy, _ = qwen2_5_vl.build(FIELDS | {"vocab": 270}, tokenizer)
     assert policy.vocab == 270
-    assert policy.eos_token == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert policy.end_tokens == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     assert policy.forbidden == tuple(i for i in range(257, 270))
 
 

@@ -24,7 +24,7 @@ def brief_model(tmp_path_factory) -> Path:
     params = policy.init(jax.random.key(0))
     decoder = params["decoder"]
     decoder["embed"] = decoder["embed"].at[:, 0].set(100.0)
-    decoder["head"] = decoder["head"].at[0, policy.eos_token].set(0.33)
+    decoder["head"] = decoder["head"].at[0, policy.end_tokens[0]].set(0.33)
     return models.save(tmp_path_factory.mktemp("model") / "brief", fields, params, processor)
 
 

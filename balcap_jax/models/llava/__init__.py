@@ -9,13 +9,17 @@ from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.llava.vision import VisionConfig
-from balcap_jax.models.prompting import PLAIN_TEMPLATE, forbidden_tokens
+from balcap_jax.models.prompting import PLAIN_TEMPLATE, end_tokens, forbidden_tokens, image_word
 
 
 def build(
     model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str = PLAIN_TEMPLATE
 ) -> tuple[Llava, LlavaProcessor]:
-    """Builds policy and processor; `model` holds the fields of the config group `model`."""
+    """Builds policy and processor; `model` holds the fields of the config group `model`.
+
+    Raises:
+      UserError: a tokenizer without a word for an image token.
+    """
     tower = VisionConfig(
         image_size=model["image_size"],
         patch_size=model["patch_size"],
@@ -46,14 +50,15 @@ def build(
         remat=model["remat"],
         attention=model["attention"],
     )
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    word = image_word(tokenizer, "<image>")
+    image_token, ends = tokenizer.convert_tokens_to_ids(word), end_tokens(tokenizer, model)
     policy = Llava(
         vision=tower,
         decoder=language,
         image_token=image_token,
         pad_token=tokenizer.pad_token_id,
-        eos_token=tokenizer.eos_token_id,
-        forbidden=forbidden_tokens(tokenizer, image_token, vocab),
+        end_tokens=ends,
+        forbidden=forbidden_tokens(tokenizer, image_token, vocab, ends),
         logits_chunk=model["logits_chunk"],
     )
     processor = LlavaProcessor(
@@ -61,6 +66,8 @@ def build(
         image_size=tower.image_size,
         image_tokens=tower.image_tokens,
         prompt_tokens=model["prompt_tokens"],
+        image_token=word,
         template=template,
+        end_tokens=ends,
     )
     return policy, processor

@@ -23,7 +23,7 @@ class Llava(VisionLanguagePolicy):
     decoder: DecoderConfig
     image_token: int
     pad_token: int
-    eos_token: int
+    end_tokens: tuple[int, ...]
     forbidden: tuple[int, ...] = ()
     logits_chunk: int = 512
 

@@ -29,6 +29,7 @@ class LlavaProcessor(PromptProcessor):
     prompt_tokens: int
     image_token: str = "<image>"
     template: str = VICUNA_TEMPLATE
+    end_tokens: tuple[int, ...] = ()
 
     def __call__(
         self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None

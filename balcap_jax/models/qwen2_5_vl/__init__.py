@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.errors import UserError
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.prompting import PLAIN_TEMPLATE, forbidden_tokens
+from balcap_jax.models.prompting import PLAIN_TEMPLATE, end_tokens, forbidden_tokens, has_word, image_word
 from balcap_jax.models.qwen2_5_vl.modeling import Qwen25VL
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE, Qwen25VLProcessor
 from balcap_jax.models.qwen2_5_vl.vision import VisionConfig
@@ -58,17 +58,15 @@ def build(
         remat=model["remat"],
         attention=model["attention"],
     )
-    image_word = next((word for word in ("<|image_pad|>", "<image>") if _has(tokenizer, word)), None)
-    if image_word is None:
-        raise UserError("the tokenizer has neither <|image_pad|> nor <image>; add one as a special token")
-    image_token = tokenizer.convert_tokens_to_ids(image_word)
+    word = image_word(tokenizer, "<|image_pad|>", "<image>")
+    image_token, ends = tokenizer.convert_tokens_to_ids(word), end_tokens(tokenizer, model)
     policy = Qwen25VL(
         vision=tower,
         decoder=language,
         image_token=image_token,
         pad_token=tokenizer.pad_token_id,
-        eos_token=tokenizer.eos_token_id,
-        forbidden=forbidden_tokens(tokenizer, image_token, vocab),
+        end_tokens=ends,
+        forbidden=forbidden_tokens(tokenizer, image_token, vocab, ends),
         logits_chunk=model["logits_chunk"],
     )
     processor = Qwen25VLProcessor(
@@ -77,14 +75,11 @@ def build(
         prompt_tokens=model["prompt_tokens"],
         min_image_tokens=model["min_image_tokens"],
         wide_images=model["wide_images"],
-        image_token=image_word,
-        template=template or (CHATML_TEMPLATE if _has(tokenizer, "<|im_start|>") else PLAIN_TEMPLATE),
+        image_token=word,
+        template=template or (CHATML_TEMPLATE if has_word(tokenizer, "<|im_start|>") else PLAIN_TEMPLATE),
+        end_tokens=ends,
     )
     return policy, processor
-
-
-def _has(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
-    return tokenizer.convert_tokens_to_ids(word) not in (None, tokenizer.unk_token_id)
 
 
 def _check(model: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ class Qwen25VLProcessor(PromptProcessor):
     wide_images: str = "letterbox"
     image_token: str = "<|image_pad|>"
     template: str = CHATML_TEMPLATE
+    end_tokens: tuple[int, ...] = ()
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter, compare=False, repr=False)
 
     @property
