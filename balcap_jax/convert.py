@@ -7,7 +7,9 @@ Numbers keep their type and come back bit for bit. They pass a layer at a time, 
 largest tensor and no more.
 """
 
+import itertools
 import os
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from balcap_jax.config import CommandParser
 from balcap_jax.config_fields import RUN_FIELDS
 from balcap_jax.errors import UserError, exit_on_user_error
 from balcap_jax.models import Policy, arrays, hf, loading, safetensors_files
+from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.paths import resolved
 from balcap_jax.progress import PLAIN_SECONDS
 
@@ -35,6 +38,18 @@ DTYPES = {
 }
 SHARD_GB = 5.0
 """Largest shard; the one that transformers writes."""
+
+# The text of the last message; messages are texts or lists of parts.
+_CHAT_TEMPLATE = """\
+{%- set found = namespace(text="") -%}
+{%- for message in messages if message["role"] == "user" -%}
+{%- if message["content"] is string -%}{%- set found.text = message["content"] -%}{%- else -%}
+{%- for part in message["content"] if part["type"] == "text" -%}{%- set found.text = part["text"] -%}{%- endfor -%}
+{%- endif -%}{%- endfor -%}
+"""
+
+_TOKENIZER = "tokenizer_config.json"
+_DOWNLOAD_AGAIN = "download it again"
 
 Report = Callable[[int], None]
 
@@ -68,7 +83,10 @@ def from_hf(
         stores = arrays.create(aside / loading.PARAMS, {path: (shapes[path], types[path]) for path in shapes})
         for path, layer, array in hf.read_arrays(checkpoint, pieces):
             place = stores[path] if layer is None else stores[path][layer]
-            array = array.astype(types[path], copy=False)
+            with np.errstate(over="ignore"):
+                array = array.astype(types[path], copy=False)
+            if dtype is not None and not safetensors_files.is_finite(array):
+                raise UserError(f"{source}: {path} is beyond the range of {dtype}; give another --dtype")
             place.write(array).result()
             report(array.nbytes)
         loading.carry_files(source, aside)
@@ -130,6 +148,7 @@ def to_hf(
         safetensors_files.write_directory(aside, tensors, shard_bytes=max(1, int(shard_gb * 1e9)), progress=report)
         loading.carry_files(source, aside)
         _write_config(aside, fields, policy, processor, dtype or types["decoder/embed"].name)
+        _write_processor(aside, fields)
     return out
 
 
@@ -149,7 +168,7 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
     """Makes config.json name the type of the tensors, and makes the file itself for a model that has none."""
     path = directory / hf.CONFIG
     if path.exists():
-        config = json_text.read_object(path, "download it again")
+        config = json_text.read_object(path, _DOWNLOAD_AGAIN)
         known = [key for key in ("dtype", "torch_dtype") if key in config]
         if all(config[key] == dtype for key in known):
             return
@@ -157,12 +176,59 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
     else:
         tokenizer = processor.tokenizer
         ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": policy.pad_token}
-        family = loading.CHECKPOINTS[fields["family"]]
-        config = family.config_to_hf(fields, ids | {"image": policy.image_token, "vocab": policy.vocab})
-        config["dtype"] = dtype
         generation = {f"{name}_token_id": number for name, number in ids.items()}
-        _write_json(directory / "generation_config.json", generation)
+        prompt = processor.encode_prompts([""], [1], ["an empty text"])[0][0].tolist()
+        ids |= {"image": policy.image_token, "vocab": policy.vocab}
+        ids["before_image"] = next((a for a, b in itertools.pairwise(prompt) if b == policy.image_token), None)
+        family = loading.CHECKPOINTS[fields["family"]]
+        config = family.config_to_hf(fields, ids)
+        config |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 4 knows the second alone.
+        _write_json(directory / loading.GENERATION, generation)
+        _write_tokenizer(directory, processor)
     _write_json(path, config)
+
+
+def _write_tokenizer(directory: Path, processor: PromptProcessor) -> None:
+    """Makes the files of a tokenizer of ours, which transformers 5 wrote, those that 4 reads too; adds the template."""
+    path = directory / _TOKENIZER
+    config = json_text.read_object(path, "save the model again")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # In transformers 4 these are named ones; processors look for the image's word among them.
+    config["additional_special_tokens"] = config.get("extra_special_tokens", [])
+    config["extra_special_tokens"] = {"image_token": processor.image_token}
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 gives token types too, which no model takes.
+    _write_json(path, config)
+    (directory / "chat_template.jinja").write_text(_chat_template(processor))
+
+
+def _chat_template(processor: PromptProcessor) -> str:
+    """Jinja of the prompt of one picture and one text, as the model was trained with it."""
+    said = {"image": json_text.dumps(processor.image_token), "prompt": "found.text", None: '""'}
+    pieces = ["bos_token"] if processor.tokenizer.bos_token is not None else []
+    for literal, name, _, _ in string.Formatter().parse(processor.template):
+        pieces += [json_text.dumps(literal), said[name]]
+    return _CHAT_TEMPLATE + "{{- " + " ~ ".join(pieces) + " -}}\n"
+
+
+def _write_processor(directory: Path, fields: Mapping[str, Any]) -> None:
+    """Adds what a model lacks of the processor's files: one from a checkpoint may have none, or that of transformers 5."""
+    files = dict(zip(hf.PROCESSORS, loading.CHECKPOINTS[fields["family"]].processor_to_hf(fields), strict=False))
+    for path, settings in hf.read_processors(directory).items():
+        if path.name != hf.PROCESSORS[0]:
+            files[hf.PROCESSORS[0]] = settings
+    for name, content in files.items():
+        if not (directory / name).exists():
+            _write_json(directory / name, content)
+
+
+def _needs_5(directory: Path) -> bool:
+    """Whether transformers 4 cannot read a checkpoint, or takes another model for it: where it came from 5 alone."""
+    config = json_text.read_object(directory / hf.CONFIG, _DOWNLOAD_AGAIN)
+    text = config.get("text_config", config)
+    tokenizer = directory / _TOKENIZER
+    words = json_text.read_object(tokenizer, _DOWNLOAD_AGAIN) if tokenizer.exists() else {}
+    new_rope = "rope_parameters" in text and "rope_theta" not in text
+    return new_rope or words.get("tokenizer_class") == "TokenizersBackend"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -237,7 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given == {"from_hf", "out"}:
         print(from_hf(arguments.from_hf, arguments.out, dtype=dtype, progress=True))
     elif given == {"to_hf", "source"}:
-        print(to_hf(arguments.source, arguments.to_hf, dtype=dtype, shard_gb=shard_gb, progress=True))
+        written = to_hf(arguments.source, arguments.to_hf, dtype=dtype, shard_gb=shard_gb, progress=True)
+        if _needs_5(written):
+            print("needs transformers 5, as the checkpoint that the model came from does")
+        print(written)
     else:
         parser.error("give either --from_hf and --out, or --to_hf and --from")
 

@@ -98,10 +98,20 @@ def read(directory: Path, array: ts.TensorStore, layer: int | None = None) -> np
 def restore(directory: Path, like: Any) -> Any:
     """The tree with the types and shardings of `like` (ShapeDtypeStructs); each device reads what it holds.
 
-    Raises UserError when it is damaged.
+    Raises UserError when it is damaged, or holds NaN or infinity.
     """
     with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(for_tensorstore(directory), like)
+        tree = checkpointer.restore(for_tensorstore(directory), like)
+        for where, finite in jax.tree_util.tree_leaves_with_path(_are_finite(tree)):
+            if not finite:
+                name = jax.tree_util.keystr(where, simple=True, separator="/")
+                raise ValueError(f"{name} holds NaN or infinity")
+        return tree
+
+
+@jax.jit
+def _are_finite(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.numpy.isfinite(leaf).all(), tree)
 
 
 def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:

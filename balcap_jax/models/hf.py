@@ -12,14 +12,16 @@ A family (`models/<family>/hf.py`) is a module with
     fields_from_hf(config)        the config group `model` from a complete config.json
     fields_from_processor(processor, fields)
                                   those of its fields that the image processor's file sets otherwise
-    config_to_hf(fields, ids)     and back, for models that came from no checkpoint
+    config_to_hf(fields, ids)     and back, for models that came from no checkpoint; `ids` holds vocab, image,
+                                  before_image (what stands before the image in a prompt), bos, eos and pad
+    processor_to_hf(fields)       the same for the files of the processor
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-import reprlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,10 +40,13 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 CONFIG = "config.json"
-GENERATION = "generation_config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Where the settings of the image processor are; transformers 5 nests them in the second."""
 
+# Buffers of the modules of these families and of the towers and decoders in them, by the end of their names.
+_CONSTANT = re.compile(r"(^|\.)(position_ids|(original_)?inv_freq|(cos|sin)_cached|causal_mask|masked_bias)$")
+# The triangle of causal attention, [1, 1, N, N]; with fewer axes it is a bias.
+_TRIANGLE = re.compile(r"(^|\.)(self_attn|attn|attention)\.bias$")
 _DOWNLOAD_AGAIN = "download it again"
 _NAMED = 3  # tensors that an error names; it counts the others
 
@@ -206,7 +211,7 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
     if family is None:
         known = ", ".join(family.MODEL_TYPE for family in families)
         raise UserError(f"{path} is of the architecture {model_type!r}; only {known} can be read")
-    processors = _read_processors(directory)
+    processors = read_processors(directory)
     try:
         _check_layers(config)
         # Published files leave out what is the default; transformers knows the defaults.
@@ -231,7 +236,7 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
     return family, fields, complete
 
 
-def _read_processors(directory: Path) -> dict[Path, dict[str, Any]]:
+def read_processors(directory: Path) -> dict[Path, dict[str, Any]]:
     """{file: settings of the image processor that are set} of the files that are there."""
     found = {}
     for path in (directory / name for name in PROCESSORS):
@@ -261,30 +266,6 @@ def _reason(error: Exception) -> str:
     return ": ".join(line.rstrip(":") for line in lines[:2]) or type(error).__name__
 
 
-def end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
-    """The ids that end a response by generation_config.json, or by config.json where the first names none; or ().
-
-    transformers looks for `eos_token_id` in the same files. Checkpoints and our models alike carry them.
-
-    Raises:
-      UserError: one of the files is torn, or what it names are not ids below `vocab`.
-    """
-    for path in (directory / GENERATION, directory / CONFIG):
-        content = json_text.read_object(path, _DOWNLOAD_AGAIN) if path.is_file() else {}
-        for group in (content, content.get("text_config")):
-            ids = group.get("eos_token_id") if isinstance(group, dict) else None
-            if ids is None:
-                continue
-            listed = ids if isinstance(ids, list) else [ids]
-            if not listed or not all(type(i) is int and 0 <= i < vocab for i in listed):
-                raise UserError(
-                    f"{path}: eos_token_id is {reprlib.repr(ids)}, it must be one or several ids from 0 to {vocab - 1}; "
-                    f"{_DOWNLOAD_AGAIN}"
-                )
-            return tuple(listed)
-    return ()
-
-
 def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoint:
     """Reads a checkpoint's configuration and the headers of its shards.
 
@@ -293,7 +274,7 @@ def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoi
     """
     family, fields, config = read_fields(directory, families)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in read_directory(directory).items():
+    for name, tensor in read_directory(directory, is_constant).items():
         module_name = rename(name, family.RENAMES)
         if module_name in tensors:
             raise UserError(
@@ -301,6 +282,11 @@ def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoi
             )
         tensors[module_name] = tensor
     return Checkpoint(directory, family, fields, config, tensors)
+
+
+def is_constant(name: str, shape: Shape) -> bool:
+    """Whether a tensor is one that modules compute: older versions of transformers saved them, newer read none."""
+    return bool(_CONSTANT.search(name) or (len(shape) == 4 and _TRIANGLE.search(name)))
 
 
 def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
@@ -435,6 +421,21 @@ def exported_names(family: ModuleType, names: Sequence[str], source: Mapping[str
     return {name: source.get(name) or rename(name, list(published.items())) for name in names}
 
 
+def rope_to_hf(theta: float, **more: Any) -> dict[str, Any]:
+    """The rotary fields of a config.json: those of transformers 5, and the older ones, without which 4 takes 10000."""
+    older = {"rope_scaling": {"rope_type": "default", "type": "default", **more}} if more else {}
+    parameters = {"rope_type": "default", "rope_theta": theta, **more}
+    return {"rope_theta": theta, **older, "rope_parameters": parameters}
+
+
+def processing_to_hf(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+    """What `require_processing` asks for, as an image processor's file says it."""
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    # By their shortest text, which is that of the published files.
+    pixels = {"image_mean": [float(str(x)) for x in mean], "image_std": [float(str(x)) for x in std]}
+    return {**steps, "resample": 3, "rescale_factor": 1 / 255, **pixels}
+
+
 def new_tensors(
     family: ModuleType,
     shapes: Shapes,
@@ -493,4 +494,5 @@ def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[s
 
 def _assemble(pieces: list[Piece], read: Callable[[str, int | None], np.ndarray], dtype: np.dtype) -> np.ndarray:
     arrays = [piece.row.form.to_hf(read(piece.path, piece.layer)) for piece in pieces]
-    return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # Who writes it refuses infinity.
+        return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).astype(dtype, copy=False)

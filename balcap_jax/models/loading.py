@@ -6,6 +6,7 @@ processor's, generation_config.json ...), and `hf_names.json` with what its tens
 
 import contextlib
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,9 +35,11 @@ CHECKPOINTS = {"llava": llava_hf, "qwen2_5_vl": qwen2_5_vl_hf}
 MODEL = "model.json"
 PARAMS = "params"
 NAMES = "hf_names.json"
+GENERATION = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CARRIED = (".json", ".jinja", ".txt", ".model")
 _CONVERT_AGAIN = "convert or save the model again"
+_COPY_AGAIN = "copy the file there again"
 
 
 def build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Policy, PromptProcessor]:
@@ -213,11 +216,35 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
             f"the tokenizer at {path} has {words} words, the model {vocab} embeddings; put the tokenizer there that "
             f"belongs to it"
         )
-    ends = hf.end_tokens(path, vocab)
+    ends = _end_tokens(path, vocab)
     try:
         return FAMILIES[fields["family"]]({**fields, "end_tokens": ends}, tokenizer, fields["template"])
     except KeyError as error:
         raise UserError(f"{path / MODEL} lacks the field {error}; {_CONVERT_AGAIN}") from error
+
+
+def _end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
+    """The ids that end a response by generation_config.json, or by config.json where the first names none; or ().
+
+    transformers looks for `eos_token_id` in the same files. Checkpoints and our models alike carry them.
+
+    Raises:
+      UserError: one of the files is torn, or what it names are not ids below `vocab`.
+    """
+    for path in (directory / GENERATION, directory / hf.CONFIG):
+        content = json_text.read_object(path, _COPY_AGAIN) if path.is_file() else {}
+        for group in (content, content.get("text_config")):
+            ids = group.get("eos_token_id") if isinstance(group, dict) else None
+            if ids is None:
+                continue
+            listed = ids if isinstance(ids, list) else [ids]
+            if not listed or not all(type(i) is int and 0 <= i < vocab for i in listed):
+                raise UserError(
+                    f"{path}: eos_token_id is {reprlib.repr(ids)}, it must be one or several ids from 0 to {vocab - 1}; "
+                    f"{_COPY_AGAIN}"
+                )
+            return tuple(listed)
+    return ()
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:

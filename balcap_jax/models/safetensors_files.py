@@ -6,6 +6,8 @@ not through a memory map, whose pages would count as resident memory and turn a 
 """
 
 import math
+import os
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,24 @@ from balcap_jax.errors import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes of the types of tensors that may only be passed over.
+_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8}
+# By bytes of a number: the bits besides the sign, and infinity, beyond which NaN is too.
+_MAGNITUDES = {
+    np.dtype(np.float32): (np.uint32(0x7FFFFFFF), 0x7F800000),
+    np.dtype(np.float16): (np.uint16(0x7FFF), 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16(0x7FFF), 0x7F80),
+}
+_CHECKED = 2**18  # numbers at once, which stay in the cache
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+PassedOver = Callable[[str, tuple[int, ...]], bool]
+"""Whether a tensor of this name and shape is none of the model's."""
+
+_LONGEST_NAME = 255  # bytes; file systems take no more
 # The reference implementation refuses longer headers too.
 _LONGEST_HEADER = 100_000_000
 _DOWNLOAD_AGAIN = "download or copy it again"
@@ -54,7 +69,19 @@ class Tensor(NamedTuple):
             ) from error
         if data.size != size:
             raise UserError(f"{self.file} is cut short at tensor {self.name}; {_DOWNLOAD_AGAIN}")
-        return data.view(self.dtype).reshape(shape)
+        array = data.view(self.dtype).reshape(shape)
+        if not is_finite(array):
+            raise UserError(
+                f"{self.file}: tensor {self.name} holds NaN or infinity; download it again, or take an earlier checkpoint"
+            )
+        return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an fp32, fp16 or bf16 array holds neither NaN nor infinity; about 2 GB a second."""
+    keep, infinity = _MAGNITUDES[array.dtype]
+    bits = np.ascontiguousarray(array).reshape(-1).view(keep.dtype)
+    return all((bits[i : i + _CHECKED] & keep).max() < infinity for i in range(0, len(bits), _CHECKED))
 
 
 class NewTensor(NamedTuple):
@@ -73,12 +100,14 @@ class NewTensor(NamedTuple):
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def read_directory(directory: Path) -> dict[str, Tensor]:
+def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> dict[str, Tensor]:
     """Every tensor of a checkpoint directory by name, in the order of its shards; only headers are read.
+
+    Those that are `passed_over` may be of any type, and are not among them.
 
     Raises:
       UserError: no weights, pickled weights only, a shard that is missing, cut short or no safetensors file, a tensor
-        of a type other than fp32, fp16 and bf16, or one that the index places elsewhere.
+        of a type other than fp32, fp16 and bf16, one that is there twice, or that the index places elsewhere.
     """
     index = _read_index(directory)
     files = sorted(set(index.values())) if index else [WEIGHTS]
@@ -87,7 +116,7 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
             raise _no_weights(directory, file, INDEX if index else "")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        for tensor in _read_header(directory / file):
+        for tensor in _read_header(directory / file, passed_over):
             if tensor.name in tensors:
                 raise UserError(
                     f"{tensor.file} holds tensor {tensor.name}, which {tensors[tensor.name].file.name} holds too; "
@@ -97,20 +126,33 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
     for name, file in index.items():
         if name not in tensors or tensors[name].file.name != file:
             raise UserError(f"{directory / file} lacks tensor {name}, which {INDEX} places there; {_DOWNLOAD_AGAIN}")
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not passed_over(name, tensor.shape)}
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     """{tensor: file} of the index; empty where there is none."""
     path = directory / INDEX
     try:
-        index = json_text.read_object(path, _DOWNLOAD_AGAIN).get("weight_map")
+        content = json_text.read(path, _DOWNLOAD_AGAIN, unique=True)
     except FileNotFoundError:
         return {}
-    # A name with a folder in it would read files of elsewhere.
-    if not isinstance(index, dict) or not all(isinstance(f, str) and Path(f).name == f for f in index.values()):
-        raise UserError(f"{path} is no index of shards (its weight_map must name files beside it); {_DOWNLOAD_AGAIN}")
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    problem = "" if isinstance(index, dict) else "it has none"
+    for name, file in index.items() if not problem else ():
+        if not _is_beside(file):
+            problem = f"tensor {name} is in {reprlib.repr(file)}"
+            break
+    if problem:
+        raise UserError(
+            f"{path} is no index of shards (its weight_map must name files beside it: {problem}); {_DOWNLOAD_AGAIN}"
+        )
     return index
+
+
+def _is_beside(file: Any) -> bool:
+    """Whether this can be the name of a file of the directory itself; one with a folder in it would lead elsewhere."""
+    plain = isinstance(file, str) and file not in ("", "..") and Path(file).name == file
+    return plain and file.isprintable() and len(os.fsencode(file)) <= _LONGEST_NAME
 
 
 def _no_weights(directory: Path, file: str, index: str) -> UserError:
@@ -128,7 +170,7 @@ def _no_weights(directory: Path, file: str, index: str) -> UserError:
     return UserError(f"{directory} holds no weights: {file} is missing; give the directory of a whole checkpoint")
 
 
-def _read_header(path: Path) -> list[Tensor]:
+def _read_header(path: Path, passed_over: PassedOver) -> list[Tensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -138,10 +180,11 @@ def _read_header(path: Path) -> list[Tensor]:
             text = file.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
-    header = json_text.parse_object(text, f"{path} is no safetensors file: its header", _DOWNLOAD_AGAIN)
+    where = f"{path} is no safetensors file: its header"
+    header = json_text.parse_object(text, where, _DOWNLOAD_AGAIN, unique=True)
     header.pop("__metadata__", None)
     try:
-        tensors = [_read_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+        tensors = [_read_entry(path, name, entry, 8 + length, passed_over) for name, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no safetensors file: its header cannot be read; {_DOWNLOAD_AGAIN}") from error
     _check_places(path, tensors, 8 + length, size)
@@ -163,17 +206,20 @@ def _check_places(path: Path, tensors: Sequence[Tensor], data: int, size: int) -
         raise UserError(f"{path} is damaged: {size} bytes, {size - end} more than its header says; {_DOWNLOAD_AGAIN}")
 
 
-def _read_entry(path: Path, name: str, entry: dict[str, Any], data: int) -> Tensor:
+def _read_entry(path: Path, name: str, entry: dict[str, Any], data: int, passed_over: PassedOver) -> Tensor:
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     dtype = DTYPES.get(entry["dtype"])
+    if dtype is None and passed_over(name, shape):
+        dtype = np.dtype((np.void, _OTHER_SIZES[entry["dtype"]]))
     if dtype is None:
         raise UserError(
             f"{path}: tensor {name} is of type {entry['dtype']}, only {', '.join(DTYPES)} can be read; take the "
             f"checkpoint that is not quantised"
         )
-    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+        raise ValueError(name)
     tensor = Tensor(name, path, dtype, shape, data + start)
-    integers = all(type(number) is int for number in (start, end, *shape))
-    if not integers or min((start, *shape)) < 0 or end - start != tensor.size:
+    if end - start != tensor.size:
         raise ValueError(name)
     return tensor
 
@@ -226,6 +272,11 @@ def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[in
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(
                     f"{tensor.name} is {array.dtype}{array.shape}, {tensor.dtype}{tensor.shape} was announced"
+                )
+            if not is_finite(array):
+                raise UserError(
+                    f"tensor {tensor.name} would hold NaN or infinity as {tensor.dtype}; give a type with a larger "
+                    f"range, or another model"
                 )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             progress(tensor.size)

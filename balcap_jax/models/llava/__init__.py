@@ -50,8 +50,8 @@ def build(
         remat=model["remat"],
         attention=model["attention"],
     )
-    word = image_word(tokenizer, "<image>")
-    image_token, ends = tokenizer.convert_tokens_to_ids(word), end_tokens(tokenizer, model)
+    image_token = tokenizer.convert_tokens_to_ids(image_word(tokenizer, "<image>"))
+    ends = end_tokens(tokenizer, model)
     policy = Llava(
         vision=tower,
         decoder=language,
@@ -66,7 +66,6 @@ def build(
         image_size=tower.image_size,
         image_tokens=tower.image_tokens,
         prompt_tokens=model["prompt_tokens"],
-        image_token=word,
         template=template,
         end_tokens=ends,
     )

@@ -11,9 +11,11 @@ from balcap_jax.models.hf import (
     decoder_rows,
     dense,
     patches,
+    processing_to_hf,
     require,
     require_processing,
     require_sizes,
+    rope_to_hf,
 )
 from balcap_jax.models.llava.processing import VICUNA_TEMPLATE
 from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
@@ -138,13 +140,33 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
     return {}
 
 
+def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The files of `hf.PROCESSORS` for a model that has none."""
+    side = fields["image_size"]
+    image_processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        **processing_to_hf(PIXEL_MEAN, PIXEL_STD),
+        "do_center_crop": True,
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+    return image_processor, {
+        "processor_class": "LlavaProcessor",
+        "patch_size": fields["patch_size"],
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # the class token
+        "image_token": "<image>",
+    }
+
+
 def image_token(config: Mapping[str, Any]) -> int:
     """The id that config.json gives image tokens."""
     return config["image_token_index"]
 
 
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of a model that came from no checkpoint; `ids` holds vocab, image, bos, eos and pad.
+    """config.json of a model that came from no checkpoint; `ids` as in `models.hf`.
 
     Layers behind `feature_layer` that have no parameters are left out: the features are then those of the last one.
     """
@@ -182,7 +204,7 @@ def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str,
             "head_dim": fields["head_size"],
             "intermediate_size": fields["mlp"],
             "rms_norm_eps": fields["norm_eps"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
+            **rope_to_hf(fields["rope_theta"]),
             "tie_word_embeddings": fields["tied_embeddings"],
             "bos_token_id": ids["bos"],
             "eos_token_id": ids["eos"],

@@ -12,9 +12,11 @@ from balcap_jax.models.hf import (
     dense,
     linear,
     patches,
+    processing_to_hf,
     require,
     require_processing,
     require_sizes,
+    rope_to_hf,
 )
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE
 from balcap_jax.models.qwen2_5_vl.vision import FRAMES, PIXEL_MEAN, PIXEL_STD
@@ -135,17 +137,37 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
     }
 
 
+def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The first file of `hf.PROCESSORS` for a model that has none; published models do without the second."""
+    token = (MERGE * fields["patch_size"]) ** 2
+    least, most = fields["min_image_tokens"] * token, fields["max_image_tokens"] * token
+    image_processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        **processing_to_hf(PIXEL_MEAN, PIXEL_STD),
+        "min_pixels": least,
+        "max_pixels": most,
+        "size": {"shortest_edge": least, "longest_edge": most},
+        "patch_size": fields["patch_size"],
+        "merge_size": MERGE,
+        "temporal_patch_size": FRAMES,
+    }
+    return (image_processor,)
+
+
 def image_token(config: Mapping[str, Any]) -> int:
     """The id that config.json gives image tokens."""
     return config["image_token_id"]
 
 
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of a model that came from no checkpoint; `ids` holds vocab, image, bos, eos and pad."""
+    """config.json of a model that came from no checkpoint; `ids` as in `models.hf`."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "image_token_id": ids["image"],
+        # transformers 4 looks for images behind this token alone.
+        "vision_start_token_id": ids["before_image"],
         "tie_word_embeddings": fields["tied_embeddings"],
         "vision_config": {
             "model_type": "qwen2_5_vl",
@@ -171,11 +193,7 @@ def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str,
             "num_key_value_heads": fields["kv_heads"],
             "intermediate_size": fields["mlp"],
             "rms_norm_eps": fields["norm_eps"],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": fields["rope_theta"],
-                "mrope_section": list(fields["mrope_section"]),
-            },
+            **rope_to_hf(fields["rope_theta"], mrope_section=list(fields["mrope_section"])),
             "tie_word_embeddings": fields["tied_embeddings"],
             "bos_token_id": ids["bos"],
             "eos_token_id": ids["eos"],
