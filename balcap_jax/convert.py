@@ -211,7 +211,7 @@ def _chat_template(processor: PromptProcessor) -> str:
 
 
 def _write_processor(directory: Path, fields: Mapping[str, Any]) -> None:
-    """Adds what a model lacks of the processor's files: one from a checkpoint may have none, or that of transformers 5."""
+    """Adds what a model lacks of the processor's files: one from a checkpoint has none, or perhaps that of 5 alone."""
     files = dict(zip(hf.PROCESSORS, loading.CHECKPOINTS[fields["family"]].processor_to_hf(fields), strict=False))
     for path, settings in hf.read_processors(directory).items():
         if path.name != hf.PROCESSORS[0]:

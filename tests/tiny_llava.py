@@ -28,7 +28,7 @@ def make_policy(*, tower: dict | None = None, logits_chunk: int = 10, **language
         dataclasses.replace(decoder, **language),
         IMAGE,
         PAD,
-        EOS,
+        (EOS,),
         forbidden=(PAD, BOS, IMAGE),
         logits_chunk=logits_chunk,
     )

@@ -49,7 +49,7 @@ def make_policy(*, tower: dict | None = None, logits_chunk: int = 10, **language
         dataclasses.replace(decoder, **language),
         IMAGE,
         PAD,
-        EOS,
+        (EOS,),
         forbidden=(PAD, IMAGE, START),
         logits_chunk=logits_chunk,
     )

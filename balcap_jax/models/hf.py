@@ -431,8 +431,7 @@ def rope_to_hf(theta: float, **more: Any) -> dict[str, Any]:
 def processing_to_hf(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
     """What `require_processing` asks for, as an image processor's file says it."""
     steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-    # By their shortest text, which is that of the published files.
-    pixels = {"image_mean": [float(str(x)) for x in mean], "image_std": [float(str(x)) for x in std]}
+    pixels = {"image_mean": mean.tolist(), "image_std": std.tolist()}
     return {**steps, "resample": 3, "rescale_factor": 1 / 255, **pixels}
 
 

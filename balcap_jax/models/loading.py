@@ -240,7 +240,7 @@ def _end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
             listed = ids if isinstance(ids, list) else [ids]
             if not listed or not all(type(i) is int and 0 <= i < vocab for i in listed):
                 raise UserError(
-                    f"{path}: eos_token_id is {reprlib.repr(ids)}, it must be one or several ids from 0 to {vocab - 1}; "
+                    f"{path}: eos_token_id is {reprlib.repr(ids)}, it must be one id or several from 0 to {vocab - 1}; "
                     f"{_COPY_AGAIN}"
                 )
             return tuple(listed)

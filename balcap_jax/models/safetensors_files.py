@@ -72,7 +72,7 @@ class Tensor(NamedTuple):
         array = data.view(self.dtype).reshape(shape)
         if not is_finite(array):
             raise UserError(
-                f"{self.file}: tensor {self.name} holds NaN or infinity; download it again, or take an earlier checkpoint"
+                f"{self.file}: tensor {self.name} holds NaN or infinity; download it again, or take an earlier one"
             )
         return array
 
