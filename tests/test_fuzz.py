@@ -280,6 +280,10 @@ def of_models(root: Path, family: str) -> list[Target]:
     def opened(exported=exported, shapes=shapes):
         hf.check(loading.open_checkpoint(exported), shapes, cast=True)
 
+    def described(exported=exported):
+        loading.carried_files(exported)
+        loading.build_saved(exported, loading.read_fields(exported))
+
     command = ("balcap_jax.convert", f"--from_hf={exported}", f"--out={again}")
     targets = [
         Target(model / "model.json", built),
@@ -293,7 +297,7 @@ def of_models(root: Path, family: str) -> list[Target]:
         *(Target(file, opened) for file in sorted(exported.glob("*processor*.json"))),
         Target(exported / "model.safetensors.index.json", lambda exported=exported: read_directory(exported), command),
         Target(sorted(exported.glob("*.safetensors"))[0], opened, command),
-        Target(exported / "generation_config.json", lambda exported=exported: loading.carried_files(exported)),
+        *(Target(exported / name, described) for name in ("generation_config.json", "config.json")),
     ]
     return [target for target in targets if target.file.exists()]
 

@@ -191,6 +191,12 @@ def test_an_override_out_of_range_is_refused(saved, change):
     assert message.startswith(f"the model at {saved} cannot be changed so: config field 'model.{next(iter(change))}' ")
 
 
+@pytest.mark.parametrize("name", ["rope_theta", "norm_eps", "max_aspect"])
+@pytest.mark.parametrize("value", [10**400, -(10**309)])
+def test_an_integer_that_no_float_holds_is_refused(saved, name, value):
+    assert f"the field {name!r} is an integer that no float holds" in error_of(models.load, saved, **{name: value})
+
+
 def test_an_unknown_override_is_named(saved):
     message = error_of(models.load, saved, prompt_token=3)
     assert message.startswith("unknown model field 'prompt_token'")

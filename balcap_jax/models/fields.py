@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax import config as configuration
+from balcap_jax import json_text
 from balcap_jax.config_fields import FIELDS
 from balcap_jax.errors import UserError
 
@@ -38,6 +39,8 @@ def check(fields: Mapping[str, Any], what: str, remedy: str) -> None:
         raise UserError(f"{what} lacks the field {missing[0]!r}; {remedy}")
     if groups := [name for name, value in fields.items() if isinstance(value, Mapping)]:
         raise UserError(f"{what}: the field {groups[0]!r} is an object, not one value; {remedy}")
+    if huge := [name for name, value in fields.items() if type(value) is int and not json_text.is_number(value)]:
+        raise UserError(f"{what}: the field {huge[0]!r} is an integer that no float holds; {remedy}")
     config = configuration.default_config()
     config.model.update({name: fields.get(name, default) for name, default in DEFAULTS.items()})
     try:
