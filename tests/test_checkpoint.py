@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -618,3 +619,41 @@ def test_a_terminated_loop_saves_its_step_and_exits_0(tmp_path):
     assert process.returncode == 0, errors
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() == int(output)
+
+
+def test_tasks_of_tensorstore_that_end_too_late_print_nothing(tmp_path, monkeypatch):
+    """They do so while a save fails, before anybody knows of it: what is theirs is dropped from the start."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: told.append(str(one.exc_value)))
+    with Checkpointer(tmp_path):
+        for reason in ("Event loop is closed", "something else"):
+            sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(reason)))
+    assert told == ["something else"]
+
+
+def test_a_directory_that_is_refused_ends_in_one_line_and_at_once(tmp_path):
+    """Orbax's threads would wait ten minutes for directories that they make themselves."""
+    done = run_script(
+        """
+        import os, sys, threading
+        import numpy as np
+        from balcap_jax.checkpoint import Checkpointer
+        from balcap_jax.errors import UserError
+        make = os.mkdir
+        def mkdir(path, *args, **kwargs):
+            if "orbax-checkpoint-tmp" in str(path):
+                raise OSError(28, "No space left on device", str(path))
+            return make(path, *args, **kwargs)
+        checkpointer = Checkpointer(sys.argv[1])
+        os.mkdir = mkdir
+        try:
+            checkpointer.save(1, {"w": np.zeros(3)})
+            checkpointer.wait()
+        except UserError as error:
+            print(error)
+        """,
+        tmp_path / "run",
+    )
+    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert "no space left on the disk; nothing was saved yet" in line

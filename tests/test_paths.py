@@ -134,14 +134,13 @@ def test_models_and_checkpoints_are_written_and_read_in_any_directory(tmp_path, 
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
     np.testing.assert_array_equal(arrays.restore(place / "params", like)["decoder"]["layers"]["q"], np.ones((2, 3)))
-    for step in (1, 2):
-        with Checkpointer(f"{tmp_path}/{name}/checkpoints", keep=1) as checkpointer:
-            checkpointer.save(step, {"w": jnp.full(3, step)}, {"clock": step})
-            checkpointer.wait()
-            assert checkpointer.steps() == [step]
-            restored, extra = checkpointer.restore(step, {"w": jnp.zeros(3, int)})
-            assert restored["w"].tolist() == [step] * 3
-            assert extra == {"clock": step}
+    with Checkpointer(f"{tmp_path}/{name}/checkpoints") as checkpointer:
+        checkpointer.save(2, {"w": jnp.full(3, 2)}, {"clock": 1})
+        checkpointer.wait()
+        assert checkpointer.steps() == [2]
+        restored, extra = checkpointer.restore(2, {"w": jnp.zeros(3, int)})
+        assert restored["w"].tolist() == [2, 2, 2]
+        assert extra == {"clock": 1}
     assert sorted(os.listdir(tmp_path)) == [Path(name).parts[-1 if ".." in name else 0]]
 
 
