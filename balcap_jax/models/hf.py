@@ -216,8 +216,9 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
         _check_layers(config)
         # Published files leave out what is the default; transformers knows the defaults.
         # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
-        from transformers import AutoConfig
+        from transformers import AutoConfig, logging
 
+        logging.set_verbosity_error()  # What it warns of odd fields would stand beside the one line.
         complete = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
         fields = family.fields_from_hf(complete)
     except Exception as error:  # of odd values transformers raises whatever comes up
