@@ -454,6 +454,15 @@ def test_a_reward_of_ones_own_is_a_file_and_a_line(tmp_path, monkeypatch):
     sys.modules.pop("own_reward", None)
 
 
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise GeneratorExit", "1 / 0", "def f(:"])
+def test_a_module_of_a_reward_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, code):
+    (tmp_path / "ending_reward.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"'ending_reward:Reward': it cannot be imported \("):
+        rewards.resolve("ending_reward:Reward")
+    sys.modules.pop("ending_reward", None)
+
+
 def test_unknown_rewards_and_what_a_reward_lacks_are_one_line_each():
     with pytest.raises(UserError, match="did you mean 'caprl'"):
         rewards.resolve("capr1")

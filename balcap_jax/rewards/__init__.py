@@ -49,7 +49,9 @@ def resolve(name: str) -> type:
         raise UserError(f"{where} rewards are {', '.join(REWARDS)}; {hint}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # Whatever the module raises while it is imported is its author's to mend.
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # Whatever the module raises, an exit too, is its author's to mend.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where} it cannot be imported ({type(error).__name__}: {reason})") from error
     problem = _problem(found)
