@@ -80,7 +80,8 @@ def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not JSON (not a text file); {remedy}") from error
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); {remedy}") from error
+        kind = "JSON" if isinstance(error, json.JSONDecodeError) else "JSON that can be read"
+        raise UserError(f"{where} is not {kind} ({error}); {remedy}") from error
     except MemoryError as error:
         raise UserError(f"{where} is too large for this machine's memory; {remedy}") from error
     return value

@@ -97,7 +97,7 @@ class OurRollout:
 
     def __init__(self, shape: Shape, params: dict[str, Any], prompts: np.ndarray) -> None:
         # No token ends a response, and none is forbidden: the peers' distribution.
-        policy = TextPolicy(shape.decoder, pad_token=0, eos_token=-1)
+        policy = TextPolicy(shape.decoder, pad_token=0, end_tokens=(-1,))
         prompt = Prompt(
             prompts,
             np.ones(prompts.shape, bool),

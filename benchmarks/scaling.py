@@ -140,7 +140,7 @@ def make_sampler(policy: TextPolicy, params: dict[str, Any], sizes: Sizes, form:
 
 def measure(sweep: Sweep, rounds: int, wait: bool) -> list[dict[str, Any]]:
     """[{"work", "form", B, G, P, R, "seconds" (median), "runs"}] of every point."""
-    policy = TextPolicy(sweep.decoder, pad_token=0, eos_token=-1)  # no token ends a response
+    policy = TextPolicy(sweep.decoder, pad_token=0, end_tokens=(-1,))  # no token ends a response
     params = jax.jit(policy.init)(jax.random.key(0))
     make = {"update": make_update, "rollout": make_sampler}
     keys = list(itertools.product(WORK, FORMS, sweep.points()))

@@ -152,7 +152,13 @@ def make_inputs(shape: Shape, remat: str, dtype: str) -> tuple[Llava, Params, RL
         remat=remat,
     )
     policy = Llava(
-        tower, language, image_token=3, pad_token=0, eos_token=2, forbidden=(0, 1, 3), logits_chunk=shape.logits_chunk
+        tower,
+        language,
+        image_token=3,
+        pad_token=0,
+        end_tokens=(2,),
+        forbidden=(0, 1, 3),
+        logits_chunk=shape.logits_chunk,
     )
     rng = np.random.default_rng(0)
     b, g, r = shape.batch, shape.group, shape.response

@@ -48,7 +48,7 @@ STALENESS = 0.2
 
 def make_policy(shape: Shape, remat: str) -> TextPolicy:
     # No token ends a response and none is forbidden: the peer's distribution.
-    return TextPolicy(dataclasses.replace(shape.decoder, remat=remat), pad_token=0, eos_token=-1)
+    return TextPolicy(dataclasses.replace(shape.decoder, remat=remat), pad_token=0, end_tokens=(-1,))
 
 
 def make_batch(shape: Shape, params: dict[str, Any]) -> RLBatch:
