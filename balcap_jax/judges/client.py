@@ -29,6 +29,7 @@ from balcap_jax.judges import probe
 from balcap_jax.judges.endpoints import Endpoint, make_http
 from balcap_jax.judges.forms import Form, wire_schema
 from balcap_jax.judges.keys import cleaned, read_key
+from balcap_jax.judges.limits import SHORT_WAIT
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.pictures import data_url, picture_hash
 from balcap_jax.judges.replies import CUT_OFF, CallError
@@ -347,6 +348,8 @@ class ChatClient:
                 return self._failed_call(error, errors)
             # A server that answers, if not as it should, is not overloaded.
             wait = self._back_off(sum(error.kind != "answer" for error in errors))
+            if error.retry_after < SHORT_WAIT:
+                wait = max(wait, error.retry_after)
             begins = max(loop.time() + wait, self._first_asked_until(hopeless))
             if begins >= ends:
                 return self._failed_call(error, errors, f", deadline of {settings.deadline:g} s")

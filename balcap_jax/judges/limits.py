@@ -5,6 +5,7 @@ import random
 
 _OPENS_AFTER = 8  # failures in a row that open the breaker
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds that it stays open, doubled each time
+SHORT_WAIT = 1.0  # seconds; to wait for less is asked of the one question: a shut endpoint would leave all slots idle
 
 
 class Pace:
@@ -28,7 +29,7 @@ class Pace:
 class Breaker:
     """Shuts an endpoint for a while after failures in a row, then lets one request through to see whether it is up.
 
-    It is shut as well until the time that the endpoint asks to wait for: `asked_until`.
+    It is shut as well until the time that the endpoint asks to wait for, if that is SHORT_WAIT or more: `asked_until`.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,8 @@ class Breaker:
 
     def failed(self, now: float, reason: str, retry_after: float = 0.0, detail: str = "") -> None:
         self.reason, self.detail = reason, detail
-        self.asked_until = max(self.asked_until, now + retry_after)
+        if retry_after >= SHORT_WAIT:
+            self.asked_until = max(self.asked_until, now + retry_after)
         self._down_since = min(self._down_since, now)
         self._failures += 1
         if self._failures >= _OPENS_AFTER and now >= self._open_until:  # Others that were under way add no pause.
