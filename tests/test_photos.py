@@ -496,6 +496,16 @@ def test_a_field_of_another_type_is_named(tmp_path, changes, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("annotations", ["pipe", "zero", "a\0b", "folder", "gone"])
+def test_annotations_that_are_no_file_are_named(tmp_path, annotations):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"^no .* in .*; put ShareGPT4V's JSON there") as caught:
+        sharegpt4v.prepare(str(tmp_path / "built"), str(tmp_path), annotations)
+    assert "\0" not in str(caught.value)
+
+
 @pytest.mark.parametrize("entry", [None, 3, "x", [], {}, {"image": "a.jpg"}])
 def test_what_is_no_entry_is_named(entry):
     assert not sharegpt4v.is_text_alone(entry)

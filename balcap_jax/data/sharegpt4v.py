@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from balcap_jax import durable, json_text
+from balcap_jax import durable, json_text, regular_files
 from balcap_jax.data import fields, images, photos, prepared
 from balcap_jax.data.listing import picture_name, real_path
 from balcap_jax.data.photos import LeftOut, Record, Splits
@@ -183,11 +183,11 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     """
     folder = resolved(manual_dir).absolute()
     try:
-        with (folder / annotations).open("rb") as file:
+        with regular_files.open_regular(folder / annotations) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise UserError(
-            f"no {annotations} in {folder} ({error.strerror}); put ShareGPT4V's JSON there, or set data.manual_dir and "
+            f"no {annotations} in {folder} ({getattr(error, 'strerror', error)}); put ShareGPT4V's JSON there, or set data.manual_dir and "
             "data.annotations"
         ) from error
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
