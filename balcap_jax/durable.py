@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
 
-from balcap_jax import json_text
+from balcap_jax import json_text, regular_files
 
 SUMS = "sums.json"
 _PIECE_BYTES = 4 * 2**20
 _READERS = 8  # threads; zlib lets go of the interpreter's lock
 # Some network disks have nothing to sync in a directory, and say so.
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def sync(path: Path) -> None:
@@ -104,12 +104,16 @@ def damage(directory: Path, *, content: bool = True, share: tuple[int, int] = (0
     Raises OSError where that cannot be told: a file is there and cannot be read.
     """
     try:
-        sums = json.loads((directory / SUMS).read_bytes())
-    except _MISSING:
+        if not S_ISREG((directory / SUMS).stat().st_mode):
+            return f"{SUMS} is no file"
+        sums = json_text.decode(regular_files.read(directory / SUMS))
+    except OSError as error:
+        if error.errno not in _MISSING:
+            raise
         return f"{SUMS} is missing"
-    except (ValueError, RecursionError):
+    except ValueError:
         return f"{SUMS} is damaged"
-    if not isinstance(sums, Mapping) or not all(_is_sum(value) for value in sums.values()):
+    if not (isinstance(sums, Mapping) and sums and all(_is_inside(n) and _is_sum(v) for n, v in sums.items())):
         return f"{SUMS} is damaged"
     first, step = share
     mine = sorted(sums)[first::step]
@@ -127,8 +131,15 @@ def _difference(path: Path, size: int, crc: int, *, content: bool) -> str:
         if there.st_size != size:
             return f"has {there.st_size} bytes of {size}" if there.st_size else "is empty"
         return "is damaged" if content and _sum(path)[1] != crc else ""
-    except _MISSING:
+    except OSError as error:
+        if error.errno not in _MISSING:
+            raise
         return "is missing"
+
+
+def _is_inside(name: str) -> bool:
+    """Whether this can be the path of a file below a directory."""
+    return name.isprintable() and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _is_sum(value: object) -> bool:
@@ -138,7 +149,7 @@ def _is_sum(value: object) -> bool:
 def _sum(path: Path) -> list[int]:
     """[size, CRC-32]"""
     size = crc = 0
-    with path.open("rb", buffering=0) as file:
+    with regular_files.open_regular(path) as file:
         while piece := file.read(_PIECE_BYTES):
             size, crc = size + len(piece), zlib.crc32(piece, crc)
     return [size, crc]

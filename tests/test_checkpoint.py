@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit or not at all; signals only set a flag."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from balcap_jax import durable
+from balcap_jax import durable, regular_files
 from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
 from balcap_jax.errors import UserError
 
@@ -403,20 +404,48 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(two_steps, tmp_path, ca
 
 
 @pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        *[("{}", "sums.json is damaged"), ("[" * 10**5, "sums.json is damaged"), (None, "sums.json is no file")],
+        *(
+            (json.dumps({name: [1, 2]}), "sums.json is damaged")
+            for name in ("a\0", "\ud800", "/etc/passwd", "../1/sums.json", "a/../../b", "a\nb")
+        ),
+        ('{"%s": [1, 2]}' % ("x" * 300), "x is missing"),
+        ('{"x": [1, %s]}' % ("9" * 5000), "sums.json is damaged"),
+    ],
+)
+def test_sums_that_are_no_list_of_files_are_damage(two_steps, tmp_path, content, found):
+    """Whatever they hold: nothing of it is believed, looked for elsewhere, or waited for."""
+    folder = copied(two_steps, tmp_path)
+    sums = folder / "2" / "sums.json"
+    sums.unlink()
+    if content is None:
+        os.mkfifo(sums)
+    else:
+        sums.write_text(content)
+    assert durable.damage(folder / "2").endswith(found)
+    assert durable.damage(folder / "2", content=False).endswith(found)
+    shutil.rmtree(folder / "2" / "arrays")
+    with Checkpointer(folder) as checkpointer:
+        assert checkpointer.steps() == [1]
+
+
+@pytest.mark.parametrize(
     "error", [OSError(errno.EMFILE, "x"), OSError(errno.EIO, "x"), PermissionError(errno.EACCES, "x"), MemoryError()]
 )
 @pytest.mark.parametrize("part", ["sums.json", "_METADATA"])
 def test_what_does_not_say_that_a_checkpoint_is_torn_stops_the_run(two_steps, tmp_path, monkeypatch, error, part):
     """Memory, descriptors, rights and the disk itself: with them mended the newest checkpoint is there."""
-    folder, opened = copied(two_steps, tmp_path), Path.open
+    folder, opened = copied(two_steps, tmp_path), regular_files.open_regular
 
-    def refuse(self, *arguments, **options):
-        if self.name == part and self.parents[1 if part == "_METADATA" else 0].name == "2":
+    def refuse(path):
+        if path.name == part and path.parents[1 if part == "_METADATA" else 0].name == "2":
             raise error
-        return opened(self, *arguments, **options)
+        return opened(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", refuse)
+        patched.setattr(regular_files, "open_regular", refuse)
         reason = os.strerror(error.errno).lower() if isinstance(error, OSError) else "MemoryError: "
         message = message_of(Checkpointer, folder)
     assert message.startswith(f"can't read {folder}/2: ")
