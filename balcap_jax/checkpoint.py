@@ -33,9 +33,7 @@ from balcap_jax.paths import for_tensorstore, resolved
 
 _log = logging.getLogger(__name__)
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
-"""In the names of directories that Orbax clears at the next start."""
-
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of directories that Orbax clears at the next start
 _INCOMPLETE = "incomplete-"
 _BYTES = "__bytes__"
 
@@ -224,7 +222,7 @@ class Checkpointer:
         if not self.directory.is_dir():
             return []  # Removed under the run; the write that fails for it says so.
         names = (path.name.removeprefix(prefix) for path in self.directory.glob(f"{prefix}*") if path.is_dir())
-        return [(step, self.directory / f"{prefix}{step}") for step in sorted(int(n) for n in names if n.isdecimal())]
+        return [(step, self.directory / f"{prefix}{step}") for step in sorted(map(int, filter(_is_step, names)))]
 
     # ---- torn or whole: all processes agree
 
@@ -325,6 +323,10 @@ class Checkpointer:
         )
 
 
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and str(int(name)) == name  # not 007, nor digits of other scripts
+
+
 def branch(source: Path, target: Path) -> int:
     """Makes `target` a checkpoint directory that holds the newest whole step of `source` alone; returns that step.
 
@@ -332,7 +334,7 @@ def branch(source: Path, target: Path) -> int:
       UserError: `source` holds no whole step, or the disk refuses.
     """
     try:
-        found = sorted((int(path.name) for path in source.glob("*") if path.name.isdecimal()), reverse=True)
+        found = sorted((int(path.name) for path in source.glob("*") if _is_step(path.name)), reverse=True)
         step = next((step for step in found if not durable.damage(source / str(step))), None)
         if step is None:
             raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
@@ -354,7 +356,7 @@ def _committed_by(commit: Callable[[Path, Path], None]) -> type:
     class Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         async def finalize(self) -> None:
             final = Path(self._final_path)
-            if not final.name.isdecimal():  # of a part of a step
+            if not _is_step(final.name):  # of a part of a step
                 await super().finalize()
                 return
             self._final_path = self.get().with_name(f"{self.get().name}-whole")
@@ -452,9 +454,6 @@ def _decode(value: Any) -> Any:
             return base64.b64decode(value[_BYTES])
         return {key: _decode(item) for key, item in value.items()}
     return [_decode(item) for item in value] if isinstance(value, list) else value
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 def _read_error(path: Path, error: Exception) -> UserError:

@@ -20,7 +20,7 @@ import optax
 import pytest
 
 from balcap_jax import durable, regular_files
-from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
+from balcap_jax.checkpoint import Checkpointer, PreemptionFlag, branch
 from balcap_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -269,6 +269,23 @@ def test_hand_made_partial_directories_are_not_picked_up(tmp_path, caplog):
             (7, "arrays/manifest.ocdbt is missing"),
         )
     ]
+
+
+def test_a_folder_whose_name_is_no_step_as_we_write_it_is_left_alone(two_steps, tmp_path, caplog):
+    folder = copied(two_steps, tmp_path)
+    others = ["0002", "007", "\N{ARABIC-INDIC DIGIT NINE}", "incomplete-01"]
+    for name in others:
+        shutil.copytree(folder / "2", folder / name)
+    (folder / "007" / "sums.json").unlink()
+    with Checkpointer(folder) as checkpointer:
+        assert checkpointer.steps() == [1, 2]
+        for step in (7, 9):
+            checkpointer.save(step, make_state())
+        checkpointer.wait()
+        assert checkpointer.steps() == [7, 9]
+    assert branch(folder, tmp_path / "copy") == 9
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"7", "9", *others}
+    assert not caplog.records
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path):

@@ -187,8 +187,8 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise UserError(
-            f"no {annotations} in {folder} ({getattr(error, 'strerror', error)}); put ShareGPT4V's JSON there, or set data.manual_dir and "
-            "data.annotations"
+            f"no {annotations} in {folder} ({getattr(error, 'strerror', error)}); put ShareGPT4V's JSON there, or set "
+            "data.manual_dir and data.annotations"
         ) from error
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
     place = resolved(data_dir)
