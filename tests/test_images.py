@@ -163,6 +163,24 @@ def test_16_bits_with_a_transparent_colour(colour, clear, white):
     assert images.read(content)[3].tolist() == [[value] * 3 for value in expected]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("place", [0, 1, -2, -1])
+def test_greys_of_few_bits_with_a_transparent_one(depth, place):
+    values = np.linspace(0, 2**depth - 1, 8).astype(np.uint8)
+    bits = np.unpackbits(values[:, None], axis=1)[:, 8 - depth :]
+    clear = int(values[place])
+    content = png_of_rows(depth, 0, np.packbits(bits).tobytes(), chunk(b"tRNS", struct.pack(">H", clear)))
+    expected = np.where(values == clear, 255, values * (255 // (2**depth - 1)))
+    np.testing.assert_array_equal(images.read(content)[3], np.repeat(expected[:, None], 3, 1))
+
+
+@pytest.mark.parametrize(("colour", "row", "length"), [(0, 8, 0), (0, 8, 1), (2, 24, 0), (2, 24, 5), (6, 32, 1), (4, 16, 0)])
+def test_a_transparent_colour_that_is_cut_short_is_none(colour, row, length):
+    row = bytes(range(0, 8 * row, 8))
+    with_it = png_of_rows(8, colour, row, chunk(b"tRNS", bytes(length)))
+    np.testing.assert_array_equal(images.read(with_it), images.read(png_of_rows(8, colour, row)))
+
+
 SIDEWAYS = b'<x tiff:Orientation="6"/>'  # to be turned by 90 degrees clockwise
 XMP = b"XML:com.adobe.xmp\0"
 LONG = bytes(3 << 20)

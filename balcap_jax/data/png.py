@@ -14,6 +14,8 @@ _PIXELS = (b"IHDR", b"PLTE", b"IDAT")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _KEPT = (*_PIXELS, *_TEXTS, b"tRNS", b"eXIf", b"IEND")
 _ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of texts that may hold an orientation
+_TRANSPARENT_BYTES = {b"\0": 2, b"\2": 6}  # of the transparent colour, by the type of colour
+_GREYS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies pixels of 2 and 4 bits, but not the transparent one
 _LONGEST_TEXT = 1 << 24  # bytes of such a text that are kept
 
 
@@ -28,7 +30,7 @@ def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(len(SIGNATURE))
-    kept, seen = io.BytesIO(), set()
+    kept, seen, shortest = io.BytesIO(), set(), 0
     kept.write(SIGNATURE)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
@@ -46,7 +48,9 @@ def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
             if len(data) < length:  # The file breaks off here: Pillow finds out whether pixels are missing.
                 kept.write(head + data)
                 break
-        elif wrong or len(data) < length:
+            if kind == b"IHDR":
+                shortest = _TRANSPARENT_BYTES.get(data[9:10], 0)
+        elif wrong or len(data) < length or (kind == b"tRNS" and length < shortest):
             continue
         elif kind in _TEXTS:
             keyword = data[: len(max(_ORIENTED, key=len)) + 1].partition(b"\0")[0]
@@ -85,11 +89,14 @@ def _plain_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
 def take_transparency(image: Image.Image) -> np.ndarray | None:
     """Which pixels [height, width] have the one colour that a PNG of 16 bits calls transparent; None: of another kind.
 
-    `image` is a `stripped` one that is not loaded yet. It loses that colour, which Pillow compares with 8 bits.
+    `image` is a `stripped` one that is not loaded yet. It loses that colour, which Pillow compares with 8 bits; one of
+    2 or 4 bits is scaled as its pixels are.
     """
     # Of colours Pillow keeps the high bytes; the low ones are those of the other byte order.
     readings = {"I;16B": ("I;16B",), "RGB;16B": ("RGB;16B", "RGB;16L")}
     raw = image.tile[0].args if image.format == "PNG" and image.tile else None
+    if "transparency" in image.info and raw in _GREYS:
+        image.info["transparency"] *= _GREYS[raw]
     if raw not in readings or "transparency" not in image.info:
         return None
     colour, exact = image.info.pop("transparency"), 0
