@@ -133,6 +133,24 @@ def test_a_huge_jpeg_is_shrunk_while_it_is_decoded(tmp_path):
     assert images.read(tmp_path / "a.jpg").shape == (2400, 6400, 3)
 
 
+@pytest.mark.parametrize(
+    ("sample_format", "values", "expected"),
+    [
+        (None, [0, 2**31, 2**32 - 1], [0, 128, 255]),
+        (1, [0, 2**31, 2**32 - 1], [0, 128, 255]),
+        (2, [0, 2**31, 2**31 - 1], [0, 0, 255]),
+    ],
+)
+def test_tiffs_of_32_bits_have_no_sign_unless_they_say_so(sample_format, values, expected):
+    """TIFF 6.0, SampleFormat: the default is 1, unsigned integers."""
+    tags = {256: 3, 257: 1, 258: 32, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 12}
+    tags |= {339: sample_format} if sample_format else {}
+    head = struct.pack("<2sHI3I", b"II", 42, 20, *values)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = head + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert images.read(content)[0, :, 0].tolist() == expected
+
+
 # ---- PNG: what stands beside the pixels
 
 

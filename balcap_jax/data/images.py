@@ -132,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if ImageMode.getmode(image.mode).typestr[1:] not in ("b1", "u1"):
         values, tags = np.asarray(image), getattr(image, "tag_v2", {})
         # Of TIFFs with more than 8 bits Pillow takes 32 without a sign for numbers with one, and white for 0 as black.
-        if image.mode == "I" and tags.get(_SAMPLE_FORMAT_TAG) == (1,):
+        if image.mode == "I" and image.format == "TIFF" and tags.get(_SAMPLE_FORMAT_TAG, (1,)) == (1,):
             values = values.view(np.uint32)
         values = _to_8_bits(values)
         image = Image.fromarray(255 - values if tags.get(_PHOTOMETRIC_TAG) == 0 else values)
