@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import os
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -337,8 +336,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     use_compilation_cache()
-    # Pillow warns of what `data.images` makes an error, and of damaged EXIF data.
-    warnings.filterwarnings("ignore", module="PIL")
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
     try:
         counts = caption(arguments.model, arguments.images, arguments.out, options, retry_errors=arguments.retry_errors)

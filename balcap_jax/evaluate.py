@@ -19,7 +19,6 @@ items.jsonl.
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in needs:
         if not getattr(args, name):
             parser.error(f"--metric={args.metric} needs --{name}")
-    warnings.filterwarnings("ignore", module="PIL")  # `data.images` makes an error of what Pillow warns of.
     out = Path(args.out)
     if args.metric == "side_by_side":
         found = side_by_side.comparisons(json_text.read_lines(args.votes, "--votes takes lines of ImageInWords"))

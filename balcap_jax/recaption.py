@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,7 +249,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("the following arguments are required: --out")
     if os.path.realpath(arguments.out) == os.path.realpath(arguments.images):
         parser.error("--out must be another file than --images")
-    warnings.filterwarnings("ignore", module="PIL")  # `data.images` makes an error of what Pillow warns of.
     try:
         counts = recaption(
             sources, arguments.out, judge, retry_errors=arguments.retry_errors, max_pixels=arguments.max_pixels

@@ -2,8 +2,11 @@
 
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +152,16 @@ def test_tiffs_of_32_bits_have_no_sign_unless_they_say_so(sample_format, values,
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     content = head + struct.pack("<H", len(tags)) + entries + bytes(4)
     assert images.read(content)[0, :, 0].tolist() == expected
+
+
+def test_pillow_does_not_warn_of_what_stands_beside_the_pixels():
+    """In a process of its own: tests run under other filters."""
+    file = io.BytesIO()
+    corners().save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
+    program = "import sys; from balcap_jax.data import images; images.read(sys.stdin.buffer.read())"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input=file.getvalue(), capture_output=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ---- PNG: what stands beside the pixels

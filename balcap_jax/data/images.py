@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,9 @@ import numpy as np
 from PIL import Image, ImageFile, ImageMode
 
 from balcap_jax.data import png
+
+# Pillow warns of what becomes an ImageError here, and of damage beside the pixels. Readers are threads: once for all.
+warnings.filterwarnings("ignore", module="PIL")
 
 # What is tried, and nothing else: some of Pillow's other readers start outside programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
