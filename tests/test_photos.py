@@ -481,6 +481,9 @@ def test_entries_of_text_alone_are_left_out_and_counted(tmp_path, manual, capsys
         ({"conversations": ["x"]}, '"conversations" must be a list of'),
         ({"conversations": "x"}, "is no sample"),
         ({"image": ["a.jpg", "b.jpg"]}, '"image" must be text'),
+        ({"image": None, "images": ["a.jpg", "b.jpg"]}, '"image" must be text'),
+        ({"image": "", "images": [None]}, '"image" must be text'),
+        ({"image": None, "images": {"a.jpg": 1}}, '"image" must be text'),
         ({"image": 0}, '"image" must be text'),
         ({"image": "a.jpg", "questions": 0}, '"questions" must be a list'),
         ({"image": "a.jpg", "reference_units": {}}, '"reference_units" must be a list'),
@@ -494,6 +497,20 @@ def test_a_field_of_another_type_is_named(tmp_path, changes, named):
     with pytest.raises(UserError, match=r"^here") as caught:
         sharegpt4v.read_sample(entry, "here", tmp_path)
     assert named in str(caught.value)
+
+
+def test_a_list_of_one_picture_is_that_picture(tmp_path):
+    turns = sample("", "Hello", "Hi.")["conversations"]
+    for entry in (
+        {"images": ["a.jpg"]},
+        {"image": "", "images": "a.jpg"},
+        {"image": "a.jpg", "images": ["b.jpg", "c"]},
+    ):
+        assert not sharegpt4v.is_text_alone(entry | {"conversations": turns})
+        assert sharegpt4v.read_sample(entry | {"conversations": turns}, "here", tmp_path)["id"] == "a.jpg"
+    for entry in ({"images": []}, {"image": None, "images": None}, {"images": [""]}):
+        assert sharegpt4v.is_text_alone(entry | {"conversations": turns})
+    assert not sharegpt4v.is_text_alone({"images": ["a.jpg", "b.jpg"], "conversations": turns})
 
 
 @pytest.mark.parametrize("annotations", ["pipe", "zero", "a\0b", "folder", "gone"])

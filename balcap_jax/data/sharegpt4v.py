@@ -1,7 +1,7 @@
 """ShareGPT4V as a TFDS builder: its JSON and image roots lie in a manual directory, as its authors lay them out.
 
 The JSON is a list of {"id", "image": "coco/train2017/000000000009.jpg", "conversations": [{"from": "human", "value":
-"prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}. Pictures that are missing, or do not begin as pictures, are
+"prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}, or "images" with a list of one. Pictures that are missing, or do not begin as pictures, are
 counted and named, and so are entries of text alone. Files are stored as they are; each sample keeps its own prompt, and
 what an entry holds for rewards in the form of `data.photos`: `reference_units`, `questions`, `rubrics`.
 """
@@ -106,7 +106,15 @@ def read_annotations(path: Path) -> list[Any]:
 def is_text_alone(entry: Any) -> bool:
     """Whether an entry is a conversation about no picture, as many of the LLaVA instructions are."""
     is_sample = isinstance(entry, Mapping) and isinstance(entry.get("conversations"), list)
-    return is_sample and entry.get("image") in (None, "")
+    return is_sample and _picture(entry) in (None, "", [])
+
+
+def _picture(entry: Mapping[str, Any]) -> Any:
+    """What an entry has for "image"; other writers of this form list one picture in "images"."""
+    if (image := entry.get("image")) not in (None, ""):
+        return image
+    images = entry.get("images")
+    return images[0] if isinstance(images, list) and len(images) == 1 else images
 
 
 def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]:
@@ -125,7 +133,7 @@ def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
             raise UserError(f'{where}: "conversations" must be a list of {{"from": text, "value": text}}; {_REMEDY}')
         said.setdefault(turn["from"], turn["value"])
-    image = entry.get("image")
+    image = _picture(entry)
     if not isinstance(image, str):
         raise UserError(f'{where}: "image" must be text, the path of one picture; {_REMEDY}')
     if not image or not said.get("gpt", "").strip() or "human" not in said:
