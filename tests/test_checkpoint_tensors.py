@@ -89,6 +89,16 @@ def test_a_name_twice_in_two_files_or_in_the_index_is_refused(tmp_path):
     assert f"{WEIGHT!r} twice" in error_of(read_directory, tmp_path)
 
 
+def test_the_single_file_comes_before_an_index_of_others(tmp_path):
+    for name in ("a", "b", "model"):
+        write(tmp_path / f"{name}.safetensors", weight(), weight(f"of_{name}"))
+    index(tmp_path, [(WEIGHT, "a.safetensors"), ("of_a", "a.safetensors")])
+    assert set(read_directory(tmp_path)) == {WEIGHT, "of_model"}
+    write(tmp_path / "b.safetensors", weight("of_b"))
+    index(tmp_path, [(WEIGHT, "model.safetensors"), ("of_model", "model.safetensors"), ("of_b", "b.safetensors")])
+    assert set(read_directory(tmp_path)) == {WEIGHT, "of_model", "of_b"}
+
+
 @pytest.mark.parametrize(
     "file",
     [

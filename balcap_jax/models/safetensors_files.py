@@ -103,6 +103,7 @@ class NewTensor(NamedTuple):
 def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> dict[str, Tensor]:
     """Every tensor of a checkpoint directory by name, in the order of its shards; only headers are read.
 
+    A file model.safetensors comes before an index of other shards, as in transformers.
     Those that are `passed_over` may be of any type, and are not among them.
 
     Raises:
@@ -110,6 +111,8 @@ def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape
         of a type other than fp32, fp16 and bf16, one that is there twice, or that the index places elsewhere.
     """
     index = _read_index(directory)
+    if WEIGHTS not in index.values() and (directory / WEIGHTS).is_file():
+        index = {}
     files = sorted(set(index.values())) if index else [WEIGHTS]
     for file in files:
         if not (directory / file).is_file():
