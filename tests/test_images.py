@@ -205,7 +205,9 @@ def test_greys_of_few_bits_with_a_transparent_one(depth, place):
     np.testing.assert_array_equal(images.read(content)[3], np.repeat(expected[:, None], 3, 1))
 
 
-@pytest.mark.parametrize(("colour", "row", "length"), [(0, 8, 0), (0, 8, 1), (2, 24, 0), (2, 24, 5), (6, 32, 1), (4, 16, 0)])
+@pytest.mark.parametrize(
+    ("colour", "row", "length"), [(0, 8, 0), (0, 8, 1), (2, 24, 0), (2, 24, 5), (6, 32, 1), (4, 16, 0)]
+)
 def test_a_transparent_colour_that_is_cut_short_is_none(colour, row, length):
     row = bytes(range(0, 8 * row, 8))
     with_it = png_of_rows(8, colour, row, chunk(b"tRNS", bytes(length)))
