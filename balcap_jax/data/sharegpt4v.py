@@ -1,9 +1,10 @@
 """ShareGPT4V as a TFDS builder: its JSON and image roots lie in a manual directory, as its authors lay them out.
 
 The JSON is a list of {"id", "image": "coco/train2017/000000000009.jpg", "conversations": [{"from": "human", "value":
-"prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}, or "images" with a list of one. Pictures that are missing, or do not begin as pictures, are
-counted and named, and so are entries of text alone. Files are stored as they are; each sample keeps its own prompt, and
-what an entry holds for rewards in the form of `data.photos`: `reference_units`, `questions`, `rubrics`.
+"prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}; "images" with a list of one may stand for "image". Pictures
+that are missing, or do not begin as pictures, are counted and named, and so are entries of text alone. Files are stored
+as they are; each sample keeps its own prompt, and what an entry holds for rewards in the form of `data.photos`:
+`reference_units`, `questions`, `rubrics`.
 """
 
 import contextlib

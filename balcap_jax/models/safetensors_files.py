@@ -103,8 +103,8 @@ class NewTensor(NamedTuple):
 def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> dict[str, Tensor]:
     """Every tensor of a checkpoint directory by name, in the order of its shards; only headers are read.
 
-    A file model.safetensors comes before an index of other shards, as in transformers.
-    Those that are `passed_over` may be of any type, and are not among them.
+    A file model.safetensors comes before an index of other shards, as in transformers. Tensors
+    that are `passed_over` may be of any type, and are not among them.
 
     Raises:
       UserError: no weights, pickled weights only, a shard that is missing, cut short or no safetensors file, a tensor
