@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from balcap_jax import config_checks, json_text, regular_files
 from balcap_jax.arguments import place
 from balcap_jax.config_fields import FIELDS, KINDS, TYPE_NAMES, Field
-from balcap_jax.errors import UserError, exit_on_user_error, shown
+from balcap_jax.errors import UserError, exit_on_user_error, raised, shown
 from balcap_jax.paths import resolved
 
 _OVERRIDE = "--config."
@@ -282,8 +282,7 @@ def _recipe_error(path: str, error: BaseException) -> UserError:
         return UserError(f"recipe {path}, line {error.lineno}: {error.msg}")
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
     where = f", line {lines[-1]}" if lines else ""
-    message = shown(error, str)
-    return UserError(f"recipe {path}{where}: {type(error).__name__}{f': {message}' if message else ''}")
+    return UserError(f"recipe {path}{where}: {raised(error)}")
 
 
 def _parse(field: Field, text: str) -> Any:

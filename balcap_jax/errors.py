@@ -36,9 +36,17 @@ def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
     """A value of any kind as a message quotes it: its `form` on one line, cut; of one that has none, its type."""
     try:
         text = re.sub(r"\s*\n\s*", " ", form(value)).strip()
-    except Exception as error:  # An integer of too many digits, or whatever a recipe's own class raises.
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # An integer of too many digits, or whatever a user's own class raises.
         return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+def raised(error: BaseException) -> str:
+    """What a user's own code raised, as a message quotes it: "KeyError: 'reference'"."""
+    message = shown(error, str)
+    return f"{type(error).__name__}{f': {message}' if message else ''}"
 
 
 def exit_on_user_error(main: Callable) -> Callable:

@@ -1,5 +1,7 @@
 """Rewards that go wrong as people's own do: `rewards.name` is odd_rewards:NAME."""
 
+import asyncio
+
 import numpy as np
 
 from balcap_jax.judges.schema import ChoiceQuestion, LinguisticQuestion, PrecisionQuestion, RecallQuestion
@@ -180,6 +182,112 @@ class Exits(Good):
 class Recurses(Good):
     def rewards(self, shape):
         return self.rewards(shape)
+
+
+class OnDevice:
+    """As a tensor on a device is: no array can be made of it."""
+
+    dtype = "torch.float32"
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+class ReturnsTensor(Good):
+    def __call__(self, samples):
+        return OnDevice()
+
+
+class Tensors(Good):
+    def rewards(self, shape):
+        return OnDevice()
+
+
+class TensorsListed(Good):
+    def rewards(self, shape):
+        return [OnDevice(), OnDevice()]
+
+
+class Unshown(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class RaisesUnshown(Good):
+    def rewards(self, shape):
+        raise Unshown
+
+
+class Cancels(Good):
+    def rewards(self, shape):
+        raise asyncio.CancelledError
+
+
+class Closes(Good):
+    def rewards(self, shape):
+        raise GeneratorExit
+
+
+class OwnBase(BaseException):
+    pass
+
+
+class RaisesBase(Good):
+    def rewards(self, shape):
+        raise OwnBase("mine")
+
+
+class RaisesBaseInMaking(Good):
+    def __init__(self, judge, settings):
+        raise OwnBase("made")
+
+
+class OddDetail(Good):
+    def detail(self, shape):
+        class Rows(list):
+            def __len__(self):
+                raise OwnBase("no length")
+
+        return Rows()
+
+
+class ListNames(Good):
+    names = (["a"], "b")
+
+
+class NumberNames(Good):
+    names, gated = (1,), (True,)
+
+
+class NumberAsks(Good):
+    asks = (5,)
+
+
+class NumberNeeds(Good):
+    needs = ("reference", None)
+
+
+class TextGated(Good):
+    names, gated = ("mine",), ("no",)
+
+
+class _NoNames(type):
+    @property
+    def names(cls):
+        raise Unshown
+
+
+class RaisingNames(metaclass=_NoNames):
+    def __call__(self, samples):
+        return None
+
+
+class UsesLength(Good):
+    names = ("mine", "length")
+
+
+def __getattr__(name):
+    raise OwnBase if name == "Absent" else AttributeError(name)
 
 
 class NoArguments(Good):

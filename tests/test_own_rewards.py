@@ -112,6 +112,22 @@ def test_what_is_written_of_missing_scores_is_json_and_their_share_stops_a_run()
         ("Raises", "a call of it raised KeyError: 'reference'", "odd_rewards.py, line "),
         ("Exits", "a call of it raised SystemExit: 0", "odd_rewards.py, line "),
         ("Recurses", "a call of it raised RecursionError: ", "odd_rewards.py, line "),
+        ("ReturnsTensor", "must return Scores", "got OnDevice (torch.float32); see"),
+        ("Tensors", "Scores.rewards must be", "got OnDevice (torch.float32); see"),
+        ("TensorsListed", "Scores.rewards must be", "got list; see"),
+        ("RaisesUnshown", "raised Unshown: a Unshown that cannot be shown (RuntimeError)", "odd_rewards.py, line "),
+        ("Cancels", "a call of it raised CancelledError", "odd_rewards.py, line "),
+        ("Closes", "a call of it raised GeneratorExit", "odd_rewards.py, line "),
+        ("RaisesBase", "a call of it raised OwnBase: mine", "odd_rewards.py, line "),
+        ("RaisesBaseInMaking", "making it raised OwnBase: made", "odd_rewards.py, line "),
+        ("OddDetail", "a call of it raised OwnBase: no length", "odd_rewards.py, line "),
+        ("ListNames", "its 'names' must be a tuple of str", "got (['a'], 'b')"),
+        ("NumberNames", "its 'names' must be a tuple of str", "got (1,)"),
+        ("NumberAsks", "its 'asks' must be a tuple of str", "got (5,)"),
+        ("NumberNeeds", "its 'needs' must be a tuple of str", "got ('reference', None)"),
+        ("TextGated", "its 'gated' must be a tuple of bool", "got ('no',)"),
+        ("RaisingNames", "looking at it raised Unshown: ", "cannot be shown"),
+        ("Absent", "it cannot be imported (", "(OwnBase)"),
         ("NoArguments", "making it raised TypeError: ", "takes 1 positional argument but 3"),
     ],
 )
@@ -123,6 +139,15 @@ def test_what_is_no_reward_is_one_line_at_the_start(name, wanted, given):
     assert wanted in line
     assert given in line
     assert "\n" not in line
+
+
+def test_no_two_objectives_are_called_length():
+    config = default_config().rewards
+    config.name, config.length = "odd_rewards:UsesLength", "none"
+    assert rewards.objectives(config) == ("mine", "length")
+    config.length = "two_sided"
+    with pytest.raises(UserError, match=r"'rewards.name' is 'odd_rewards:UsesLength': its objective 'length'"):
+        rewards.objectives(config)
 
 
 def test_each_later_call_is_checked_too():

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from balcap_jax.errors import UserError
+from balcap_jax.errors import UserError, raised, shown
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import RewardFn, Samples, Scores
@@ -52,9 +52,13 @@ def resolve(name: str) -> type:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # Whatever the module raises, an exit too, is its author's to mend.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where} it cannot be imported ({type(error).__name__}: {reason})") from error
-    problem = _problem(found)
+        raise UserError(f"{where} it cannot be imported ({raised(error)})") from error
+    try:
+        problem = _problem(found)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"{where} looking at it raised {raised(error)}") from error
     if problem:
         raise UserError(f"{where} {problem}; see balcap_jax/rewards/base.py")
     return found
@@ -64,17 +68,30 @@ def _problem(found: Any) -> str:
     """What keeps an object from being a reward; "" = nothing."""
     if not isinstance(found, type) or not hasattr(found, "__call__"):  # noqa: B004 - of its objects
         return "it is no class whose objects can be called"
-    for name in ("names", "gated", "needs", "asks"):
-        if not isinstance(getattr(found, name, None), tuple):
-            return f"its {name!r} must be a tuple"
+    for name, kind in (("names", str), ("gated", bool), ("needs", str), ("asks", str)):
+        value = getattr(found, name, None)
+        if not isinstance(value, tuple) or not all(isinstance(entry, kind) for entry in value):
+            return f"its {name!r} must be a tuple of {kind.__name__}, got {shown(value)}"
     if not found.names or len(set(found.names)) < len(found.names) or len(found.gated) != len(found.names):
         return "it must have at least one name, none twice, and one flag in 'gated' for each"
     return ""
 
 
 def objectives(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the K objectives of the config group `rewards`, in the order of its weights."""
-    return resolve(config["name"]).names + (("length",) if config["length"] != "none" else ())
+    """Names of the K objectives of the config group `rewards`, in the order of its weights.
+
+    Raises:
+      UserError: there is no such reward, or it has an objective of the length's name.
+    """
+    names = resolve(config["name"]).names
+    if config["length"] == "none":
+        return names
+    if "length" in names:
+        raise UserError(
+            f"config field 'rewards.name' is {config['name']!r}: its objective 'length' has the name of that of "
+            f"rewards.length {config['length']!r}; rename it, or set rewards.length to none"
+        )
+    return (*names, "length")
 
 
 def build(config: Mapping[str, Any], judge: Judge, seed: int = 0, tried_on: Samples | None = None) -> RewardFn:

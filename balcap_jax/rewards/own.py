@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from balcap_jax import json_text
-from balcap_jax.errors import UserError
+from balcap_jax.errors import UserError, raised, shown
 from balcap_jax.judges.schema import (
     Assertion,
     ChoiceQuestion,
@@ -49,16 +49,18 @@ class OwnReward:
     def __init__(self, name: str, cls: type, judge: Judge, settings: Mapping[str, Any]):
         self._where = f"config field 'rewards.name' is {name!r}:"
         self._judge = _Judge(judge)
-        self.names, self.gated, self.needs, self.asks = cls.names, cls.gated, cls.needs, cls.asks
-        self._file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        self._file = None
         with self._one_line("making it"):
+            self._file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+            self.names, self.gated, self.needs, self.asks = cls.names, cls.gated, cls.needs, cls.asks
             self._reward = cls(self._judge, settings)
 
     def __call__(self, samples: Samples) -> Scores:
         # Its own transfers between host and device, if it computes with JAX, are its own matter.
         with self._one_line("a call of it"), jax.transfer_guard("allow"):
-            scores = self._reward(samples)
-        return without_nonfinite(self._checked(scores, (*samples.shape, len(self.names))), self.names)
+            # What it returns may be objects of its own, which raise only when they are looked at.
+            checked = self._checked(self._reward(samples), (*samples.shape, len(self.names)))
+        return without_nonfinite(checked, self.names)
 
     def try_out(self, samples: Samples) -> None:
         """Calls it once, with a stand-in for its judge, whose answers may cost money."""
@@ -99,13 +101,13 @@ class OwnReward:
     def _one_line(self, what: str) -> Iterator[None]:
         try:
             yield
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # Whatever it raises is its author's to mend.
+        except BaseException as error:  # Whatever it raises, an exit too, is its author's to mend.
             frames = traceback.extract_tb(error.__traceback__)
             last = ([frame for frame in frames if frame.filename == self._file] or frames)[-1]
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{self._where} {what} raised {reason} ({last.filename}, line {last.lineno})") from error
+            where = f"{last.filename}, line {last.lineno}"
+            raise UserError(f"{self._where} {what} raised {raised(error)} ({where})") from error
 
 
 class _Judge:
@@ -131,9 +133,10 @@ def _text(shape: Sequence[int]) -> str:
 
 def _given(value: Any) -> str:
     """Type and shape of a value, such as "ndarray (float32) of shape [2, 3]"."""
-    kind = type(value).__name__ + (f" ({value.dtype})" if hasattr(value, "dtype") else "")
+    kind = type(value).__name__ + (f" ({shown(value.dtype, str)})" if hasattr(value, "dtype") else "")
     try:
         shape = np.shape(value)
-    except ValueError:
-        return f"{kind} of {len(value)} parts of different lengths"
+    except Exception as error:  # Whatever its own `__array__` raises, as that of a tensor on a device does.
+        ragged = isinstance(error, ValueError) and isinstance(value, list | tuple)
+        return f"{kind} of {len(value)} parts of different lengths" if ragged else kind
     return f"{kind} of shape {_text(shape)}" if shape else kind
