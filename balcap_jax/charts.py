@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from balcap_jax.json_text import is_number
-from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, label_text, mapping, scale_of
+from balcap_jax.runs import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
 
 WIDTH, HEIGHT = 280, 168
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24

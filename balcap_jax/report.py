@@ -34,7 +34,6 @@ from balcap_jax.charts import (
 )
 from balcap_jax.config import CommandParser
 from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.json_text import is_number
 from balcap_jax.runs import (
     PLAIN_TABLE,
     TABLE,
@@ -45,6 +44,7 @@ from balcap_jax.runs import (
     Run,
     before_and_after,
     cell_of,
+    is_number,
     label_text,
     load_run,
     mapping,

@@ -15,11 +15,18 @@ import pydantic
 
 from balcap_jax import json_text, regular_files
 from balcap_jax.errors import UserError
-from balcap_jax.json_text import is_number
 from balcap_jax.judges.schema import Assertion
 
 STAGE_LABELS = {"base": "Base", "vision": "Vision", "align": "Alignment", "sft": "SFT", "rl": "RL"}
 USUAL_ORDER = ("vision", "align", "sft", "rl")
+
+
+_LARGEST = 1e300  # Sums, differences and percentages of what is shown are numbers too.
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be shown; a larger one counts as missing."""
+    return json_text.is_number(value) and abs(value) <= _LARGEST
 
 
 def label_text(label: str) -> str:
@@ -46,11 +53,7 @@ def before_and_after(labels: Iterable[str], order: Sequence[str] = USUAL_ORDER) 
     return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, pydantic.BeforeValidator(_finite)]
+Number = Annotated[float | None, pydantic.AfterValidator(lambda value: value if is_number(value) else None)]
 
 
 class JudgedCaption(pydantic.BaseModel):

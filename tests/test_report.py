@@ -431,6 +431,40 @@ def test_a_stage_that_counts_from_one_again_follows_the_last(tmp_path):
     assert [record["step"] for record in load_run(run).records] == [1, 2, 3, 4, 5]
 
 
+LARGE = 1.7e308
+
+
+@pytest.mark.parametrize("large", [LARGE, -LARGE, 1.1e300, int(LARGE)], ids=["large", "below", "just", "int"])
+def test_numbers_whose_sums_are_none_are_missing(tmp_path, large):
+    run = make_run(tmp_path / "run", sft=4, rl=4, images=4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[::2]:
+        line |= {key: large for key in line if key not in ("step", "stage")}
+        large = -large
+    lines[1]["step"] = lines[5]["step"] = large
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loaded = load_run(run)
+    assert len(loaded.records) == len(lines) - 2
+    (curve,) = (one for one in charts._curves(()) if one.title == "SFT loss")
+    assert [math.isnan(value) for _, value in charts._series(loaded, curve)] == [True, True, False]
+
+    summary = json.loads((run / "summary.json").read_text())
+    summary["seconds"] = {"rl": large, "sft": large}
+    for evaluation in summary["evaluations"].values():
+        evaluation["b_capscore"] = {"mean": large, "std": large}
+        large = -large
+    (run / "summary.json").write_text(json.dumps(summary))
+    for file in (run / "samples").glob("eval-*.jsonl"):
+        images = [json.loads(line) for line in file.read_text().splitlines()]
+        for caption in (caption for image in images for caption in image["captions"]):
+            caption |= {"b_capscore": large, "clarity": large}
+        file.write_text("".join(json.dumps(image) + "\n" for image in images))
+        large = -large
+    page = page_of(run)
+    assert not re.search(r"\b(nan|inf)\b", page.text)
+    assert "no b-CapScore" in page.text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [
