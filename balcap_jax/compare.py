@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from balcap_jax import json_text
+from balcap_jax import json_text, runs
 from balcap_jax.arguments import place
 from balcap_jax.charts import bars
 from balcap_jax.config import CommandParser
 from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.evals.engine import Metric, interval, resampled_sums, sums_of_groups
+from balcap_jax.evals.engine import Metric, finite, interval, resampled_sums, sums_of_groups
 from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.metrics import metric_of
 from balcap_jax.json_text import is_number
@@ -61,11 +61,14 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Differences to another evaluation over `items` common items of `groups` groups; p is that of the sign test."""
+    """Differences to another evaluation over `items` common items of `groups` groups; p is that of the sign test.
+
+    None is a difference of scores that are no numbers, such as those of parts that are all 0.
+    """
 
     items: int
     groups: int
-    difference: float
+    difference: float | None
     confidence: list[float] | None
     better: int
     worse: int
@@ -103,7 +106,7 @@ def read(folder: str | Path) -> Evaluation:
         ):
             raise UserError(f"{where} has parts that are no numbers; {_REMEDY}")
         parts[line["id"]], of_group[line["id"]] = given, str(line.get("group", line["id"]))
-        if is_number(line.get("score")):
+        if runs.is_number(line.get("score")):
             scores[line["id"]] = float(line["score"])
     try:
         metric.restore(results.get("state", {}))
@@ -113,6 +116,7 @@ def read(folder: str | Path) -> Evaluation:
 
 
 @functools.cache
+@np.errstate(over="ignore", invalid="ignore")
 def paired(base: Evaluation, other: Evaluation) -> Paired | None:
     """`other` against `base`; None where they have fewer than two groups of valid items in common.
 
@@ -123,7 +127,9 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
     if len(set(groups)) < 2:
         return None
     try:
-        sums = [sums_of_groups(np.array([one.parts[name] for name in common]), groups) for one in (base, other)]
+        sums = [
+            sums_of_groups(np.array([one.parts[name] for name in common], np.float64), groups) for one in (base, other)
+        ]
         scores = [float(one.metric.score(summed.sum(0))) for one, summed in zip((base, other), sums, strict=True)]
         drawn = [one.metric.score(resampled_sums(summed)) for one, summed in zip((base, other), sums, strict=True)]
     except (ValueError, IndexError) as error:
@@ -135,7 +141,7 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
     totals = [math.fsum(differences) for differences in votes.values()]
     better, worse = sum(total > _ROUNDING for total in totals), sum(total < -_ROUNDING for total in totals)
     between = interval(drawn[1] - drawn[0])
-    difference = scores[1] - scores[0]
+    difference = finite(scores[1] - scores[0])
     return Paired(len(common), len(set(groups)), difference, between, better, worse, sign_test(better, worse))
 
 
@@ -177,7 +183,7 @@ def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
                 str(found.get("invalid", "")),
                 *(
                     (
-                        f"{test.difference:+.2f}",
+                        "" if test.difference is None else f"{test.difference:+.2f}",
                         _span(test.confidence),
                         f"{test.better} / {test.worse} of {test.groups}",
                         f"{test.p:.2g}",

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -135,6 +136,32 @@ def test_odd_figures_are_left_out(tmp_path, odd, capsys):
     (_, second) = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert second["against"] == named[0]
     assert second["paired"]["difference"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [[1e308, 1, 1e308, 1, 0, 0]] * 3,
+        [[-1e308, 1e-300, 0, 1, 0, 0]] * 3,
+        [[0] * 6] * 3,
+        [[10**307, 1, 0, 1, 0, 0]] * 3,
+    ],
+    ids=["large", "quotient", "zeros", "integers"],
+)
+@pytest.mark.parametrize("score", [1e308, 1.0])
+def test_a_difference_that_is_no_number_is_an_empty_cell(tmp_path, parts, score, capsys):
+    named = [folder(tmp_path, "a", {"p": 1, "q": 2, "r": 3}), folder(tmp_path, "b", {"p": 2, "q": 5, "r": 1})]
+    lines = [
+        {"id": key, "score": score * sign, "parts": part}
+        for key, sign, part in zip("pqr", (1, 1, -1), parts, strict=True)
+    ]
+    (tmp_path / "b" / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare.main([*named, f"--out={tmp_path / 'out'}"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {named[1]} "))
+    assert [cell.strip() for cell in row.split("|")][7:9] == ["", ""]
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())[1]["paired"]["difference"] is None
 
 
 def test_tables_and_page(tmp_path, capsys):

@@ -217,7 +217,7 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
                 parts, line["error"] = None, "a judgement of another form (numbers that are none)"
             if parts is not None:
                 line["parts"] = [float(part) for part in parts]
-                line["score"] = _finite(metric.of_item(parts))
+                line["score"] = finite(metric.of_item(parts))
             else:
                 line.setdefault("error", metric.without_parts)
         lines.append(line)
@@ -265,6 +265,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
 # --- adding up --------------------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
     """{"score", "confidence", "n", "invalid", "errors", "words", "categories", ...} of rows, in the items' order."""
     valid = [row for row in rows if row.parts is not None]
@@ -278,15 +279,15 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
     if valid:
         matrix = np.array([row.parts for row in valid], np.float64)
         sums = matrix.sum(0)
-        result["score"] = _finite(metric.score(sums))
+        result["score"] = finite(metric.score(sums))
         grouped = sums_of_groups(matrix, [row.group for row in valid])
         result["confidence"] = interval(metric.score(resampled_sums(grouped))) if len(grouped) > 1 else None
         result["groups"] = len(grouped)
-        result |= {name: _finite(value) for name, value in metric.figures(sums).items()}
+        result |= {name: finite(value) for name, value in metric.figures(sums).items()}
         names = np.array([row.category for row in valid])
         for name in sorted(set(names.tolist()) - {""}):
             inside = names == name
-            categories[name] = {"score": _finite(metric.of_category(matrix[inside].sum(0))), "n": int(inside.sum())}
+            categories[name] = {"score": finite(metric.of_category(matrix[inside].sum(0))), "n": int(inside.sum())}
     shown = sorted(errors.items(), key=lambda pair: -pair[1])
     if len(shown) > _REASONS:
         shown = [*shown[:_REASONS], ("other reasons", sum(count for _, count in shown[_REASONS:]))]
@@ -343,7 +344,8 @@ def mean_of_known(values: Sequence[np.ndarray]) -> np.ndarray:
     return ratio(np.where(known, stacked, 0.0).sum(0), known.sum(0), 1.0)
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """The value as a float; None where it is infinite or not a number."""
     return float(value) if np.isfinite(value) else None
 
 
