@@ -134,10 +134,23 @@ def test_lexical_tells_captions_without_latin_letters_apart():
         ("犬が寝る", 4),
         ("หมา", 3),
         ("", 0),
+        ("ｱｶｲ ｲﾇ", 5),
+        ("ｶﾞﾗｽ", 3),
+        ("㊥㌔", 3),
+        ("﾿ﾡﾯ", 1),
+        ("a´b ¨ cafe\u0301", 3),
     ],
 )
 def test_lengths_are_whitespace_words_and_characters_of_scripts_without_blanks(text, count):
     assert count_words(text) == count
+
+
+def test_both_ways_of_counting_know_the_same_scripts_without_blanks():
+    letters = [letter for letter in map(chr, range(0x10000)) if unicodedata.category(letter)[0] in "LN"]
+    for letter in letters:
+        meant = unicodedata.normalize("NFKC", letter)
+        if len(meant) == 1 and unicodedata.category(meant)[0] in "LN":
+            assert count_words(2 * letter) == len(words(2 * letter)), f"{ord(letter):x}"
 
 
 def test_a_rubric_of_infinite_weights_is_a_missing_value():

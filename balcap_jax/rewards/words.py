@@ -26,7 +26,7 @@ def count_words(text: str) -> int:
 
     Characters of scripts without blanks count one each, and so do the marks of punctuation between them.
     """
-    return len("".join(map(_apart, unicodedata.normalize("NFC", text))).split())
+    return len("".join(map(_apart, unicodedata.normalize("NFC", "".join(map(_full, text))))).split())
 
 
 @functools.cache
@@ -39,5 +39,18 @@ def _in_words(character: str) -> str:
 
 
 @functools.cache
+def _full(character: str) -> str:
+    """What a half-width, circled or squared character of a script without blanks stands for; others as they are."""
+    # Not of all text: what some marks stand for begins with a blank.
+    meant = unicodedata.normalize("NFKC", character)
+    is_one = unicodedata.name(character, "").startswith("HALFWIDTH") or any(map(_is_without_blanks, meant))
+    return meant if is_one else character
+
+
+@functools.cache
 def _apart(character: str) -> str:
-    return f" {character} " if unicodedata.name(character, "").startswith(_WITHOUT_BLANKS) else character
+    return f" {character} " if _is_without_blanks(character) else character
+
+
+def _is_without_blanks(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_WITHOUT_BLANKS)
