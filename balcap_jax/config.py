@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from balcap_jax import config_checks, json_text, regular_files
 from balcap_jax.arguments import place
 from balcap_jax.config_fields import FIELDS, KINDS, TYPE_NAMES, Field
-from balcap_jax.errors import UserError, exit_on_user_error, raised, shown
+from balcap_jax.errors import UserError, exit_on_user_error, raised, shown, streams_kept
 from balcap_jax.paths import resolved
 
 _OVERRIDE = "--config."
@@ -199,7 +199,8 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
       UserError: the recipe is missing or fails, or `check` fails.
     """
     path, variant = _split_variant(recipe)
-    with _errors_of(path):  # What is in the ConfigDict is the recipe's code too, until every value has its type.
+    # What is in the ConfigDict is the recipe's code too, until every value has its type.
+    with _errors_of(path), streams_kept():
         given = dict(_leaves(_run_recipe(path, variant)))
         values = _values(_overridden(given, overrides or {}))
     return _checked(values)

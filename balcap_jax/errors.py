@@ -1,5 +1,6 @@
 """The one error type that a user is meant to read, and how every command ends: on it, on Ctrl-C, on a full disk."""
 
+import contextlib
 import errno
 import functools
 import gc
@@ -8,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from balcap_jax import memory
@@ -49,6 +50,24 @@ def raised(error: BaseException) -> str:
     return f"{type(error).__name__}{f': {message}' if message else ''}"
 
 
+@contextlib.contextmanager
+def streams_kept() -> Iterator[None]:
+    """Stdout and stderr are afterwards those of before, open, whatever a user's own code inside does to them."""
+    kept = {"stdout": (1, sys.stdout), "stderr": (2, sys.stderr)}
+    try:
+        yield
+    finally:
+        for name, (descriptor, stream) in kept.items():
+            try:
+                is_lost = getattr(stream, "closed", False)
+            except ValueError:  # Detached.
+                is_lost = True
+            if is_lost:  # Python leaves the descriptor open.
+                encoding = getattr(stream, "encoding", None)
+                stream = open(descriptor, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
 def exit_on_user_error(main: Callable) -> Callable:
     """Wraps a command: a UserError, a disk that fails, too little memory or Ctrl-C becomes one line on stderr.
 
@@ -71,7 +90,7 @@ def exit_on_user_error(main: Callable) -> Callable:
         except UserError as error:
             end(str(error))
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            _say("interrupted")
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # The reader has left (`... | head`).
             _discard_output()
@@ -101,8 +120,19 @@ def _where(error: OSError) -> str:
 def end(reason: str) -> NoReturn:
     """Ends the command with one line, whatever a name or a message in it holds; exit status 2."""
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in reason)
-    print(f"error: {line}", file=sys.stderr)
+    _say(f"error: {line}")
     sys.exit(2)
+
+
+def _say(line: str) -> None:
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):  # None, or closed.
+        sys.stderr = None  # Python would fail to flush one without a buffer at exit.
+        if sys.__stderr__ is not None:  # Otherwise descriptor 2 may be that of another file.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def _cannot_print() -> bool:

@@ -387,6 +387,31 @@ def test_recipe_that_does_something_odd(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    "does",
+    [
+        "sys.stdout.close(); sys.stderr.close()",
+        "sys.stdout = sys.stderr = None",
+        "sys.stdout.detach(); sys.stderr.detach()",
+        "sys.stdout.buffer.close(); sys.stderr.buffer.close()",
+        "sys.stdout = sys.stderr = open('/dev/null', 'w')",
+    ],
+)
+@pytest.mark.parametrize("ends", ["", "raise ValueError('bad')", "sys.exit()"])
+def test_recipe_that_closes_its_streams(write_recipe, monkeypatch, capfd, does, ends):
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        monkeypatch.setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
+    recipe = write_recipe(f"import sys; {does}", ends)
+    if ends:
+        with pytest.raises(SystemExit):
+            config_lib.main([f"--config={recipe}"])
+    else:
+        config_lib.main([f"--config={recipe}"])
+    written, said = capfd.readouterr()
+    assert ("rollout.group_size = " in written) == (not ends)
+    assert (said.count("\n"), said.startswith("error: recipe ")) == ((1, True) if ends else (0, False))
+
+
+@pytest.mark.parametrize(
     ("line", "part"),
     [
         ("config.data.prompt = {}", "'data.prompt' must be a string, got {} ("),
@@ -408,7 +433,10 @@ def test_recipe_that_does_something_odd(tmp_path, name):
             "RequiredValueError",
         ),
         ("config.seed = type('O', (), {'__repr__': lambda self: 1 / 0})()", "got a O that cannot be shown"),
-        ("config.seed = type('O', (), {'__repr__': lambda self: exit(0)})()", "SystemExit: 0"),
+        (
+            "config.seed = type('O', (), {'__repr__': lambda self: exit(0)})()",
+            "got a O that cannot be shown (SystemExit)",
+        ),
         ("config.seed = 'x' * 1_000_000", "'seed' must be an integer, got 'xxx"),
     ],
 )

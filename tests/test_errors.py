@@ -97,6 +97,12 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         assert errors.startswith("Traceback")
 
 
+@pytest.mark.parametrize("lost", ["sys.stderr.close()", "sys.stderr = None", "sys.stderr.detach()"])
+def test_a_line_is_said_without_stderr(lost):
+    program = "from balcap_jax.errors import UserError, exit_on_user_error\ndef main():\n"
+    assert ending(f"{program}    {lost}\n    raise UserError('ö')\nexit_on_user_error(main)()") == (2, "error: ö\n")
+
+
 def test_a_closed_stdout_is_no_error():
     program = "from balcap_jax.errors import exit_on_user_error\nsys.stdout = None\n"
     assert ending(program + "exit_on_user_error(print)('a line')") == (0, "")

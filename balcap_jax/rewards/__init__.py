@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from balcap_jax.errors import UserError, raised, shown
+from balcap_jax.errors import UserError, raised, shown, streams_kept
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import RewardFn, Samples, Scores
@@ -48,7 +48,8 @@ def resolve(name: str) -> type:
         hint = f"did you mean {near[0]!r}?" if near else "or package.module:Class for one of your own"
         raise UserError(f"{where} rewards are {', '.join(REWARDS)}; {hint}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        with streams_kept():
+            found = getattr(importlib.import_module(module), attribute)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # Whatever the module raises, an exit too, is its author's to mend.
