@@ -243,7 +243,10 @@ class ChatClient:
 
     async def _connect(self, sees: bool) -> None:
         if not self.model:
-            names = {endpoint.url: await probe.listed_model(endpoint) for endpoint in self._endpoints}
+            told = await asyncio.gather(*(probe.listed_model(one) for one in self._endpoints))
+            names = {one.url: name for one, name in zip(self._endpoints, told, strict=True) if isinstance(name, str)}
+            if not names:  # Of others that tell none, their first question says whether they are of use.
+                raise told[0]
             if len(set(names.values())) > 1:
                 listed = ", ".join(f"{name!r} at {url}" for url, name in names.items())
                 raise UserError(f"judge.model is empty, and the endpoints serve different models ({listed}); name one")

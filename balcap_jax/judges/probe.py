@@ -5,9 +5,11 @@ and a picture where pictures are asked about. What is refused (HTTP 400, 422) is
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import re
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -46,11 +48,12 @@ _MESSAGES = (
 _PICTURE = np.full((56, 56, 3), 128, np.uint8)  # Some models take none with a side below 28 pixels.
 
 
-async def listed_model(endpoint: "Endpoint") -> str:
-    """The name of the one model that the server lists. Raises UserError."""
+async def listed_model(endpoint: "Endpoint") -> str | UserError:
+    """The name of the one model that the server lists, or why it tells none. Raises UserError for several."""
     where = f"judge endpoint {endpoint.url}"
     try:
-        status, headers, body = await endpoint.request("GET", "/models")
+        async with _time_limit(endpoint):
+            status, headers, body = await endpoint.request("GET", "/models")
         tree = json.loads(body) if status == 200 else {}
         if status != 200 or (isinstance(tree, dict) and tree.get("error")):
             raise error_of(endpoint.url, status, headers, body)
@@ -63,9 +66,9 @@ async def listed_model(endpoint: "Endpoint") -> str:
         if any(without_key(name, endpoint.key) != name for name in names):
             raise ValueError("a key")
     except CallError as error:
-        raise refusal(endpoint, error) from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where} lists no models; name one in judge.model") from error
+        return refusal(endpoint, error)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return UserError(f"{where} lists no models; name one in judge.model")
     if len(names) > 1:
         listed = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
         raise UserError(f"judge.model is empty, and {where} lists several models ({listed}); name one")
@@ -136,12 +139,9 @@ async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, fo
     while True:
         known = len(endpoint.unknown), endpoint.tokens_field
         try:
-            async with asyncio.timeout(settings.attempt_timeout):
+            async with _time_limit(endpoint):
                 reply = await endpoint.post(model, _MESSAGES, picture, form, _Probe, max_tokens, tokens)
             return _read(endpoint.url, form, reply)
-        except TimeoutError as error:
-            reason = f"no answer within {settings.attempt_timeout:g} s"
-            raise CallError(endpoint.url, reason, "endpoint") from error
         except CallError as error:
             if error.status in _REFUSED:
                 _learn(endpoint, error.detail)
@@ -155,6 +155,17 @@ async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, fo
             if error.kind in ("endpoint", "question", "answer") or tries == TRIES or asked_to_wait:
                 raise
             await asyncio.sleep(max(WAIT, error.retry_after))
+
+
+@contextlib.asynccontextmanager
+async def _time_limit(endpoint: "Endpoint") -> AsyncIterator[None]:
+    """Of one request. Raises CallError where it takes longer."""
+    seconds = endpoint.settings.attempt_timeout
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise CallError(endpoint.url, f"no answer within {seconds:g} s", "endpoint") from error
 
 
 def _read(url: str, form: Form, reply: Reply) -> None:

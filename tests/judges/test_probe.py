@@ -347,6 +347,45 @@ def test_the_one_model_that_is_listed_is_asked(models, found):
                 assert client.model == "a"
 
 
+class Lists(JudgeServer):
+    """Answers `/models` with a status of its own, or never."""
+
+    listing = Reply("hang")
+
+    async def _answer(self, path, headers, raw, reader, writer):
+        if path.endswith("/models"):
+            return await self._behave(self.listing, reader, writer)
+        return await super()._answer(path, headers, raw, reader, writer)
+
+
+def test_a_list_of_models_that_never_comes_is_one_line():
+    with Lists(right) as server:
+        line = line_of(server, model="", attempt_timeout=0.2)
+    assert line.startswith(f"judge endpoint {server.url} is down (no answer within 0.2 s)")
+
+
+@pytest.mark.parametrize("status", [404, 429, 500, 503, 0])
+def test_the_model_is_taken_from_the_endpoints_that_tell_it(status):
+    with Lists(right) as one, JudgeServer(right) as other, JudgeServer(right) as third:
+        one.listing = Reply("status", "no", status=status, headers="Retry-After: 60\r\n") if status else one.listing
+        with client_of(one, other, third, model="", attempt_timeout=0.2) as client:
+            client.connect()
+            assert client.model == "the-model"
+        assert one.probes
+        third.models = b'{"data": [{"id": "another"}]}'
+        line = line_of(one, other, third, model="", attempt_timeout=0.2)
+        assert f"different models ('the-model' at {other.url}, 'another' at {third.url})" in line
+        assert f"judge endpoint {one.url} " in line_of(one, model="", attempt_timeout=0.2)
+
+
+def test_an_endpoint_that_is_down_is_one_line_without_a_model_too():
+    dead = "http://127.0.0.1:9/v1"
+    with JudgeServer(right) as server:
+        settings = ChatSettings(((dead, 1.0), (server.url, 1.0)), "")
+        with ChatClient(settings) as client, pytest.raises(UserError, match=f"judge endpoint {dead} is down"):
+            client.connect()
+
+
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
