@@ -14,6 +14,8 @@ from balcap_jax.judges.keys import without_key
 ERROR_BYTES = 20_000  # of an error's body that are read
 _LONGEST_WAIT = 3600.0  # seconds; a server that asks for more is asked again after an hour
 _CHARACTERS_PER_TOKEN = 4
+_LAYERS = 4  # encodings of one body that are read
+_PIECE = 4096  # bytes that are unpacked at a time
 CUT_OFF = "answer cut off at max_tokens"
 _SECONDS = re.compile(r"(\d{1,12}(?:\.\d*)?)\s*(?:s|secs?|seconds?)?\s*(?:,|\Z)", re.IGNORECASE)
 # Of errors that come with HTTP 200, and name no number.
@@ -156,11 +158,13 @@ def inflated(body: bytes, encodings: str, limit: int) -> bytes:
     """The body without gzip or deflate, at most `limit` + 1 bytes of it.
 
     What is compressed without a word is found by its first bytes, and what is not in spite of the header is left as it
-    is. Other encodings stay.
+    is. Other encodings stay, and what is packed more than `_LAYERS` times.
     """
-    for encoding in [*reversed(encodings.lower().split(",")), ""]:
+    for encoding in [*encodings.lower().split(",")[: -_LAYERS - 1 : -1], ""]:
         if body[:2] == b"\x1f\x8b":
-            body = _unpacked(body, 31, limit) or body
+            packed, body = body, _unpacked(body, 31, limit)
+            if body in (b"", packed):  # The next pass would find the same.
+                return packed
         elif encoding.strip() == "deflate":  # With a head by the standard, without one by some servers.
             body = _unpacked(body, 15, limit) or _unpacked(body, -15, limit) or body
     return body
@@ -168,15 +172,19 @@ def inflated(body: bytes, encodings: str, limit: int) -> bytes:
 
 def _unpacked(body: bytes, bits: int, limit: int) -> bytes:
     """As much of it as can be read, b"" = nothing."""
-    found = b""
-    while body and len(found) <= limit:
-        unpack = zlib.decompressobj(bits)
+    found, at, begun = bytearray(), 0, 0
+    unpack = zlib.decompressobj(bits)
+    while at < len(body) and len(found) <= limit:
+        piece = body[at : at + _PIECE]  # Each member's end copies what follows it: of the whole body that takes long.
         try:
-            found += unpack.decompress(body, limit + 1 - len(found))
+            found += unpack.decompress(piece, limit + 1 - len(found))
         except zlib.error:
+            del found[begun:]
             break
-        body = unpack.unused_data
-    return found
+        at += len(piece) - len(unpack.unused_data)
+        if unpack.eof:
+            unpack, begun = zlib.decompressobj(bits), len(found)
+    return bytes(found)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

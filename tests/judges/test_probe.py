@@ -2,6 +2,7 @@
 is one line."""
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -16,7 +17,7 @@ from misbehaving import JudgeServer, Reply, completion, is_probe, text_of
 from balcap_jax.errors import UserError
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
 from balcap_jax.judges.forms import SCHEMA, of_length
-from balcap_jax.judges.replies import CallError, reply_of
+from balcap_jax.judges.replies import CallError, inflated, reply_of
 from balcap_jax.judges.schema import Failure
 
 IMAGE = np.zeros((30, 40, 3), np.uint8)
@@ -413,6 +414,24 @@ def test_packed_answers_are_read(answer_to, encoding, pack):
     assert isinstance(answer_to(Reply("raw", pack(completion(ANSWER)), headers=headers)), Answer)
 
 
+LONG = completion(ANSWER + " " * 10_000)
+
+
+def test_long_answers_in_members_are_read_beside_what_is_no_member():
+    packed = b"".join(gzip.compress(LONG[i : i + 3000], 0) for i in range(0, len(LONG), 3000))
+    assert inflated(packed + b"and more", "gzip", 1 << 20) == LONG
+    assert inflated(gzip.compress(packed), "gzip, gzip", 1 << 20) == LONG
+    assert inflated(raw_deflate(LONG), "deflate", 1 << 20) == LONG
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip, gzip", ",".join(["gzip", "deflate"] * 2000)])
+def test_no_packed_answer_takes_long(encoding):
+    body = gzip.compress(b"") * 52_000
+    begun = time.process_time()
+    assert inflated(body, encoding, 1 << 20) == body
+    assert time.process_time() - begun < 1
+
+
 @pytest.mark.parametrize(
     ("encoding", "body", "reason"),
     [
@@ -421,9 +440,15 @@ def test_packed_answers_are_read(answer_to, encoding, pack):
         ("gzip, gzip", gzip.compress(gzip.compress(bytes(50_000_000))), "answer longer than 1048576 bytes"),
         ("gzip", b"".join([gzip.compress(bytes(9999))] * 300), "answer longer than 1048576 bytes"),
         ("gzip", gzip.compress(completion(ANSWER))[:-30], "answer is no chat completion"),
+        ("gzip", gzip.compress(LONG, 0)[:-8] + bytes(8), "answer is no chat completion"),
+        (
+            ",".join(["gzip"] * 9),
+            functools.reduce(lambda b, _: gzip.compress(b), range(9), LONG),
+            "which is not read here",
+        ),
         ("br", b"\x0b\x02\x80{}\x03", "answer in the encoding 'br', which is not read here"),
     ],
-    ids=["gzip", "deflate", "twice", "members", "torn", "brotli"],
+    ids=["gzip", "deflate", "twice", "members", "torn", "wrong sum", "in many layers", "brotli"],
 )
 def test_bombs_and_what_cannot_be_unpacked_are_no_answers(answer_to, encoding, body, reason):
     assert reason in answer_to(Reply("raw", body, headers=f"Content-Encoding: {encoding}\r\n")).reason
