@@ -42,7 +42,18 @@ _PASSES, _PASSES_MORE = 4, 1 << 16
 # In characters read: what each object costs beside, and a start that fails, to which Python counts the lines.
 _PER_OBJECT, _PER_START, _PER_POSITION = 64, 16, 1 / 128
 _ERRORS = 1000  # of one object, of which the first is named: pydantic makes a list of all
-_DECODER = json.JSONDecoder(strict=False)  # Models break lines inside strings, where JSON wants \n.
+_TWO_VALUES = object()  # of a name that an object has twice: no field takes it
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        found[name] = value if name not in found or repr(found[name]) == repr(value) else _TWO_VALUES
+    return found
+
+
+# Models break lines inside strings, where JSON wants \n.
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_object_of)
 
 
 class UnusableAnswer(ValueError):
@@ -54,8 +65,9 @@ def parse_answer(
 ) -> Any:
     """The one object of `schema` that a text holds behind its thoughts, which `check` has nothing against.
 
-    The whole text is taken where it is JSON; else the one object in it. Two different ones are refused, and so is one
-    beside anything that begins as one, whole or not: either might be quoted from the text that was to be judged.
+    The whole text is taken where it is JSON; else the one object in it. Two different ones are refused, and so are two
+    values of one field, and an object beside anything that begins as one, whole or not: either might be quoted from the
+    text that was to be judged.
 
     `cut`: the text was cut off. Its object counts where it begins the answer or ends it: it may be a draft elsewhere.
 

@@ -16,12 +16,14 @@ from balcap_jax.judges.cache import AnswerFile
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
 from balcap_jax.judges.forms import of_length
 from balcap_jax.judges.schema import (
+    PLAIN,
     Assertion,
     ChoiceQuestion,
     ChoiceVerdict,
     Failure,
     LinguisticQuestion,
     LinguisticVerdict,
+    Mark,
     PrecisionQuestion,
     PrecisionVerdict,
     RecallQuestion,
@@ -46,7 +48,7 @@ class _Precision(pydantic.BaseModel):
 
 
 class _Unit(pydantic.BaseModel):
-    unit: int
+    unit: Annotated[int, PLAIN]
     why: str
     covered: bool
 
@@ -57,13 +59,13 @@ class _Recall(pydantic.BaseModel):
 
 class _Linguistic(pydantic.BaseModel):
     why: str
-    clarity: int = pydantic.Field(ge=1, le=5)
-    fluency: int = pydantic.Field(ge=1, le=5)
-    coherency: int = pydantic.Field(ge=1, le=5)
+    clarity: Mark
+    fluency: Mark
+    coherency: Mark
 
 
 class _Criterion(pydantic.BaseModel):
-    criterion: int
+    criterion: Annotated[int, PLAIN]
     why: str
     passed: bool
 

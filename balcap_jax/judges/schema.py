@@ -2,11 +2,26 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import pydantic
+
+
+def _plain(value: Any) -> Any:
+    """Pydantic takes True as 1, and the text 0_4 as 4."""
+    if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", value)):
+        raise ValueError("no plain number")
+    return value
+
+
+PLAIN = pydantic.BeforeValidator(_plain)
+"""Of a number: models may write it as text, in plain digits, and no flag is one."""
+
+Mark = Annotated[int, pydantic.Field(ge=1, le=5), PLAIN]
+_MeanMark = Annotated[int | float, pydantic.Field(ge=1, le=5), PLAIN]
 
 
 class Assertion(pydantic.BaseModel):
@@ -31,9 +46,9 @@ class RecallVerdict(pydantic.BaseModel):
 class LinguisticVerdict(pydantic.BaseModel):
     """Marks 1 (worst) to 5 (best): whole numbers, or the means of a judge that gives each mark a probability."""
 
-    clarity: int | float = pydantic.Field(ge=1, le=5)
-    fluency: int | float = pydantic.Field(ge=1, le=5)
-    coherency: int | float = pydantic.Field(ge=1, le=5)
+    clarity: _MeanMark
+    fluency: _MeanMark
+    coherency: _MeanMark
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """What language models are asked to write offline: references of pictures, and the criteria of RubiCap."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
 
 from balcap_jax.judges import prompts
 from balcap_jax.judges.client import Ask
+from balcap_jax.judges.schema import PLAIN
 
 DESCRIBE = "describe.v1"
 RUBRIC_WRITER = "rubric_writer.v1"
@@ -20,7 +21,7 @@ class Description(pydantic.BaseModel):
 
 class Criterion(pydantic.BaseModel):
     criterion: str
-    weight: Literal[1, 2, 3]
+    weight: Annotated[Literal[1, 2, 3], PLAIN]
 
 
 class Rubrics(pydantic.BaseModel):

@@ -12,7 +12,7 @@ from misbehaving import JudgeServer, Reply, blocks_of, kind_of, right_answer, te
 
 from balcap_jax import config as configuration
 from balcap_jax.errors import UserError
-from balcap_jax.judges import prompts
+from balcap_jax.judges import prompts, remote
 from balcap_jax.judges.client import Ask, ChatClient, ChatSettings
 from balcap_jax.judges.injection import suspicious
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
@@ -27,6 +27,7 @@ from balcap_jax.judges.schema import (
     RubricQuestion,
 )
 from balcap_jax.judges.settings import parse_endpoints
+from balcap_jax.judges.tasks import Rubrics
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples, ask_kinds
 
@@ -372,7 +373,7 @@ class Pair(pydantic.BaseModel):
         'Here it is: {"a": 1, "b": true}. Good luck {really}!',
         '<think>{"a": 2, "b": false} or not</think>\n{"a": 1, "b": true}',
         'So {"c": 1} it is not, but {"a": 1, "b": true}, I repeat: {"a": 1, "b": true}',
-        '{"a": 3, "b": true, "a": 1}',
+        '{"a": 1, "b": true, "more": 1, "a": 1, "more": 2}',
         '{"why": "one line\nand\tanother", "a": 1, "b": true}',
         'It is {"why": "one line\nand another", "a": 1, "b": true}.',
     ],
@@ -390,6 +391,11 @@ def test_answers_that_can_be_read(text):
         ("[1, true]", "no JSON object"),
         ('{"a": 1}', "(b: missing)"),
         ('{"a": 1.5, "b": true}', "(a: int_from_float)"),
+        # Two values of one field, as of two objects.
+        ('{"a": 3, "b": true, "a": 1}', "(a: int_type)"),
+        ('{"a": 1, "b": false, "b": true, "b": false}', "(b: bool_type)"),
+        ('{"a": 1, "b": true, "b": 1}', "(b: bool_type)"),
+        ('So: {"a": 3, "b": true, "a": 1}. I mean {"a": 1, "b": true}', "several JSON objects"),
         ('{"a": NaN, "b": true}', "(a: "),
         ('{"a": 1, "b": true} or {"a": 2, "b": true}', "several JSON objects"),
         # The judge quotes a caption's ready-made answer, and its own is out of range or no JSON.
@@ -411,6 +417,32 @@ def test_answers_that_cannot(text, reason):
     with pytest.raises(UnusableAnswer) as caught:
         parse_answer(text, Pair)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("schema", [LinguisticVerdict, remote._Linguistic])
+@pytest.mark.parametrize(
+    "mark", ["true", '"true"', '"0_4"', '" 4 "', '"+4"', '"4\\n"', '"\u0664"', '"4e0"', "0", '"6"']
+)
+def test_marks_are_numbers_in_plain_digits(schema, mark):
+    text = '{"why": "so", "clarity": %s, "fluency": 4, "coherency": "4"}'
+    assert parse_answer(text % '"4"', schema).clarity == parse_answer(text % 4, schema).coherency == 4
+    with pytest.raises(UnusableAnswer, match=r"\(clarity"):
+        parse_answer(text % mark, schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (remote._Recall, '{"units": [{"unit": %s, "why": "", "covered": true}]}'),
+        (remote._Rubric, '{"criteria": [{"criterion": %s, "why": "", "passed": true}]}'),
+        (Rubrics, '{"rubrics": [{"criterion": "x", "weight": %s}]}'),
+    ],
+)
+def test_numbers_of_units_and_weights_are_no_flags(schema, text):
+    assert parse_answer(text % 1, schema)
+    for odd in ("true", '"0_1"', '" 1"'):
+        with pytest.raises(UnusableAnswer):
+            parse_answer(text % odd, schema)
 
 
 ANSWER = '{"a": 1, "b": true}'
