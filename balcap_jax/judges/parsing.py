@@ -11,19 +11,24 @@ from typing import Any
 import pydantic
 
 _THOUGHT = r"(?:thinking|think|thoughts?)"
-_ASIDE = rf"(?:{_THOUGHT}|reasoning|reason|reflection|analysis|scratchpad|inner_monologue)"
+_ASIDE = (
+    rf"(?:(?:{_THOUGHT}|reasoning|reason)(?:[_ -]?process)?"
+    r"|reflection|analysis|scratchpad|inner_monologue|planning|deliberation|cot)"
+)
 _LEFT, _RIGHT, _SPACE = r"[<\[◁][|｜]?", r"[|｜]?[>\]▷]", r"[_▁ -]?"
 _NAMESPACE = r"(?:\w{1,20}[:_-])?"
+_REST = r"(?:\s[^<>]{0,80}(?<!/))?"  # attributes; a mark that closes itself holds no thoughts
 _MARKS = re.compile(
     # Ends: </think>, [/THINK], ◁/think▷, </seed:think>; <|end_of_thought|>, <|END_THINKING|>; <|think_end|>; the final
     # channel of gpt-oss, also where its marks were lost; <channel|> of Gemma; <unused95> of MedGemma; Apertus.
-    rf"(?P<end>{_LEFT}/{_NAMESPACE}{_ASIDE}{_RIGHT}"
+    rf"(?P<end>{_LEFT}\s{{0,3}}/\s{{0,3}}{_NAMESPACE}{_ASIDE}{_REST}{_RIGHT}"
     rf"|{_LEFT}end{_SPACE}(?:of{_SPACE})?{_ASIDE}{_RIGHT}|{_LEFT}{_ASIDE}{_SPACE}end{_RIGHT}"
     r"|<\|channel\|>\s{0,9}final[^<]{0,40}(?:<\|constrain\|>[^<]{0,40})?<\|message\|>"
     r"|<channel\|>|<unused95>|<\|inner_suffix\|>)"
     # Beginnings, of the same models in the same order.
-    rf"|(?P<begin>{_LEFT}{_NAMESPACE}{_THOUGHT}{_RIGHT}"
-    rf"|{_LEFT}(?:begin|start){_SPACE}(?:of{_SPACE})?{_THOUGHT}{_RIGHT}|{_LEFT}{_THOUGHT}{_SPACE}(?:begin|start){_RIGHT}"
+    rf"|(?P<begin>[<◁][|｜]?\s{{0,3}}{_NAMESPACE}{_ASIDE}{_REST}{_RIGHT}"
+    rf"|\[[|｜]?{_NAMESPACE}{_THOUGHT}\s{{0,3}}{_RIGHT}"  # [Analysis] is a heading
+    rf"|{_LEFT}(?:begin|start){_SPACE}(?:of{_SPACE})?{_ASIDE}{_RIGHT}|{_LEFT}{_ASIDE}{_SPACE}(?:begin|start){_RIGHT}"
     r"|<\|channel\|>\s{0,9}(?:analysis|commentary)|<\|channel>\s{0,9}thought|<unused94>|<\|inner_prefix\|>)",
     re.IGNORECASE,
 )

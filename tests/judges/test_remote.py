@@ -446,6 +446,10 @@ def test_numbers_of_units_and_weights_are_no_flags(schema, text):
 
 
 ANSWER = '{"a": 1, "b": true}'
+ASIDES = [
+    *("cot", "thought_process", "thinking_process", "thinking-process", "planning", "deliberation", "reasoning"),
+    *("analysis", "reflection", "scratchpad", "inner_monologue", "reason", "my:thoughts", "reasoning_process"),
+]
 THOUGHT = 'If {so}, {"a": 2, "b": false}; '
 
 
@@ -476,10 +480,36 @@ THOUGHT = 'If {so}, {"a": 2, "b": false}; '
         '{"why": "it says </think> and <think>", "a": 1, "b": true}',
         'So: {"why": "it says [/THINK]", "a": 1, "b": true}.',
         f"{ANSWER} <analysis of it>",
+        *(
+            f"{begin}{THOUGHT}{end} {ANSWER}"
+            for begin in ("", "<think >")
+            for end in ("</think >", "</ think >", "< /think>", "</THINK\n>", "</think id='1'>", "[/ THINK ]")
+        ),
+        *(f"<{name}>{THOUGHT}</{name}>{ANSWER}" for name in ASIDES),
+        *(f"{THOUGHT}</{name}>{ANSWER}" for name in ASIDES),
+        *(f"{ANSWER} <{name}>{THOUGHT}" for name in ASIDES),
+        f"<think/>{ANSWER}",
+        f"<think />\n{ANSWER}",
+        f"[Analysis] It is so. {ANSWER}",
+        f"<answer kind='think'>{ANSWER}</answer>",
     ],
 )
 def test_what_stands_before_the_end_of_thoughts_is_thought(text):
     assert parse_answer(text, Pair) == Pair(a=1, b=True)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        *(f"<{name}>" for name in ASIDES),
+        *("<think >", "< think>", '<think id="1">', "<reasoning\nkind=a b=c>", "<|begin_of_reasoning|>", "[think ]"),
+    ],
+)
+def test_thoughts_that_do_not_end_are_no_answer(begin):
+    with pytest.raises(UnusableAnswer, match="empty answer"):
+        parse_answer(begin + ANSWER, Pair)
+    with pytest.raises(UnusableAnswer, match="no JSON object"):
+        parse_answer(f"Well. {begin}{ANSWER}", Pair)
 
 
 @pytest.mark.parametrize(
@@ -553,6 +583,11 @@ UNITS = [
     "`",
     "{a:",
     "{ \n",
+    "<think ",
+    "</ think a",
+    "</   ",
+    "a_",
+    "<reasoning_process_",
 ]
 LONG = {
     "blanks between fences": "```\n" + " " * MEGABYTE + "x",
