@@ -16,7 +16,7 @@ from balcap_jax.judges import probe
 from balcap_jax.judges.forms import Form, response_format, wire_messages
 from balcap_jax.judges.limits import Breaker, Pace
 from balcap_jax.judges.pictures import picture_tokens
-from balcap_jax.judges.replies import ERROR_BYTES, CallError, Reply, error_of, inflated, reply_of, tokens_of
+from balcap_jax.judges.replies import ERROR_BYTES, CallError, Reply, error_of, inflated, is_success, reply_of, tokens_of
 
 if TYPE_CHECKING:
     from balcap_jax.judges.client import Ask, ChatSettings
@@ -134,9 +134,9 @@ class Endpoint:
         body = {name: value for name, value in body.items() if name not in self.unknown}
         body |= response_format(form, schema)
         status, headers, content = await self.request("POST", "/chat/completions", json.dumps(body).encode())
-        if status != 200:
+        if not is_success(status):
             raise error_of(self.url, status, headers, content)
-        return reply_of(self.url, headers, content, asked, self.key)
+        return reply_of(self.url, headers, content, asked, self.key, status)
 
     async def request(
         self, method: str, path: str, content: bytes | None = None
@@ -147,14 +147,14 @@ class Endpoint:
         body = bytearray()
         try:
             async with self._http.stream(method, self.url + path, content=content, headers=headers) as response:
-                read = limit if response.status_code == 200 else ERROR_BYTES
+                read = limit if is_success(response.status_code) else ERROR_BYTES
                 async for chunk in response.aiter_raw(65536):
                     body += chunk
                     if len(body) > read:
                         break
                 # Read as it came: what is packed may be far longer than its bytes, and has the same bound.
                 found = inflated(bytes(body), response.headers.get("content-encoding", ""), read)
-                if response.status_code == 200 and len(found) > limit:
+                if is_success(response.status_code) and len(found) > limit:
                     raise CallError(self.url, f"answer longer than {limit} bytes", "answer")
                 return response.status_code, response.headers, found
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:

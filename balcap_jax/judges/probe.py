@@ -20,7 +20,7 @@ from balcap_jax.judges.forms import FORMS, SCHEMA, SYSTEM, Form
 from balcap_jax.judges.keys import cleaned, without_key
 from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.pictures import data_url, picture_tokens
-from balcap_jax.judges.replies import CallError, Reply, error_of, tokens_of
+from balcap_jax.judges.replies import CallError, Reply, error_of, is_success, tokens_of
 
 if TYPE_CHECKING:
     from balcap_jax.judges.endpoints import Endpoint
@@ -54,8 +54,8 @@ async def listed_model(endpoint: "Endpoint") -> str | UserError:
     try:
         async with _time_limit(endpoint):
             status, headers, body = await endpoint.request("GET", "/models")
-        tree = json.loads(body) if status == 200 else {}
-        if status != 200 or (isinstance(tree, dict) and tree.get("error")):
+        tree = json.loads(body) if is_success(status) else {}
+        if not is_success(status) or (isinstance(tree, dict) and tree.get("error")):
             raise error_of(endpoint.url, status, headers, body)
         if isinstance(tree, dict):
             tree = tree.get("data") or tree.get("models")

@@ -18,7 +18,7 @@ _LAYERS = 4  # encodings of one body that are read
 _PIECE = 4096  # bytes that are unpacked at a time
 CUT_OFF = "answer cut off at max_tokens"
 _SECONDS = re.compile(r"(\d{1,12}(?:\.\d*)?)\s*(?:s|secs?|seconds?)?\s*(?:,|\Z)", re.IGNORECASE)
-# Of errors that come with HTTP 200, and name no number.
+# Of errors that come with a status of success, and name no number.
 _NAMED = (
     (429, r"rate.?limit|too.?many.?requests|resource.?exhausted|quota"),
     (401, r"authenticat|unauthori[sz]ed|(invalid|incorrect|missing|wrong).{0,20}\bkey"),
@@ -81,8 +81,8 @@ class Reply:
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 
-def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, key: str) -> Reply:
-    """The reply in the body of an answer with HTTP 200; `asked` is about the tokens of the question.
+def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, key: str, status: int = 200) -> Reply:
+    """The reply in the body of an answer without an error's status; `asked` is about the tokens of the question.
 
     Raises CallError for an error in its place, and for what is no chat completion.
     """
@@ -94,7 +94,7 @@ def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, k
         known = encoding in ("", "identity", "gzip", "x-gzip", "deflate")
         raise CallError(url, "answer is no chat completion" if known else unread, "answer") from error
     if (told := _error_in(tree)) is not None:
-        raise _error(url, 200, headers, told)
+        raise _error(url, status, headers, told)
     try:
         choice = tree["choices"][0]
         message = choice["message"]
@@ -144,6 +144,11 @@ def _empty(message: Mapping[str, Any], parts: list[tuple[str, str]]) -> tuple[st
     return "empty answer", "look at its chat template, or name another judge.model"
 
 
+def is_success(status: int) -> bool:
+    """Of HTTP: gateways answer 201 and others too."""
+    return 200 <= status < 300
+
+
 def tokens_of(characters: int) -> int:
     return -(-characters // _CHARACTERS_PER_TOKEN)
 
@@ -191,7 +196,7 @@ def _unpacked(body: bytes, bits: int, limit: int) -> bytes:
 
 
 def error_of(url: str, status: int, headers: Mapping[str, str], content: bytes) -> CallError:
-    """The error of an answer with another status than 200."""
+    """The error of an answer whose status says so, or whose body does."""
     text = content[:ERROR_BYTES].decode(errors="replace")
     try:
         tree = json.loads(text)
@@ -225,9 +230,9 @@ def _error_in(tree: Any) -> dict[str, Any] | None:
 
 def _error(url: str, status: int, headers: Mapping[str, str], told: Mapping[str, Any]) -> CallError:
     reason = f"HTTP {status}"
-    if status == 200:
+    if is_success(status):
         status = _status_in(told)
-        reason = f"HTTP 200 with error {status}" if status else "HTTP 200 with an error"
+        reason += f" with error {status}" if status else " with an error"
     if status in (401, 402, 403, 404, 405) or 300 <= status < 400:
         kind = "endpoint"
     elif status == 429:

@@ -278,6 +278,16 @@ def test_an_error_body_with_status_200_is_that_error(name):
     assert LIMIT in error.detail
 
 
+@pytest.mark.parametrize("status", [201, 202, 203, 206, 299])
+def test_a_completion_with_another_status_of_success_is_an_answer(answer_to, status):
+    answer = answer_to(Reply("status", completion(ANSWER + " " * 30_000).decode(), status=status))
+    assert answer.value == Verdict(mark=3, letter="A")
+    assert "answer is no chat completion" in answer_to(Reply("status", "", status=status)).reason
+    said = answer_to(Reply("status", json.dumps({"error": {"code": 502, "message": "x"}}), status=status)).reason
+    assert f"HTTP {status} with error 502, x" in said
+    assert "answer longer than 1048576 bytes" in answer_to(Reply("status", " " * 1_100_000, status=status)).reason
+
+
 def test_an_error_429_with_status_200_waits_and_uses_up_no_retry():
     body = ERRORS["busy"]["error"] | {"metadata": {"headers": {"Retry-After": "0.5"}}}
     replies = [Reply("raw", json.dumps({"error": body}).encode()), Reply("text", ANSWER)]
@@ -365,7 +375,7 @@ def test_a_list_of_models_that_never_comes_is_one_line():
     assert line.startswith(f"judge endpoint {server.url} is down (no answer within 0.2 s)")
 
 
-@pytest.mark.parametrize("status", [404, 429, 500, 503, 0])
+@pytest.mark.parametrize("status", [302, 404, 429, 500, 503, 0])
 def test_the_model_is_taken_from_the_endpoints_that_tell_it(status):
     with Lists(right) as one, JudgeServer(right) as other, JudgeServer(right) as third:
         one.listing = Reply("status", "no", status=status, headers="Retry-After: 60\r\n") if status else one.listing
