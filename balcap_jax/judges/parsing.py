@@ -19,6 +19,7 @@ _LEFT, _RIGHT, _SPACE = r"[<\[◁][|｜]?", r"[|｜]?[>\]▷]", r"[_▁ -]?"
 _NAMESPACE = r"(?:\w{1,20}[:_-])?"
 _REST = r"(?:\s[^<>]{0,80}(?<!/))?"  # attributes; a mark that closes itself holds no thoughts
 _MARKS = re.compile(
+    r"(?=[<\[◁][^<\[◁])(?:"  # all of them: the rest takes longer to find out
     # Ends: </think>, [/THINK], ◁/think▷, </seed:think>; <|end_of_thought|>, <|END_THINKING|>; <|think_end|>; the final
     # channel of gpt-oss, also where its marks were lost; <channel|> of Gemma; <unused95> of MedGemma; Apertus.
     rf"(?P<end>{_LEFT}\s{{0,3}}/\s{{0,3}}{_NAMESPACE}{_ASIDE}{_REST}{_RIGHT}"
@@ -29,7 +30,7 @@ _MARKS = re.compile(
     rf"|(?P<begin>[<◁][|｜]?\s{{0,3}}{_NAMESPACE}{_ASIDE}{_REST}{_RIGHT}"
     rf"|\[[|｜]?{_NAMESPACE}{_THOUGHT}\s{{0,3}}{_RIGHT}"  # [Analysis] is a heading
     rf"|{_LEFT}(?:begin|start){_SPACE}(?:of{_SPACE})?{_ASIDE}{_RIGHT}|{_LEFT}{_ASIDE}{_SPACE}(?:begin|start){_RIGHT}"
-    r"|<\|channel\|>\s{0,9}(?:analysis|commentary)|<\|channel>\s{0,9}thought|<unused94>|<\|inner_prefix\|>)",
+    r"|<\|channel\|>\s{0,9}(?:analysis|commentary)|<\|channel>\s{0,9}thought|<unused94>|<\|inner_prefix\|>))",
     re.IGNORECASE,
 )
 # Models that say in words where thoughts begin and end: gpt-oss without its marks, and Granite.
