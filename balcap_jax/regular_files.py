@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from typing import IO
 
-LONGEST = 1 << 31  # bytes of a file that is read whole: the largest published lists of captions have 1.5 GB
+LONGEST = 1 << 31  # bytes of a file that is read whole
 _LONGEST_LINE = 1 << 26  # bytes: a line may hold pictures
 
 

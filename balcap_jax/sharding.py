@@ -78,9 +78,9 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def check_jaxlib(devices: Sequence[jax.Device]) -> None:
     """Refuses CPU devices under a jaxlib that computes wrongly there.
 
-    Two or more threads add parts of a broadcast operand twice when XLA:CPU sums over it (github.com/jax-ml/jax/issues
-    39103 and 39741). The norm of a gradient is such a sum, so that clipping goes wrong by chance. 0.10.1 and 0.12.0 are
-    right (tests/maths/test_sums.py). setup.py excludes the same versions.
+    On several threads XLA:CPU may add parts of a broadcast operand twice (github.com/jax-ml/jax/issues/39741,
+    github.com/tensorflow/tensorflow/issues/126812). The norm of a gradient is such a sum, so clipping goes wrong by
+    chance. 0.10.1 and 0.12.0 are right (tests/maths/test_sums.py). setup.py excludes the same versions.
 
     Raises:
       UserError: the installed jaxlib is one of them.
