@@ -426,7 +426,11 @@ FIELDS: tuple[Field, ...] = (
         "keep what scores best in it on greedy captions of validation images, every stages.rl.eval_every updates: "
         "b_capscore, an objective, with scenes dcscore, captionqa, arena; empty = none",
     ),
-    Field("checkpoint.asynchronous", "bool", True, "write while training goes on", resumable=True),
+    Field(
+        "checkpoint.asynchronous", "bool", False,
+        "write while training goes on; a power cut then loses up to two times checkpoint.every updates, not one",
+        resumable=True,
+    ),
     # log
     Field("log.every", "int", 1, "updates between lines of metrics.jsonl", low=1, high=STEPS, resumable=True),
     Field("log.samples_every", "int", 20, "updates between saved captions; 0 = off", low=0, high=STEPS, resumable=True),

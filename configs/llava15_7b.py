@@ -63,6 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.rollout.max_tokens = 512
     config.rollout.buckets = (128, 256, 384, 512)
     config.checkpoint.every = 25
+    config.checkpoint.asynchronous = True  # Gigabytes: the chips need not wait for the disk.
 
     if "lora" in variants:
         config.lora.rank = 64

@@ -65,6 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.rollout.max_tokens = 1024
     config.rollout.buckets = (256, 512, 768, 1024)
     config.checkpoint.every = 25
+    config.checkpoint.asynchronous = True  # Gigabytes: the chips need not wait for the disk.
 
     if "lora" in variants:
         config.lora.rank = 64

@@ -44,7 +44,7 @@ def test_ten_power_cuts_of_a_run(tmp_path, data_dir, finished, asynchronous):
     assert_same_run(workdir, finished.workdir)
     lost = max(steps - step for _, steps, step in found)
     print(f"{len(found)} cuts; at most {lost} steps are made once more")
-    # A save in the background that was asked for ends before the next one begins.
+    # A save in the background ends before the next one begins, so the one before it may still count until then.
     assert lost <= every * (2 if asynchronous else 1)
 
     training, ending = ([cut for cut in found if (cut[1] < 10) == under_way] for under_way in (True, False))
