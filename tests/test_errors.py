@@ -70,7 +70,7 @@ def test_a_full_disk_that_a_log_is_written_to_is_one_line(opened, flush):
 @pytest.mark.parametrize(
     ("raised", "line"),
     [
-        ("open('/dev/full', 'w', 1).write('\\n')", r"No space left on device; mend .*"),
+        ("os.write(os.open('/dev/full', os.O_WRONLY), b'x')", r"No space left on device; mend .*"),
         ("os.fsync(os.pipe()[0])", r"Invalid argument; mend .*"),
         ("os.unlink('none')", "none: No such file or directory; mend .*"),
         ("os.rename('none', 'other')", "none -> other: No such file or directory; mend .*"),
