@@ -18,6 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
 MAX_POINTS = 240  # beyond this many a curve's points are means over neighbouring steps
 RUN_COLOURS = 6
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SMALLEST = 1e-290  # Below, powers of ten and their inverses are no numbers.
 PHASES = ("rollout", "judge", "update", "other")
 
 
@@ -145,8 +146,10 @@ def _value_range(members: Sequence[tuple[Curve, list]], runs: Sequence[Run]) -> 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    low, high = sorted((low, high))
     if high - low < 1e-9 * max(1.0, abs(high)):
-        pad = abs(high) * 0.1 or 1.0
+        largest = max(abs(low), abs(high))
+        pad = largest * 0.1 if largest > _SMALLEST else 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))

@@ -431,6 +431,18 @@ def test_a_stage_that_counts_from_one_again_follows_the_last(tmp_path):
     assert [record["step"] for record in load_run(run).records] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("small", [5e-324, -1e-310, 1e-305, -1e-291, 1e-280, -1e-30, -5])
+def test_a_curve_of_the_smallest_numbers_or_of_negative_times_is_drawn(tmp_path, small):
+    run = make_run(tmp_path / "run", sft=4, rl=4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {key: small for key in line if key not in ("step", "stage")}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(run)
+    assert page.tags.count("svg") > 3
+    assert not re.search(r"\b(nan|inf)\b", page.text)
+
+
 LARGE = 1.7e308
 
 
