@@ -15,6 +15,7 @@ import pytest
 from misbehaving import JudgeServer, Reply, completion, is_probe, text_of
 
 from balcap_jax.errors import UserError
+from balcap_jax.judges import probe
 from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
 from balcap_jax.judges.forms import SCHEMA, of_length
 from balcap_jax.judges.replies import CallError, inflated, reply_of
@@ -389,7 +390,8 @@ def test_the_model_is_taken_from_the_endpoints_that_tell_it(status):
         assert f"judge endpoint {one.url} " in line_of(one, model="", attempt_timeout=0.2)
 
 
-def test_an_endpoint_that_is_down_is_one_line_without_a_model_too():
+def test_an_endpoint_that_is_down_is_one_line_without_a_model_too(monkeypatch):
+    monkeypatch.setattr(probe, "WAIT", 0.01)
     dead = "http://127.0.0.1:9/v1"
     with JudgeServer(right) as server:
         settings = ChatSettings(((dead, 1.0), (server.url, 1.0)), "")
