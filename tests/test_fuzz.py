@@ -459,7 +459,7 @@ def of_commands(targets, *groups: str) -> list[Target]:
 
 
 def test_commands(targets):
-    through_commands(of_commands(targets, "configs", "runs", "lists")[::3], 2, seed=2)
+    through_commands(of_commands(targets, "configs", "runs", "lists")[::3], 4, seed=2)
 
 
 @pytest.mark.slow
