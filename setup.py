@@ -82,7 +82,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["balcap_jax", "balcap_jax.*"]),
-    package_data={"balcap_jax": ["templates/*.j2"], "balcap_jax.judges": ["prompts/*"]},
+    package_data={"balcap_jax.judges": ["prompts/*"], "balcap_jax.report": ["*.j2"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

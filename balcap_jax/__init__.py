@@ -8,8 +8,7 @@ heads, H head size, L layers.
 import os
 import sys
 
-from balcap_jax import memory
-from balcap_jax.errors import end, end_quietly_while_importing
+from balcap_jax.cli.process import end, end_quietly_while_importing, memory_problem
 
 # Without PyTorch, which is no dependency, transformers would tell every user of every command that models are missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -17,7 +16,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 if sys.argv and sys.argv[0] == "-m":  # What it holds while Python looks for the module of `python -m balcap_jax.train`.
     end_quietly_while_importing()
     _names = [name.removeprefix("-m") for name in sys.orig_argv if name.startswith(("balcap_jax.", "-mbalcap_jax."))]
-    if _names and (_problem := memory.problem(_names[0].removeprefix("balcap_jax."))):  # Imports may be too much.
+    if _names and (_problem := memory_problem(_names[0].removeprefix("balcap_jax."))):  # Imports may be too much.
         end(_problem)
 
 __version__ = "0.1.0"

@@ -29,20 +29,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from balcap_jax import caption_settings, models
-from balcap_jax.arguments import place
-from balcap_jax.caption_settings import beside
-from balcap_jax.config import CommandParser
-from balcap_jax.config_fields import FIELDS
+from balcap_jax import models
+from balcap_jax.captioning import provenance
+from balcap_jax.captioning.provenance import beside
+from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import AppendedLines
+from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.cli.progress import ProgressLine
+from balcap_jax.config.schema import FIELDS
 from balcap_jax.data import images as pictures
 from balcap_jax.data.listing import Item, list_items, picture_name
-from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.jsonl import AppendedLines
-from balcap_jax.machine import use_compilation_cache
 from balcap_jax.models import Prompt
 from balcap_jax.models.prompting import PromptTooLong
-from balcap_jax.progress import ProgressLine
 from balcap_jax.rollout import Rollout, Sampling, example_keys, make_rollout
+from balcap_jax.training.machine import use_compilation_cache
 
 DEFAULT_PROMPT = "Describe this image in detail."  # of models that name none
 _SCHEMA = {field.name: field for field in FIELDS}
@@ -218,11 +219,11 @@ def caption(
     wanted = {item.key for item in items}
     folder, out = Path(images), Path(out)
     folder = folder if folder.is_dir() else folder.parent
-    settings = caption_settings.identity(model) | options.settings()
+    settings = provenance.identity(model) | options.settings()
     with AppendedLines(out) as lines, AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors:
         captioned, failed = _keys(lines, folder), _keys(errors, folder)
         if lines.found or errors.found:
-            caption_settings.check(out, settings)
+            provenance.check(out, settings)
         if retry_errors:
             errors.keep(lambda entry: _key(entry, folder) not in wanted)
             failed -= wanted
@@ -234,7 +235,7 @@ def caption(
         with _enough_memory():
             captioner = Captioner(model, options)
         captioner.check_prompts(pending)
-        caption_settings.write(out, settings)
+        provenance.write(out, settings)
         with ProgressLine("captions", len(items), len(items) - len(pending)) as progress:
             ready: list[tuple[Item, Prompt]] = []
             for number, (item, prompt) in enumerate(
@@ -276,7 +277,7 @@ def _keys(lines: AppendedLines, folder: Path) -> set[str]:
 
 def _prompt_of(model: str | os.PathLike) -> str:
     """What the model was trained to answer."""
-    caption_settings.existing(model)
+    provenance.existing(model)
     return models.read_fields(model).get("prompt") or DEFAULT_PROMPT
 
 

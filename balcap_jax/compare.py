@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from balcap_jax import json_text, runs
-from balcap_jax.arguments import place
-from balcap_jax.charts import bars
-from balcap_jax.config import CommandParser
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.cli import json_text
+from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json_object, read_jsonl, write_text
+from balcap_jax.cli.json_text import is_number
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.evals.engine import Metric, finite, interval, resampled_sums, sums_of_groups
-from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.metrics import metric_of
-from balcap_jax.json_text import is_number
+from balcap_jax.report import run
+from balcap_jax.report.charts import bars
 
 _ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
 _ROUNDING = 1e-6  # points that are no difference
@@ -79,7 +80,7 @@ def read(folder: str | Path) -> Evaluation:
     """Raises UserError where the folder holds no finished evaluation."""
     folder = Path(folder)
     try:
-        results = json_text.read_object(folder / "results.json", _REMEDY)
+        results = read_json_object(folder / "results.json", _REMEDY)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} has no results.json; {_REMEDY}") from error
     if not isinstance(results.get("metric"), str) or "score" not in results:
@@ -93,7 +94,7 @@ def read(folder: str | Path) -> Evaluation:
         results["words"] = None
     metric = metric_of(results["metric"])
     scores, parts, of_group = {}, {}, {}
-    for where, line in json_text.read_lines(folder / "items.jsonl", _REMEDY):
+    for where, line in read_jsonl(folder / "items.jsonl", _REMEDY):
         if not isinstance(line.get("id"), str):
             raise UserError(f"{where} has no id; {_REMEDY}")
         given = line.get("parts")
@@ -106,7 +107,7 @@ def read(folder: str | Path) -> Evaluation:
         ):
             raise UserError(f"{where} has parts that are no numbers; {_REMEDY}")
         parts[line["id"]], of_group[line["id"]] = given, str(line.get("group", line["id"]))
-        if runs.is_number(line.get("score")):
+        if run.is_number(line.get("score")):
             scores[line["id"]] = float(line["score"])
     try:
         metric.restore(results.get("state", {}))

@@ -21,15 +21,16 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from balcap_jax import json_text
-from balcap_jax.arguments import place
-from balcap_jax.config import CommandParser
-from balcap_jax.config_fields import RUN_FIELDS
-from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.models import Policy, arrays, hf, loading, safetensors_files
+from balcap_jax.cli import json_text
+from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json_object, resolved
+from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.cli.progress import PLAIN_SECONDS
+from balcap_jax.config.schema import RUN_FIELDS
+from balcap_jax.models import Policy
+from balcap_jax.models.formats import hf, loading, orbax, safetensors
 from balcap_jax.models.prompting import PromptProcessor
-from balcap_jax.paths import resolved
-from balcap_jax.progress import PLAIN_SECONDS
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -78,14 +79,14 @@ def from_hf(
     types = hf.types(checkpoint, pieces)
     if dtype is not None:
         types = dict.fromkeys(types, DTYPES[dtype])
-    total = sum(arrays.size(shapes[path], types[path]) for path in shapes)
+    total = sum(orbax.size(shapes[path], types[path]) for path in shapes)
     with loading.written_aside(out, "the model") as aside, _progress(total, progress) as report:
-        stores = arrays.create(aside / loading.PARAMS, {path: (shapes[path], types[path]) for path in shapes})
+        stores = orbax.create(aside / loading.PARAMS, {path: (shapes[path], types[path]) for path in shapes})
         for path, layer, array in hf.read_arrays(checkpoint, pieces):
             place = stores[path] if layer is None else stores[path][layer]
             with np.errstate(over="ignore"):
                 array = array.astype(types[path], copy=False)
-            if dtype is not None and not safetensors_files.is_finite(array):
+            if dtype is not None and not safetensors.is_finite(array):
                 raise UserError(f"{source}: {path} is beyond the range of {dtype}; give another --dtype")
             place.write(array).result()
             report(array.nbytes)
@@ -130,7 +131,7 @@ def to_hf(
     names = loading.source_names(source)
 
     def read(path: str, layer: int | None) -> np.ndarray:
-        return arrays.read(source / loading.PARAMS, stores[path], layer)
+        return orbax.read(source / loading.PARAMS, stores[path], layer)
 
     types = {path: store.dtype.numpy_dtype for path, store in stores.items()}
     tensors = hf.new_tensors(
@@ -145,7 +146,7 @@ def to_hf(
         loading.written_aside(out, "the checkpoint") as aside,
         _progress(sum(tensor.size for tensor in tensors), progress) as report,
     ):
-        safetensors_files.write_directory(aside, tensors, shard_bytes=max(1, int(shard_gb * 1e9)), progress=report)
+        safetensors.write_directory(aside, tensors, shard_bytes=max(1, int(shard_gb * 1e9)), progress=report)
         loading.carry_files(source, aside)
         _write_config(aside, fields, policy, processor, dtype or types["decoder/embed"].name)
         _write_processor(aside, fields)
@@ -168,7 +169,7 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
     """Makes config.json name the type of the tensors, and makes the file itself for a model that has none."""
     path = directory / hf.CONFIG
     if path.exists():
-        config = json_text.read_object(path, _DOWNLOAD_AGAIN)
+        config = read_json_object(path, _DOWNLOAD_AGAIN)
         known = [key for key in ("dtype", "torch_dtype") if key in config]
         if all(config[key] == dtype for key in known):
             return
@@ -191,7 +192,7 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
 def _write_tokenizer(directory: Path, processor: PromptProcessor) -> None:
     """Makes the files of a tokenizer of ours, which transformers 5 wrote, those that 4 reads too; adds the template."""
     path = directory / _TOKENIZER
-    config = json_text.read_object(path, "save the model again")
+    config = read_json_object(path, "save the model again")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     # In transformers 4 these are named ones; processors look for the image's word among them.
     config["additional_special_tokens"] = config.get("extra_special_tokens", [])
@@ -223,10 +224,10 @@ def _write_processor(directory: Path, fields: Mapping[str, Any]) -> None:
 
 def _needs_5(directory: Path) -> bool:
     """Whether transformers 4 cannot read a checkpoint, or takes another model for it: where it came from 5 alone."""
-    config = json_text.read_object(directory / hf.CONFIG, _DOWNLOAD_AGAIN)
+    config = read_json_object(directory / hf.CONFIG, _DOWNLOAD_AGAIN)
     text = config.get("text_config", config)
     tokenizer = directory / _TOKENIZER
-    words = json_text.read_object(tokenizer, _DOWNLOAD_AGAIN) if tokenizer.exists() else {}
+    words = read_json_object(tokenizer, _DOWNLOAD_AGAIN) if tokenizer.exists() else {}
     new_rope = "rope_parameters" in text and "rope_theta" not in text
     return new_rope or words.get("tokenizer_class") == "TokenizersBackend"
 

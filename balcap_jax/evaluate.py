@@ -25,10 +25,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balcap_jax import json_text, memory
-from balcap_jax.arguments import place
-from balcap_jax.config import CommandParser, default_config, take_group
-from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
+from balcap_jax.cli import json_text
+from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json_or_jsonl, read_jsonl, write_text
+from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error, memory_problem
+from balcap_jax.config.recipes import default_config, take_group
 from balcap_jax.evals import caparena, side_by_side, vqa
 from balcap_jax.evals.balanced import BCapScore
 from balcap_jax.evals.caparena import CapArena
@@ -37,9 +39,8 @@ from balcap_jax.evals.capture import Capture
 from balcap_jax.evals.checklist import Checklist
 from balcap_jax.evals.dcscore import DCScore
 from balcap_jax.evals.engine import NO_CAPTION, Item, Metric, Texts, claim, digest_of, evaluate, read_captions
-from balcap_jax.evals.held_out import write_text
 from balcap_jax.evals.vqa_data import read_questions
-from balcap_jax.judges.remote import make_client
+from balcap_jax.judges.chat_judge import make_client
 
 NEEDS = {
     "dcscore": ("captions", "references", "images"),
@@ -126,7 +127,7 @@ def answer(args: argparse.Namespace) -> str:
     """Has `args.model` answer the questions, going on where it was stopped; returns the file of its predictions."""
     from balcap_jax import caption  # JAX only where a model is run.
 
-    if problem := memory.problem("caption"):
+    if problem := memory_problem("caption"):
         raise UserError(problem)
     out, listing = Path(args.out), []
     benchmark = vqa.BENCHMARKS[args.metric]
@@ -153,9 +154,9 @@ def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """Judgements by id. Raises UserError for a line without one."""
     found = {}
     remedy = '--judgements takes lines {"id", "judgement"}'
-    if args.metric == "caparena" and "img" in next(iter(json_text.read_entries(path, remedy)), ("", {}))[1]:
+    if args.metric == "caparena" and "img" in next(iter(read_json_or_jsonl(path, remedy)), ("", {}))[1]:
         return caparena.read_results(path, args.name)
-    for where, line in json_text.read_entries(path, remedy):
+    for where, line in read_json_or_jsonl(path, remedy):
         if not isinstance(line.get("id"), str) or not isinstance(line.get("judgement", {}), dict):
             raise UserError(f"{where} is no judgement; {remedy}")
         if line["id"] in found:
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--metric={args.metric} needs --{name}")
     out = Path(args.out)
     if args.metric == "side_by_side":
-        found = side_by_side.comparisons(json_text.read_lines(args.votes, "--votes takes lines of ImageInWords"))
+        found = side_by_side.comparisons(read_jsonl(args.votes, "--votes takes lines of ImageInWords"))
         claim(out, {"metric": "side_by_side", "inputs": digest_of(args.votes)})
         text = "\n\n".join(f"{one.name or Path(args.votes).stem}\n\n{side_by_side.markdown(one)}" for one in found)
         write_text(out / "table.md", text + "\n")

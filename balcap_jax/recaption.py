@@ -30,19 +30,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balcap_jax import caption_settings, json_text
-from balcap_jax.arguments import place
-from balcap_jax.caption_settings import beside
-from balcap_jax.config import CommandParser, take_group
+from balcap_jax.captioning import provenance
+from balcap_jax.captioning.provenance import beside
+from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import AppendedLines, read_jsonl
+from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
+from balcap_jax.cli.progress import ProgressLine
+from balcap_jax.config.recipes import take_group
 from balcap_jax.data import photos, sharegpt4v
 from balcap_jax.data.listing import Item, list_items, picture_name, spelt
-from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
-from balcap_jax.jsonl import AppendedLines
-from balcap_jax.judges import cost, prompts
-from balcap_jax.judges.client import ChatClient
-from balcap_jax.judges.remote import make_client
+from balcap_jax.judges import budget, prompts
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat_judge import make_client
 from balcap_jax.judges.writers import References, Rubrics, Units, Writer, reference_of
-from balcap_jax.progress import ProgressLine
 
 KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
 MAX_PIXELS = 1_048_576  # of what the judge is shown: hosted models shrink larger pictures themselves
@@ -101,7 +102,7 @@ class Sources:
         """The students' captions by the id, or the path, of their pictures."""
         found = {}
         remedy = "--students takes a file that `caption` wrote"
-        for where, entry in json_text.read_lines(Path(self.students or ""), remedy):
+        for where, entry in read_jsonl(Path(self.students or ""), remedy):
             if not isinstance(_key(entry), str) or not isinstance(entry.get("caption"), str):
                 raise UserError(f"{where} has no picture and caption; {remedy}")
             found[entry["id"] if "id" in entry else picture_name(self.folder, entry["image"])] = entry["caption"]
@@ -129,7 +130,7 @@ def recaption(
             AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors,
             AppendedLines(beside(out, ".duplicates.jsonl"), lazy=True) as duplicates,
         ):
-            spending = cost.Spending(client, judge, beside(out, ".judge.json"))
+            spending = budget.Spending(client, judge, beside(out, ".judge.json"))
             client.connect(sees=sources.kind == "references")
             settings = {"write": sources.kind, "judge": client.model, "prompts": ", ".join(writer.prompts)}
             settings |= {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
@@ -138,8 +139,8 @@ def recaption(
             if sources.students:
                 settings["students"] = os.path.realpath(sources.students)
             if lines.found or errors.found or duplicates.found:
-                caption_settings.check(out, settings)
-            caption_settings.write(out, settings)
+                provenance.check(out, settings)
+            provenance.write(out, settings)
             if retry_errors:
                 wanted = {_key(item.names) for item in items}
                 errors.keep(lambda entry: _key(entry) not in wanted)
@@ -149,7 +150,7 @@ def recaption(
             named = {_key(item.names): item for item in reversed(items)}  # ShareGPT4V names some pictures twice.
             pending = [item for key, item in reversed(named.items()) if key not in done]
             new = len(lines.entries)
-            patience = cost.Patience(client, judge)
+            patience = budget.Patience(client, judge)
             with ProgressLine(sources.kind, len(named), len(named) - len(pending)) as progress:
                 for start in range(0, len(pending), judge.concurrency):
                     part = pending[start : start + judge.concurrency]

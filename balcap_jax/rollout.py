@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from balcap_jax import sharding
 from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.parallel import sharding
 
 _BLOCK = 256  # tokens of a block in `categorical`; near the square root of a large vocabulary
 

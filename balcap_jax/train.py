@@ -21,31 +21,32 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from balcap_jax import config as configuration
-from balcap_jax import data, distributed, json_text, judges, layouts, lora, models, report, rewards, sharding
-from balcap_jax.arguments import place
-from balcap_jax.best import Best
-from balcap_jax.best import check as check_best_metric
-from balcap_jax.checkpoint import Checkpointer, PreemptionFlag
-from balcap_jax.config_fields import RUN_FIELDS
+from balcap_jax import data, judges, models, rewards
+from balcap_jax.aot import print_sharding
+from balcap_jax.cli import json_text
+from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import resolved, write_text
+from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
+from balcap_jax.config import recipes as configuration
+from balcap_jax.config.schema import RUN_FIELDS
 from balcap_jax.data.input import as_columns, examples, make_dataset
-from balcap_jax.errors import INTERRUPTED, UserError, exit_on_user_error
-from balcap_jax.evals import held_out
-from balcap_jax.evals.miniature import with_miniature
-from balcap_jax.judges import cost
-from balcap_jax.machine import device_text, use_compilation_cache, versions
-from balcap_jax.metrics import MetricsWriter, PhaseClock, Progress, import_wandb
-from balcap_jax.models import arrays as model_arrays
-from balcap_jax.models import loading
-from balcap_jax.paths import resolved
-from balcap_jax.pipeline import abstract_kept
-from balcap_jax.stages import (
+from balcap_jax.judges import budget, cost
+from balcap_jax.models import lora
+from balcap_jax.models.formats import loading
+from balcap_jax.models.formats import orbax as model_arrays
+from balcap_jax.parallel import distributed, sharding
+from balcap_jax.report.page import before_after_table, write_report
+from balcap_jax.rewards.miniature import with_miniature
+from balcap_jax.train_step import TrainState, trained
+from balcap_jax.training import evaluation
+from balcap_jax.training.checkpoint import Checkpointer
+from balcap_jax.training.evaluation import Best, Evaluator
+from balcap_jax.training.evaluation import check_best_metric as check_best_metric
+from balcap_jax.training.job import (
+    EVALUATION_STEP,
     LORA_STAGES,
-    Evaluator,
     Job,
-    RLStage,
-    SFTStage,
-    VisionStage,
     check_freezes,
     freeze_of,
     params_of,
@@ -53,8 +54,13 @@ from balcap_jax.stages import (
     start_state,
     state_shardings,
 )
-from balcap_jax.train_step import TrainState, trained
-from balcap_jax.workdir import KINDS, check_saved, claim, dump_samples, not_ours, read_summary, readable
+from balcap_jax.training.logging import MetricsWriter, import_wandb
+from balcap_jax.training.machine import device_text, use_compilation_cache, versions
+from balcap_jax.training.pipeline import abstract_kept
+from balcap_jax.training.progress import PhaseClock, Progress
+from balcap_jax.training.stages import RLStage, SFTStage
+from balcap_jax.training.vision_stage import VisionStage
+from balcap_jax.training.workdir import KINDS, check_saved, claim, dump_samples, not_ours, read_summary, readable
 
 STAGES = {
     "vision": VisionStage,
@@ -95,7 +101,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         stop = stack.enter_context(PreemptionFlag())
         judge = judges.build(config.judge, config.seed, rewards.resolve(config.rewards.name).asks)
         stack.callback(judge.close)
-        spending = cost.Spending(judge, config.judge, workdir / cost.LEDGER, failure_window(config))
+        spending = budget.Spending(judge, config.judge, workdir / budget.LEDGER, failure_window(config))
 
         # ================================================================================================= data
         fields, overrides = config.model.to_dict(), {}
@@ -122,7 +128,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         if config.lora.rank:
             policy = lora.Adapted(policy, config.lora.alpha / config.lora.rank)
         check_freezes(config, params)
-        tried_on = held_out.references_as_samples(shown, as_columns)
+        tried_on = evaluation.references_as_samples(shown, as_columns)
         reward = rewards.build(config.rewards, judge, config.seed, tried_on)
         measure = with_miniature(rewards.measure(reward, judge, splits.fields), judge, splits.fields)
         check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
@@ -131,20 +137,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         # Evaluations run in batches of the RL stage's size, at most of as many as there are images.
         parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         size = min(-(-len(shown) // parts) * parts, config.stages[order[-1]].batch_size)
-        shown_batches = held_out.batches(shown, size, as_columns)
+        shown_batches = evaluation.batches(shown, size, as_columns)
         validation = []
         if config.checkpoint.best_metric:
             with readable(config.data):
                 validation = examples(splits.validation, config.log.eval_images)
-        validation_batches = held_out.batches(validation, size, as_columns)
+        validation_batches = evaluation.batches(validation, size, as_columns)
         for columns, _ in (*shown_batches, *validation_batches):
             job.prompt(columns)  # A prompt that is too long is found here.
         # Only now: a config that cannot be run does not take the workdir.
         if leads:
-            held_out.write_text(workdir / "config.json", configuration.to_text(config))
+            write_text(workdir / "config.json", configuration.to_text(config))
             if splits.left_out:
                 lines = json_text.lines(one._asdict() for one in splits.left_out)
-                held_out.write_text(workdir / "left_out.jsonl", lines)
+                write_text(workdir / "left_out.jsonl", lines)
 
         # ============================================================================================== restore
         checkpointer = stack.enter_context(
@@ -167,7 +173,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         model, best_model = workdir / "model", workdir / "best"
         best = Best(
             config.checkpoint.best_metric,
-            lambda params: evaluators["greedy"](params, validation_batches, held_out.EVALUATION_STEP)[0],
+            lambda params: evaluators["greedy"](params, validation_batches, EVALUATION_STEP)[0],
         )
         done = checkpointer.latest_step() or 0
         if total and not done and distributed.from_first(leads and model.exists()):
@@ -194,10 +200,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             with clock.phase("evaluate"):
                 pictures = {example["id"]: example["image"] for example in shown}
                 for kind, evaluator in evaluators.items():
-                    means, records = evaluator(params, shown_batches, held_out.EVALUATION_STEP)
+                    means, records = evaluator(params, shown_batches, EVALUATION_STEP)
                     summary.setdefault(kind, {})[label] = means
                     if kind == "evaluations" and leads:
-                        held_out.write(workdir, label, records, pictures)
+                        evaluation.write(workdir, label, records, pictures)
             spending.update()
             write_summary()
 
@@ -211,7 +217,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         def write_summary() -> None:
             summary.update(best.summary(), seconds=clock.totals())
             if leads:
-                held_out.write_text(workdir / "summary.json", json_text.dumps(summary, indent=2) + "\n")
+                write_text(workdir / "summary.json", json_text.dumps(summary, indent=2) + "\n")
 
         def forget(labels: Sequence[str]) -> None:
             """Drops what more steps make outdated, whatever else was deleted by hand: the model and these results."""
@@ -409,7 +415,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
                 lambda whole: models.save(path, fields, whole, processor, source=config.model.path),  # noqa: B023
             )
         if leads:
-            page = report.write_report([workdir], workdir / "report.html")
+            page = write_report([workdir], workdir / "report.html")
             print(result_text(summary, order))
             print(f"model:  {model}\nreport: {page}", flush=True)
             if best.step is not None:
@@ -493,14 +499,14 @@ def result_text(summary: dict[str, Any], order: Sequence[str]) -> str:
         evaluations = summary.get(kind)
         if evaluations:
             images = next(reversed(evaluations.values())).get("images", "?")
-            table = report.before_after_table({"evaluations": evaluations}, order)
+            table = before_after_table({"evaluations": evaluations}, order)
             parts.append(f"\n{images} held-out images, {title}\n{table}")
     return "\n".join(parts)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python -m balcap_jax.train",
         description="Trains a captioner by the stages of a recipe; the same command resumes a stopped run.",
     )
@@ -523,7 +529,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with distributed.session():
             if args.print_sharding:
-                table = layouts.describe(config, sharding.make_mesh(config.mesh))
+                table = print_sharding.describe(config, sharding.make_mesh(config.mesh))
                 if distributed.is_first():
                     print(table, flush=True)
                 return

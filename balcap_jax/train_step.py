@@ -5,6 +5,7 @@ SFT is the same step with another loss. Everything the method says about an upda
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,14 +13,41 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from balcap_jax import advantages, losses, sharding
-from balcap_jax.metrics import Max, Mean
+from balcap_jax import advantages, losses
 from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.parallel import sharding
+
+
+class Mean(NamedTuple):
+    """A mean that is still a sum: `total` over `count` items, so that uneven micro-batches add up exactly."""
+
+    total: Any
+    count: Any
+
+
+class Max(NamedTuple):
+    """The largest value seen, -inf when nothing was: for drift-like metrics, where a mean would hide one outlier."""
+
+    value: Any
+
 
 Metrics = dict[str, Mean | Max]
+
+
+def finalise(metrics: Metrics) -> dict[str, float]:
+    """Host floats of `metrics`, fetched in one explicit transfer; NaN where nothing was counted (null in the JSON)."""
+    values = {}
+    for name, metric in jax.device_get(metrics).items():
+        if isinstance(metric, Mean):
+            # The division is done in double, so that the value does not depend on where it was computed.
+            total, count = float(metric.total), float(metric.count)
+            values[name] = total / count if count else math.nan
+        else:
+            value = float(metric.value)
+            values[name] = math.nan if value == -math.inf else value
+    return values
 
 
 class TrainState(NamedTuple):
@@ -60,13 +88,6 @@ class SFTBatch(NamedTuple):
     prompt: Prompt
     responses: jax.Array
     mask: jax.Array
-
-
-class VisionBatch(NamedTuple):
-    """`Prompt.images` and the classes of each image token by attribute, [B, I, A] int32."""
-
-    images: Any
-    labels: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +230,10 @@ def make_rl_step(
             return jnp.sum(weights * surrogate), saved
 
         part = (batch, advantage.combined, weights)
-        loss, saved, gradient = _accumulate(loss_fn, state.params, part, freeze, micro_batches)
-        state, update_metrics = _apply(optimizer, state, gradient, freeze)
+        loss, saved, gradient = accumulate(loss_fn, state.params, part, freeze, micro_batches)
+        state, update_metrics = apply_gradients(optimizer, state, gradient, freeze)
         metrics = _rl_metrics(objective, batch, advantage, in_band, scored, saved)
-        return state, {"loss": _once(loss), **metrics, **update_metrics}
+        return state, {"loss": as_mean(loss), **metrics, **update_metrics}
 
     return CompiledStep(step)
 
@@ -233,20 +254,20 @@ def _rl_metrics(objective, batch: RLBatch, advantage, in_band, scored, saved) ->
     for k, name in enumerate(objective.names):
         valid = batch.valid[..., k]
         rewards = jnp.where(valid, batch.rewards[..., k], 0.0)
-        metrics[f"reward/{name}"] = _mean(rewards, valid)
+        metrics[f"reward/{name}"] = masked_mean(rewards, valid)
         metrics[f"reward/{name}_std"] = _group_std(rewards, valid)
     every = jnp.ones_like(in_band)
     return metrics | {
-        "judge/failure_rate": _mean(1.0 - batch.valid, jnp.ones_like(batch.valid)),
-        "gate/in_band": _mean(in_band, every),
-        "length/mean": _mean(batch.words, every),
-        "length/tokens_mean": _mean(batch.mask.sum(-1), every),
-        "length/ratio_mean": _mean(batch.words / jnp.maximum(batch.reference_words, 1)[:, None], every),
-        "length/truncated_frac": _mean(batch.truncated, every),
-        "entropy": _mean(-saved["log_probs"], batch.mask),
-        "kl": _mean(saved["kl"], mask) if "kl" in saved else Mean(jnp.zeros(()), jnp.zeros(())),
-        "ratio/mean": _mean(ratio, mask),
-        "ratio/clipped_frac": _mean(clipped, mask),
+        "judge/failure_rate": masked_mean(1.0 - batch.valid, jnp.ones_like(batch.valid)),
+        "gate/in_band": masked_mean(in_band, every),
+        "length/mean": masked_mean(batch.words, every),
+        "length/tokens_mean": masked_mean(batch.mask.sum(-1), every),
+        "length/ratio_mean": masked_mean(batch.words / jnp.maximum(batch.reference_words, 1)[:, None], every),
+        "length/truncated_frac": masked_mean(batch.truncated, every),
+        "entropy": masked_mean(-saved["log_probs"], batch.mask),
+        "kl": masked_mean(saved["kl"], mask) if "kl" in saved else Mean(jnp.zeros(()), jnp.zeros(())),
+        "ratio/mean": masked_mean(ratio, mask),
+        "ratio/clipped_frac": masked_mean(clipped, mask),
         "drift/max_abs_logp": Max(drift.max()),
     }
 
@@ -276,58 +297,15 @@ def make_sft_step(
             log_probs = policy.log_probs(params, batch.prompt, image_embeds, batch.responses)
             return -jnp.sum(weights * log_probs), {}
 
-        loss, _, gradient = _accumulate(loss_fn, state.params, (batch, weights), freeze, micro_batches)
-        state, update_metrics = _apply(optimizer, state, gradient, freeze)
-        tokens = _mean(batch.mask.sum(-1), every)
-        return state, {"loss": _once(loss), "length/tokens_mean": tokens, **update_metrics}
+        loss, _, gradient = accumulate(loss_fn, state.params, (batch, weights), freeze, micro_batches)
+        state, update_metrics = apply_gradients(optimizer, state, gradient, freeze)
+        tokens = masked_mean(batch.mask.sum(-1), every)
+        return state, {"loss": as_mean(loss), "length/tokens_mean": tokens, **update_metrics}
 
     return CompiledStep(step)
 
 
 # ------------------------------------------------------------------------------------------------- the vision step
-
-
-def make_vision_step(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    classes: tuple[int, ...],
-    *,
-    freeze: str = "",
-    micro_batches: int = 1,
-) -> "CompiledStep":
-    """The compiled update of vision pretraining: every image token is classified by each of A attributes.
-
-    It stands in for the pretraining that a real model's CLIP tower brings. The classifier is a fixed orthonormal map
-    of the features (Hoffer et al., arXiv 1801.04540), so that the stage adds no parameters that the policy would have
-    to drop afterwards. `classes[a]` is the number of classes of attribute a; their sum must not exceed the tower's
-    width.
-    """
-
-    def step(state: TrainState, batch: VisionBatch) -> tuple[TrainState, Metrics]:
-        def loss_fn(params: Params, part: VisionBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            features = policy.features(params, part.images).astype(jnp.float32)
-            logits = features @ _orthonormal(features.shape[-1], sum(classes))
-            loss, right, start = 0.0, [], 0
-            for a, count in enumerate(classes):
-                of_attribute = logits[..., start : start + count]
-                loss += optax.softmax_cross_entropy_with_integer_labels(of_attribute, part.labels[..., a]).sum()
-                right.append(of_attribute.argmax(-1) == part.labels[..., a])
-                start += count
-            return loss / batch.labels[..., 0].size, {"right": jnp.stack(right, -1)}
-
-        loss, saved, gradient = _accumulate(loss_fn, state.params, batch, freeze, micro_batches)
-        state, update_metrics = _apply(optimizer, state, gradient, freeze)
-        accuracy = _mean(saved["right"], jnp.ones_like(saved["right"]))
-        return state, {"loss": _once(loss), "vision/accuracy": accuracy, **update_metrics}
-
-    return CompiledStep(step)
-
-
-def _orthonormal(rows: int, columns: int) -> jax.Array:
-    """A fixed [rows, columns] matrix with orthonormal columns, the same on every machine and in every run."""
-    if columns > rows:
-        raise ValueError(f"{columns} classes need a tower of at least as many features, model.vision_width is {rows}")
-    return jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(rows, columns)))[0], jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------- shared parts
@@ -364,7 +342,7 @@ class CompiledStep:
         return self._by_place[key]
 
 
-def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
+def accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
     """Sums loss and gradient of `loss_fn(params, part)` over equal parts of `batch` along B.
 
     Returns the loss, the arrays that loss_fn saved (joined again along B), and the flat gradient of the trainable
@@ -394,7 +372,7 @@ def _accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int)
     return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), saved), gradient
 
 
-def _apply(
+def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, gradient: Mapping[str, jax.Array], freeze: str
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step; an update whose gradient is not finite is skipped and counted."""
@@ -408,15 +386,15 @@ def _apply(
     opt_state = jax.tree.map(keep, opt_state, state.opt_state)
     nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
     state = TrainState(state.step + 1, join(trainable, frozen), opt_state, nonfinite)
-    metrics = {"grad_norm": _once(norm), "nonfinite": Max(nonfinite)}
+    metrics = {"grad_norm": as_mean(norm), "nonfinite": Max(nonfinite)}
     return state, metrics
 
 
-def _once(value: jax.Array) -> Mean:
+def as_mean(value: jax.Array) -> Mean:
     return Mean(value, jnp.ones(()))
 
 
-def _mean(values: jax.Array, where: jax.Array) -> Mean:
+def masked_mean(values: jax.Array, where: jax.Array) -> Mean:
     where = where.astype(jnp.float32)
     return Mean(jnp.sum(values * where), jnp.sum(where))
 
@@ -426,4 +404,4 @@ def _group_std(values: jax.Array, valid: jax.Array) -> Mean:
     count = valid.sum(-1)
     centred = jnp.where(valid, values - jnp.sum(values, -1, keepdims=True) / jnp.maximum(count, 1)[:, None], 0.0)
     std = jnp.sqrt(jnp.sum(centred**2, -1) / jnp.maximum(count - 1, 1))
-    return _mean(std, count >= 2)
+    return masked_mean(std, count >= 2)

@@ -22,8 +22,9 @@ import numpy as np
 from peer import Peer, table
 
 from balcap_jax import advantages
-from balcap_jax import config as configuration
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
 
 # fp32 on both sides; advantages are of order 1, and the smallest deviation of a random group is about 0.01.
 TOLERANCE = 1e-4
@@ -52,7 +53,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# The reward tables of tests/maths/test_advantages.py, [B][G][K]; the second objective of the second group is constant.
+# The reward tables of tests/method/test_advantages.py, [B][G][K]; the second objective of the second group is constant.
 G1 = [
     [[0.8, 0.4, 0.9], [0.6, 0.55, 0.7], [0.9, 0.3, 0.2], [0.5, 0.75, 0.6]],
     [[1.0, 0.2, 0.5], [0.75, 0.2, 0.9], [0.5, 0.2, 0.1], [0.25, 0.2, 0.7]],
@@ -145,7 +146,7 @@ def extremes(values: np.ndarray) -> str:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python benchmarks/advantages.py", description="Advantages beside the peers'; see the head of the file."
     )
     parser.add_argument("--peers", required=True, metavar="DIR", help="the folder given to benchmarks/peers/install.sh")

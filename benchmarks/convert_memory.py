@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
-from balcap_jax.models import hf, loading, safetensors_files
+from balcap_jax.models.formats import hf, loading, safetensors
+from balcap_jax.models.formats.safetensors import NewTensor
 from balcap_jax.models.qwen2_5_vl import hf as qwen
-from balcap_jax.models.safetensors_files import NewTensor
 
 # config.json of Qwen2.5-VL-3B-Instruct, as `qwen.config_to_hf` wants it.
 SIZES = {
@@ -80,7 +80,7 @@ def make_checkpoint(directory: Path, sizes: dict) -> int:
         NewTensor(names[name], np.dtype(ml_dtypes.bfloat16), parts[0].hf_shape, lambda s=parts[0].hf_shape: random(s))
         for name, parts in pieces.items()
     ]
-    safetensors_files.write_directory(directory, tensors, shard_bytes=SHARD_BYTES)
+    safetensors.write_directory(directory, tensors, shard_bytes=SHARD_BYTES)
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
@@ -95,7 +95,7 @@ def convert(*arguments: str) -> tuple[float, float]:
 
 def compare(first: Path, second: Path) -> None:
     """Ends the benchmark unless both checkpoints hold the same tensors, bit for bit."""
-    ours, theirs = (safetensors_files.read_directory(path) for path in (first, second))
+    ours, theirs = (safetensors.read_directory(path) for path in (first, second))
     if list(ours) != list(theirs):
         sys.exit("the tensors that came back have other names")
     for name, tensor in ours.items():

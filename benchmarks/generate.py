@@ -31,8 +31,9 @@ from peer import Peer, table, take_turns
 from safetensors.numpy import save_file
 from step_time import machine
 
-from balcap_jax import config as configuration
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.policy import Prompt
@@ -139,7 +140,7 @@ def compare_greedy(name: str, ours: np.ndarray, theirs: list[list[int]]) -> None
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python benchmarks/generate.py", description="Rollout beside other samplers; see the head of the file."
     )
     for name in PEERS:

@@ -23,11 +23,16 @@ from typing import Any
 import jax
 from step_time import load_average, machine
 
-from balcap_jax import config as configuration
-from balcap_jax import data, judges, models, rewards, sharding, stages
+from balcap_jax import data, judges, models, rewards
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import make_dataset
-from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.metrics import HIDDEN, PhaseClock
+from balcap_jax.parallel import sharding
+from balcap_jax.training import stages
+from balcap_jax.training.job import Job, start_state
+from balcap_jax.training.progress import HIDDEN, PhaseClock
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scenes.py"
 SMALL = {"stages.rl.batch_size": "4", "rollout.group_size": "2", "rollout.max_tokens": "8", "rollout.buckets": "8"}
@@ -67,8 +72,8 @@ def seconds_of_steps(
         splits = data.load(config.data, config.model.image_size)
         policy, processor = models.build(config.model, splits.tokenizer)
         reward = SlowReward(rewards.build(config.rewards, judges.build(config.judge, config.seed)), judge)
-        job = stages.Job(config, sharding.make_mesh(config.mesh), policy, processor, reward, PhaseClock())
-        state = stages.start_state(job, jax.jit(policy.init)(jax.random.key(config.seed)), "rl")
+        job = Job(config, sharding.make_mesh(config.mesh), policy, processor, reward, PhaseClock())
+        state = start_state(job, jax.jit(policy.init)(jax.random.key(config.seed)), "rl")
         stage = stages.RLStage(job)
         batches = make_dataset(splits.train, batch_size=config.stages.rl.batch_size, seed=0, threads=0)
         if depth:
@@ -87,7 +92,7 @@ def seconds_of_steps(
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python benchmarks/overlap.py", description="Times rl at pipeline.depth 0 and 1; see the head of the file."
     )
     parser.add_argument("--judge", type=float, default=5.0, metavar="S", help="seconds of judging a batch, at least")

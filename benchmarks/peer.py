@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 
 PEERS = Path(__file__).parent / "peers"
 

@@ -22,8 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.jsonl import AppendedLines
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import AppendedLines
+from balcap_jax.cli.process import exit_on_user_error
 
 ROOT = Path(__file__).parents[1]
 FACTS, UNITS_OF = 3, 2  # sentences of a reference, references that `recaption` splits

@@ -29,8 +29,9 @@ import optax
 from peer import table, take_turns
 from step_time import machine
 
-from balcap_jax import config as configuration
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.policy import Prompt
 from balcap_jax.models.text import TextPolicy
@@ -199,7 +200,7 @@ def plot(sweep: Sweep, results: list[dict[str, Any]], path: Path) -> None:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python benchmarks/scaling.py", description="Time of update and rollout by size; see the head of the file."
     )
     parser.add_argument("--small", action="store_true", help="toy sizes: to see that it runs, not to quote")

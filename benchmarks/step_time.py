@@ -29,18 +29,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from balcap_jax import config as configuration
-from balcap_jax import data, judges, models, rewards, sharding
+from balcap_jax import data, judges, models, rewards
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import make_dataset
-from balcap_jax.errors import UserError, exit_on_user_error
-from balcap_jax.metrics import PhaseClock
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.vision import VisionConfig
 from balcap_jax.models.policy import Params, Prompt
-from balcap_jax.stages import Job, start_state
+from balcap_jax.parallel import sharding
 from balcap_jax.train import STAGES
 from balcap_jax.train_step import RLBatch, RLObjective, TrainState, init_state, make_rl_step
+from balcap_jax.training.job import Job, start_state
+from balcap_jax.training.progress import PhaseClock
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scenes.py"
 # Gradients of the two paths differ by rounding alone: entries are sums of some thousand products in another order.
@@ -275,7 +278,7 @@ def load_average() -> str:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python benchmarks/step_time.py", description="Times training steps; see the head of the file."
     )
     parser.add_argument("--small", action="store_true", help="toy sizes: to see that it runs, not to quote")

@@ -32,8 +32,9 @@ from peer import Peer, compare, table, take_turns
 from step_time import machine
 
 from balcap_jax import advantages
-from balcap_jax import config as configuration
-from balcap_jax.errors import UserError, exit_on_user_error
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models import decoder
 from balcap_jax.models.policy import Prompt
 from balcap_jax.models.text import TextPolicy
@@ -147,7 +148,7 @@ def against_peer(
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = configuration.CommandParser(
+    parser = CommandParser(
         prog="python benchmarks/update.py", description="One update beside TRL's; see the head of the file."
     )
     parser.add_argument("--peer_python", default="", metavar="PATH", help="Python of the peer; empty = ours alone")

@@ -12,8 +12,8 @@ Result: not yet run.
 
 from ml_collections import ConfigDict
 
-from balcap_jax.config import default_config
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config.recipes import default_config
 
 
 def get_config(variant: str = "") -> ConfigDict:

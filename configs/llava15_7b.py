@@ -19,8 +19,8 @@ change data.name, data.data_dir, data.prompt (empty: each sample's own) and judg
 
 from ml_collections import ConfigDict
 
-from balcap_jax.config import default_config
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config.recipes import default_config
 from balcap_jax.models import published
 
 VARIANTS = ("rl", "sft", "lora")

@@ -17,8 +17,8 @@ captions.jsonl, and `recaption` writes most of it.
 
 from ml_collections import ConfigDict
 
-from balcap_jax.config import default_config
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config.recipes import default_config
 
 WEIGHTS = {"balcap": (1.0, 1.0, 1.0), "text": (1.0, 1.0), "caprl": (1.0,), "rubicap": (1.0,), "feedquill": (1.0, 1.0)}
 

@@ -24,8 +24,8 @@ Rewards that the method is compared with; not yet run at full length:
 
 from ml_collections import ConfigDict
 
-from balcap_jax.config import default_config
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config.recipes import default_config
 
 WITHOUT = {"no_precision": (0.0, 1.0, 1.0), "no_recall": (1.0, 0.0, 1.0), "no_linguistic": (1.0, 1.0, 0.0)}
 ONLY = {"precision_only": (1.0, 0.0, 0.0), "recall_only": (0.0, 1.0, 0.0), "linguistic_only": (0.0, 0.0, 1.0)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment and checks everything: ruff, formatting, pytest.
 #
-#   bash launch/test.sh [PYTEST ARGUMENTS ...]        for example: bash launch/test.sh tests/maths -k gate
+#   bash launch/test.sh [PYTEST ARGUMENTS ...]        for example: bash launch/test.sh tests/method -k gate
 set -euo pipefail
 
 # Read by tests/conftest.py, which prints the whole time taken above pytest's closing line.

@@ -8,11 +8,11 @@ import transformers
 from flax.traverse_util import unflatten_dict
 from tiny_llava import BOS, EOS, IMAGE, PAD
 
-from balcap_jax.models import hf
+from balcap_jax.models.formats import hf
+from balcap_jax.models.formats.loading import flat_shapes
 from balcap_jax.models.llava.hf import TABLE
 from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
-from balcap_jax.models.loading import flat_shapes
 from balcap_jax.models.policy import Params
 
 

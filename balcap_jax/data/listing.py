@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from balcap_jax import json_text, regular_files
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_bytes
 from balcap_jax.data import images
-from balcap_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
 def _listed(source: Path, prompt: str) -> list[Item]:
     items, lines = [], {}
     try:
-        text = regular_files.read(source).decode("utf-8-sig")
+        text = read_bytes(source).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--images={source} cannot be read ({reason}); give a folder or a JSONL file") from error

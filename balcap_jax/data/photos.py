@@ -25,11 +25,11 @@ import tokenizers
 import transformers
 from PIL import Image
 
-from balcap_jax import json_text, regular_files
-from balcap_jax.data import fields, images
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_bytes, resolved
+from balcap_jax.data import captions_file, images
 from balcap_jax.data.listing import files_below, picture_name, real_path, spelt
-from balcap_jax.errors import UserError
-from balcap_jax.paths import resolved
 
 PROMPT = "Describe this image in detail."
 _LONGEST_CAPTION = 1 << 20  # bytes
@@ -236,7 +236,7 @@ def _beside(folder: Path) -> tuple[list[Record], list[LeftOut]]:
         path, caption = folder / name, ""
         try:
             if not problem:
-                text = regular_files.read(path.with_suffix(".txt"), _LONGEST_CAPTION)
+                text = read_bytes(path.with_suffix(".txt"), _LONGEST_CAPTION)
                 caption = text.decode("utf-8-sig").strip()
                 name.encode()
                 problem = "" if caption else "empty caption"
@@ -258,7 +258,7 @@ def _listed(source: Path) -> list[Record]:
     """The lines of a JSONL file. Lines of one picture are joined: its captions, and the last of what else they say."""
     pictures: dict[str, Record] = {}
     try:
-        text = regular_files.read(source).decode("utf-8-sig")
+        text = read_bytes(source).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"{source} cannot be read ({reason}); give a folder or a JSONL file") from error
@@ -266,7 +266,7 @@ def _listed(source: Path) -> list[Record]:
         if line.strip():
             where = f"{source}, line {number}"
             entry = json_text.parse_object(line, where, "mend or remove that line")
-            record = fields.read_record(entry, where)
+            record = captions_file.read_record(entry, where)
             path = source.parent / record["image"]
             before = pictures.get(real := real_path(path))
             pictures[real] = Record(

@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from balcap_jax import durable, json_text, regular_files
-from balcap_jax.data import fields, images, photos, prepared
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import make_directory, open_regular, read_json, resolved
+from balcap_jax.data import captions_file, images, input, photos
 from balcap_jax.data.listing import picture_name, real_path
 from balcap_jax.data.photos import LeftOut, Record, Splits
-from balcap_jax.errors import UserError
-from balcap_jax.paths import resolved
 
 REWARDED = ("reference_units", "questions", "rubrics")  # stored as JSON text
 _NAMED = 100  # pictures left out that are named in the data set's own metadata
@@ -94,7 +94,7 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
 
 def read_annotations(path: Path) -> list[Any]:
     try:
-        entries = json_text.read(path, _REMEDY)
+        entries = read_json(path, _REMEDY)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"no {path.name} in {path.parent}; put ShareGPT4V's JSON there, or set data.manual_dir"
@@ -144,7 +144,7 @@ def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]
         raise UserError(f"{where} names an image outside the manual directory ({image!r}); {_REMEDY}")
     prompt = said["human"].replace("<image>", "").strip() or photos.PROMPT
     rewarded = {name: entry[name] for name in REWARDED if name in entry}
-    record = fields.read_record({"image": image, "reference": said["gpt"], **rewarded}, where)
+    record = captions_file.read_record({"image": image, "reference": said["gpt"], **rewarded}, where)
     units = json_text.dumps(record.pop("reference_units"))
     sample = {"id": name, "prompt": prompt, "reference": said["gpt"].strip(), "reference_units": units}
     return sample | {name: record[name] for name in ("questions", "rubrics")}
@@ -192,7 +192,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     """
     folder = resolved(manual_dir).absolute()
     try:
-        with regular_files.open_regular(folder / annotations) as file:
+        with open_regular(folder / annotations) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise UserError(
@@ -202,14 +202,14 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
     place = resolved(data_dir)
     try:
-        durable.make_directory(place)
-        builder = prepared.open_builder(Sharegpt4v, place, config)
+        make_directory(place)
+        builder = input.open_builder(Sharegpt4v, place, config)
         if not builder.is_prepared():
             print(f"sharegpt4v: building from {folder} in {builder.data_dir}", flush=True)
             with contextlib.redirect_stdout(io.StringIO()):
                 if not sys.stderr.isatty():
                     tfds.disable_progress_bar()
-                prepared.prepare(builder, manual_dir=folder)
+                input.prepare(builder, manual_dir=folder)
         return builder
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot prepare the data set sharegpt4v in {place}: {' '.join(str(error).split())}") from error

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from balcap_jax import json_text
-from balcap_jax.data import fields, images, photos
-from balcap_jax.errors import UserError
-from balcap_jax.evals.bcapscore import OBJECTIVES, harmonic_mean
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_jsonl
+from balcap_jax.data import captions_file, images, photos
 from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import ChatClient
-from balcap_jax.judges.remote import RemoteJudge
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat_judge import RemoteJudge
 from balcap_jax.judges.schema import Failure
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples
+from balcap_jax.rewards.bcapscore import OBJECTIVES, harmonic_mean
 
 _REMEDY = '--references takes lines {"image", "caption" (the reference), "reference_units"}, as `recaption` writes them'
 
@@ -36,8 +36,8 @@ class BCapScore(Metric):
 
     def items(self, captions: Mapping[str, str], references: Path, folder: Path | None) -> list[Item]:
         found, texts = [], Texts.of(captions)
-        for where, line in json_text.read_lines(references, _REMEDY):
-            record = fields.read_record(line, where)
+        for where, line in read_jsonl(references, _REMEDY):
+            record = captions_file.read_record(line, where)
             if not record["reference_units"]:
                 raise UserError(f"{where} has no reference_units; `recaption --write=units` writes them")
             names = (str(line.get("id", record["image"])), record["image"])

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from balcap_jax import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json, read_json_or_jsonl
 from balcap_jax.data import images, photos
-from balcap_jax.errors import UserError
 from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, mean_of_known, ratio
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import Ask
 from balcap_jax.judges.schema import Failure
 
 ARENA = "arena.v1"
@@ -51,7 +52,7 @@ class CapArena(Metric):
 
     def items(self, captions: Mapping[str, str], opponents: Path, folder: Path) -> list[Item]:
         try:
-            entries = json_text.read(Path(opponents), _REMEDY, unique=True)
+            entries = read_json(Path(opponents), _REMEDY, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {opponents}; {_REMEDY}") from error
         if not isinstance(entries, dict):
@@ -151,7 +152,7 @@ def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
     """
     found = {}
     remedy = "--judgements takes items.jsonl, or result rows of CapArena"
-    for where, row in json_text.read_entries(path, remedy):
+    for where, row in read_json_or_jsonl(path, remedy):
         try:
             text, sources, picture = row.get("judge") or "", [row["source1"], row["source2"]], row["img"]
             winner = verdict_of(text)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from balcap_jax import json_text
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json, read_json_or_jsonl
 from balcap_jax.evals.engine import Item, Metric, Texts, mean_of_known, ratio
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import Ask
 from balcap_jax.judges.schema import Failure
 
 LETTERS = string.ascii_uppercase
@@ -184,11 +185,11 @@ def read_entries(path: Path):
     """
     if Path(path).suffix == ".json":
         try:
-            content = json_text.read(Path(path), _REMEDY, unique=True)
+            content = read_json(Path(path), _REMEDY, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {path}; {_REMEDY}") from error
         if isinstance(content, dict):
             for name, asked in content.items():
                 yield f"{path}, {name!r}", {"id": name, "questions": asked}
             return
-    yield from json_text.read_entries(path, _REMEDY)
+    yield from read_json_or_jsonl(path, _REMEDY)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from balcap_jax import json_text
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_jsonl
 from balcap_jax.evals.engine import Item, Metric, Texts, ratio
 
 PARTS = {"objects": 0.5, "attributes": 0.5, "relations": 0.2}
@@ -98,7 +98,7 @@ class Capture(Metric):
 
     def items(self, graphs: Path, captions: Mapping[str, str]) -> list[Item]:
         found, texts = [], Texts.of(captions)
-        for where, line in json_text.read_lines(graphs, _REMEDY):
+        for where, line in read_jsonl(graphs, _REMEDY):
             candidate, references = line.get("candidate"), line.get("references")
             whole = isinstance(references, list) and references and all(isinstance(g, dict) for g in references)
             if not isinstance(line.get("id"), str) or not whole or not isinstance(candidate, dict | None):

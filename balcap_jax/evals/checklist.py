@@ -11,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from balcap_jax import json_text
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_jsonl
 from balcap_jax.evals.engine import Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import Ask, ChatClient
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import Ask
 from balcap_jax.judges.schema import Failure
 
 CHECKLIST = "checklist.v1"
@@ -47,7 +48,7 @@ class Checklist(Metric):
 
     def items(self, captions: Mapping[str, str], checklists: Path) -> list[Item]:
         found, texts = [], Texts.of(captions)
-        for where, line in json_text.read_lines(checklists, _REMEDY):
+        for where, line in read_jsonl(checklists, _REMEDY):
             asked = line.get("items", _published(line))
             if not isinstance(line.get("id"), str) or not isinstance(asked, list) or not asked:
                 raise UserError(f"{where} is no checklist; {_REMEDY}")

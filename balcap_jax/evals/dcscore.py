@@ -14,14 +14,15 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic
 
-from balcap_jax import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_jsonl
 from balcap_jax.data import images, photos
-from balcap_jax.errors import UserError
 from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import Ask, ChatClient
-from balcap_jax.judges.forms import of_length
-from balcap_jax.judges.remote import numbered
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.forms import of_length
+from balcap_jax.judges.chat.types import Ask
+from balcap_jax.judges.chat_judge import numbered
 from balcap_jax.judges.schema import Failure
 
 DRAWS = 3
@@ -125,7 +126,7 @@ class DCScore(Metric):
     def items(self, captions: Mapping[str, str], references: Path, folder: Path) -> list[Item]:
         """One item per line of `references`. Raises UserError for a line of another form."""
         found, texts = [], Texts.of(captions)
-        for where, line in json_text.read_lines(references, _REMEDY):
+        for where, line in read_jsonl(references, _REMEDY):
             name, facts = line.get("image_name"), line.get("oracle_facts")
             if not isinstance(name, str) or not isinstance(facts, list) or not all(isinstance(f, str) for f in facts):
                 raise UserError(f"{where} is no reference; {_REMEDY}")

@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 
 import balcap_jax
-from balcap_jax import json_text, regular_files
-from balcap_jax.errors import UserError
-from balcap_jax.evals.held_out import write_text
-from balcap_jax.json_text import is_number
-from balcap_jax.jsonl import AppendedLines
-from balcap_jax.judges.client import ChatClient
-from balcap_jax.judges.cost import Patience, Spending
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import AppendedLines, read_bytes, read_json, read_json_object, read_jsonl, write_text
+from balcap_jax.cli.json_text import is_number
+from balcap_jax.cli.progress import ProgressLine
+from balcap_jax.judges.budget import Patience, Spending
+from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.schema import Failure
-from balcap_jax.progress import ProgressLine
 from balcap_jax.rewards.words import count_words
 
 RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
@@ -239,7 +238,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
 def _forget_errors(lines: AppendedLines) -> None:
     """Drops the lines that have an error, so that they are judged anew."""
     if any(row.error for row in lines.entries):
-        kept = [line for _, line in json_text.read_lines(lines.path, _REMEDY) if "error" not in line]
+        kept = [line for _, line in read_jsonl(lines.path, _REMEDY) if "error" not in line]
         lines.replace(kept)
 
 
@@ -247,7 +246,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError where the folder holds another evaluation than that of `settings`."""
     path = out / "settings.json"
     try:
-        before = json_text.read_object(path, _REMEDY)
+        before = read_json_object(path, _REMEDY)
     except (FileNotFoundError, NotADirectoryError):
         if (out / "items.jsonl").exists():
             raise UserError(
@@ -430,7 +429,7 @@ def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
     path, remedy = Path(path), f'--{what} takes {{id: text}}, or lines {{"id" or "image", "caption" or "prediction"}}'
     if path.suffix == ".json":
         try:
-            content = json_text.read(path, remedy, unique=True)
+            content = read_json(path, remedy, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {path}; {remedy}") from error
         if isinstance(content, dict):
@@ -442,7 +441,7 @@ def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
             raise UserError(f"{path} holds neither an object nor a list of objects; {remedy}")
         lines = ((f"{path}, entry {number}", entry) for number, entry in enumerate(content, start=1))
     else:
-        lines = json_text.read_lines(path, remedy)
+        lines = read_jsonl(path, remedy)
     found: dict[str, str] = {}
     known: set[str] = set()
     for where, line in lines:
@@ -471,7 +470,7 @@ def digest_of(*paths: str | os.PathLike | None) -> str:
             try:
                 files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
                 for file in files:
-                    digest.update(regular_files.read(file))
+                    digest.update(read_bytes(file))
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]

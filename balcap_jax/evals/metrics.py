@@ -1,6 +1,6 @@
 """The metrics by name."""
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 from balcap_jax.evals import vqa
 from balcap_jax.evals.balanced import BCapScore
 from balcap_jax.evals.caparena import CapArena

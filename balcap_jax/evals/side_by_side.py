@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 
 _QUESTION = "metrics/"
 _VOTE = re.compile(r"(?P<source>.+) is (?P<how>substantially|marginally) better")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 from balcap_jax.evals import vqa_rules as rules
 from balcap_jax.evals.engine import Item, Metric, ratio
 from balcap_jax.evals.vqa_data import Question

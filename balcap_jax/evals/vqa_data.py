@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from balcap_jax import json_text, regular_files
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json, read_jsonl, read_lines
 from balcap_jax.evals.vqa_rules import LETTERS
 
 _REMEDY = "give a file in the benchmark's own form (balcap_jax/evals/vqa_data.py)"
@@ -93,12 +93,12 @@ def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             for number, (where, entry) in enumerate(_entries(file), start=1):
                 yield where, {"id": f"{kind}:{number}", "dataset_name": kind, **entry}
     elif path.suffix == ".jsonl":
-        yield from json_text.read_lines(path, _REMEDY)
+        yield from read_jsonl(path, _REMEDY)
     elif path.suffix == ".tsv":
         yield from _rows(path)
     elif path.suffix == ".json":
         try:
-            content = json_text.read(path, _REMEDY, unique=True)
+            content = read_json(path, _REMEDY, unique=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"no such file: {path}; {_REMEDY}") from error
         if isinstance(content, dict):
@@ -128,7 +128,7 @@ def _problems(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     csv.field_size_limit(_LONGEST_FIELD)
     try:
-        lines = (line.decode("utf-8-sig") for line in regular_files.read_lines(path))
+        lines = (line.decode("utf-8-sig") for line in read_lines(path))
         for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=1):
             yield f"{path}, row {number}", {key: value for key, value in row.items() if key and value is not None}
     except OSError as error:

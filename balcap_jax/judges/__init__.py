@@ -21,10 +21,10 @@ def build(config: Mapping[str, Any], seed: int, asks: Collection[str] = ()) -> J
     if config["name"] == "oracle":
         return OracleJudge(failure_rate=config["failure_rate"], seed=seed)
     if config["name"] == "policy":
-        from balcap_jax.judges.policy import build_judge  # The judges know models only where a model judges.
+        from balcap_jax.judges.mesh_judge import build_judge  # The judges know models only where a model judges.
 
         return build_judge(config)
-    from balcap_jax.judges.remote import RemoteJudge, make_client  # HTTP only where it is needed.
+    from balcap_jax.judges.chat_judge import RemoteJudge, make_client  # HTTP only where it is needed.
 
     client = make_client(config, seed, jax.process_count())
     try:

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from balcap_jax.cli.errors import UserError
 from balcap_jax.data.scenes.answering import answer_from
 from balcap_jax.data.scenes.language import NUMBERS, Claim, Subject
 from balcap_jax.data.scenes.reading import Parsed, covers, parse
 from balcap_jax.data.scenes.world import Scene, SceneObject
-from balcap_jax.errors import UserError
 from balcap_jax.judges.schema import (
     Assertion,
     ChoiceQuestion,

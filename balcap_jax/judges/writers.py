@@ -5,25 +5,43 @@ A writer takes items of a listing and gives, for each, the fields of an output l
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+import pydantic
 
-from balcap_jax.data import fields, images, photos
+from balcap_jax.cli.errors import UserError
+from balcap_jax.data import captions_file, images, photos
 from balcap_jax.data.listing import Item
-from balcap_jax.errors import UserError
 from balcap_jax.judges import prompts
-from balcap_jax.judges.client import ChatClient
-from balcap_jax.judges.pictures import picture_hash
-from balcap_jax.judges.remote import units_ask
-from balcap_jax.judges.schema import Failure
-from balcap_jax.judges.tasks import DESCRIBE, RUBRIC_WRITER, describe_ask, rubrics_ask
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import Ask, picture_hash
+from balcap_jax.judges.chat_judge import units_ask
+from balcap_jax.judges.schema import PLAIN, Failure
 
 UNITS = prompts.name_of("units")
 PICTURE = "picture"  # the field of a line that holds the hash of its picture
+DESCRIBE = "describe.v1"
+RUBRIC_WRITER = "rubric_writer.v1"
 _TEXTS = ("caption", "captions", "reference", "reference_units")  # what a new reference replaces
-
 Written = dict[str, Any] | str
+
+
+class Description(pydantic.BaseModel):
+    """What `describe_ask` is answered with."""
+
+    caption: str
+
+
+class Criterion(pydantic.BaseModel):
+    criterion: str
+    weight: Annotated[Literal[1, 2, 3], PLAIN]
+
+
+class WrittenRubrics(pydantic.BaseModel):
+    """What `rubrics_ask` is answered with; its dump is the field "rubrics" of a data set."""
+
+    rubrics: list[Criterion]
 
 
 class Writer(Protocol):
@@ -147,4 +165,26 @@ def reference_of(item: Item) -> str:
     """The reference that an item's line has. Raises UserError where it has none."""
     if not item.entry:
         raise UserError(f"{item.image} has no reference: units and rubrics are written for lines of a JSONL file")
-    return fields.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
+    return captions_file.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
+
+
+def describe_ask(image: np.ndarray, request: str, max_tokens: int = 2048) -> Ask:
+    """Asks for a description of a picture, uint8 [height, width, 3]; the answer's value is a `Description`.
+
+    `request` is the sample's own prompt.
+    """
+
+    def check(answer: Description) -> str:
+        return "" if answer.caption.strip() else "empty description"
+
+    messages = prompts.render(DESCRIBE, request=request)
+    return Ask(DESCRIBE, messages, Description, max_tokens, image, check)
+
+
+def rubrics_ask(caption: str, reference: str, max_tokens: int = 2048) -> Ask:
+    """Asks what a student's first caption lacks beside the reference; the answer's value is a `Rubrics`.
+
+    Weights are 3 (critical), 2 (important) and 1 (minor).
+    """
+    messages = prompts.render(RUBRIC_WRITER, caption=caption, reference=reference)
+    return Ask(RUBRIC_WRITER, messages, WrittenRubrics, max_tokens)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balcap_jax.models import attention, kernels
-from balcap_jax.sharding import constrain
+from balcap_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from balcap_jax import config as configuration
-from balcap_jax import json_text
-from balcap_jax.config_fields import FIELDS
-from balcap_jax.errors import UserError
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes as configuration
+from balcap_jax.config.schema import FIELDS
 
 DEFAULTS = {
     field.name.removeprefix("model."): field.default

@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from balcap_jax import sharding
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 from balcap_jax.models import attention
+from balcap_jax.parallel import sharding
 
 KINDS = ("auto", "einsum", "dot_product", "splash")
 LANES = 128  # The kernel's blocks are multiples of it, and so are the sequences that it is given.

@@ -1,6 +1,5 @@
 """What a policy is: pure functions over a parameter pytree, the same for every model family."""
 
-import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from balcap_jax.losses import chunked_log_probs, sampling_logits
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import Branch, DecoderConfig, Prefix
-from balcap_jax.sharding import batch_parts, constrain
+from balcap_jax.parallel.sharding import batch_parts, constrain
 
 Params = dict[str, Any]
 
@@ -148,39 +147,3 @@ class VisionLanguagePolicy:
         index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_embeds.shape[1] - 1)
         placed = jnp.take_along_axis(image_embeds.astype(text.dtype), index[..., None], axis=1)
         return jnp.where(is_image[..., None], placed, text)
-
-
-@dataclasses.dataclass(frozen=True)
-class WithoutImage:
-    """A policy that is asked prompts of text alone (`PromptProcessor.without_image`): its vision tower does not run."""
-
-    policy: VisionLanguagePolicy
-
-    @property
-    def vocab(self) -> int:
-        return self.policy.vocab
-
-    @property
-    def pad_token(self) -> int:
-        return self.policy.pad_token
-
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        return self.policy.end_tokens
-
-    def encode(self, params: Params, images: jax.Array) -> jax.Array:
-        """[B, 1, D] zeros, which no token of such a prompt takes."""
-        del params
-        config = self.policy.decoder
-        return jnp.zeros((images.shape[0], 1, config.width), jnp.dtype(config.dtype))
-
-    def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
-        return self.policy.prefill(params, prompt, image_embeds)
-
-    def empty_branch(self, batch: int, group: int, length: int) -> Branch:
-        return self.policy.empty_branch(batch, group, length)
-
-    def decode(
-        self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
-    ) -> tuple[Branch, jax.Array]:
-        return self.policy.decode(params, prefix, branch, tokens, t)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 from balcap_jax.models.policy import Prompt
 
 # For tokenizers without chat words: the image and the instruction alone.

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from balcap_jax.errors import UserError, raised, shown, streams_kept
+from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import RewardFn, Samples, Scores

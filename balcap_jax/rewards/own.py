@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from balcap_jax import json_text
-from balcap_jax.errors import UserError, raised, shown
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError, raised, shown
 from balcap_jax.judges.schema import (
     Assertion,
     ChoiceQuestion,

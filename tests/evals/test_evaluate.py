@@ -14,9 +14,9 @@ from PIL import Image
 from system.commands import finish, start, start_afresh
 
 from balcap_jax import caption, evaluate, models
-from balcap_jax import config as configuration
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes as configuration
 from balcap_jax.data import photos
-from balcap_jax.errors import UserError
 from balcap_jax.evals.dcscore import DCScore
 from balcap_jax.evals.engine import Item, Texts, read_captions
 from balcap_jax.evals.vqa_data import read_questions

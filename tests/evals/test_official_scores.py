@@ -19,8 +19,9 @@ from balcap_jax.evals import vqa
 from balcap_jax.evals.dcscore import DCScore
 from balcap_jax.evals.engine import Item
 from balcap_jax.evals.vqa_data import read_questions
-from balcap_jax.judges.client import ChatClient, ChatSettings
-from balcap_jax.judges.remote import RemoteJudge
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import ChatSettings
+from balcap_jax.judges.chat_judge import RemoteJudge
 from balcap_jax.judges.schema import ChoiceQuestion, Failure
 
 OFFICIAL = json.loads(Path(__file__).with_name("official_scores.json").read_text(encoding="utf-8"))

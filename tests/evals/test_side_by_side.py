@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from balcap_jax import json_text
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_jsonl
 from balcap_jax.evals.side_by_side import comparisons, markdown
 
 PUBLISHED = Path(os.environ.get("BALCAP_IIW", Path(__file__).parents[3] / "shared" / "data" / "iiw"))
@@ -29,7 +29,7 @@ GPT4V = {
 
 
 def read(path):
-    return json_text.read_lines(path, "give votes")
+    return read_jsonl(path, "give votes")
 
 
 def test_a_small_file(tmp_path):

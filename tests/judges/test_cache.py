@@ -10,10 +10,11 @@ import pydantic
 import pytest
 from misbehaving import JudgeServer, Reply, is_probe
 
-from balcap_jax.errors import UserError
-from balcap_jax.judges import cache
-from balcap_jax.judges.cache import AnswerFile
-from balcap_jax.judges.client import Ask, ChatClient, ChatSettings
+from balcap_jax.cli.errors import UserError
+from balcap_jax.judges.chat import cache
+from balcap_jax.judges.chat.cache import AnswerFile
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import Ask, ChatSettings
 from balcap_jax.judges.schema import Failure
 
 

@@ -17,12 +17,13 @@ import pydantic
 import pytest
 from misbehaving import HANG, JudgeServer, Reply, completion, digest, is_probe, text_of
 
-from balcap_jax.errors import UserError
-from balcap_jax.judges import probe
-from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
-from balcap_jax.judges.forms import of_length
-from balcap_jax.judges.limits import Breaker, Pace
-from balcap_jax.judges.replies import retry_after
+from balcap_jax.cli.errors import UserError
+from balcap_jax.judges.chat import probe
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.forms import of_length
+from balcap_jax.judges.chat.limits import Breaker, Pace
+from balcap_jax.judges.chat.replies import retry_after
+from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings
 from balcap_jax.judges.schema import Failure
 
 

@@ -8,9 +8,10 @@ import pydantic
 import pytest
 from misbehaving import JudgeServer, Reply
 
-from balcap_jax.judges.cache import AnswerFile
-from balcap_jax.judges.client import Ask, ChatClient, ChatSettings
-from balcap_jax.judges.keys import cleaned, without_key
+from balcap_jax.judges.chat.cache import AnswerFile
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.keys import cleaned, without_key
+from balcap_jax.judges.chat.types import Ask, ChatSettings
 
 KEYS = ['sk-"quo\\te"/+&=<x>', "sk-proj-Ab_9.~", "%41&amp;\\u0041", "abc"]
 

@@ -9,14 +9,23 @@ import jax
 import numpy as np
 import pytest
 
-from balcap_jax import config as configuration
 from balcap_jax import judges, models
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes as configuration
 from balcap_jax.data import photos
-from balcap_jax.errors import UserError
 from balcap_jax.judges import prompts
-from balcap_jax.judges.policy import MARKS, YES_NO, Model, PolicyClient, Question, YesNoJudge, build_judge
+from balcap_jax.judges.chat_judge import RemoteJudge
+from balcap_jax.judges.mesh_judge import (
+    MARKS,
+    YES_NO,
+    Model,
+    PolicyClient,
+    Question,
+    YesNoJudge,
+    build_judge,
+    statements_of,
+)
 from balcap_jax.judges.prompts import render
-from balcap_jax.judges.remote import RemoteJudge
 from balcap_jax.judges.schema import (
     ChoiceQuestion,
     Failure,
@@ -25,7 +34,6 @@ from balcap_jax.judges.schema import (
     RecallQuestion,
     RubricQuestion,
 )
-from balcap_jax.judges.statements import statements_of
 
 # What the judges of these tests know of language.
 CORPUS = "yes no Yes No YES NO one two three four five A B C D E F G H I picture caption data marks code fact answer "

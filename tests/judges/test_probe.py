@@ -14,11 +14,12 @@ import pydantic
 import pytest
 from misbehaving import JudgeServer, Reply, completion, is_probe, text_of
 
-from balcap_jax.errors import UserError
-from balcap_jax.judges import probe
-from balcap_jax.judges.client import Answer, Ask, ChatClient, ChatSettings
-from balcap_jax.judges.forms import SCHEMA, of_length
-from balcap_jax.judges.replies import CallError, inflated, reply_of
+from balcap_jax.cli.errors import UserError
+from balcap_jax.judges.chat import probe
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.forms import SCHEMA, of_length
+from balcap_jax.judges.chat.replies import CallError, inflated, reply_of
+from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings
 from balcap_jax.judges.schema import Failure
 
 IMAGE = np.zeros((30, 40, 3), np.uint8)

@@ -10,13 +10,15 @@ import pydantic
 import pytest
 from misbehaving import JudgeServer, Reply, blocks_of, kind_of, right_answer, text_of, well_behaved
 
-from balcap_jax import config as configuration
-from balcap_jax.errors import UserError
-from balcap_jax.judges import prompts, remote
-from balcap_jax.judges.client import Ask, ChatClient, ChatSettings
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes as configuration
+from balcap_jax.config.judge import parse_endpoints
+from balcap_jax.judges import chat_judge, prompts
+from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
+from balcap_jax.judges.chat.types import Ask, ChatSettings
+from balcap_jax.judges.chat_judge import RemoteJudge, make_client, units_ask
 from balcap_jax.judges.injection import suspicious
-from balcap_jax.judges.parsing import UnusableAnswer, parse_answer
-from balcap_jax.judges.remote import RemoteJudge, make_client, units_ask
 from balcap_jax.judges.schema import (
     ChoiceQuestion,
     Failure,
@@ -26,8 +28,7 @@ from balcap_jax.judges.schema import (
     RecallQuestion,
     RubricQuestion,
 )
-from balcap_jax.judges.settings import parse_endpoints
-from balcap_jax.judges.tasks import Rubrics
+from balcap_jax.judges.writers import WrittenRubrics
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples, ask_kinds
 
@@ -419,7 +420,7 @@ def test_answers_that_cannot(text, reason):
     assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("schema", [LinguisticVerdict, remote._Linguistic])
+@pytest.mark.parametrize("schema", [LinguisticVerdict, chat_judge._Linguistic])
 @pytest.mark.parametrize(
     "mark", ["true", '"true"', '"0_4"', '" 4 "', '"+4"', '"4\\n"', '"\u0664"', '"4e0"', "0", '"6"']
 )
@@ -433,9 +434,9 @@ def test_marks_are_numbers_in_plain_digits(schema, mark):
 @pytest.mark.parametrize(
     ("schema", "text"),
     [
-        (remote._Recall, '{"units": [{"unit": %s, "why": "", "covered": true}]}'),
-        (remote._Rubric, '{"criteria": [{"criterion": %s, "why": "", "passed": true}]}'),
-        (Rubrics, '{"rubrics": [{"criterion": "x", "weight": %s}]}'),
+        (chat_judge._Recall, '{"units": [{"unit": %s, "why": "", "covered": true}]}'),
+        (chat_judge._Rubric, '{"criteria": [{"criterion": %s, "why": "", "passed": true}]}'),
+        (WrittenRubrics, '{"rubrics": [{"criterion": "x", "weight": %s}]}'),
     ],
 )
 def test_numbers_of_units_and_weights_are_no_flags(schema, text):

@@ -15,7 +15,7 @@ import pytest
 
 from balcap_jax import convert, models
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
-from balcap_jax.models import hf, loading
+from balcap_jax.models.formats import hf, loading
 from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.rollout import Sampling, example_keys, make_rollout

@@ -7,7 +7,8 @@ import jax
 import pytest
 import transformers
 
-from balcap_jax.models import hf, loading, published
+from balcap_jax.models import published
+from balcap_jax.models.formats import hf, loading
 
 torch = pytest.importorskip("torch", reason="the reference implementations need torch, of the [dev] extra")
 

@@ -12,9 +12,9 @@ from qwen_tokenizer import CHAT_TEMPLATE, build_qwen_tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from balcap_jax import models
-from balcap_jax.config import default_config
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config.recipes import default_config
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
-from balcap_jax.errors import UserError
 from balcap_jax.models import qwen2_5_vl
 from balcap_jax.models.qwen2_5_vl import vision
 from balcap_jax.models.qwen2_5_vl.windows import grid_of, plan, windows_needed

@@ -41,7 +41,7 @@ def test_log_probs_equal_the_repeated_path(changes):
 
 
 def test_gradients_equal_the_repeated_path():
-    # The decoder without biases, ties and rematerialisation: tests/maths/test_train_step.py, on the whole step.
+    # The decoder without biases, ties and rematerialisation: tests/method/test_train_step.py, on the whole step.
     policy = make_policy(qkv_bias=True, tied_embeddings=True, remat="full")
     params, prompt, (responses, mask) = make_params(policy), make_prompt(policy), make_responses()
     cotangent = jax.random.normal(jax.random.key(5), (B, G, R))

@@ -9,7 +9,8 @@ import pytest
 from commands import RECIPE, arguments, finish, start_afresh
 from filelock import FileLock
 
-from balcap_jax import config, data
+from balcap_jax import data
+from balcap_jax.config import recipes
 
 
 class FinishedRun(NamedTuple):
@@ -35,7 +36,7 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     def make(folder: Path) -> None:
-        recipe = config.load(str(RECIPE))
+        recipe = recipes.load(str(RECIPE))
         data.load(recipe.data.to_dict() | {"data_dir": str(folder)}, recipe.model.image_size)
 
     return made_once(tmp_path_factory, "data", make)

@@ -11,7 +11,8 @@ import sys
 
 import jax
 
-from balcap_jax import stages, train
+from balcap_jax import train
+from balcap_jax.training import stages
 
 counts: collections.Counter = collections.Counter()
 buckets, steps = [], []

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from balcap_jax import train
-from balcap_jax.metrics import MetricsWriter
+from balcap_jax.training.logging import MetricsWriter
 
 
 def hold(step: int, file: Path) -> None:

@@ -14,8 +14,8 @@ import signal
 import sys
 
 from balcap_jax import train
-from balcap_jax.checkpoint import Checkpointer
-from balcap_jax.metrics import MetricsWriter
+from balcap_jax.training.checkpoint import Checkpointer
+from balcap_jax.training.logging import MetricsWriter
 
 
 def interrupt(number: signal.Signals, where: str) -> None:

@@ -3,7 +3,7 @@
 python -m balcap_jax.train --config=tests/system/micro.py --workdir=D --config.data.data_dir=DATA
 """
 
-from balcap_jax.config import default_config
+from balcap_jax.config.recipes import default_config
 
 
 def get_config():

@@ -8,11 +8,12 @@ import time
 import pytest
 from commands import RECIPE, assert_same_run, finish, read_metrics, rewind, start, start_afresh
 
-from balcap_jax import ablate, config
-from balcap_jax.ablate import cost, is_finished, plan, with_variant
-from balcap_jax.errors import UserError
-from balcap_jax.evals.held_out import write_text
-from balcap_jax.workdir import is_held
+from balcap_jax.ablate import __main__ as ablate
+from balcap_jax.ablate.__main__ import cost, is_finished, plan, with_variant
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import write_text
+from balcap_jax.config import recipes
+from balcap_jax.training.workdir import is_held
 
 VARIANTS = f"""
 import runpy
@@ -43,7 +44,7 @@ def make_base(finished, out, recipe, overrides):
     base.workdir.parent.mkdir(parents=True)
     rewind(finished.workdir, base.workdir, 4)
     shutil.copytree(finished.workdir / "model", base.workdir / "model")
-    write_text(base.workdir / "config.json", config.to_text(base.config))
+    write_text(base.workdir / "config.json", recipes.to_text(base.config))
     lines = (base.workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (base.workdir / "metrics.jsonl").write_text("".join(lines[:4]))
     assert is_finished(base)
@@ -166,7 +167,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recipe, capsys, give
 
 def test_a_directory_of_another_study_is_refused(tmp_path, recipe):
     _, [run] = plan(recipe, {}, ["full"], [0], tmp_path)
-    write_text(run.workdir / "config.json", config.to_text(run.config))
+    write_text(run.workdir / "config.json", recipes.to_text(run.config))
     plan(recipe, {}, ["full"], [0], tmp_path)
     with pytest.raises(UserError, match=r"holds a run of another config \(rollout.group_size: 3 -> 4\)"):
         plan(recipe, {"rollout.group_size": "4"}, ["full"], [0], tmp_path)

@@ -18,8 +18,9 @@ from commands import (
     train,
 )
 
-from balcap_jax import durable, sharding
 from balcap_jax import train as training
+from balcap_jax.parallel import sharding
+from balcap_jax.training.checksums import seal
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_damaged_files_of_a_run(tmp_path, refused, finished, name, content, expe
         content = json.dumps(json.loads(file.read_text()) | json.loads(content))
     file.write_text(content)
     if name.startswith("checkpoints"):  # Its sums are right: somebody else wrote it so.
-        durable.seal(file.parents[1])
+        seal(file.parents[1])
     before = contents(tmp_path / "run" / "checkpoints")
     line = refused(tmp_path / "run")
     assert str(file).removesuffix("/extra/metadata") in line

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from balcap_jax.advantages import length_gate
-from balcap_jax.evals.held_out import in_band
+from balcap_jax.training.job import in_band
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 2.0), (0.7, 1.3), (0.0, 1.0), (1 / 3, 2 / 3)])

@@ -14,10 +14,9 @@ from commands import checkpoints, read_metrics, the_one_line, train
 from tiny_llava import G, R, make_params, make_policy, make_prompt, make_responses
 
 from balcap_jax import advantages
-from balcap_jax.config import default_config
-from balcap_jax.metrics import finalise
+from balcap_jax.config.recipes import default_config
 from balcap_jax.train import failure_budget_spent, failure_window
-from balcap_jax.train_step import RLBatch, RLObjective, init_state, make_rl_step
+from balcap_jax.train_step import RLBatch, RLObjective, finalise, init_state, make_rl_step
 
 NAMES = ("precision", "recall", "linguistic")
 CALLS = 4 * 3 * len(NAMES)  # of a step of the recipe

@@ -29,17 +29,19 @@ from commands import (
     train,
 )
 
-from balcap_jax import config as configuration
-from balcap_jax import data, models, sharding
-from balcap_jax.checkpoint import Checkpointer
+from balcap_jax import data, models
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import make_dataset
-from balcap_jax.errors import UserError
-from balcap_jax.metrics import HIDDEN, PhaseClock
-from balcap_jax.pipeline import Judging, abstract_kept
+from balcap_jax.parallel import sharding
 from balcap_jax.rewards import Scores
 from balcap_jax.rollout import make_rollout
-from balcap_jax.stages import Job, RLStage, sampling_of, start_state
 from balcap_jax.train import STAGES
+from balcap_jax.training.checkpoint import Checkpointer
+from balcap_jax.training.job import Job, sampling_of, start_state
+from balcap_jax.training.pipeline import Judging, abstract_kept
+from balcap_jax.training.progress import HIDDEN, PhaseClock
+from balcap_jax.training.stages import RLStage
 
 # A tenth of the judge's calls fails, and an evaluation at step 4 asks it in between.
 AHEAD = {"stages__order": "rl", "pipeline__depth": 1, "judge__failure_rate": 0.1, "checkpoint__every": 1}

@@ -6,8 +6,8 @@ import jax
 import pytest
 from commands import read_metrics, read_summary, the_one_line, train
 
-from balcap_jax import config as configuration
 from balcap_jax import models
+from balcap_jax.config import recipes as configuration
 from balcap_jax.data import photos
 from balcap_jax.judges import prompts
 

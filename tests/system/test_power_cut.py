@@ -17,7 +17,7 @@ from commands import (
 )
 from power_cut import cuts
 
-from balcap_jax import durable
+from balcap_jax.training.checksums import find_damage
 
 
 def spread(cuts: list, number: int) -> list:
@@ -36,7 +36,7 @@ def test_ten_power_cuts_of_a_run(tmp_path, data_dir, finished, asynchronous):
         steps = log.read_bytes().count(b"\n") if log.exists() else 0
         whole = checkpoints(cut)
         for step in whole:
-            assert not durable.damage(cut / "checkpoints" / str(step)), cut
+            assert not find_damage(cut / "checkpoints" / str(step)), cut
         for name in ("config.json", "summary.json"):
             if (cut / name).exists():
                 json.loads((cut / name).read_text())

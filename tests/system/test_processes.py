@@ -185,7 +185,7 @@ def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_d
 ROWS = """
 import jax, numpy as np
 from balcap_jax import distributed, sharding
-from balcap_jax.rows import Rows, take
+from balcap_jax.parallel.host_batch import Rows, take
 with distributed.session():
     p0, p1 = ([d for d in jax.devices() if d.process_index == p] for p in range(2))
     mixed = [p0[0], p1[0], p0[1], p1[1]]
@@ -230,8 +230,8 @@ import errno, os, sys
 from pathlib import Path
 import jax, numpy as np
 from balcap_jax import distributed, durable
-from balcap_jax.checkpoint import Checkpointer
-from balcap_jax.errors import UserError
+from balcap_jax.training.checkpoint import Checkpointer
+from balcap_jax.cli.errors import UserError
 folder = Path(sys.argv[1])
 with distributed.session():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -19,7 +19,8 @@ from commands import (
     train,
 )
 
-from balcap_jax.judges.cost import Spending, captions_of, estimate
+from balcap_jax.judges.budget import Spending
+from balcap_jax.judges.cost import captions_of, estimate
 from balcap_jax.judges.schema import Usage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judges"))
@@ -153,8 +154,8 @@ def test_an_endpoint_that_is_down_is_found_before_anything_is_built(tmp_path, da
 
 
 def test_the_estimate_of_a_config(capsys, data_dir):
-    from balcap_jax import config as configuration
     from balcap_jax import train as training
+    from balcap_jax.config import recipes as configuration
 
     given = [one for one in arguments("unused", data_dir) if "workdir" not in one]
     remote_judge = ["--config.judge.name=remote", "--config.judge.price_in=2", "--config.judge.price_out=10"]
@@ -177,8 +178,8 @@ def test_the_estimate_of_a_config(capsys, data_dir):
 
 
 def test_a_ledger_adds_up_and_one_that_is_torn_is_refused(tmp_path):
-    from balcap_jax.config import default_config
-    from balcap_jax.errors import UserError
+    from balcap_jax.cli.errors import UserError
+    from balcap_jax.config.recipes import default_config
 
     class Judge:
         used = Usage(10, 4, 1_000_000, 200_000)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from commands import RECIPE, arguments, finish, start_script
 
-from balcap_jax import config, models
+from balcap_jax import models
+from balcap_jax.config import recipes
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 
 
@@ -19,7 +20,7 @@ def brief_model(tmp_path_factory) -> Path:
     Feature 0 outweighs the others in every token's embedding, so it is what is left of the hidden state after the
     final norm, and its weight in the head is a bias.
     """
-    fields = config.load(str(RECIPE)).model.to_dict() | {"mlp": 24}
+    fields = recipes.load(str(RECIPE)).model.to_dict() | {"mlp": 24}
     policy, processor = models.build(fields, scenes_tokenizer())
     params = policy.init(jax.random.key(0))
     decoder = params["decoder"]

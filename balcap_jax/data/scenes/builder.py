@@ -20,11 +20,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from balcap_jax import durable
-from balcap_jax.data import prepared
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import make_directory, resolved
+from balcap_jax.data import input
 from balcap_jax.data.scenes import faults, language, questions, render, world
-from balcap_jax.errors import UserError
-from balcap_jax.paths import resolved
 
 PROMPT = "Describe the picture."
 # Splits draw their scenes from ranges of seeds that cannot meet: each range is far longer than any split. The data set
@@ -163,8 +162,8 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     data_dir = resolved(data_dir)
     with _preparing(data_dir):
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
-        durable.make_directory(data_dir)
-        builder = prepared.open_builder(Scenes, data_dir, config)
+        make_directory(data_dir)
+        builder = input.open_builder(Scenes, data_dir, config)
         if builder.is_prepared():
             return builder
         with tempfile.TemporaryFile(dir=data_dir):
@@ -198,7 +197,7 @@ def _preparing(data_dir: pathlib.Path) -> Iterator[None]:
 def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
     try:
         with _quiet_tfds():
-            prepared.prepare(builder)
+            input.prepare(builder)
     except OSError:
         # Another process may have finished the same directory in the meantime; its result is as good as ours.
         other = Scenes(data_dir=data_dir, config=config)

@@ -10,16 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from balcap_jax.data.scenes.world import (
-    COLOURS,
-    GROUNDS,
-    PATTERNS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-)
+from balcap_jax.data.scenes.world import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, Scene, SceneObject
 
 # A text is the sequence of these tokens: words, and single marks.
 TOKEN = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*|[^\sA-Za-z]")

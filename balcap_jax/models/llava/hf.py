@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from balcap_jax.models.hf import (
+from balcap_jax.models.formats.hf import (
     MATRIX,
     VECTOR,
     Row,

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.prompting import PLAIN_TEMPLATE, end_tokens, forbidden_tokens, has_word, image_word
 from balcap_jax.models.qwen2_5_vl.modeling import Qwen25VL

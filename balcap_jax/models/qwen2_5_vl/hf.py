@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax.models.fields import DEFAULTS
-from balcap_jax.models.hf import (
+from balcap_jax.models.formats.hf import (
     VECTOR,
     Row,
     decoder_rows,

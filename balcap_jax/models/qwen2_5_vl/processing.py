@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax.errors import UserError
+from balcap_jax.cli.errors import UserError
 from balcap_jax.models.policy import Prompt
 from balcap_jax.models.prompting import PromptProcessor, names_of
 from balcap_jax.models.qwen2_5_vl.vision import PIXEL_MEAN, QwenImages, VisionConfig

@@ -12,7 +12,7 @@ from balcap_jax.models import decoder
 from balcap_jax.models.attention import MASKED
 from balcap_jax.models.decoder import RMSNorm
 from balcap_jax.models.qwen2_5_vl.windows import MERGE, windows_needed
-from balcap_jax.sharding import constrain
+from balcap_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
 

@@ -1,0 +1,162 @@
+"""The table of a leave-one-out study: means and spreads over seeds, and differences against the directions reported.
+
+Values are in points (0 to 100), arena in -100 to 100, words in words.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
+
+BASE = "base"
+_ABOUT_BASE = "what every variant starts from: the policy at the end of the stage before rl"
+METRICS = {
+    "b_capscore": "b-CapScore",
+    "dcscore": "DCScore",
+    "captionqa": "CaptionQA",
+    "arena": "arena",
+    "words": "words",
+    "precision": "precision",
+    "recall": "recall",
+    "linguistic": "linguistic",
+    "in_band": "in band, %",
+}
+_AS_STORED = ("b_capscore", "words")
+CONFIDENCE = 0.95
+MARGIN = 1.0  # points that count as nothing
+_SIGNS = {1: "rises", -1: "falls", 0: "does not fall"}
+
+Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> metric -> points
+
+
+def points(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of one evaluation of summary.json; those without a value are left out."""
+    found = {name: (evaluation.get(name) or {}).get("mean") for name in METRICS}
+    return {
+        name: float(value) * (1 if name in _AS_STORED else 100) for name, value in found.items() if value is not None
+    }
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for the latter of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Mean over seeds of (variant - other) of the same seed, with the half width of its t interval (None: one seed)."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+    def verdict(self, direction: int) -> str:
+        """Whether it goes in the reported direction: "yes" and "no" only where the interval leaves no doubt.
+
+        A direction of 0, "does not fall", holds where a fall of more than MARGIN is outside of the interval.
+        """
+        if self.half is None:
+            return "one seed"
+        if direction == 0:
+            return "yes" if self.mean - self.half > -MARGIN else "no" if self.mean + self.half < 0 else "not told apart"
+        if abs(self.mean) <= self.half:
+            return "not told apart"
+        return "yes" if self.mean * direction > 0 else "no"
+
+
+def difference(values: Values, variant: str, other: str, metric: str) -> Difference | None:
+    """Paired over the seeds that both have; None where there are none.
+
+    Runs of one seed share their base model and their order of data, so differences vary less than values do.
+    """
+    one, two = values.get(variant, {}), values.get(other, {})
+    seeds = [seed for seed in one if metric in one[seed] and metric in two.get(seed, {})]
+    if not seeds:
+        return None
+    mean, spread = mean_and_spread([one[seed][metric] - two[seed][metric] for seed in seeds])
+    n = len(seeds)
+    half = None if spread is None else float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * spread / math.sqrt(n)
+    return Difference(mean, half, n)
+
+
+def claims_of(variant: str, known: Mapping[str, Variant] = VARIANTS) -> list[tuple[str, int, str, str]]:
+    """(metric, direction, against which variant, whose claim) of everything that is said about a variant."""
+    one = known.get(variant)
+    if one is None:
+        return []
+    reported = [(metric, sign, one.against, "paper") for metric, sign in one.reported.items()]
+    return reported + [(metric, sign, FULL, "method") for metric, sign in one.expected.items()]
+
+
+def rows(values: Values) -> list[dict[str, Any]]:
+    """One JSON-able row per variant: values by seed, mean and sd of each metric, and what came of each claim."""
+    table = []
+    for variant, by_seed in values.items():
+        metrics, claims = {}, []
+        for metric in METRICS:
+            seeds = {seed: one[metric] for seed, one in by_seed.items() if metric in one}
+            if seeds:
+                mean, spread = mean_and_spread(list(seeds.values()))
+                metrics[metric] = {"mean": mean, "sd": spread, "seeds": {str(seed): x for seed, x in seeds.items()}}
+                change = difference(values, variant, FULL, metric)
+                if change is not None and variant not in (FULL, BASE):
+                    metrics[metric]["against_full"] = {"mean": change.mean, "half": change.half}
+        for metric, sign, other, source in claims_of(variant):
+            found = difference(values, variant, other, metric)
+            if found is not None:
+                claims.append(
+                    {
+                        "metric": metric,
+                        "direction": sign,
+                        "source": source,
+                        "against": other,
+                        "mean": found.mean,
+                        "half": found.half,
+                        "agrees": found.verdict(sign),
+                    }
+                )
+        about = VARIANTS[variant].about if variant in VARIANTS else _ABOUT_BASE if variant == BASE else ""
+        table.append({"variant": variant, "about": about, "seeds": len(by_seed), "metrics": metrics, "claims": claims})
+    return table
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Mean ± sd of each metric; bold where the 95% interval of the paired difference to the full method is above or
+    below 0."""
+    shown = [name for name in METRICS if any(name in row["metrics"] for row in table)]
+    lines = ["| variant | " + " | ".join(METRICS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for row in table:
+        cells = [_cell(row["metrics"].get(name)) for name in shown]
+        lines.append(f"| {_plain(row['variant'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
+def _cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    text = f"{entry['mean']:.1f}" + (f" ± {entry['sd']:.1f}" if entry["sd"] is not None else "")
+    change = entry.get("against_full")
+    clear = change is not None and change["half"] is not None and abs(change["mean"]) > change["half"]
+    return f"**{text}**" if clear else text
+
+
+def claims_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """What is claimed of each variant, beside what was measured."""
+    lines = ["| variant | metric | claim | against | ours | agrees |", "|---|---|---|---|---|---|"]
+    for row in table:
+        for one in row["claims"]:
+            half = "" if one["half"] is None else f" ± {one['half']:.1f}"
+            lines.append(
+                f"| {_plain(row['variant'])} | {METRICS[one['metric']]} | {_SIGNS[one['direction']]} ({one['source']}) "
+                f"| {one['against']} | {one['mean']:+.1f}{half} | {one['agrees']} |"
+            )
+    return "\n".join(lines) + "\n"

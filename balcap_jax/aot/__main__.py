@@ -1,0 +1,207 @@
+"""Compiles the programs of a recipe for TPUs on a machine without one, and says whether they fit.
+
+    python -m balcap_jax.aot --config=configs/qwen25vl_7b.py --topology=v5e:4x8 --config.mesh.fsdp=32
+
+Nothing is allocated: parameters are shapes. It needs the `libtpu` of the installed jax, `pip install balcap-jax[aot]`.
+Exit status 1 says that a program does not fit, and names its largest part.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.arguments import place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # The compiler alone is wanted; looking for chips would take a minute and fail.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Nothing here holds a chip that another process could want.
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+"""What libtpu reads when jax is imported; it takes these for the machine's own facts."""
+
+
+def prepare_environment() -> None:
+    """Sets what libtpu needs. Must run before jax is imported. Raises UserError where there is no libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed; run `pip install 'balcap-jax[aot]'`")
+    os.environ.update(ENVIRONMENT)
+    import libtpu
+
+    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+
+
+def devices_of(topology: str, slices: int) -> list[Any]:
+    """The devices of a topology such as "v5e:4x4". Raises UserError where libtpu knows none of that name."""
+    from jax.experimental import topologies
+
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise UserError(f"--topology is {topology!r}; name one as v5e:4x8 or v5p:2x2x2")
+    options = {"num_slices": slices} if slices > 1 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:  # Of several types, by version.
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"--topology={topology}: libtpu knows no such topology ({reason}); name one as v5e:4x8 or v5p:2x2x2"
+        ) from error
+    return list(described.devices)
+
+
+def check_writable(path: str | None) -> None:
+    """Raises UserError now, and not after all compilation, where --json could not be written."""
+    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise UserError(f"cannot write --json={path}: name a file in a directory that exists")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def text_of(report: Any, chip: Any, devices: int) -> str:
+    """The lines that the command prints about one program."""
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in report.parts().items() if size)
+    verdict = "fits" if report.fits(chip.hbm) else "DOES NOT FIT"
+    lines = [
+        f"{report.name}: {verdict}, {gib(report.total)} of {gib(chip.hbm)} GiB per chip ({parts}); "
+        f"compiled in {report.seconds:.0f} s",
+        f"    flops per chip {report.flops / 1e12:.2f} T, {report.flops / chip.flops:.2f} s at the chip's peak",
+    ]
+    if report.model_flops:
+        compiled = report.flops * devices
+        lines.append(
+            f"    flops of all chips {compiled / 1e12:.0f} T: {compiled / report.model_flops:.2f} of the model's "
+            f"({report.model_flops / 1e12:.0f} T), {compiled / report.repeated_flops:.2f} of what it would need with "
+            f"prompts repeated per sample"
+        )
+    rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for moved in report.collectives:
+        where = "decoding loop" if moved.in_open_loop else "other loops" if moved.loops else "outside loops"
+        row = rows[moved.kind, where]
+        row[0] += moved.times
+        row[1] += moved.times * moved.size
+        row[2] = max(row[2], moved.size)
+    for (kind, where), (count, total, largest) in sorted(rows.items()):
+        lines.append(
+            f"    {kind:18} {where:14} {int(count):>8} times, {gib(total):>8} GiB in all, "
+            f"largest {largest / 2**20:.2f} MiB"
+        )
+    gathered = weights_in_decoding(report)
+    if gathered:
+        lines.append(f"    {len(gathered)} collectives of the decoding loop move weights, first: {gathered[0].op_name}")
+    return "\n".join(lines)
+
+
+def weights_in_decoding(report: Any) -> list[Any]:
+    """Collectives that move in every turn of the decoding loop what does not change in it."""
+    return [moved for moved in report.collectives if moved.of_invariant]
+
+
+def as_json(report: Any, chip: Any) -> dict[str, Any]:
+    names = ("arguments", "outputs", "aliased", "temporaries", "code", "resident", "total")
+    names += ("flops", "model_flops", "repeated_flops", "seconds")
+    return {
+        "program": report.name,
+        "fits": report.fits(chip.hbm),
+        "hbm": chip.hbm,
+        **{name: getattr(report, name) for name in names},
+        "collectives": [vars(moved) for moved in report.collectives],
+    }
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not {"-h", "--help"} & set(given):
+        prepare_environment()
+    import jax
+
+    from balcap_jax.aot import memory, print_sharding
+    from balcap_jax.cli.arguments import CommandParser
+    from balcap_jax.config import recipes as configuration
+    from balcap_jax.parallel import sharding
+
+    parser = CommandParser(
+        prog="python -m balcap_jax.aot",
+        description="Compiles a recipe's programs for TPUs that are not here, and says whether they fit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    configuration.add_arguments(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices, joined by mesh.replica")
+    parser.add_argument(
+        "--program", choices=("all", "layout", "rollout", "update"), default="all", help="compile this one alone"
+    )
+    parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
+    parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there as well")
+    config, args = configuration.parse_command_line(given, parser)
+
+    if args.slices < 1:
+        raise UserError(f"--slices must be at least 1, got {args.slices}")
+    check_writable(args.json)
+    devices = devices_of(args.topology, args.slices)
+    kind = devices[0].device_kind
+    if kind not in memory.CHIPS:
+        raise UserError(f"the memory of {kind} is not known; add it to balcap_jax.aot.memory.CHIPS")
+    chip, mesh = memory.CHIPS[kind], sharding.make_mesh(config.mesh, devices)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"{args.topology}: {len(devices)} x {kind}, mesh {shape}", flush=True)
+
+    if args.print_sharding:
+        print(print_sharding.describe(config, mesh))
+        return
+
+    wanted = memory.plan(config, mesh)
+    if args.program != "all":  # Those after it are not even traced.
+        wanted = itertools.islice((one for one in wanted if args.program in one.name.split()), 1)
+    found, too_large = [], []
+    for planned in wanted:
+        print(f"compiling {planned.name} ...", flush=True)
+        try:
+            report = memory.compile_and_read(planned)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refusal = memory.refusal(str(error))
+            too_large.append(f"{planned.name}: {refusal}")
+            found.append({"program": planned.name, "fits": False, "hbm": chip.hbm, "refused": refusal})
+            print(f"{planned.name}: DOES NOT FIT, XLA refuses it: {refusal}", flush=True)
+            if buffers := memory.largest_buffers(str(error)):
+                print(buffers, flush=True)
+            continue
+        found.append(as_json(report, chip))
+        print(text_of(report, chip, len(devices)), flush=True)
+        if not report.fits(chip.hbm):
+            name, size = next(iter(report.parts().items()))
+            too_large.append(f"{report.name} needs {gib(report.total)} GiB, of it {gib(size)} {name}")
+    if not found and not too_large:
+        raise UserError(
+            f"--program={args.program}: the recipe has no such program in its last stage, "
+            f"{memory.stages_of(config)[-1]}, on this mesh"
+        )
+    if args.json:
+        try:
+            Path(args.json).write_text(json_text.dumps(found, indent=2))
+        except OSError as error:
+            raise UserError(f"cannot write --json={args.json}: {error.strerror}") from error
+    if too_large:
+        print(f"does not fit {gib(chip.hbm)} GiB: {'; '.join(too_large)}", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"fits {gib(chip.hbm)} GiB")
+
+
+if __name__ == "__main__":
+    main()

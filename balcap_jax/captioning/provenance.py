@@ -1,0 +1,83 @@
+"""What captions of one file were made with: a file beside it, which keeps those of other models or settings out."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json_object, replace_file, resolved
+
+_MODEL_FILES = ("model.json", "config.json", "preprocessor_config.json", "tokenizer.json")
+_PIECE, _PIECES = 4096, 64  # bytes, and how many of them, that tell a file of weights from another
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """The file of this suffix that belongs to `out`: captions.errors.jsonl to captions.jsonl."""
+    return out.with_name(out.name.removesuffix(".jsonl") + suffix)
+
+
+def existing(model: str | os.PathLike) -> Path:
+    """The directory of the model. Raises UserError where there is none."""
+    path = resolved(model).absolute()
+    if not path.is_dir():
+        raise UserError(f"--model={model}: no such folder; give a directory that training or convert wrote")
+    return path
+
+
+def identity(model: str | os.PathLike) -> dict[str, str]:
+    """The model's path, and a digest of its configuration and of samples of its weights.
+
+    Reading gigabytes of weights to tell two models apart would take longer than captioning with them, and training
+    changes weights everywhere.
+    """
+    path = existing(model)
+    digest = hashlib.sha256()
+    try:
+        for name in _MODEL_FILES:
+            if (path / name).is_file():
+                digest.update((path / name).read_bytes())
+        for file in sorted([*path.glob("params/**/*"), *path.glob("*.safetensors")]):
+            if file.is_file():
+                size = file.stat().st_size
+                digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode(errors="surrogateescape"))
+                with file.open("rb", buffering=0) as weights:
+                    for start in range(0, size, max(_PIECE, size // _PIECES)):
+                        weights.seek(start)
+                        digest.update(weights.read(_PIECE))
+    except OSError as error:
+        raise UserError(f"--model={model}: {error.filename or 'a file'} cannot be read ({error.strerror})") from error
+    return {"model": str(path), "model_digest": digest.hexdigest()}
+
+
+def check(out: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError unless the lines that are there were made with the same settings."""
+    path = beside(out, ".settings.json")
+    remedy = "name another file with --out"
+    try:
+        before = read_json_object(path, remedy)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{out} has lines already, but {path.name} beside it, which says how they were made, is missing; {remedy}"
+        ) from error
+    if before.get("model_digest") != settings.get("model_digest"):
+        raise UserError(
+            f"{out} has captions of another model (then {before.get('model')}, now {settings['model']}); "
+            f"name another file with --out"
+        )
+    for name in {**before, **settings}:
+        moved = name == "model" and "model_digest" in settings  # a model that was moved is the same model
+        if not moved and before.get(name) != settings.get(name):
+            raise UserError(
+                f"{out} has lines made with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
+                f"name another file with --out"
+            )
+
+
+def write(out: Path, settings: dict[str, Any]) -> None:
+    path = beside(out, ".settings.json")
+    try:
+        replace_file(path, (json_text.dumps(settings, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); make room or name another --out") from error

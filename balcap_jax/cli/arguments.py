@@ -1,0 +1,50 @@
+"""Command lines: the parser that every command uses, types of arguments, and overrides of config fields."""
+
+import argparse
+from collections.abc import Sequence
+
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import resolved
+
+OVERRIDE = "--config."
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors: one line, exit status 2 through `exit_on_user_error`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def split_overrides(argv: Sequence[str], prefix: str = OVERRIDE) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line; `prefix` is what they begin with.
+
+    Returns:
+      (other arguments, {FIELD: VALUE}); the last value of a repeated field wins.
+    """
+    rest, overrides = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith(prefix):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.removeprefix(prefix).partition("=")
+        if not equals:
+            value = next(arguments, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{argument} needs a value: {argument}=VALUE")
+        overrides[name] = value
+    return rest, overrides
+
+
+def place(text: str) -> str:
+    """A path, `resolved`. An empty one, such as of a shell variable that is not set, would be the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it names no file or directory")
+    try:
+        return str(resolved(text, "it"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,68 @@
+"""Prints the fields of a configuration, or the resolved settings of one: `python -m balcap_jax.config --help`."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.config.recipes import add_arguments, leaves, parse_command_line
+from balcap_jax.config.schema import FIELDS, TYPE_NAMES
+
+
+def table(width: int = 160) -> str:
+    """All fields as aligned text: name, type, default, range, meaning (wrapped at `width` characters)."""
+    rows = [(f.name, TYPE_NAMES.get(f.kind, f.kind), _show(f.default), f.range_text, f.meaning) for f in FIELDS]
+    header = ("field", "type", "default", "range", "meaning")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
+    indent = sum(widths) + 2 * len(widths)
+    lines, group = [], None
+    for row in [header, *rows]:
+        if row is not header and row[0].rpartition(".")[0] != group:
+            group = row[0].rpartition(".")[0]
+            lines.append("")
+        left = "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=False))
+        meaning = textwrap.wrap(row[4], max(30, width - indent))
+        lines.append(f"{left}  {meaning[0]}")
+        lines += [" " * indent + more for more in meaning[1:]]
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(_show(entry) for entry in value) or "()"
+    if isinstance(value, str):
+        return value or '""'
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="python -m balcap_jax.config",
+        description="Prints every field of a configuration; with --config, the resolved values of a recipe.",
+    )
+    add_arguments(parser, required=False)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not any(argument.startswith("--config") for argument in arguments):
+        parser.parse_args(arguments)
+        print(table(max(100, shutil.get_terminal_size((160, 24)).columns)))
+        return
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
+        raise UserError("overrides need a recipe: --config=FILE.py")
+    config, _ = parse_command_line(arguments, parser)
+    values = dict(leaves(config))
+    lines = []
+    for field in FIELDS:
+        value = values[field.name]
+        changed = f"    (default {_show(field.default)})" if value != field.default else ""
+        lines.append(f"{field.name} = {_show(value)}{changed}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

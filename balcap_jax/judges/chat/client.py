@@ -1,0 +1,370 @@
+"""Questions to language models over OpenAI-compatible chat endpoints: many at once, each with one answer or a Failure.
+
+The transport alone: what is asked and what an answer means is the caller's (`judges.remote` for the rewards' judge).
+
+    client = ChatClient(ChatSettings(endpoints=(("http://localhost:8000/v1", 1.0),), model="judge"))
+    answers = client.ask([Ask(prompt="units.v1", messages=messages, schema=Units), ...])
+
+Requests run on an event loop in a thread of their own, so that `ask` is an ordinary call; Ctrl-C ends it.
+"""
+
+import asyncio
+import collections
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx2
+import numpy as np
+
+from balcap_jax.cli.errors import UserError
+from balcap_jax.judges.chat import probe
+from balcap_jax.judges.chat.endpoint import Endpoint, make_http
+from balcap_jax.judges.chat.forms import Form, wire_schema
+from balcap_jax.judges.chat.keys import cleaned, read_key
+from balcap_jax.judges.chat.limits import SHORT_WAIT
+from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
+from balcap_jax.judges.chat.replies import CUT_OFF, CallError
+from balcap_jax.judges.chat.types import Answer, AnswerCache, Ask, ChatSettings, data_url, picture_hash
+from balcap_jax.judges.schema import Failure, Usage
+
+_BEGUN_PER_SLOT = 4  # calls under way per slot: those that wait before a retry leave their slots to others
+_LONGEST_BACK_OFF = 30.0  # seconds
+_CLOSING = 5.0  # seconds that requests under way are given to be cancelled
+
+_log = logging.getLogger(__name__)
+
+
+class ChatClient:
+    """Asks chat endpoints; see the module. Use one per process, from one thread at a time, and `close` it."""
+
+    def __init__(self, settings: ChatSettings, cache: AnswerCache | None = None):
+        if not settings.endpoints:
+            raise ValueError("a ChatClient needs at least one endpoint")
+        self.settings = settings
+        self.cache = cache
+        self.model = settings.model
+        self._key = read_key(settings.api_key_env)
+        self._usage = Usage()
+        self._urls: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._endpoints: list[Endpoint] = []
+        self._known: set[bool] = set()  # whether of questions without a picture, and of those with one
+        self._random = random.Random()
+        self._http: httpx2.AsyncClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---- for callers ------------------------------------------------------------------------------------------------
+
+    def connect(self, sees: bool = False) -> None:
+        """Finds out how each endpoint takes questions, by asking it something small; does nothing the second time.
+
+        sees: there will be questions about pictures; else that is found out before the first of them.
+
+        Raises:
+          UserError: an endpoint is down, refuses the key, does not know the model, or gives no answers of use.
+        """
+        kinds = {False, sees}
+        if not kinds <= self._known:
+            self._run(self._connect(sees))
+            self._known |= kinds
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]:
+        """One Answer or Failure per question, in order. The same question asked twice at once is sent once."""
+        self.connect(any(ask.image is not None for ask in asks))
+        keys = [self.key(ask) for ask in asks]
+        unique = dict(zip(keys, asks, strict=True))
+        found = self._run(self._answer_all(unique, len(keys) - len(unique)))
+        return [found[key] for key in keys]
+
+    def key(self, ask: Ask) -> str:
+        """The cache's key: everything that decides what the model answers, and nothing else.
+
+        Endpoints stand in for each other, so that it holds the set of them, and what is left out of questions to each.
+        """
+        forms = [(one.url, one.forms.get(ask.image is not None, Form()), one.unknown) for one in self._endpoints]
+        parts = {
+            "endpoints": sorted(url.rstrip("/") for url, _ in self.settings.endpoints),
+            "forms": sorted([url, form.name, sorted(form.left_out), sorted(unknown)] for url, form, unknown in forms),
+            "model": self.model,
+            "prompt": ask.prompt,
+            "messages": [dict(message) for message in ask.messages],
+            "image": "" if ask.image is None else picture_hash(ask.image),
+            "schema": wire_schema(ask.schema),
+            "max_tokens": ask.max_tokens,
+            "temperature": self.settings.temperature,
+            "seed": self.settings.seed if self.settings.temperature else 0,
+            "draw": ask.draw,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def usage(self) -> Usage:
+        """Questions, tokens and failures since this client was made."""
+        return self._usage
+
+    def close(self) -> None:
+        """Ends requests under way and the thread. The client can't be used again."""
+        if self._loop is not None:
+            with_http = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            with contextlib.suppress(TimeoutError):  # The thread is a daemon's and dies with the process.
+                with_http.result(_CLOSING)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSING)
+            if not self._thread.is_alive():
+                self._loop.close()
+            self._loop = None
+        if self.cache is not None:
+            self.cache.close()
+
+    def __enter__(self) -> "ChatClient":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self, work: Any) -> Any:
+        """The result of a coroutine on the client's loop; an interrupted caller takes it back."""
+        if self._loop is None:
+            try:
+                self._start()
+            except BaseException:
+                work.close()  # Else Python warns of it beside the error.
+                raise
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge-client", daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    async def _open(self) -> None:
+        self._slots = asyncio.Semaphore(self.settings.concurrency)
+        try:
+            self._http = make_http(self.settings, self._key)
+        except (ImportError, ValueError) as error:  # of a proxy that the environment names
+            raise UserError(f"no connection to judges can be made: {error}; mend HTTP_PROXY, ALL_PROXY, ...") from error
+        self._endpoints = [
+            Endpoint(url, weight, self._http, self.settings, self._key) for url, weight in self.settings.endpoints
+        ]
+
+    async def _close(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def _connect(self, sees: bool) -> None:
+        if not self.model:
+            told = await asyncio.gather(*(probe.listed_model(one) for one in self._endpoints))
+            names = {one.url: name for one, name in zip(self._endpoints, told, strict=True) if isinstance(name, str)}
+            if not names:  # Of others that tell none, their first question says whether they are of use.
+                raise told[0]
+            if len(set(names.values())) > 1:
+                listed = ", ".join(f"{name!r} at {url}" for url, name in names.items())
+                raise UserError(f"judge.model is empty, and the endpoints serve different models ({listed}); name one")
+            self.model = next(iter(names.values()))
+        found = await asyncio.gather(*(self._find_out(one, sees) for one in self._endpoints))
+        waiting = {one: error for one, error in zip(self._endpoints, found, strict=True) if error}
+        if len(waiting) == len(self._endpoints):
+            found = await asyncio.gather(*(self._find_out(one, sees, patient=True) for one in waiting))
+            waiting = {one: error for one, error in zip(waiting, found, strict=True) if error}
+            if len(waiting) == len(self._endpoints):
+                raise probe.refusal(*next(iter(waiting.items())))
+        for endpoint, error in waiting.items():
+            endpoint.note(error)
+            reason = cleaned(f"{error.reason} {error.detail}", self._key)
+            _log.warning("judge endpoint %s asks to wait (%s); the others are asked meanwhile", endpoint.url, reason)
+
+    async def _find_out(self, endpoint: Endpoint, sees: bool, *, patient: bool = False) -> CallError | None:
+        """What an endpoint says that asks to wait, None once it is known. Raises UserError for what else is wrong."""
+        try:
+            for pictures in (False, True)[: 1 + sees]:
+                await endpoint.ready(self.model, pictures, patient=patient)
+        except CallError as error:
+            if error.asks_to_wait:
+                return error
+            raise probe.refusal(endpoint, error) from error
+        return None
+
+    # ---- questions --------------------------------------------------------------------------------------------------
+
+    async def _answer_all(self, asks: Mapping[str, Ask], repeated: int) -> dict[str, Answer | Failure]:
+        self._count(calls=repeated, cached=repeated)
+        found: dict[str, Answer | Failure] = {}
+        room = asyncio.Semaphore(_BEGUN_PER_SLOT * self.settings.concurrency)
+
+        async def answer(key: str, ask: Ask) -> None:
+            try:
+                found[key] = await self._answer(key, ask)
+            except Exception as error:  # Whatever is wrong with one question leaves the others alone, and is counted.
+                found[key] = self._failed("client", f"{type(error).__name__}: {error}")
+            finally:
+                room.release()
+
+        async with asyncio.TaskGroup() as group:
+            for key, ask in asks.items():
+                await room.acquire()
+                group.create_task(answer(key, ask))
+        return found
+
+    async def _answer(self, key: str, ask: Ask) -> Answer | Failure:
+        stored = self.cache.get(key) if self.cache is not None else None
+        if stored is not None:
+            try:
+                value = parse_answer(stored, ask.schema, ask.check)
+            except UnusableAnswer:
+                pass  # Of an older form, or damaged: ask again.
+            else:
+                self._count(calls=1, cached=1)
+                return Answer(value, cached=True)
+        answer = await self._call(ask)
+        if isinstance(answer, Answer):
+            self._count(calls=1)
+            if self.cache is not None:
+                self.cache.put(key, answer.value.model_dump_json(by_alias=True))
+        return answer
+
+    async def _call(self, ask: Ask) -> Answer | Failure:
+        """Requests until one gives a usable answer, retries or the deadline run out, or no endpoint can give one."""
+        loop, settings = asyncio.get_running_loop(), self.settings
+        ends: float | None = None  # Waiting for one's turn uses nothing of the deadline: limits may make it long.
+        errors: list[CallError] = []
+        hopeless: set[str] = set()  # endpoints that can't answer this question, however often they are asked
+        counted = 0
+        while True:
+            try:
+                endpoint = await self._choose(hopeless, {error.url for error in errors[-1:]}, ends)
+            except CallError as error:
+                return self._failed_call(error, errors)
+            endpoint.under_way += 1
+            queued = loop.time()
+            try:
+                await endpoint.admit(ask)
+                async with self._slots:
+                    if loop.time() < endpoint.breaker.asked_until:  # It has said so since it was chosen.
+                        endpoint.breaker.abandoned()
+                        continue
+                    now = loop.time()
+                    ends = now + settings.deadline if ends is None else ends + now - queued
+                    await self._ready(endpoint, ask)
+                    return await self._request(endpoint, ask, min(loop.time() + settings.attempt_timeout, ends))
+            except CallError as caught:
+                error = caught
+            except BaseException:
+                endpoint.breaker.abandoned()
+                raise
+            finally:
+                endpoint.under_way -= 1
+            errors.append(error)
+            counted += error.kind != "busy"
+            if error.kind in ("endpoint", "question"):
+                hopeless.add(endpoint.url)
+            if counted > settings.retries or len(hopeless) == len(self._endpoints):
+                return self._failed_call(error, errors)
+            # A server that answers, if not as it should, is not overloaded.
+            wait = self._back_off(sum(error.kind != "answer" for error in errors))
+            if error.retry_after < SHORT_WAIT:
+                wait = max(wait, error.retry_after)
+            begins = max(loop.time() + wait, self._first_asked_until(hopeless))
+            if begins >= ends:
+                return self._failed_call(error, errors, f", deadline of {settings.deadline:g} s")
+            await asyncio.sleep(wait)
+
+    async def _ready(self, endpoint: Endpoint, ask: Ask) -> None:
+        """Finds out what of the endpoint is not known yet. Raises CallError."""
+        try:
+            await endpoint.ready(self.model, ask.image is not None)
+        except CallError as error:
+            endpoint.note(error)
+            raise
+
+    def _first_asked_until(self, hopeless: set[str]) -> float:
+        """When the first of the endpoints that are left may be asked again, by what they said."""
+        return min(one.breaker.asked_until for one in self._endpoints if one.url not in hopeless)
+
+    async def _request(self, endpoint: Endpoint, ask: Ask, ends: float) -> Answer:
+        """One request and what it means. Raises CallError."""
+        begun = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(ends):
+                reply = await endpoint.complete(self.model, ask, self._picture(ask.image))
+        except TimeoutError as error:
+            reason = f"no answer within {ends - begun:.3g} s"
+            endpoint.breaker.failed(ends, reason)
+            raise CallError(endpoint.url, reason) from error
+        self._count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
+        if reply.problem and not reply.remedy:
+            raise CallError(endpoint.url, reply.problem, "answer", detail=reply.detail)
+        try:
+            value = parse_answer(reply.text, ask.schema, ask.check, cut=reply.cut)
+        except UnusableAnswer as error:
+            reason = CUT_OFF if reply.cut else reply.problem or str(error)
+            raise CallError(endpoint.url, reason, "answer") from error
+        return Answer(value, reply.tokens_in, reply.tokens_out)
+
+    async def _choose(self, hopeless: set[str], last: set[str], ends: float | None) -> Endpoint:
+        """The least loaded endpoint for its weight, rather not the one that failed last; waits while all are shut.
+
+        Raises CallError when none opens before `ends`, or when all have been down for longer than a whole deadline.
+        """
+        loop = asyncio.get_running_loop()
+        left = [endpoint for endpoint in self._endpoints if endpoint.url not in hopeless]
+        begun = loop.time()
+        ends = begun + self.settings.deadline if ends is None else ends
+        while True:
+            now = loop.time()
+            if ready := [endpoint for endpoint in left if endpoint.breaker.may_call(now)]:
+                best = min(ready, key=lambda one: (one.url in last, (one.under_way + 1) / one.weight))
+                best.breaker.begin(now)
+                return best
+            if self._first_asked_until(hopeless) >= ends:
+                one = min(left, key=lambda one: one.breaker.asked_until)
+                reason = f"asks to wait longer than the deadline: {one.breaker.reason}"
+                raise CallError(one.url, reason, "busy", detail=one.breaker.detail)
+            down = min(left, key=lambda one: one.breaker.down_for(now))
+            if now >= ends or down.breaker.down_for(now) > self.settings.deadline:
+                raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint", detail=down.breaker.detail)
+            await asyncio.sleep(min(0.05, max(ends - now, 0.001)))
+
+    def _picture(self, image: np.ndarray | None) -> str:
+        """The data URL; a group's captions are of one picture, so that it is encoded once for all of them."""
+        if image is None:
+            return ""
+        name = picture_hash(image)
+        url = self._urls.pop(name, None) or data_url(image)
+        self._urls[name] = url
+        while len(self._urls) > 2 * self.settings.concurrency:
+            self._urls.popitem(last=False)
+        return url
+
+    def _back_off(self, failures: int) -> float:
+        """Seconds before the next request: doubled with each failure; scattered, so that calls do not meet again."""
+        return min(0.25 * 2 ** min(failures, 10), _LONGEST_BACK_OFF) * self._random.uniform(0.5, 1.0)
+
+    def _failed_call(self, last: CallError, errors: Sequence[CallError], ended_by: str = "") -> Failure:
+        requests = f"{len(errors)} request{'' if len(errors) == 1 else 's'}"
+        return self._failed(last.url, last.reason, last.detail, f" ({requests}{ended_by})")
+
+    def _failed(self, url: str, reason: str, detail: str = "", after: str = "") -> Failure:
+        clean = cleaned(reason, self._key)
+        self._count(calls=1, failures=collections.Counter({f"{url}: {clean}": 1}))
+        more = f", {cleaned(detail, self._key)}" if detail else ""
+        return Failure(f"{url}: {clean}{more}{after}")
+
+    def _count(self, **more: Any) -> None:
+        self._usage = self._usage + Usage(**more)

@@ -1,0 +1,223 @@
+"""What an endpoint takes: found out at the start by a small question of the form that all later ones have.
+
+The question has a system message, a schema with all that questions' schemas have, the longest answer that is allowed,
+and a picture where pictures are asked about. What is refused (HTTP 400, 422) is left out from then on.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import pydantic
+
+from balcap_jax.cli.errors import UserError
+from balcap_jax.judges.chat.forms import FORMS, SCHEMA, SYSTEM, Form
+from balcap_jax.judges.chat.keys import cleaned, without_key
+from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
+from balcap_jax.judges.chat.replies import CallError, Reply, error_of, is_success, tokens_of
+from balcap_jax.judges.chat.types import data_url, picture_tokens
+
+if TYPE_CHECKING:
+    from balcap_jax.judges.chat.endpoint import Endpoint
+
+TRIES = 3  # requests per form that may fail by chance (a busy server, a cut connection)
+WAIT = 0.5  # seconds before such a request is sent again
+_REFUSED = (400, 422)  # HTTP statuses of a question that holds what the server does not take
+_FEW_TOKENS = 256  # of an answer, where the server has no room for more
+_NAMES = 8  # models that an error lists
+
+
+class _Probe(pydantic.BaseModel):
+    """Servers that keep to no schema answer what the words ask for, and that is `ok` alone."""
+
+    # Two entries, though the words ask for one: some servers take a length of one, and no other.
+    ok: Annotated[list[bool], pydantic.Field(json_schema_extra={"minItems": 2, "maxItems": 2})]
+    mark: Annotated[int, pydantic.Field(json_schema_extra={"minimum": 1, "maximum": 5})] = 3
+    letter: Annotated[str, pydantic.Field(json_schema_extra={"enum": ["A", "B"]})] = "A"
+
+
+_MESSAGES = (
+    {"role": "system", "content": "You answer with one JSON object."},
+    {"role": "user", "content": 'Answer with this JSON object and nothing else: {"ok": [true]}'},
+)
+_PICTURE = np.full((56, 56, 3), 128, np.uint8)  # Some models take none with a side below 28 pixels.
+
+
+async def listed_model(endpoint: "Endpoint") -> str | UserError:
+    """The name of the one model that the server lists, or why it tells none. Raises UserError for several."""
+    where = f"judge endpoint {endpoint.url}"
+    try:
+        async with _time_limit(endpoint):
+            status, headers, body = await endpoint.request("GET", "/models")
+        tree = json.loads(body) if is_success(status) else {}
+        if not is_success(status) or (isinstance(tree, dict) and tree.get("error")):
+            raise error_of(endpoint.url, status, headers, body)
+        if isinstance(tree, dict):
+            tree = tree.get("data") or tree.get("models")
+        names = [one if isinstance(one, str) else one.get("id") or one["name"] for one in tree]
+        names = list(dict.fromkeys(names))
+        if not names or not all(isinstance(n, str) and n.isprintable() and n.strip() for n in names):
+            raise ValueError("no names")
+        if any(without_key(name, endpoint.key) != name for name in names):
+            raise ValueError("a key")
+    except CallError as error:
+        return refusal(endpoint, error)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return UserError(f"{where} lists no models; name one in judge.model")
+    if len(names) > 1:
+        listed = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+        raise UserError(f"judge.model is empty, and {where} lists several models ({listed}); name one")
+    return names[0]
+
+
+async def detect(endpoint: "Endpoint", model: str, sees: bool, patient: bool) -> Form:
+    """The first of FORMS that the server takes and keeps to, with nothing left out of it that it takes.
+
+    Raises:
+      CallError: it is down, refuses the key, does not know the model, takes no picture, or says nothing.
+    """
+    ask = functools.partial(_ask, endpoint, model, data_url(_PICTURE) if sees else "", patient)
+    if False in endpoint.forms:  # With a picture most servers take the same.
+        try:
+            await ask(endpoint.forms[False])
+        except CallError as error:
+            _raise_if_final(error)
+        else:
+            return endpoint.forms[False]
+    error = CallError(endpoint.url, "no answer")
+    # At last without the system role whatever is said: some servers answer 500 to what they don't take.
+    for base in (frozenset(), SYSTEM):
+        for name in FORMS:
+            schema = frozenset() if name == "plain" else SCHEMA
+            for left_out in dict.fromkeys((base, base | schema, base | SYSTEM, SYSTEM | schema)):
+                try:
+                    await ask(Form(name, left_out))
+                except CallError as caught:
+                    error = caught
+                    _raise_if_final(error)
+                    if error.status not in _REFUSED:
+                        break  # It takes the form and does not keep to it, or says nothing of what it refuses.
+                else:
+                    return await _with_all_it_takes(ask, Form(name, left_out))
+        if error.kind != "server":
+            break
+    if sees and False in endpoint.forms and error.kind != "server":
+        remedy = "name a model that sees pictures in judge.model, or ask nothing about pictures (rewards.name=text)"
+        said = f"{error.reason} {error.detail}"
+        raise CallError(endpoint.url, "takes no pictures", "endpoint", detail=said, remedy=remedy) from error
+    raise error
+
+
+async def _with_all_it_takes(ask: functools.partial, form: Form) -> Form:
+    """What was left out of the schema at once goes back but for what is refused alone."""
+    for part in sorted(SCHEMA & form.left_out):
+        more = Form(form.name, form.left_out - {part})
+        try:
+            await ask(more)
+        except CallError as error:
+            _raise_if_final(error)
+        else:
+            form = more
+    return form
+
+
+def _raise_if_final(error: CallError) -> None:
+    if error.kind == "endpoint" or error.asks_to_wait:
+        raise error
+
+
+async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, form: Form) -> None:
+    """Asks once, and again where that failed by chance. Raises CallError where no question can be asked so."""
+    settings, tries, max_tokens = endpoint.settings, 0, endpoint.settings.max_tokens
+    tokens = tokens_of(sum(len(message["content"]) for message in _MESSAGES))
+    tokens += picture_tokens(_PICTURE) if picture else 0
+    while True:
+        known = len(endpoint.unknown), endpoint.tokens_field
+        try:
+            async with _time_limit(endpoint):
+                reply = await endpoint.post(model, _MESSAGES, picture, form, _Probe, max_tokens, tokens)
+            return _read(endpoint.url, form, reply)
+        except CallError as error:
+            if error.status in _REFUSED:
+                _learn(endpoint, error.detail)
+                if (len(endpoint.unknown), endpoint.tokens_field) != known:
+                    continue  # It said which setting it does not take.
+                if max_tokens > _FEW_TOKENS and re.search(r"context|too (large|long|many)|exceed", error.detail):
+                    max_tokens = _FEW_TOKENS
+                    continue
+            tries += 1
+            asked_to_wait = error.asks_to_wait and not (patient and error.retry_after <= settings.deadline)
+            if error.kind in ("endpoint", "question", "answer") or tries == TRIES or asked_to_wait:
+                raise
+            await asyncio.sleep(max(WAIT, error.retry_after))
+
+
+@contextlib.asynccontextmanager
+async def _time_limit(endpoint: "Endpoint") -> AsyncIterator[None]:
+    """Of one request. Raises CallError where it takes longer."""
+    seconds = endpoint.settings.attempt_timeout
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise CallError(endpoint.url, f"no answer within {seconds:g} s", "endpoint") from error
+
+
+def _read(url: str, form: Form, reply: Reply) -> None:
+    """Raises CallError for an answer that says that none will be of use, or none of this form."""
+    if reply.cut:  # It says nothing about the form.
+        return
+    if reply.remedy:
+        raise CallError(url, reply.problem, "answer", remedy=reply.remedy)
+    if form.name == "plain":  # Whatever it says: letters are answers too, and small models err.
+        return
+    try:
+        parse_answer(reply.text, _Probe)
+    except UnusableAnswer as error:
+        raise CallError(url, reply.problem or str(error), "answer") from error
+
+
+def _learn(endpoint: "Endpoint", said: str) -> None:
+    """Newer hosted models refuse settings by name: the old field for the longest answer, a temperature, a seed.
+
+    Only from what is said of a probe: what is said of a question may quote it.
+    """
+    if "max_completion_tokens" in said and endpoint.tokens_field == "max_tokens":
+        endpoint.tokens_field = "max_completion_tokens"
+        return
+    for name in ("temperature", "seed"):
+        if re.search(rf"\b{name}\b", said):
+            endpoint.unknown.add(name)
+
+
+def refusal(endpoint: "Endpoint", error: CallError) -> UserError:
+    """What is wrong with an endpoint, in one line."""
+    said = cleaned(error.detail, endpoint.key)
+    reason, detail = cleaned(error.reason, endpoint.key), f": {said}" if said else ""
+    where, name = f"judge endpoint {endpoint.url}", endpoint.settings.api_key_env
+    if error.remedy:
+        return UserError(f"{where} is of no use ({reason}{detail}); {error.remedy}")
+    if error.status in (401, 403):
+        if name:
+            return UserError(f"{where} refuses the key in {name} ({reason}{detail}); put a valid one there")
+        return UserError(
+            f"{where} asks for a key ({reason}{detail}); put it into an environment variable and name that "
+            "in judge.api_key_env"
+        )
+    if error.asks_to_wait:
+        return UserError(f"{where} asks to wait ({reason}{detail}); start again later, or name others too")
+    if error.status:
+        return UserError(f"{where} does not answer ({reason}{detail}); mend judge.endpoints or judge.model")
+    if error.kind == "answer":
+        return UserError(
+            f"{where} does not answer as a chat endpoint does ({reason}); judge.endpoints holds base URLs, "
+            "up to and with /v1"
+        )
+    return UserError(
+        f"{where} is down ({reason}); start it (launch/judge_server.sh starts one) or mend judge.endpoints"
+    )

@@ -1,0 +1,498 @@
+"""Hugging Face checkpoints to our parameters and back, driven by one table of rows per family.
+
+A row says which tensor of a transformers module a parameter is, and how its numbers lie. Import, export and the
+checks run over the same rows: every tensor of the checkpoint must be used exactly once, every parameter set exactly
+once. Arrays pass one layer at a time.
+
+A family (`models/<family>/hf.py`) is a module with
+    MODEL_TYPE, ARCHITECTURE      what config.json calls it
+    TABLE                         the rows; names are those of the modules of transformers 5
+    RENAMES                       (prefix in checkpoints, prefix in the modules), the first that fits; where several
+                                  belong to one module prefix, the first is the one of published checkpoints
+    fields_from_hf(config)        the config group `model` from a complete config.json
+    fields_from_processor(processor, fields)
+                                  those of its fields that the image processor's file sets otherwise
+    config_to_hf(fields, ids)     and back, for models that came from no checkpoint; `ids` holds vocab, image,
+                                  before_image (what stands before the image in a prompt), bos, eos and pad
+    processor_to_hf(fields)       the same for the files of the processor
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json_object
+from balcap_jax.config.schema import FIELDS
+from balcap_jax.models import fields as model_fields
+from balcap_jax.models.formats.orbax import is_stacked
+from balcap_jax.models.formats.safetensors import NewTensor, Tensor, read_directory
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+CONFIG = "config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Where the settings of the image processor are; transformers 5 nests them in the second."""
+
+# Buffers of the modules of these families and of the towers and decoders in them, by the end of their names.
+_CONSTANT = re.compile(r"(^|\.)(position_ids|(original_)?inv_freq|(cos|sin)_cached|causal_mask|masked_bias)$")
+# The triangle of causal attention, [1, 1, N, N]; with fewer axes it is a bias.
+_TRIANGLE = re.compile(r"(^|\.)(self_attn|attn|attention)\.bias$")
+_DOWNLOAD_AGAIN = "download it again"
+_NAMED = 3  # tensors that an error names; it counts the others
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+class Form(NamedTuple):
+    """A layout: `to_ours(array, shape)` and its inverse `to_hf(array)`, both only transposing and reshaping."""
+
+    to_ours: Callable[[np.ndarray, Shape], np.ndarray]
+    to_hf: Callable[[np.ndarray], np.ndarray]
+
+
+def linear(inputs: int = 1) -> Form:
+    """[out, in] of torch's Linear to a Dense kernel whose first `inputs` axes are read: [in, out] or [N, H, D]."""
+    return Form(
+        lambda array, shape: array.T.reshape(shape),
+        lambda array: array.reshape(math.prod(array.shape[:inputs]), -1).T,
+    )
+
+
+VECTOR = Form(lambda array, shape: array.reshape(shape), lambda array: array.reshape(-1))
+MATRIX = Form(lambda array, shape: array, lambda array: array)
+
+
+def patches(*order: int, split: Callable[[Shape], Shape]) -> Form:
+    """A convolution's kernel with its axes in `order`; `split(shape)` is the shape in that order for our shape."""
+    back = tuple(int(axis) for axis in np.argsort(order))
+    return Form(
+        lambda array, shape: array.transpose(order).reshape(shape),
+        lambda array: array.reshape(split(array.shape)).transpose(back),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter and its tensor.
+
+    `name`: the tensor; `{}` stands for the layer. Rows of one name and different paths share out the layers in the
+    order of the rows. `part` (i, n): the parameter is piece i of the tensor's first axis cut in n.
+    `fill`: (value, path of a parameter of the same shape) for a tensor that transformers wants and we do without.
+    `repeats`: the tensor that this one may be a copy of in a checkpoint whose model lacks the parameter.
+    """
+
+    name: str
+    path: str
+    form: Form
+    part: tuple[int, int] = (0, 1)
+    fill: tuple[float, str] | None = None
+    repeats: str = ""
+
+
+def dense(name: str, path: str, *, inputs: int = 1, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a linear layer; a bias that the model lacks costs nothing."""
+    kernel = Row(f"{name}.weight", f"{path}/kernel", linear(inputs))
+    return (kernel, Row(f"{name}.bias", f"{path}/bias", VECTOR)) if bias else (kernel,)
+
+
+def decoder_rows(name: str) -> tuple[Row, ...]:
+    """The decoder of every family, whose layers transformers calls `name`.layers.N."""
+    layer = f"{name}.layers.{{}}"
+    return (
+        Row(f"{name}.embed_tokens.weight", "decoder/embed", MATRIX),
+        Row(f"{name}.norm.weight", "decoder/norm/scale", VECTOR),
+        # With tied embeddings some trainers save the head all the same.
+        Row("lm_head.weight", "decoder/head", linear(), repeats=f"{name}.embed_tokens.weight"),
+        Row(f"{layer}.input_layernorm.weight", "decoder/layers/attention_norm/scale", VECTOR),
+        Row(f"{layer}.post_attention_layernorm.weight", "decoder/layers/mlp_norm/scale", VECTOR),
+        *(row for x in "qkv" for row in dense(f"{layer}.self_attn.{x}_proj", f"decoder/layers/{x}")),
+        *dense(f"{layer}.self_attn.o_proj", "decoder/layers/o", inputs=2, bias=False),
+        *(row for x in ("gate", "up", "down") for row in dense(f"{layer}.mlp.{x}_proj", f"decoder/layers/{x}")),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+class Piece(NamedTuple):
+    """Layer `layer` of parameter `path` (the whole of it if None), of `shape`, is a part of a tensor by `row`."""
+
+    row: Row
+    path: str
+    layer: int | None
+    shape: Shape
+
+    @property
+    def hf_shape(self) -> Shape:
+        """The shape of the whole tensor."""
+        # Every stride of the stand-in is 0, so that no reshape of it copies.
+        first, *rest = self.row.form.to_hf(np.broadcast_to(np.int8(0), self.shape)).shape
+        return (first * self.row.part[1], *rest)
+
+
+def plan(table: Sequence[Row], shapes: Shapes) -> dict[str, list[Piece]]:
+    """{tensor, by its name in the module: the pieces it consists of} for parameters of `shapes`.
+
+    Raises:
+      UserError: a parameter that no row or several rows set, or a tensor that is not set whole.
+    """
+    tensors: dict[str, list[Piece]] = {}
+    taken: dict[tuple, int] = {}
+    seen: dict[str, int] = dict.fromkeys(shapes, 0)
+    for row in table:
+        if row.path not in shapes:
+            continue
+        seen[row.path] += 1
+        shape = shapes[row.path]
+        if not is_stacked(row.path):
+            tensors.setdefault(row.name, []).append(Piece(row, row.path, None, shape))
+            continue
+        key = (row.name, row.part)
+        first = taken.get(key, 0)
+        taken[key] = first + shape[0]
+        for layer in range(shape[0]):
+            tensors.setdefault(row.name.format(first + layer), []).append(Piece(row, row.path, layer, shape[1:]))
+    wrong = [path for path, count in seen.items() if count != 1]
+    if wrong:
+        raise UserError(f"{seen[wrong[0]]} rows of the family's table set the parameter {_some(wrong)}, it must be one")
+    for name, pieces in tensors.items():
+        if sorted(piece.row.part for piece in pieces) != [(i, len(pieces)) for i in range(len(pieces))]:
+            raise UserError(f"the family's table does not set tensor {name} exactly once: {pieces}")
+    return tensors
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory: its tensors by their names in the modules of transformers, and its configuration."""
+
+    directory: Path
+    family: ModuleType
+    fields: dict[str, Any]
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def is_checkpoint(directory: Path) -> bool:
+    return (directory / CONFIG).is_file()
+
+
+def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[ModuleType, dict[str, Any], dict[str, Any]]:
+    """(family, config group `model`, complete config) of a checkpoint directory; weights are not looked at.
+
+    Raises:
+      UserError: config.json is missing, torn, or describes a model that no family can be.
+    """
+    path = directory / CONFIG
+    try:
+        config = read_json_object(path, _DOWNLOAD_AGAIN)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} is missing; give the directory of a Hugging Face checkpoint") from error
+    model_type = config.get("model_type")
+    family = next((family for family in families if model_type == family.MODEL_TYPE), None)
+    if family is None:
+        known = ", ".join(family.MODEL_TYPE for family in families)
+        raise UserError(f"{path} is of the architecture {model_type!r}; only {known} can be read")
+    processors = read_processors(directory)
+    try:
+        _check_layers(config)
+        # Published files leave out what is the default; transformers knows the defaults.
+        # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
+        from transformers import AutoConfig, logging
+
+        logging.set_verbosity_error()  # What it warns of odd fields would stand beside the one line.
+        complete = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        fields = family.fields_from_hf(complete)
+    except Exception as error:  # of odd values transformers raises whatever comes up
+        raise UserError(
+            f"{path} describes no {family.ARCHITECTURE} that can be read: {_reason(error)}; give another checkpoint"
+        ) from error
+    model_fields.check(model_fields.DEFAULTS | fields, f"{path} describes no model that can be built", _DOWNLOAD_AGAIN)
+    for file, processor in processors.items():
+        try:
+            fields |= family.fields_from_processor(processor, fields)
+        except ValueError as error:
+            raise UserError(
+                f"{file} describes an image processor that is not built: {error}; give another checkpoint"
+            ) from error
+        model_fields.check(model_fields.DEFAULTS | fields, f"{file} cannot be used", _DOWNLOAD_AGAIN)
+    return family, fields, complete
+
+
+def read_processors(directory: Path) -> dict[Path, dict[str, Any]]:
+    """{file: settings of the image processor that are set} of the files that are there."""
+    found = {}
+    for path in (directory / name for name in PROCESSORS):
+        if path.exists():
+            content = read_json_object(path, _DOWNLOAD_AGAIN)
+            settings = content if path.name == PROCESSORS[0] else content.get("image_processor")
+            if settings is not None and not isinstance(settings, dict):
+                raise UserError(f"{path} has no settings of an image processor; {_DOWNLOAD_AGAIN}")
+            if settings is not None:
+                found[path] = {name: value for name, value in settings.items() if value is not None}
+    return found
+
+
+def _check_layers(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for numbers of layers out of range: transformers would make a list of that length."""
+    (schema,) = (field for field in FIELDS if field.name == "model.layers")
+    groups = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for name in ("num_hidden_layers", "depth"):
+        for layers in (group[name] for group in groups if name in group):
+            if type(layers) is not int or not schema.holds(layers):
+                raise ValueError(f"{name} is {layers!r}, it must be in {schema.range_text}")
+
+
+def _reason(error: Exception) -> str:
+    """The line of an exception that tells most: validators of transformers put the field and the cause on two."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return ": ".join(line.rstrip(":") for line in lines[:2]) or type(error).__name__
+
+
+def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoint:
+    """Reads a checkpoint's configuration and the headers of its shards.
+
+    Raises:
+      UserError: see `read_fields` and `safetensors_files.read_directory`.
+    """
+    family, fields, config = read_fields(directory, families)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_directory(directory, is_constant).items():
+        module_name = rename(name, family.RENAMES)
+        if module_name in tensors:
+            raise UserError(
+                f"{tensor.file}: tensor {name} is the same weight as {tensors[module_name].name}; leave one of them out"
+            )
+        tensors[module_name] = tensor
+    return Checkpoint(directory, family, fields, config, tensors)
+
+
+def is_constant(name: str, shape: Shape) -> bool:
+    """Whether a tensor is one that modules compute: older versions of transformers saved them, newer read none."""
+    return bool(_CONSTANT.search(name) or (len(shape) == 4 and _TRIANGLE.search(name)))
+
+
+def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """The name with the first prefix that fits exchanged."""
+    for old, new in renames:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def require(config: Mapping[str, Any], **wanted: Any) -> None:
+    """Raises ValueError naming the first entry of a configuration that has another value (a tuple lists several)."""
+    for key, value in wanted.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if config.get(key) not in allowed:
+            raise ValueError(f"{key} is {config.get(key)!r}, only {' or '.join(map(repr, allowed))} is built")
+
+
+def require_sizes(config: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError naming the first entry that is no whole number above 0."""
+    for name in names:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{name} is {config.get(name)!r}, it must be a whole number above 0")
+
+
+def require_processing(processor: Mapping[str, Any], *, kind: str, mean: np.ndarray, std: np.ndarray) -> None:
+    """Raises ValueError unless an image processor does what ours do; what its file leaves out it does by default.
+
+    `kind` begins the name of its class; `mean` and `std` [3] are those of the pixels.
+    """
+    named = processor.get("image_processor_type", kind)
+    if not isinstance(named, str) or not named.startswith(kind):
+        raise ValueError(f"image_processor_type is {named!r}, only {kind} is built")
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(processor, **{step: (True, None)})
+    require(processor, resample=(3, None), do_pad=(False, None))  # 3: bicubic
+    for key, wanted in (("rescale_factor", 1 / 255), ("image_mean", mean), ("image_std", std)):
+        value = processor.get(key)
+        try:
+            same = value is None or (np.shape(value) == np.shape(wanted) and np.allclose(value, wanted, 1e-5, 0))
+        except (TypeError, ValueError):  # no numbers
+            same = False
+        if not same:
+            raise ValueError(f"{key} is {value!r}, only {', '.join(f'{x:.6g}' for x in np.ravel(wanted))} is built")
+
+
+# ------------------------------------------------------------------------------------------------- import
+
+
+def check(checkpoint: Checkpoint, shapes: Shapes, *, cast: bool) -> dict[str, list[Piece]]:
+    """The plan of a checkpoint for parameters of `shapes`, checked against its tensors before a number is read.
+
+    Raises:
+      UserError: tensors that are missing, too many, of another shape, or, unless they will be `cast`, layers of one
+        parameter that differ in type. Names them and their files.
+    """
+    tensors, directory = checkpoint.tensors, checkpoint.directory
+    pieces = plan(checkpoint.family.TABLE, shapes)
+    if missing := [name for name in pieces if name not in tensors]:
+        raise UserError(f"{directory} lacks {_some(missing)}, which its config.json asks for; download it again")
+    copies = copies_in(checkpoint.family, tensors, pieces)
+    for name, of in copies.items():
+        if not np.array_equal(tensors[name].read().view(np.uint8), tensors[of].read().view(np.uint8)):
+            raise UserError(
+                f"{tensors[name].file}: {tensors[name].name} differs from {tensors[of].name}, though config.json ties "
+                f"the two; set tie_word_embeddings to false there, or leave the tensor out"
+            )
+    if many := [tensor for name, tensor in tensors.items() if name not in pieces and name not in copies]:
+        raise UserError(
+            f"{many[0].file} holds {_some([tensor.name for tensor in many])}, for which the model of config.json has "
+            f"no place; give the checkpoint that belongs to this config.json"
+        )
+    types: dict[str, Tensor] = {}
+    for name, parts in pieces.items():
+        tensor = tensors[name]
+        for piece in parts:
+            if tensor.shape != piece.hf_shape:
+                raise UserError(
+                    f"{tensor.file}: {tensor.name} is {list(tensor.shape)}, by config.json it is "
+                    f"{list(piece.hf_shape)}; give the checkpoint that belongs to this config.json"
+                )
+            other = types.setdefault(piece.path, tensor)
+            if other.dtype != tensor.dtype and not cast:
+                raise UserError(
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype}, but {other.name} is {other.dtype}; give one "
+                    f"type for all with --dtype"
+                )
+    return pieces
+
+
+def copies_in(family: ModuleType, names: Iterable[str], pieces: Mapping[str, Any]) -> dict[str, str]:
+    """{tensor: the one that it repeats} of those `names` that no parameter stands for; see `Row.repeats`."""
+    repeats = {row.name: row.repeats for row in family.TABLE if row.repeats}
+    return {name: repeats[name] for name in names if name in repeats and name not in pieces}
+
+
+def types(checkpoint: Checkpoint, pieces: Mapping[str, list[Piece]]) -> dict[str, np.dtype]:
+    """{parameter: type} as the checkpoint holds them."""
+    return {piece.path: checkpoint.tensors[name].dtype for name, parts in pieces.items() for piece in parts}
+
+
+def read_arrays(
+    checkpoint: Checkpoint, pieces: Mapping[str, list[Piece]]
+) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """(parameter, layer or None, its array in our layout and the checkpoint's type), parameter after parameter."""
+    by_path: dict[str, list[tuple[Tensor, Piece]]] = {}
+    for name, parts in pieces.items():
+        for piece in parts:
+            by_path.setdefault(piece.path, []).append((checkpoint.tensors[name], piece))
+    for path, entries in by_path.items():
+        for tensor, piece in entries:
+            yield path, piece.layer, piece.row.form.to_ours(tensor.read(*piece.row.part), piece.shape)
+
+
+def by_parameter(
+    entries: Iterator[tuple[str, int | None, np.ndarray]],
+) -> Iterator[tuple[str, Iterator[tuple[int | None, np.ndarray]]]]:
+    """What `read_arrays` yields, grouped: (parameter, its (layer, array)s, to be taken before the next parameter)."""
+    for path, group in itertools.groupby(entries, key=lambda entry: entry[0]):
+        yield path, ((layer, array) for _, layer, array in group)
+
+
+# ------------------------------------------------------------------------------------------------- export
+
+
+def exported_names(family: ModuleType, names: Sequence[str], source: Mapping[str, str]) -> dict[str, str]:
+    """{name in the module: name in the file}: `source`'s where it has one, else that of published checkpoints."""
+    published: dict[str, str] = {}
+    for in_file, in_module in family.RENAMES:
+        if in_file != in_module:
+            published.setdefault(in_module, in_file)
+    return {name: source.get(name) or rename(name, list(published.items())) for name in names}
+
+
+def rope_to_hf(theta: float, **more: Any) -> dict[str, Any]:
+    """The rotary fields of a config.json: those of transformers 5, and the older ones, without which 4 takes 10000."""
+    older = {"rope_scaling": {"rope_type": "default", "type": "default", **more}} if more else {}
+    parameters = {"rope_type": "default", "rope_theta": theta, **more}
+    return {"rope_theta": theta, **older, "rope_parameters": parameters}
+
+
+def processing_to_hf(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+    """What `require_processing` asks for, as an image processor's file says it."""
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    pixels = {"image_mean": mean.tolist(), "image_std": std.tolist()}
+    return {**steps, "resample": 3, "rescale_factor": 1 / 255, **pixels}
+
+
+def new_tensors(
+    family: ModuleType,
+    shapes: Shapes,
+    dtypes: Mapping[str, np.dtype],
+    read: Callable[[str, int | None], np.ndarray],
+    *,
+    names: Mapping[str, str],
+    dtype: np.dtype | None = None,
+) -> list[NewTensor]:
+    """The tensors of a checkpoint of our parameters, each made only when it is written.
+
+    Args:
+      shapes, dtypes: {parameter: shape, type}.
+      read: gives (parameter, layer or None)'s array.
+      names: {name in the module: name to write} of the source, in its order; {} takes those of published checkpoints.
+      dtype: writes this type instead of the parameters' own.
+    """
+    pieces = plan(family.TABLE, shapes)
+    if names:
+        _check_names(family, names, pieces)
+    fills = {
+        row.name: row for row in family.TABLE if row.fill and row.path not in shapes and row.fill[1] in shapes
+    }  # only tensors without layers are filled in
+    for name, of in copies_in(family, names, pieces).items():
+        pieces[name] = pieces[of]
+    written = exported_names(family, [*pieces, *fills], names)
+    order = {name: position for position, name in enumerate(names)}
+    tensors = []
+    for name in sorted(written, key=lambda name: order.get(name, len(order))):
+        if name in fills:
+            value, like = fills[name].fill
+            shape, own = shapes[like], dtypes[like]
+            produce = functools.partial(np.full, shape, value, dtype or own)
+        else:
+            shape, own = pieces[name][0].hf_shape, dtypes[pieces[name][0].path]
+            produce = functools.partial(_assemble, pieces[name], read, dtype or own)
+        tensors.append(NewTensor(written[name], np.dtype(dtype or own), tuple(shape), produce))
+    return tensors
+
+
+def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[str, Any]) -> None:
+    """Raises UserError unless `names` has a name for every tensor, and only such as stand for that tensor in a file."""
+    copies = copies_in(family, names, pieces)
+    beyond = [name for name in names if name not in pieces and name not in copies]
+    other = [written for name, written in names.items() if rename(written, family.RENAMES) != name]
+    if lacking := [name for name in pieces if name not in names]:
+        problem = f"lack {_some(lacking)}"
+    elif beyond:
+        problem = f"have {_some(beyond)}, for which the model has no place"
+    elif other:
+        problem = f"have {_some(other)}, which are of other tensors"
+    else:
+        return
+    raise UserError(f"the names of the model's tensors {problem}; convert the checkpoint again")
+
+
+def _assemble(pieces: list[Piece], read: Callable[[str, int | None], np.ndarray], dtype: np.dtype) -> np.ndarray:
+    arrays = [piece.row.form.to_hf(read(piece.path, piece.layer)) for piece in pieces]
+    with np.errstate(over="ignore"):  # Who writes it refuses infinity.
+        return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).astype(dtype, copy=False)

@@ -1,0 +1,286 @@
+"""Reading and writing the safetensors files of a checkpoint directory, tensor by tensor, as NumPy arrays.
+
+A file is an 8-byte little-endian length, a JSON header of that length ({name: dtype, shape, data_offsets}) and the
+tensors' bytes (huggingface/safetensors, README "Format"). Tensors are read and written with plain file operations and
+not through a memory map, whose pages would count as resident memory and turn a file that is cut short into a bus error.
+"""
+
+import math
+import os
+import reprlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_json
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes of the types of tensors that may only be passed over.
+_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8}
+# By bytes of a number: the bits besides the sign, and infinity, beyond which NaN is too.
+_MAGNITUDES = {
+    np.dtype(np.float32): (np.uint32(0x7FFFFFFF), 0x7F800000),
+    np.dtype(np.float16): (np.uint16(0x7FFF), 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16(0x7FFF), 0x7F80),
+}
+_CHECKED = 2**18  # numbers at once, which stay in the cache
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+PassedOver = Callable[[str, tuple[int, ...]], bool]
+"""Whether a tensor of this name and shape is none of the model's."""
+
+_LONGEST_NAME = 255  # bytes; file systems take no more
+# The reference implementation refuses longer headers too.
+_LONGEST_HEADER = 100_000_000
+_DOWNLOAD_AGAIN = "download or copy it again"
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `start` is the offset in bytes of its data in `file`."""
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
+        """The tensor, or one of `parts` equal pieces of its first axis; only that piece is read."""
+        shape = (self.shape[0] // parts, *self.shape[1:]) if parts > 1 else self.shape
+        size = math.prod(shape) * self.dtype.itemsize
+        try:
+            data = np.fromfile(self.file, np.uint8, size, offset=self.start + part * size)
+        except OSError as error:
+            raise UserError(
+                f"{self.file} cannot be read at tensor {self.name}: {error.strerror or error}; {_DOWNLOAD_AGAIN}"
+            ) from error
+        if data.size != size:
+            raise UserError(f"{self.file} is cut short at tensor {self.name}; {_DOWNLOAD_AGAIN}")
+        array = data.view(self.dtype).reshape(shape)
+        if not is_finite(array):
+            raise UserError(
+                f"{self.file}: tensor {self.name} holds NaN or infinity; download it again, or take an earlier one"
+            )
+        return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an fp32, fp16 or bf16 array holds neither NaN nor infinity; about 2 GB a second."""
+    keep, infinity = _MAGNITUDES[array.dtype]
+    bits = np.ascontiguousarray(array).reshape(-1).view(keep.dtype)
+    return all((bits[i : i + _CHECKED] & keep).max() < infinity for i in range(0, len(bits), _CHECKED))
+
+
+class NewTensor(NamedTuple):
+    """A tensor to write; `produce` makes its array only when its turn has come."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint directory by name, in the order of its shards; only headers are read.
+
+    A file model.safetensors comes before an index of other shards, as in transformers. Tensors
+    that are `passed_over` may be of any type, and are not among them.
+
+    Raises:
+      UserError: no weights, pickled weights only, a shard that is missing, cut short or no safetensors file, a tensor
+        of a type other than fp32, fp16 and bf16, one that is there twice, or that the index places elsewhere.
+    """
+    index = _read_index(directory)
+    if WEIGHTS not in index.values() and (directory / WEIGHTS).is_file():
+        index = {}
+    files = sorted(set(index.values())) if index else [WEIGHTS]
+    for file in files:
+        if not (directory / file).is_file():
+            raise _no_weights(directory, file, INDEX if index else "")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for tensor in _read_header(directory / file, passed_over):
+            if tensor.name in tensors:
+                raise UserError(
+                    f"{tensor.file} holds tensor {tensor.name}, which {tensors[tensor.name].file.name} holds too; "
+                    f"delete the shard that does not belong to this checkpoint"
+                )
+            tensors[tensor.name] = tensor
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise UserError(f"{directory / file} lacks tensor {name}, which {INDEX} places there; {_DOWNLOAD_AGAIN}")
+    return {name: tensor for name, tensor in tensors.items() if not passed_over(name, tensor.shape)}
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """{tensor: file} of the index; empty where there is none."""
+    path = directory / INDEX
+    try:
+        content = read_json(path, _DOWNLOAD_AGAIN, unique=True)
+    except FileNotFoundError:
+        return {}
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    problem = "" if isinstance(index, dict) else "it has none"
+    for name, file in index.items() if not problem else ():
+        if not _is_beside(file):
+            problem = f"tensor {name} is in {reprlib.repr(file)}"
+            break
+    if problem:
+        raise UserError(
+            f"{path} is no index of shards (its weight_map must name files beside it: {problem}); {_DOWNLOAD_AGAIN}"
+        )
+    return index
+
+
+def _is_beside(file: Any) -> bool:
+    """Whether this can be the name of a file of the directory itself; one with a folder in it would lead elsewhere."""
+    plain = isinstance(file, str) and file not in ("", "..") and Path(file).name == file
+    return plain and file.isprintable() and len(os.fsencode(file)) <= _LONGEST_NAME
+
+
+def _no_weights(directory: Path, file: str, index: str) -> UserError:
+    if index:
+        return UserError(f"{directory / file} is missing, though {index} names it; download this shard too")
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    if shards:
+        return UserError(f"{directory / INDEX} is missing beside {shards[0]}; download the index too")
+    for pattern in PICKLES:
+        for path in sorted(directory.glob(pattern)):
+            return UserError(
+                f"{path} is a pickle, which can run code when it is read, and there is no {WEIGHTS}; take the "
+                f"checkpoint's safetensors files, or save it again with transformers"
+            )
+    return UserError(f"{directory} holds no weights: {file} is missing; give the directory of a whole checkpoint")
+
+
+def _read_header(path: Path, passed_over: PassedOver) -> list[Tensor]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise UserError(f"{path} is cut short or no safetensors file ({size} bytes); {_DOWNLOAD_AGAIN}")
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+    where = f"{path} is no safetensors file: its header"
+    header = json_text.parse_object(text, where, _DOWNLOAD_AGAIN, unique=True)
+    header.pop("__metadata__", None)
+    try:
+        tensors = [_read_entry(path, name, entry, 8 + length, passed_over) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no safetensors file: its header cannot be read; {_DOWNLOAD_AGAIN}") from error
+    _check_places(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _check_places(path: Path, tensors: Sequence[Tensor], data: int, size: int) -> None:
+    """Raises UserError unless the tensors' bytes follow each other from `data` to the file's end, as the format asks:
+    of tensors that overlap one would be read as a part of the other."""
+    end, before = data, "the header"
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != end:
+            problem = f"overlaps {before}" if tensor.start < end else f"leaves a gap behind {before}"
+            raise UserError(f"{path} is damaged: tensor {tensor.name} {problem}; {_DOWNLOAD_AGAIN}")
+        end, before = end + tensor.size, tensor.name
+    if end > size:
+        raise UserError(f"{path} is cut short: {size} bytes, of {end} that its header needs; {_DOWNLOAD_AGAIN}")
+    if end < size:
+        raise UserError(f"{path} is damaged: {size} bytes, {size - end} more than its header says; {_DOWNLOAD_AGAIN}")
+
+
+def _read_entry(path: Path, name: str, entry: dict[str, Any], data: int, passed_over: PassedOver) -> Tensor:
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None and passed_over(name, shape):
+        dtype = np.dtype((np.void, _OTHER_SIZES[entry["dtype"]]))
+    if dtype is None:
+        raise UserError(
+            f"{path}: tensor {name} is of type {entry['dtype']}, only {', '.join(DTYPES)} can be read; take the "
+            f"checkpoint that is not quantised"
+        )
+    if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+        raise ValueError(name)
+    tensor = Tensor(name, path, dtype, shape, data + start)
+    if end - start != tensor.size:
+        raise ValueError(name)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_directory(
+    directory: Path,
+    tensors: Sequence[NewTensor],
+    *,
+    shard_bytes: int,
+    progress: Callable[[int], None] = lambda written: None,
+) -> None:
+    """Writes tensors in their order, in shards of at most `shard_bytes` (a longer tensor has a shard of its own).
+
+    One shard is called model.safetensors; several are numbered, with an index beside them, as transformers does.
+    `progress` is told the number of bytes after each tensor.
+    """
+    shards: list[list[NewTensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        _write_file(directory / WEIGHTS, shards[0], progress)
+        return
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(directory / name, shard, progress)
+        where |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": dict(sorted(where.items()))}
+    (directory / INDEX).write_text(json_text.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks who wrote it, and takes "pt"
+    offset = 0
+    for tensor in tensors:
+        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[tensor.name] = entry | {"data_offsets": [offset, offset + tensor.size]}
+        offset += tensor.size
+    text = json_text.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8, so that readers may map it
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            array = tensor.produce()
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{tensor.name} is {array.dtype}{array.shape}, {tensor.dtype}{tensor.shape} was announced"
+                )
+            if not is_finite(array):
+                raise UserError(
+                    f"tensor {tensor.name} would hold NaN or infinity as {tensor.dtype}; give a type with a larger "
+                    f"range, or another model"
+                )
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            progress(tensor.size)

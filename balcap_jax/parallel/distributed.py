@@ -1,0 +1,363 @@
+"""Several processes as one program: their start, what hosts must agree on, and the end when one of them is lost.
+
+All processes run the same command. The environment says which of them this one is:
+
+    BALCAP_COORDINATOR=host:port BALCAP_PROCESS_COUNT=n BALCAP_PROCESS_ID=i    given by hand, i from 0 to n - 1
+    BALCAP_DISTRIBUTED=1                                                      JAX finds out: TPU, Slurm, Kubernetes, MPI
+    neither                                                                   one process
+
+Everything that crosses between processes is a program on the devices, launched by all of them in the same order. Host
+values (sizes, signals, judged captions) go the same way, through `all_gather`.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from balcap_jax.cli.errors import UserError
+
+_EXPLICIT = ("BALCAP_COORDINATOR", "BALCAP_PROCESS_COUNT", "BALCAP_PROCESS_ID")
+_DETECT = "BALCAP_DISTRIBUTED"
+
+# Of a gathered array this much at a time is whole on every device.
+_PIECE_BYTES = 256 * 2**20
+
+# A process that has not been heard of for this long is taken for dead, and JAX ends all others: within a minute, which
+# its own 100 s would not be, but not for a host that stands still for some seconds.
+HEARTBEAT_SECONDS = 30
+JOIN_SECONDS = 300
+# The coordinator lives in process 0: without it JAX ends the others before they have said why they stop.
+_LAST_WORDS_SECONDS = 2.0
+# How the end of another process shows in the errors of collectives.
+_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection reset", "Connection closed", "Socket closed", "NCCL")
+_TOGETHER = (
+    "start all processes at about the same time, each with its own BALCAP_PROCESS_ID and all with the same "
+    "coordinator, which is process 0's host and a free port"
+)
+_GO_ON = "the same command, started again in all processes, goes on from the newest checkpoint"
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Joins the processes for the block, and lets them leave together.
+
+    With several processes an error ends this process at once, with one line that says so: waiting for the others in
+    good order would hang, since they may be in the middle of a step or gone.
+
+    Raises:
+      UserError: the environment is wrong, a process cannot be reached, or the all-reduce over all devices is wrong.
+    """
+    initialize()
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    try:
+        check_all_reduce()
+        yield
+        barrier()  # Process 0 writes the result while the others are done.
+        jax.distributed.shutdown()
+    except BaseException as error:
+        _stop(error)
+
+
+def initialize() -> None:
+    """Starts JAX's distributed runtime if the environment asks for it; before anything else touches a device.
+
+    Raises:
+      UserError: the environment is contradictory, or the coordinator cannot be reached.
+    """
+    arguments = read_environment(os.environ)
+    if arguments is None:
+        return
+    if arguments.get("process_id") == 0:
+        check_port(arguments["coordinator_address"])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its SIGTERM handler would be replaced by the run's own, which agrees on the last step through `largest`.
+    jax.config.update("jax_enable_preemption_service", False)
+    _explain_abort()
+    if arguments:
+        print(
+            f"process {arguments['process_id']} of {arguments['num_processes']} on {socket.gethostname()}: waiting for "
+            f"the others at {arguments['coordinator_address']}, for up to {JOIN_SECONDS} s",
+            flush=True,
+        )
+    try:
+        jax.distributed.initialize(
+            **arguments, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+        processes = jax.process_count()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if not arguments:
+            raise UserError(
+                f"{_DETECT} is set, but JAX finds neither a TPU pod nor a job of Slurm, Kubernetes or MPI around this "
+                f"process ({reason}); set {', '.join(_EXPLICIT)} instead"
+            ) from error
+        raise UserError(
+            f"cannot join the other processes as process {arguments['process_id']}: {reason}; {_TOGETHER}"
+        ) from error
+    _joined.append(True)
+    counts = [sum(device.process_index == p for device in jax.devices()) for p in range(processes)]
+    if len(set(counts)) > 1:
+        raise UserError(f"the processes have {counts} devices; give each of them the same number")
+
+
+def read_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments of jax.distributed.initialize, empty where JAX shall find out; None for a single process.
+
+    Raises:
+      UserError: some of the three variables are missing, or a value makes no sense.
+    """
+    given = [name for name in _EXPLICIT if environment.get(name)]
+    if not given:
+        return {} if environment.get(_DETECT, "0") not in ("", "0") else None
+    if len(given) < len(_EXPLICIT):
+        missing = ", ".join(name for name in _EXPLICIT if name not in given)
+        raise UserError(f"{given[0]} is set, but not {missing}; set all three of {', '.join(_EXPLICIT)}, or none")
+    address, *numbers = (environment[name] for name in _EXPLICIT)
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"BALCAP_COORDINATOR is {address!r}; give host:port of process 0")
+    for name, number in zip(_EXPLICIT[1:], numbers, strict=True):
+        if not number.isdecimal():
+            raise UserError(f"{name} is {number!r}; give a number")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise UserError(f"BALCAP_PROCESS_ID is {index}, but BALCAP_PROCESS_COUNT {count}; ids count from 0")
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def check_port(address: str) -> None:
+    """Raises UserError when the port of host:port, on this host, is taken: JAX would end with a segmentation fault."""
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"BALCAP_COORDINATOR is {address}, but port {port} cannot be used on {socket.gethostname()} ({reason}); "
+            "give all processes another one, or, if it is this run's process 0 that has it, each its own "
+            "BALCAP_PROCESS_ID"
+        ) from error
+
+
+def check_all_reduce() -> None:
+    """Adds up one number per device over all of them and prints this process's start-up line.
+
+    Raises:
+      UserError: the sum is wrong: some devices do not take part.
+    """
+    devices = np.array(jax.devices())
+    spread = NamedSharding(Mesh(devices, ("devices",)), PartitionSpec("devices"))
+    numbers = np.arange(1, devices.size + 1, dtype=np.int32)
+    placed = jax.make_array_from_callback(numbers.shape, spread, lambda index: numbers[index])
+    everywhere = NamedSharding(spread.mesh, PartitionSpec())
+    start = time.perf_counter()
+    total = int(jax.jit(jnp.sum, out_shardings=everywhere)(placed))
+    seconds = time.perf_counter() - start
+    if total != numbers.sum():
+        raise UserError(
+            f"the all-reduce over {devices.size} devices gave {total}, not {numbers.sum()}; check the interconnect"
+        )
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    print(
+        f"{_name()} on {socket.gethostname()}: {jax.local_device_count()} local of {devices.size} devices, {kinds}; "
+        f"all-reduce {seconds:.2f} s",
+        flush=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- agreement
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes files and prints."""
+    return jax.process_index() == 0
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The `value` of each process, by process, in all of them; anything that pickles. All must call it at once."""
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = _gather_array(np.array([content.size], np.int32))[:, 0]
+    # Powers of two: each other length would be one more program to compile.
+    room = max(256, 1 << int(sizes.max() - 1).bit_length())
+    padded = np.zeros(room, np.uint8)
+    padded[: content.size] = content
+    gathered = _gather_array(padded)
+    return [pickle.loads(part[:size].tobytes()) for part, size in zip(gathered, sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's `value` in all processes: what is read from a disk must not depend on who reads it, and when."""
+    return all_gather(value if is_first() else None)[0]
+
+
+def largest(number: int) -> int:
+    """The largest `number` of all processes."""
+    if jax.process_count() == 1:
+        return int(number)
+    return int(_gather_array(np.array([number], np.int32)).max())
+
+
+def barrier() -> None:
+    """Returns when all processes have called it."""
+    largest(0)
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """A block that process 0 has left before the others enter: it makes what they find."""
+    if not is_first():
+        barrier()
+    yield
+    if is_first():
+        barrier()
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raises UserError when `value` differs between processes."""
+    for process, other in enumerate(all_gather(value)):
+        if other != value:
+            where = _example(value, other)
+            raise UserError(f"this one and process {process} differ in {what}{where}; start all of them alike")
+
+
+def _example(value: Any, other: Any) -> str:
+    """What the first difference of two texts of one line per field is."""
+    if not (isinstance(value, str) and isinstance(other, str)):
+        return f" ({value} and {other})"
+    lines, others = value.splitlines(), other.splitlines()
+    pairs = [(a, b) for a, b in itertools.zip_longest(lines, others, fillvalue="nothing") if a != b]
+    return f" ({pairs[0][0].strip()} here, {pairs[0][1].strip()} there)" if pairs else ""
+
+
+def _gather_array(x: np.ndarray) -> np.ndarray:
+    """Arrays [...] of one shape and type to [processes, ...], bit for bit."""
+    processes = jax.process_count()
+    by_process = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
+    mesh = Mesh(np.array(by_process), ("process", "local"))
+    copies = [jax.device_put(x[None], device) for device in by_process[jax.process_index()]]
+    spread = NamedSharding(mesh, PartitionSpec("process"))
+    gathered = jax.make_array_from_single_device_arrays((processes, *x.shape), spread, copies)
+    together = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(gathered)
+    return jax.device_get(together.addressable_data(0))
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+# ------------------------------------------------------------------------------------------------- whole arrays
+
+
+class _Whole:
+    """An array of several processes that comes to process 0, all taking part, when NumPy asks for it."""
+
+    def __init__(self, path: str, array: jax.Array):
+        self.path, self._array = path, array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # It is a copy.
+        from_first(self.path)
+        return np.concatenate([jax.device_get(piece) for piece in _pieces(self._array)]).astype(dtype or self.dtype)
+
+
+def write_whole(tree: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Any]) -> None:
+    """Calls `write(tree)` in process 0, with leaves that NumPy can read although no process holds them whole.
+
+    Each leaf is gathered when it is read, so that the host holds one at a time.
+    """
+    if jax.process_count() == 1:
+        write(tree)
+        return
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    if is_first():
+        lazy = {path: _Whole(path, leaf) for path, leaf in flat.items()}
+        write(flax.traverse_util.unflatten_dict(lazy, sep="/"))
+        from_first(None)
+    else:
+        while (path := from_first(None)) is not None:
+            for piece in _pieces(flat[path]):
+                piece.block_until_ready()
+
+
+def _pieces(x: jax.Array) -> Iterator[jax.Array]:
+    """A global array in parts along its first axis, each whole on every device and no longer than it must be there."""
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    gather = jax.jit(lambda x, start, stop: x[start:stop], static_argnums=(1, 2), out_shardings=everywhere)
+    rows = x.shape[0] if x.ndim else 1
+    # An axis that is split over devices is gathered as a whole anyway.
+    split = bool(x.sharding.spec) and x.sharding.spec[0] is not None
+    step = rows if split else max(1, rows * _PIECE_BYTES // max(x.nbytes, 1))
+    for start in range(0, rows, step):
+        yield gather(x, start, min(start + step, rows))
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def _name() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _stop(error: BaseException) -> None:
+    """Ends this process with one line. Leaving in good order would wait for processes that may be gone."""
+    text = " ".join(str(error).split())
+    status = 1
+    if isinstance(error, UserError):
+        message, status = f"{_name()}: {error}", 2
+    elif isinstance(error, SystemExit):
+        message, status = f"{_name()} ends", error.code if isinstance(error.code, int) else 1
+    elif isinstance(error, KeyboardInterrupt):
+        message, status = f"{_name()} was interrupted", 130
+    elif any(sign in text for sign in _LOST):
+        message = f"{_name()} stops, because another process has ended or cannot be reached ({text[:200]}); {_GO_ON}"
+    else:
+        traceback.print_exception(error)
+        message = f"{_name()} stops, because of the error above"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if is_first():
+        time.sleep(_LAST_WORDS_SECONDS)
+    os._exit(status)
+
+
+def _explain_abort() -> None:
+    """Adds a line to JAX's own end of a process whose peer is dead: a log of many lines and abort().
+
+    Python's signal handlers never run in a process that aborts, hence one of libc. (JAX's runtime client takes a
+    callback for lost heartbeats instead, but calling it fails: std::bad_cast, jax 0.10.2.)
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def say(_: int) -> None:
+        line = f"error: this process stops, because another one has ended or cannot be reached (see above); {_GO_ON}\n"
+        if not _joined:
+            line = f"error: the processes have not found each other within {JOIN_SECONDS} s (see above); {_TOGETHER}\n"
+        os.write(sys.__stderr__.fileno(), line.encode())
+        os._exit(1)
+
+    global _kept  # The handler must outlive this call.
+    _kept = say
+    ctypes.CDLL(None).signal(signal.SIGABRT, say)
+
+
+_kept: Any = None
+_joined: list[bool] = []

@@ -1,0 +1,99 @@
+"""Which rows of a global batch a process reads, holds on its devices and judges, and the way of rows between hosts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from balcap_jax.parallel import distributed, sharding
+
+
+class Rows:
+    """The rows of a batch of B that lie on this process's devices.
+
+    held: [b] indices into the batch, ascending. Where the `tensor` axis of the mesh spans processes, several of them
+      hold the same rows.
+    own: [o] positions in `held` of the rows that this process judges. Every row has one owner, the first process that
+      holds it, and the others are told what it found: a judge that is asked twice need not answer the same, and copies
+      of one array that differ between devices would let the parameters drift apart unseen.
+    """
+
+    def __init__(self, mesh: Mesh, size: int):
+        self.size = size
+        self._sharding = sharding.batch_sharding(mesh)
+        processes, me = jax.process_count(), jax.process_index()
+        owner, held = np.full(size, processes), np.zeros(size, bool)
+        for device, (rows,) in self._sharding.devices_indices_map((size,)).items():
+            owner[rows] = np.minimum(owner[rows], device.process_index)
+            held[rows] |= device.process_index == me
+        self.held = np.flatnonzero(held)
+        self._owned = [np.flatnonzero(owner == process) for process in range(processes)]
+        self.own = np.searchsorted(self.held, self._owned[me])
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays [b, ...] of the held rows to global arrays [B, ...] on the mesh."""
+
+        def place(leaf: np.ndarray) -> jax.Array:
+            def rows_of_device(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(self.size)
+                first = int(np.searchsorted(self.held, start))
+                return leaf[first : first + stop - start]
+
+            return jax.make_array_from_callback((self.size, *leaf.shape[1:]), self._sharding, rows_of_device)
+
+        with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.
+            return jax.tree.map(place, tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """Global arrays [B, ...] to host arrays [b, ...] of the held rows; nothing crosses between processes."""
+        leaves, structure = jax.tree.flatten(tree)
+        # One transfer for all leaves, each whole where this process has it whole.
+        parts = jax.device_get([[x] if _is_whole_here(x) else self._blocks(x) for x in leaves])
+        host = []
+        for x, blocks in zip(leaves, parts, strict=True):
+            joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+            host.append(joined[self.held] if _is_whole_here(x) and len(self.held) < self.size else joined)
+        return jax.tree.unflatten(structure, host)
+
+    def _blocks(self, x: jax.Array) -> list[jax.Array]:
+        if not x.sharding.is_equivalent_to(self._sharding, x.ndim):
+            x = jax.device_put(x, self._sharding)
+        by_start = {shard.index[0].indices(self.size)[0]: shard.data for shard in x.addressable_shards}
+        return [by_start[start] for start in sorted(by_start)]
+
+    def gather(self, tree: Any) -> Any:
+        """Host arrays [o, ...] of each process's own rows to [B, ...] in all processes, which all call this at once."""
+        if len(self._owned) == 1:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        by_process = distributed.all_gather(leaves)
+        whole = []
+        for parts in zip(*by_process, strict=True):
+            joined = np.empty((self.size, *parts[0].shape[1:]), parts[0].dtype)
+            for rows, part in zip(self._owned, parts, strict=True):
+                joined[rows] = part
+            whole.append(joined)
+        return jax.tree.unflatten(structure, whole)
+
+    def gather_list(self, items: Sequence[Any]) -> list[Any]:
+        """The same for a list of o objects, such as records with text: all B of them in the batch's order."""
+        if len(self._owned) == 1:
+            return list(items)
+        found = {}
+        for rows, part in zip(self._owned, distributed.all_gather(list(items)), strict=True):
+            found |= zip(rows.tolist(), part, strict=True)
+        return [found[row] for row in range(self.size)]
+
+
+def take(columns: Mapping[str, Any], indices: np.ndarray) -> dict[str, Any]:
+    """The rows `indices` of a dict of columns (arrays or lists)."""
+    return {
+        name: column[indices] if isinstance(column, np.ndarray) else [column[i] for i in indices]
+        for name, column in columns.items()
+    }
+
+
+def _is_whole_here(x: jax.Array) -> bool:
+    return x.is_fully_addressable or x.is_fully_replicated

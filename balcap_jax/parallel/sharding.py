@@ -1,0 +1,315 @@
+"""Where arrays live: the device mesh, and tables from parameter paths over logical axes to mesh axes.
+
+Parameters lie in one layout while training (split over `fsdp`, gathered layer by layer) and in another while sampling:
+there each device keeps its part of every matrix and the few tokens of a decoding step travel instead, so that no weight
+is gathered inside the decoding loop. `relay` goes from the one to the other, once per rollout.
+"""
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from balcap_jax.cli.errors import UserError
+
+# `replica` crosses slices, `data` is plain data parallelism, `fsdp` also splits parameters, `tensor` splits features.
+AXES = ("replica", "data", "fsdp", "tensor")
+BATCH_AXES = ("replica", "data", "fsdp")
+
+Table = Mapping[str, tuple[str, ...]]
+
+# Logical axis -> mesh axes. `rows` is the batch axis of activations that meet a weight, `batch` that of those that meet
+# each other (attention, sampling); a logical axis without an entry is not split. In training the output projection is
+# the one weight that stays where it is and lets the hidden states come: at 152,000 words it is nine times their size.
+TRAINING: Table = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "rows": BATCH_AXES,
+    "batch": BATCH_AXES,
+    "output_vocab": ("fsdp", "tensor"),
+    "output_rows": ("replica", "data"),
+}
+SAMPLING: Table = {
+    "heads": ("tensor",),
+    "head_size": ("fsdp",),
+    "mlp": ("fsdp", "tensor"),
+    "vocab": ("fsdp", "tensor"),
+    "rows": ("replica", "data"),
+    "batch": BATCH_AXES,
+}
+
+# (parameter path, logical axes); every parameter matches exactly one row (tested).
+# A leading None of stacked layers is the layer axis: it is scanned over, so it is never split.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"^decoder/embed$", ("vocab", "embed")),
+    (r"^decoder/head$", ("embed", "vocab")),
+    (r"layers/[qkv]/kernel$", (None, "embed", "heads", "head_size")),
+    (r"layers/[qkv]/bias$", (None, "heads", "head_size")),
+    (r"layers/o/kernel$", (None, "heads", "head_size", "embed")),
+    (r"layers/(gate|up)/kernel$", (None, "embed", "mlp")),
+    (r"layers/(gate|up)/bias$", (None, "mlp")),
+    (r"layers/down/kernel$", (None, "mlp", "embed")),
+    # Adapters (`lora`), split as the side of the kernel that they stand at; their rank never is.
+    (r"layers/([qkv]|gate|up)/lora_a$", (None, "embed", None)),
+    (r"layers/o/lora_a$", (None, "heads", None)),
+    (r"layers/down/lora_a$", (None, "mlp", None)),
+    (r"layers/[qkv]/lora_b$", (None, None, "heads")),
+    (r"layers/(gate|up)/lora_b$", (None, None, "mlp")),
+    (r"layers/(o|down)/lora_b$", (None, None, "embed")),
+    (r"^(projector|merger)/(first|second)/lora_[ab]$", ()),
+    (r"^vision/patches/patch/kernel$", (None, "embed")),
+    (r"^vision/patch/kernel$", (None, None, "embed")),
+    (r"^(projector|merger)/(first|second)/kernel$", (None, "embed")),
+    # Norms, remaining biases, positions and the class token: too small to be worth a gather.
+    (r"norm/(scale|bias)$|/(o|down|first|second)/bias$|^vision/patches/(class_token|positions)$", ()),
+)
+
+
+def check_jaxlib(devices: Sequence[jax.Device]) -> None:
+    """Refuses CPU devices under a jaxlib that computes wrongly there.
+
+    On several threads XLA:CPU may add parts of a broadcast operand twice (github.com/jax-ml/jax/issues/39741,
+    github.com/tensorflow/tensorflow/issues/126812). The norm of a gradient is such a sum, so clipping goes wrong by
+    chance. 0.10.1 and 0.12.0 are right (tests/parallel/test_sums.py). setup.py excludes the same versions.
+
+    Raises:
+      UserError: the installed jaxlib is one of them.
+    """
+    if devices[0].platform == "cpu" and jaxlib.__version__.startswith(("0.10.2", "0.11.")):
+        raise UserError(
+            f"jaxlib {jaxlib.__version__} gets sums wrong on CPUs, by chance; install another: "
+            "pip install 'jax>=0.10.1,!=0.10.2,!=0.11.*,<0.13'"
+        )
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
+    """The mesh of axes AXES over all devices; one size may be -1 and takes what the others leave.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or the installed jaxlib is wrong on them.
+    """
+    devices = jax.devices() if devices is None else devices
+    check_jaxlib(devices)
+    wanted = {axis: int(sizes[axis]) for axis in AXES}
+    open_axes = [axis for axis, size in wanted.items() if size == -1]
+    fixed = math.prod(size for size in wanted.values() if size != -1)
+    if len(open_axes) > 1:
+        raise UserError(f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1; only one size may be left open")
+    if open_axes and len(devices) % fixed == 0:
+        wanted[open_axes[0]] = len(devices) // fixed
+    if math.prod(wanted.values()) != len(devices):
+        shown = " x ".join(f"{axis} {size}" for axis, size in wanted.items())
+        raise UserError(f"the mesh ({shown}) does not fit {len(devices)} devices; change the mesh.* sizes")
+    return Mesh(np.array(devices).reshape(tuple(wanted.values())), AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis B over every data axis; the G samples of a prompt stay together."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(mesh: Mesh, stage: str, batch_size: int, micro_batches: int = 1) -> None:
+    """Raises UserError when the B prompts of a stage, or those of a micro-batch, do not divide over the data axes.
+
+    A micro-batch of fewer prompts than devices would run, but every device would compute what others compute too.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    over = f"does not divide over {parts} devices (mesh {' x '.join(BATCH_AXES)})"
+    if batch_size % parts:
+        raise UserError(f"stages.{stage}.batch_size is {batch_size}, which {over}")
+    if (batch_size // micro_batches) % parts:
+        most = next(count for count in range(micro_batches, 0, -1) if not batch_size % (count * parts))
+        raise UserError(
+            f"stages.{stage}.micro_batches is {micro_batches}: a part of {batch_size // micro_batches} prompts {over}; "
+            f"set it to {most} or less, or raise mesh.tensor or the batch size"
+        )
+
+
+def logical_axes(path: str) -> tuple[str | None, ...]:
+    """The table's row for a parameter path such as "decoder/layers/q/kernel". Raises KeyError if it is not one row."""
+    rows = [axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)]
+    if len(rows) != 1:
+        raise KeyError(f"{len(rows)} rows of sharding.PARAMETER_AXES match parameter {path!r}, it must be one")
+    return rows[0]
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings for a pytree that holds parameters (or optimiser moments) under their paths; scalars are replicated.
+
+    Raises:
+      UserError: a split axis does not divide its parameter's size.
+    """
+
+    def one(path, leaf) -> NamedSharding:
+        name = _name(path)
+        if not leaf.shape:
+            return replicated(mesh)
+        spec = _spec(TRAINING, logical_axes(name))
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            if size % _parts(mesh, axes):
+                axis = max(axes, key=lambda axis: mesh.shape[axis])
+                raise UserError(
+                    f"mesh.{axis} = {mesh.shape[axis]} does not divide an axis of size {size} of parameter {name} "
+                    f"{tuple(leaf.shape)}; choose another mesh.{axis}"
+                )
+        return _sharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def sampling_shardings(mesh: Mesh, decoder: Any) -> Any:
+    """Shardings of {"decoder": parameters} while sampling; an axis that does not divide is whole on every device."""
+
+    def one(path, leaf) -> NamedSharding:
+        spec = _spec(SAMPLING, logical_axes(_name(path)))
+        return _sharding(mesh, _dividing(mesh, leaf.shape, spec))
+
+    return jax.tree_util.tree_map_with_path(one, decoder)
+
+
+def make_relay(mesh: Mesh, params: Any, dtype: str) -> Callable[[Any], Any] | None:
+    """The jitted function from {"decoder": parameters} as trained to those that are sampled from, in the compute type.
+
+    None where it would only copy them. The decoder casts its weights to the compute type anyway, so samples do not
+    change by it. The vision side runs once per picture and keeps the layout of training.
+    """
+    decoder, wanted = {"decoder": params["decoder"]}, jnp.dtype(dtype)
+    placed = sampling_shardings(mesh, decoder)
+    leaves, here, there = (jax.tree.leaves(tree) for tree in (decoder, tree_shardings(mesh, decoder), placed))
+    if all(
+        leaf.dtype == wanted and old.is_equivalent_to(new, leaf.ndim)
+        for leaf, old, new in zip(leaves, here, there, strict=True)
+    ):
+        return None
+    return jax.jit(lambda decoder: jax.tree.map(lambda leaf: leaf.astype(wanted), decoder), out_shardings=placed)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """`tree` without its numbers, placed by `shardings`."""
+
+    def place(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, tree, shardings)
+
+
+# ------------------------------------------------------------------------------------------------- activations
+
+_layout: contextvars.ContextVar[tuple[Mesh, Table] | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def layout(mesh: Mesh | None, table: Table) -> Iterator[None]:
+    """While a program is traced in this block it is for `mesh`, and `constrain` splits activations by `table`."""
+    token = _layout.set(None if mesh is None else (mesh, table))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` with its leading axes split by the logical names `axes`, where a layout is set; axes not named are whole.
+
+    Left alone, the partitioner may decide to gather activations where weights were meant to travel, or the reverse.
+    """
+    if (current := _several()) is None:
+        return x
+    mesh, table = current
+    spec = _dividing(mesh, x.shape, _spec(table, axes))
+    return jax.lax.with_sharding_constraint(x, _sharding(mesh, spec))
+
+
+def shard_mapped(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[tuple[str | None, ...]]
+) -> Callable[..., jax.Array]:
+    """`function` of `arrays`, run on each device for its part of them, for what the partitioner can't split.
+
+    axes: for each array the logical names of its leading axes; the result is split as the first array is. A name whose
+    mesh axes do not divide all arrays that have it is whole everywhere: parts that belong together must meet.
+    """
+    if (current := _several()) is None:
+        return function
+    mesh, table = current
+    whole = {
+        name
+        for array, names in zip(arrays, axes, strict=True)
+        for size, name in zip(array.shape, names, strict=False)
+        if name and size % _parts(mesh, table.get(name, ()))
+    }
+    specs = [
+        _sharding(mesh, _spec(table, tuple(None if name in whole else name for name in names))).spec for names in axes
+    ]
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+
+
+def platform() -> str:
+    """What the program that is being traced is for: "cpu", "gpu" or "tpu", which need not be this machine's."""
+    return current[0].devices.flat[0].platform if (current := _layout.get()) else jax.default_backend()
+
+
+def batch_parts() -> int:
+    """The number of parts that a batch is in: 1 where no layout is set."""
+    return _parts(current[0], BATCH_AXES) if (current := _layout.get()) else 1
+
+
+def constrain_tree(tree: Any) -> Any:
+    """A tree with parameters' paths (a gradient), split as the parameters are in training, where a layout is set."""
+    if (current := _several()) is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, tree_shardings(current[0], tree))
+
+
+def _several() -> tuple[Mesh, Table] | None:
+    """The layout, where there is one of more than one device."""
+    current = _layout.get()
+    return current if current and current[0].size > 1 else None
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the (abstract) arrays of `tree` lie on, None where they do not lie on one."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
+            return leaf.sharding.mesh
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- small parts
+
+
+def _name(path: tuple) -> str:
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _spec(table: Table, axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    return [table.get(axis, ()) if axis else () for axis in axes]
+
+
+def _parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _dividing(mesh: Mesh, shape: tuple[int, ...], spec: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """`spec` without the mesh axes that do not divide their side of an array."""
+    return [axes if size % _parts(mesh, axes) == 0 else () for size, axes in zip(shape, spec, strict=False)]
+
+
+def _sharding(mesh: Mesh, spec: list[tuple[str, ...]]) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec)))

@@ -1,0 +1,348 @@
+"""Geometry of the report's charts: what the template draws as inline SVG, one small chart per metric.
+
+A chart is a viewBox of WIDTH x HEIGHT with the plot inside its margins. Colours are class numbers, so that the style
+sheet decides on them for light and dark pages.
+"""
+
+import dataclasses
+import functools
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from balcap_jax.report.run import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
+
+WIDTH, HEIGHT = 280, 168
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
+MAX_POINTS = 240  # beyond this many a curve's points are means over neighbouring steps
+RUN_COLOURS = 6
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SMALLEST = 1e-290  # Below, powers of ten and their inverses are no numbers.
+PHASES = ("rollout", "judge", "update", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """What one chart shows: a metric of metrics.jsonl, and the evaluated value that its diamonds stand for."""
+
+    title: str
+    key: str
+    group: str
+    scale: float = 1.0
+    unit: str = ""
+    stage: str | None = None
+    evaluated: str | None = None
+    low: float | None = None  # the axis includes this value
+
+
+def _curves(reward_names: Sequence[str]) -> list[Curve]:
+    rl = functools.partial(Curve, stage="rl")
+    rewards = [
+        rl(name, f"reward/{name}", "Rewards", scale_of(name), evaluated=name if name in PLAIN_TABLE else None)
+        for name in reward_names
+    ]
+    # A group whose members all score the same teaches nothing about that objective.
+    silent = [rl(name, f"advantage/zero_std_frac/{name}", "Groups without spread", 100, "%") for name in reward_names]
+    return [
+        *rewards,
+        rl("b-CapScore", "b_capscore", "Rewards", evaluated="b_capscore"),
+        rl("Mean words", "length/mean", "Length", evaluated="words"),
+        rl("Length ratio", "length/ratio_mean", "Length", unit="×"),
+        rl("In band", "gate/in_band", "Length", 100, "%", evaluated="in_band"),
+        rl("Truncated", "length/truncated_frac", "Length", 100, "%", evaluated="truncated", low=0),
+        Curve("SFT loss", "loss", "Optimisation", stage="sft"),
+        rl("RL loss", "loss", "Optimisation"),
+        rl("KL to reference", "kl", "Optimisation", low=0),
+        rl("Entropy", "entropy", "Optimisation"),
+        Curve("Gradient norm", "grad_norm", "Optimisation", low=0),
+        rl("Largest drift", "drift/max_abs_logp", "Optimisation", low=0),
+        rl("Judge failures", "judge/failure_rate", "Judge and speed", 100, "%", low=0),
+        Curve("Tokens per second", "tokens_per_second", "Judge and speed", low=0),
+        *silent,
+    ]
+
+
+def chart_groups(runs: Sequence[Run], skipped: list[str]) -> list[dict[str, Any]]:
+    """Charts by group; metrics that no run logged in a stage that should have them go to `skipped`."""
+    names = list(dict.fromkeys(key[7:] for run in runs for record in run.records for key in record if _is_reward(key)))
+    groups: dict[str, list] = {}
+    for curve in _curves(names):
+        series = [_series(run, curve) for run in runs]
+        if any(series):
+            groups.setdefault(curve.group, []).append((curve, series))
+        elif any(_lacks(run, curve) for run in runs):
+            skipped.append(curve.key if curve.stage is None else f"{curve.key} ({curve.stage})")
+    charts = []
+    for title, members in groups.items():
+        # The rewards share one axis: whether they are balanced is the point of looking at them.
+        shared = _value_range(members, runs) if title == "Rewards" else None
+        charts.append(
+            {
+                "title": title,
+                "charts": [
+                    _chart(curve, series, runs, shared or _value_range([(curve, series)], runs))
+                    for curve, series in members
+                ],
+            }
+        )
+    return charts
+
+
+def _is_reward(key: str) -> bool:
+    return key.startswith("reward/") and not key.endswith("_std")
+
+
+def _series(run: Run, curve: Curve) -> list[tuple[float, float]]:
+    """(step, shown value) of the logged steps; where a logged step has no value the curve is not connected (NaN)."""
+    records = [record for record in run.records if curve.stage in (None, record.get("stage"))]
+    points = [
+        (record["step"], curve.scale * record[curve.key] if is_number(record[curve.key]) else math.nan)
+        for record in records
+        if curve.key in record
+    ]
+    return points if any(not math.isnan(value) for _, value in points) else []
+
+
+def _lacks(run: Run, curve: Curve) -> bool:
+    """Whether the metric is absent from a stage that ran; one that is always null was logged, and is just off."""
+    records = [record for record in run.records if curve.stage in (None, record.get("stage"))]
+    return bool(records) and not any(curve.key in record for record in records)
+
+
+def _boundary(run: Run) -> float | None:
+    """The step after which the stage changes from SFT to RL."""
+    for before, after in zip(run.records, run.records[1:], strict=False):
+        if (before.get("stage"), after.get("stage")) == ("sft", "rl"):
+            return before["step"]
+    return None
+
+
+def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
+    """(step, shown value, label) of the held-out evaluations: at the start, at stage ends and on the way."""
+    row = next((row for row in TABLE if row.key == curve.evaluated), None)
+    if row is None or not run.records:
+        return []
+    steps = {str(record.get("stage")): record["step"] for record in run.records}
+    steps["base"] = run.records[0]["step"]
+    found = []
+    for label in mapping(run.summary.get("evaluations")):
+        stage, _, step = label.partition("-")
+        place = int(step) if step.isdecimal() else steps.get(label)
+        value = cell_of(run.evaluation(label), row).mean
+        # Evaluations during SFT lie outside the chart, whose curve begins with RL.
+        if place is not None and value is not None and (label == "sft" or stage != "sft"):
+            found.append((place, value, label_text(label)))
+    return found
+
+
+def _value_range(members: Sequence[tuple[Curve, list]], runs: Sequence[Run]) -> tuple[float, float]:
+    values = [curve.low for curve, _ in members if curve.low is not None]
+    for curve, series in members:
+        values += [value for points in series for _, value in points if not math.isnan(value)]
+        values += [value for run in runs for _, value, _ in _evaluated(run, curve)]
+    return min(values), max(values)
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    low, high = sorted((low, high))
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        largest = max(abs(low), abs(high))
+        pad = largest * 0.1 if largest > _SMALLEST else 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def short_number(value: float, step: float = 0.0) -> str:
+    """A short number; with the axis' `step`, just the decimals that tell two ticks apart."""
+    if abs(value) >= 10_000:
+        text = f"{value / 1000:.4g}k"
+    elif step:
+        text = f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    elif abs(value) < 1:
+        text = f"{value:.3g}"
+    else:
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+class _Axes:
+    """Maps (step, value) to the viewBox."""
+
+    def __init__(self, steps: tuple[float, float], values: tuple[float, float]):
+        self.first, self.last = steps[0], max(steps[1], steps[0] + 1)
+        self.ticks = ticks(*values)
+        self.low, self.high = self.ticks[0], self.ticks[-1]
+        # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
+        largest = max(abs(self.low), abs(self.high))
+        self.exponent = -3 * math.floor(math.log10(largest) / 3) if largest < 0.1 else 0
+        self.factor = 10.0**self.exponent
+
+    def x(self, step: float) -> float:
+        return round(LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        return round(HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def text(self, value: float) -> str:
+        """A value in the units of the axis."""
+        return short_number(value * self.factor)
+
+    def frame(self) -> dict[str, Any]:
+        gap = (self.ticks[1] - self.ticks[0]) * self.factor
+        span = [tick for tick in ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
+        return {
+            "y_ticks": [(self.y(tick), short_number(tick * self.factor, gap)) for tick in self.ticks],
+            "x_ticks": [(self.x(tick), short_number(tick, 1)) for tick in span],
+        }
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """An SVG path that is interrupted where a value is missing."""
+        parts, pen_down = [], False
+        for step, value in points:
+            if math.isnan(value):
+                pen_down = False
+                continue
+            parts.append(f"{'L' if pen_down else 'M'}{self.x(step)} {self.y(value)}")
+            # A lone point is drawn as a dot, by the round cap of a line of no length.
+            if not pen_down:
+                parts.append(f"L{self.x(step)} {self.y(value)}")
+            pen_down = True
+        return "".join(parts)
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    size = math.ceil(len(points) / MAX_POINTS)
+    chunks = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(_mean(step for step, _ in chunk), _mean(value for _, value in chunk)) for chunk in chunks]
+
+
+def _smoothed(points: list[tuple[float, float]], boundary: float | None) -> list[tuple[float, float]]:
+    """Moving mean over a twelfth of the curve around each point; no window reaches over the stage boundary."""
+    half = len(points) // 24
+    split = 0 if boundary is None else sum(step <= boundary for step, _ in points)
+    smoothed = []
+    for index, (step, value) in enumerate(points):
+        first, last = (0, split) if index < split else (split, len(points))
+        window = points[max(first, index - half) : min(last, index + half + 1)]
+        smoothed.append((step, math.nan if math.isnan(value) else _mean(value for _, value in window)))
+    return smoothed
+
+
+def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[float, float]) -> dict[str, Any]:
+    marks = [_evaluated(run, curve) if points else [] for run, points in zip(runs, series, strict=True)]
+    steps = [step for points in series for step, _ in points] + [step for mark in marks for step, _, _ in mark]
+    axes = _Axes((min(steps), max(steps)), values)
+    lines, boundaries, diamonds = [], [], []
+    for index, (run, points, mark) in enumerate(zip(runs, series, marks, strict=True)):
+        colour = index % RUN_COLOURS + 1
+        boundary = _boundary(run)
+        if points and boundary is not None and axes.first <= boundary <= axes.last:
+            boundaries.append({"x": axes.x(boundary), "colour": colour})
+        for step, value, label in mark:
+            text = f"{run.name}, held out, {label}: {axes.text(value)}{curve.unit}"
+            diamonds.append({"x": axes.x(step), "y": axes.y(value), "colour": colour, "text": text})
+        if not points:
+            continue
+        thin = _thinned(points)
+        smooth = _smoothed(thin, boundary)
+        last = next(value for _, value in reversed(smooth) if not math.isnan(value))
+        raw = axes.path(thin) if smooth != thin else ""
+        lines.append(
+            {"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": axes.text(last)}
+        )
+    return {
+        "title": curve.title,
+        "unit": f"{curve.unit} ×10{str(-axes.exponent).translate(SUPERSCRIPT)}" if axes.exponent else curve.unit,
+        **axes.frame(),
+        "lines": lines,
+        "boundaries": boundaries,
+        "diamonds": diamonds,
+    }
+
+
+def time_chart(run: Run) -> dict[str, Any] | None:
+    """Stacked bars of seconds per step by phase, each the mean of neighbouring steps; shares of the last stage."""
+    keys = [f"time/{phase}" for phase in PHASES]
+    records = [record for record in run.records if any(is_number(record.get(key)) for key in keys)]
+    if not records:
+        return None
+    size = math.ceil(len(records) / 48)
+    chunks = [records[start : start + size] for start in range(0, len(records), size)]
+    stacks = [[_mean(_seconds(record, key) for record in chunk) for key in keys] for chunk in chunks]
+    axes = _Axes((records[0]["step"], records[-1]["step"]), (0.0, max(sum(stack) for stack in stacks)))
+    width = (WIDTH - LEFT - RIGHT) / len(chunks)
+    bars = []
+    for position, stack in enumerate(stacks):
+        below = 0.0
+        for phase, seconds in zip(PHASES, stack, strict=True):
+            top, bottom = axes.y(below + seconds), axes.y(below)
+            if bottom - top > 0:
+                x = round(LEFT + position * width, 2)
+                bars.append({"x": x, "y": top, "height": round(bottom - top, 1), "phase": phase})
+            below += seconds
+    stage = records[-1].get("stage")
+    ended = [record for record in records if record.get("stage") == stage]
+    sums = {phase: sum(_seconds(record, f"time/{phase}") for record in ended) for phase in PHASES}
+    total = sum(sums.values())
+    return {
+        "name": run.name,
+        "stage": str(stage).upper(),
+        **axes.frame(),
+        "bars": bars,
+        "bar_width": round(max(width - 1, width * 0.8), 2),
+        "shares": [(phase, 100 * seconds / (total or 1.0)) for phase, seconds in sums.items()],
+        "seconds_per_step": total / len(ended),
+    }
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> float:
+    return float(record[key]) if is_number(record.get(key)) else 0.0
+
+
+# ---- bars of scores --------------------------------------------------------------------------------------------------
+
+_ROW, _NAMES, _SCALE = 26, 260, 360  # pixels: height of a bar's row, width of its name, of the axis
+
+
+def bars(entries: Sequence[tuple[str, float, Sequence[float] | None, str]]) -> str:
+    """Horizontal bars as one inline SVG: (name, score, interval or None, words) each, zero where the axis has it.
+
+    The words stand behind the score: a caption's length belongs beside whatever it earns.
+    """
+    if not entries:
+        return ""
+    ends = [value for _, score, interval, _ in entries for value in (0.0, score, *(interval or ()))]
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return _NAMES + _SCALE * (value - low) / span
+
+    height = _ROW * len(entries) + 8
+    drawn = []
+    for row, (name, score, interval, words) in enumerate(entries):
+        y = _ROW * row + 4
+        left, right = sorted((x(0.0), x(score)))
+        shown = name if len(name) <= 34 else "…" + name[-33:]
+        drawn.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{html.escape(shown)}</text>')
+        drawn.append(
+            f'<rect x="{left:.1f}" y="{y + 3}" width="{right - left:.1f}" height="{_ROW - 10}" fill="#4c78a8"/>'
+        )
+        if interval:
+            start, stop, middle = x(interval[0]), x(interval[1]), y + 3 + (_ROW - 10) / 2
+            drawn.append(f'<path d="M{start:.1f} {middle:.1f}H{stop:.1f}" stroke="#000" stroke-width="1.5"/>')
+        label = f"{score:.2f}" + (f" ({words} words)" if words else "")
+        drawn.append(f'<text x="{_NAMES + _SCALE + 8}" y="{y + 15}">{html.escape(label)}</text>')
+    width = _NAMES + _SCALE + 150
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="13">{"".join(drawn)}</svg>'

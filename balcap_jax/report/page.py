@@ -1,0 +1,340 @@
+"""`python -m balcap_jax.report D [D2 ...]`: one self-contained HTML page about one or several runs.
+
+The page makes no request: its style, charts (SVG) and pictures (data URLs) are inside it, it has no script, and its
+Content-Security-Policy allows none. Captions, judge answers, ids and configs are untrusted: everything goes through
+Jinja's autoescaping, and nothing is marked safe but the template's own style sheet.
+
+`balcap_jax.report.run` says what is read from a run directory. Rewards and shares are shown in points, 0 to 100.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import make_directory, read_bytes, replace_file
+from balcap_jax.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    RUN_COLOURS,
+    TOP,
+    WIDTH,
+    chart_groups,
+    short_number,
+    time_chart,
+)
+from balcap_jax.report.run import (
+    PLAIN_TABLE,
+    TABLE,
+    USUAL_ORDER,
+    Cell,
+    JudgedCaption,
+    JudgedImage,
+    Run,
+    before_and_after,
+    cell_of,
+    is_number,
+    label_text,
+    load_run,
+    mapping,
+    rows_of,
+)
+
+GALLERY_IMAGES = 8
+_BALCAP_ROWS = 4  # of TABLE: its three objectives and b-CapScore
+MAX_IMAGE_BYTES = 4 << 20  # a picture beyond this is named, not embedded: the page should open on a phone
+EVALUATIONS = {"evaluations": "Sampled captions", "greedy": "Greedy captions"}  # in summary.json
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+# --- before and after -------------------------------------------------------------------------------------------------
+
+
+def before_after_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
+    """The table printed at the end of a training with the stages `order`: the first evaluation of
+    `summary["evaluations"]` against the last."""
+    evaluations = mapping(summary.get("evaluations"))
+    labels = before_and_after(evaluations, order)
+    if not labels:
+        return "no evaluation yet"
+    names = [label_text(label) for label in labels] + (["change"] if len(labels) > 1 else [])
+    count = mapping(evaluations[labels[-1]]).get("n")
+    captions = f"{count} captions" if is_number(count) else ""
+    lines = [f"{captions:<24}" + "".join(f"{name:>10}" for name in names)]
+    shown = [mapping(evaluations[label]) for label in labels]
+    balanced = any(cell_of(one, row).mean is not None for one in shown for row in TABLE[:_BALCAP_ROWS])
+    for row in rows_of(shown):
+        if row in TABLE and (row.key not in PLAIN_TABLE or (row in TABLE[:_BALCAP_ROWS] and not balanced)):
+            continue
+        cells = [cell_of(mapping(evaluations[label]), row) for label in labels]
+        values = ["-" if cell.mean is None else f"{cell.mean:.1f}{row.unit}" for cell in cells]
+        if len(labels) > 1:
+            delta = _delta(*cells)
+            values.append("-" if delta is None else f"{delta:+.1f}")
+        lines.append(f"{row.name:<24}" + "".join(f"{value:>10}" for value in values))
+    return "\n".join(lines)
+
+
+def _delta(before: Cell, after: Cell) -> float | None:
+    return None if before.mean is None or after.mean is None else after.mean - before.mean
+
+
+def _html_table(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
+    """Rows of a table of the page; each run has its cells in the order of its labels, and the change."""
+    rows = []
+    for row in rows_of([run.evaluation(label, kind) for run in runs for label in run.labels]):
+        per_run = []
+        for run in runs:
+            cells = [cell_of(run.evaluation(label, kind), row) for label in run.labels]
+            delta = _delta(cells[0], cells[1]) if len(cells) > 1 else None
+            signed = 0.0 if delta is None else round(delta, 1) * row.better
+            verdict = "up" if signed > 0 else "down" if signed < 0 else ""
+            per_run.append({"cells": cells, "delta": delta, "verdict": verdict})
+        if any(cell.mean is not None for entry in per_run for cell in entry["cells"]):
+            rows.append({"name": row.name, "key": row.key, "unit": row.unit, "runs": per_run})
+    return rows
+
+
+def _counts(runs: Sequence[Run], kind: str) -> list[str]:
+    """What the tables' means are over, such as "48 images, 192 captions"; one entry where all runs agree."""
+    texts = []
+    for run in runs:
+        for label in run.labels[-1:]:
+            found = {
+                name: run.evaluation(label, kind).get(key) for name, key in (("images", "images"), ("captions", "n"))
+            }
+            texts.append(", ".join(f"{count:g} {name}" for name, count in found.items() if is_number(count)))
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _signed(delta: float) -> str:
+    """A change with its sign, and none on a zero."""
+    text = f"{delta:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+# --- gallery ----------------------------------------------------------------------------------------------------------
+
+
+def _change(run: Run, image_id: str) -> float | None:
+    """Change in b-CapScore from the first to the last label; with one label, the b-CapScore itself."""
+    images = [run.evaluations.get(label, {}).get(image_id) for label in run.labels]
+    scores = [image.b_capscore if image else None for image in images]
+    if not scores or None in scores:
+        return None
+    return scores[-1] - scores[0] if len(scores) > 1 else scores[0]
+
+
+def choose_images(run: Run, count: int = GALLERY_IMAGES) -> list[tuple[str, str]]:
+    """(image id, why it was chosen): evenly spread over the ranking by change in b-CapScore, best and worst included.
+
+    Images without a score in both evaluations can't be ranked; they are shown only where no image can be.
+    """
+    ids = list(dict.fromkeys(image_id for label in run.labels for image_id in run.evaluations.get(label, {})))
+    changes = {image_id: change for image_id in ids if (change := _change(run, image_id)) is not None}
+    if not changes:
+        return [(image_id, "not ranked: no b-CapScore") for image_id in ids[:count]]
+    ranked = sorted(changes, key=lambda image_id: -changes[image_id])
+    median, last = (len(ranked) - 1) // 2, len(ranked) - 1
+    upper, lower = max(count // 2 - 1, 1), max(count - count // 2, 1)
+    places = {round(median * k / upper) for k in range(upper + 1)}
+    places |= {median + round((last - median) * k / lower) for k in range(lower + 1)}
+    what = "change in b-CapScore" if len(run.labels) > 1 else "b-CapScore"
+    named = {median: f"median {what}", last: f"lowest {what}", 0: f"highest {what}"}
+    return [(ranked[p], named.get(p, f"rank {p + 1} of {len(ranked)} by {what}")) for p in sorted(places)]
+
+
+def _gallery(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Cards; a run that shares images with an earlier run's choice is shown on the same cards."""
+    cards: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        has = {image_id for label in run.labels for image_id in run.evaluations.get(label, {})}
+        if not has:
+            continue
+        if not has & set(cards):
+            for image_id, why in choose_images(run):
+                cards[image_id] = {"id": image_id, "why": why, "chosen_in": run.name, "columns": [], "picture": None}
+        for image_id, card in cards.items():
+            for label in run.labels:
+                image = run.evaluations.get(label, {}).get(image_id)
+                if image is None:
+                    continue
+                if card["picture"] is None:
+                    card |= {"picture": _picture(run, image), "image": image}
+                card["columns"].append({"run": run.name, "label": label_text(label), "image": image})
+    return list(cards.values())
+
+
+def uncovered(caption: JudgedCaption, image: JudgedImage) -> list[str] | None:
+    """Reference units that the caption misses; None when the judge's marks don't fit the units."""
+    if caption.covered is None or len(caption.covered) != len(image.reference_units):
+        return None
+    return [unit for unit, covered in zip(image.reference_units, caption.covered, strict=True) if not covered]
+
+
+def _picture(run: Run, image: JudgedImage) -> str:
+    """A data URL of the image's PNG, or "" with a note. Paths that leave samples/ are refused: ids are untrusted."""
+    if not image.image:
+        return ""
+    samples = (run.path / "samples").resolve()
+    try:
+        file = (samples / image.image).resolve()
+        if not file.is_relative_to(samples):
+            run.notes.append(f"picture {image.image}: outside samples/, not shown")
+        elif file.stat().st_size > MAX_IMAGE_BYTES:
+            run.notes.append(f"picture {image.image}: more than {MAX_IMAGE_BYTES >> 20} MiB, not shown")
+        elif not (data := read_bytes(file)).startswith(PNG_SIGNATURE):
+            run.notes.append(f"picture {image.image}: not a PNG, not shown")
+        else:
+            return "data:image/png;base64," + base64.b64encode(data).decode()
+    except (OSError, ValueError) as error:
+        run.notes.append(f"picture {image.image}: not readable ({getattr(error, 'strerror', None) or error})")
+    return ""
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """One line per fact of a run, for the table of facts."""
+    summary, facts = run.summary, {"directory": str(run.path)}
+    if isinstance(summary.get("command"), str):
+        facts["command"] = summary["command"]
+    if run.config:
+        digest = hashlib.sha256(json.dumps(run.config, sort_keys=True).encode()).hexdigest()
+        facts["config"] = f"sha256 {digest[:12]}"
+    versions = {**mapping(summary.get("versions"))}
+    device = summary.get("device") or versions.pop("device", None)
+    if device:
+        facts["device"] = str(device)
+    if versions:
+        facts["versions"] = " · ".join(f"{name} {version}" for name, version in versions.items())
+    stages = dict.fromkeys(str(record.get("stage")) for record in run.records)
+    if run.records:
+        spans = {stage: [r["step"] for r in run.records if str(r.get("stage")) == stage] for stage in stages}
+        facts["logged steps"] = ", ".join(f"{stage} {span[0]:g} to {span[-1]:g}" for stage, span in spans.items())
+    seconds = {name: value for name, value in mapping(summary.get("seconds")).items() if is_number(value)}
+    if seconds:
+        wall = seconds.pop("wall", None) or seconds.pop("total", None) or sum(seconds.values())
+        facts["total time"] = _duration(wall)
+        facts["of which"] = ", ".join(
+            f"{name} {_duration(value)}" for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+        )
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    leaves = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = json_text.dumps(value, ensure_ascii=False)
+    return leaves
+
+
+def _aligned(columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The union of the columns' rows; `same` says whether all columns agree."""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = []
+    for name in names:
+        values = [column.get(name, "") for column in columns]
+        rows.append({"name": name, "values": values, "same": len(set(values)) == 1})
+    return rows
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _printable(value: Any) -> Any:
+    """Template output without control characters and bidirectional overrides, which could make a line lie."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "".join(c if c.isprintable() or c in "\n\t" or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
+
+
+def _csp_hash(style: str) -> str:
+    """The Content-Security-Policy source of one inline style sheet."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(str(style).encode()).digest()).decode()
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page's HTML. Notes about what could not be shown are collected from all parts before it is rendered."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"csp_hash": _csp_hash, "number": short_number, "signed": _signed}
+    environment.globals |= {"label_text": label_text, "uncovered": uncovered}
+    skipped: list[str] = []
+    groups = chart_groups(runs, skipped)
+    times = [chart for run in runs if (chart := time_chart(run)) is not None]
+    gallery = _gallery(runs)
+    if skipped and any(run.records for run in runs):
+        runs[0].notes.append("metrics.jsonl: not logged, so not drawn: " + ", ".join(skipped))
+    return environment.get_template("report.html.j2").render(
+        runs=runs,
+        tables=[
+            {"title": title, "rows": rows, "counts": _counts(runs, kind)}
+            for kind, title in EVALUATIONS.items()
+            if (rows := _html_table(runs, kind))
+        ],
+        groups=groups,
+        times=times,
+        gallery=gallery,
+        facts=_aligned([_facts(run) for run in runs]),
+        config=_aligned([_flat(run.config) for run in runs]),
+        colours=[index % RUN_COLOURS + 1 for index in range(len(runs))],
+        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+    )
+
+
+def write_report(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+    """Writes the page about `workdirs`, aside and then renamed, and returns its path.
+
+    `out` None is report.html in the run's directory, or in the current one for several runs. Raises UserError for a
+    directory that is no run, and when the page can't be written.
+    """
+    path, _ = write_page(workdirs, out)
+    return path
+
+
+def write_page(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | None) -> tuple[Path, list[Run]]:
+    runs = [load_run(directory) for directory in workdirs]
+    for index, run in enumerate(runs):  # two runs may have directories of the same name
+        if any(run.name == other.name for other in runs[:index]):
+            run.name = f"{run.name} ({index + 1})"
+    path = Path(out) if out is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    if path.exists() and not path.is_file():  # a rename would put the page in the place of /dev/stdout
+        raise UserError(f"{path}: cannot write the report (not a regular file); name another file with --out")
+    # A lone surrogate, which JSON can smuggle in, has no UTF-8 form.
+    page = render(runs).encode("utf-8", errors="replace")
+    try:
+        make_directory(path.parent)
+        replace_file(path, page)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the report ({error.strerror}); free space or name another file with --out"
+        ) from error
+    return path, runs

@@ -1,0 +1,465 @@
+"""Checkpoints of a run (Orbax) and the flag that says a run should stop.
+
+    DIR/<step>/arrays/     Orbax arrays: parameters, optimizer state, PRNG key data, counters
+    DIR/<step>/extra/      JSON: data iterator state, clock, configuration, versions
+    DIR/<step>/sums.json   sizes and checksums of these files, by which a step is whole or torn
+    DIR/incomplete-<step>  a torn step that was passed over, kept until that step or a later one is whole
+
+A step is written under a temporary name, synced, and renamed when it is whole and on disk: neither a killed run nor a
+power cut leaves half of one. Names of steps to be deleted go first, for the same reason.
+"""
+
+import base64
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import make_directory, rename_directory, resolved, sync, sync_tree
+from balcap_jax.cli.process import quieten_orbax
+from balcap_jax.models.formats.orbax import for_tensorstore, reason_of, remove_unfinished
+from balcap_jax.parallel import distributed
+from balcap_jax.training.checksums import SUMS, find_damage, seal
+
+_log = logging.getLogger(__name__)
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of directories that Orbax clears at the next start
+_INCOMPLETE = "incomplete-"
+_BYTES = "__bytes__"
+
+
+class Checkpointer:
+    """Saves and restores the state of one run under one directory; close it, or use it in a `with` block.
+
+    Of several processes each makes one of the same directory and calls the same methods in the same order; each writes
+    and reads its own part of the arrays, and the first does the rest.
+
+    Every method raises UserError when the disk refuses (read-only, full, not a directory). An asynchronous save that
+    fails is reported by the next `save`, `wait` or `close`; the checkpoints written before it stay valid.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, *, keep: int = 2, beside: Collection[Path] = (), asynchronous: bool = True
+    ):
+        """
+        Args:
+          directory: made if it is missing; leftovers of killed runs in it are cleared.
+          keep: newest checkpoints that are kept; those of `keep_also` are kept besides.
+          beside: files outside of `directory` that a resumed run needs as they were at a `save`; they are put on disk
+            before the checkpoint counts.
+          asynchronous: write in the background. `save` still copies the arrays to the host before it returns, so
+            that the caller may donate or change them at once.
+
+        Torn steps newer than the newest whole one are passed over, with a line each. Raises UserError if none is whole.
+        """
+        self.directory = resolved(directory).absolute()
+        self._keep = keep
+        self._kept_also: dict[str, int | None] = {}
+        self._beside, self._asynchronous = tuple(beside), asynchronous
+        quieten_orbax()
+        if distributed.is_first():
+            try:
+                make_directory(self.directory)
+                with tempfile.TemporaryFile(dir=self.directory):
+                    pass  # A read-only disk is better found now than after the first fifty steps.
+            except OSError as error:
+                raise UserError(
+                    f"can't write checkpoints in {self.directory}: {reason_of(error)}; choose another workdir"
+                ) from error
+        self._verified: set[int] = set()
+        self._pass_over_torn()
+        self._manager = checkpoint_managers.CheckpointManager(
+            for_tensorstore(self.directory),
+            options=checkpoint_managers.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
+                temporary_path_class=_committed_by(self._commit),
+                # Were directories made beside the run, threads would wait ten minutes for those a full disk refused.
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self._sync_own_and_meet, create_directories_asynchronously=False
+                ),
+            ),
+            handler_registry=ocp.handlers.create_default_handler_registry(
+                arrays=ocp.handlers.PyTreeCheckpointHandler(), extra=ocp.handlers.JsonCheckpointHandler()
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None or jax.process_count() == 1:
+            self.close()
+        # Else the other processes may be gone, and to finish a save would be to wait for them.
+
+    def save(self, step: int, arrays: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Saves a step, unless it is on disk already.
+
+        Args:
+          step: non-negative, growing.
+          arrays: pytree with jax.Array or NumPy leaves; None and empty containers are part of its structure.
+          extra: nested dict of JSON values and `bytes`; what is not in `arrays` but needed to go on.
+        """
+        flat = _flatten(arrays)
+        text = _encode(json_text.with_nulls(dict(extra or {})), "extra")
+        self.wait()
+        try:
+            self.directory.stat()  # Where it was removed, Orbax would make it anew.
+            if step not in self.steps():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        arrays=ocp.args.PyTreeSave(_nest(flat)),
+                        extra=ocp.args.JsonSave(text),
+                    ),
+                    force=True,  # Which steps are saved is the caller's decision.
+                )
+        except Exception as error:
+            raise self._write_error(error, f"checkpoint {step}") from error
+        if not self._asynchronous:
+            self.wait()
+
+    def keep_also(self, role: str, step: int | None) -> None:
+        """Keeps `step`, such as the end of a stage, however old; the one that had the role goes with the next save."""
+        if role in self._kept_also:
+            self.wait()  # Until the step is whole, the one before it stays.
+        self._kept_also[role] = step
+
+    def steps(self) -> list[int]:
+        """Steps that are whole on disk, ascending; only their sizes are looked at."""
+        return distributed.from_first(self._steps_seen() if distributed.is_first() else None)
+
+    def _steps_seen(self) -> list[int]:
+        try:
+            return [step for step, path in self._directories() if not find_damage(path, content=False)]
+        except OSError as error:
+            raise _read_error(self.directory, error) from error
+
+    def latest_step(self) -> int | None:
+        """The newest whole step, or None."""
+        return max(self.steps(), default=None)
+
+    def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
+        """Reads a step.
+
+        Args:
+          step: one of `steps()`.
+          like: pytree with the structure, shapes and types of what was saved: jax.ShapeDtypeStruct (with a sharding,
+            or placed on the first device), jax.Array (its sharding is used) or np.ndarray leaves.
+          partial: `like` may leave out saved arrays; they are not read.
+
+        Returns:
+          (arrays as `like`, extra as saved, tuples as lists).
+
+        Raises:
+          UserError: the step is torn or cannot be read, or another tree than `like` was saved (the first differing
+            path is named).
+        """
+        self.wait()
+        self._verify(step)
+        path = self.directory / str(step)
+        wanted = _flatten(like)
+        try:
+            saved = _flatten_nested(self._manager.item_metadata(step)["arrays"].tree)
+        except Exception as error:
+            raise _read_error(path, error) from error
+        _compare(path, wanted, saved, partial)
+        nested = _nest({name: _placed(leaf) for name, leaf in wanted.items()})
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeRestore(
+                        nested,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
+                        partial_restore=partial,
+                    ),
+                    extra=ocp.args.JsonRestore(),
+                ),
+            )
+            arrays, extra = _flatten_nested(restored["arrays"]), _decode(restored["extra"])
+        except Exception as error:
+            raise _read_error(path, error) from error
+        leaves = [arrays[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """The JSON part of a step alone, without its arrays. Raises UserError when it cannot be read."""
+        self.wait()
+        self._verify(step)
+        path = self.directory / str(step)
+        try:
+            return _decode(self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"])
+        except Exception as error:
+            raise _read_error(path, error) from error
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises UserError when the last one failed."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._write_error(error, "a checkpoint") from error
+
+    def close(self) -> None:
+        """Finishes the last save. Raises UserError when it failed."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._write_error(error, "a checkpoint") from error
+
+    def _directories(self, prefix: str = "") -> list[tuple[int, Path]]:
+        """(step, path) of all that are called `prefix` and a step, ascending."""
+        if not self.directory.is_dir():
+            return []  # Removed under the run; the write that fails for it says so.
+        names = (path.name.removeprefix(prefix) for path in self.directory.glob(f"{prefix}*") if path.is_dir())
+        return [(step, self.directory / f"{prefix}{step}") for step in sorted(map(int, filter(_is_step, names)))]
+
+    # ---- torn or whole: all processes agree
+
+    def _pass_over_torn(self) -> None:
+        """Sets what is newer than the newest whole step aside, where it is in nobody's way."""
+        torn: dict[int, str] = {}
+        steps = distributed.from_first([step for step, _ in self._directories()] if distributed.is_first() else None)
+        for step in reversed(steps):
+            if not (found := self._damage(step)):
+                break
+            torn[step] = found
+        if steps and len(torn) == len(steps):
+            told = "; ".join(f"{step}: {found}" for step, found in torn.items())
+            raise UserError(
+                f"none of the checkpoints in {self.directory} is whole ({told}); put a whole one there, or choose "
+                "another workdir"
+            )
+        for step, found in torn.items() if distributed.is_first() else ():
+            path, aside = self.directory / str(step), self.directory / f"{_INCOMPLETE}{step}"
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                rename_directory(path, aside)
+            except OSError as error:
+                raise UserError(f"can't move {path} to {aside}: {reason_of(error)}; mend that") from error
+            _log.warning("checkpoint %s is torn (%s): passed over, and kept as %s for now", path, found, aside.name)
+
+    def _damage(self, step: int) -> str:
+        """What all processes, each with a share of the files, have found to be torn; "" where the step is whole.
+
+        Raises:
+          UserError: in all of them, where one of them cannot tell.
+        """
+        path = self.directory / str(step)
+        mine: str | UserError
+        try:
+            mine = find_damage(path, share=(jax.process_index(), jax.process_count()))
+        except (OSError, MemoryError) as error:
+            mine = _read_error(path, error)
+        answers = distributed.all_gather(mine)
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+        found = next(filter(None, answers), "")
+        if not found:
+            self._verified.add(step)
+        return found
+
+    def _verify(self, step: int) -> None:
+        if step not in self._verified and (found := self._damage(step)):
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is torn ({found}); put a whole one there, or choose another "
+                "workdir"
+            )
+
+    # ---- on the threads that write
+
+    def _sync_own_and_meet(self, *, key: str, timeout_ms: int) -> None:
+        """Puts on disk what this process wrote, then waits for the others: no host can sync what another has in memory.
+
+        Orbax meets once more when the first process, which may be renaming by now, is done.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.directory.glob(f"*{_TEMPORARY}/**/*process_{jax.process_index()}"):
+                if path.is_file():
+                    sync(path)
+                elif not (path / SUMS).exists():
+                    seal(path)
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _commit(self, written: Path, final: Path) -> None:
+        """In the first process, when all have written: puts a step on disk, names it, and deletes what it replaces."""
+        for path in self._beside:
+            if path.exists():
+                sync(path)
+                sync(path.parent)
+        seal(written)
+        rename_directory(written, final)
+        whole = self._steps_seen()
+        kept = {*whole[-self._keep :], *self._kept_also.values()}
+        for step, path in self._directories():
+            if step < whole[-1] and step not in kept:
+                going = path.with_name(f"{step}{_TEMPORARY}-old")
+                path.rename(going)
+                shutil.rmtree(going)
+        for step, path in self._directories(_INCOMPLETE):
+            if step <= whole[-1]:
+                shutil.rmtree(path)
+
+    def _write_error(self, error: Exception, what: str) -> UserError:
+        if distributed.is_first():
+            for path in self.directory.glob(f"*{_TEMPORARY}*"):
+                remove_unfinished(path)  # Half a step is of no use, and may fill the disk.
+        latest = max(self._steps_seen(), default=None)  # The others need not have failed.
+        go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
+        return UserError(
+            f"can't write {what} in {self.directory}: {reason_of(error)}; {go_on}, "
+            "make room or choose another workdir, and run the same command again"
+        )
+
+
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and str(int(name)) == name  # not 007, nor digits of other scripts
+
+
+def branch(source: Path, target: Path) -> int:
+    """Makes `target` a checkpoint directory that holds the newest whole step of `source` alone; returns that step.
+
+    Raises:
+      UserError: `source` holds no whole step, or the disk refuses.
+    """
+    try:
+        found = sorted((int(path.name) for path in source.glob("*") if _is_step(path.name)), reverse=True)
+        step = next((step for step in found if not find_damage(source / str(step))), None)
+        if step is None:
+            raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
+        shutil.copytree(source / str(step), target / str(step))
+        sync_tree(target)
+    except OSError as error:
+        raise UserError(
+            f"can't copy a checkpoint of {source} to {target}: {reason_of(error)}; make room there"
+        ) from error
+    return step
+
+
+def _committed_by(commit: Callable[[Path, Path], None]) -> type:
+    """Orbax's temporary directory of a step, whose last step from `written` to `final` is `commit(written, final)`.
+
+    Orbax changes files of a step until it has renamed it, so it renames to one more temporary name.
+    """
+
+    class Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            final = Path(self._final_path)
+            if not _is_step(final.name):  # of a part of a step
+                await super().finalize()
+                return
+            self._final_path = self.get().with_name(f"{self.get().name}-whole")
+            await super().finalize()
+            commit(Path(self._final_path), final)
+
+    return Committed
+
+
+# ---- trees ----------------------------------------------------------------------------------------------------------
+# Orbax gets nested dicts of arrays only: what it makes of NamedTuples, tuples, None and empty containers depends on
+# its version, while a path and an array always come back as they went in.
+
+
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    """{path: leaf}; the order is that of the tree's leaves."""
+    flat, stored = {}, []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+            raise TypeError(f"{'/'.join(name)}: a checkpoint holds arrays, got {type(leaf).__name__}")
+        flat[name] = leaf
+        stored.append(".".join(name))  # What Orbax calls the array on disk.
+    for name, following in itertools.pairwise(sorted(stored)):
+        if name == following:
+            raise ValueError(f"two leaves of the tree have the path {name}")
+    return flat
+
+
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for (*groups, last), leaf in flat.items():
+        at = nested
+        for group in groups:
+            at = at.setdefault(group, {})
+        at[last] = leaf
+    return nested
+
+
+def _flatten_nested(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten_nested(value, (*prefix, key))
+        else:
+            flat[(*prefix, key)] = value
+    return flat
+
+
+def _compare(path: Path, wanted: Mapping, saved: Mapping, partial: bool) -> None:
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved:
+            problem = "is not in it"
+        elif name not in wanted:
+            if partial:
+                continue
+            problem = "is in it, but not in the model and optimizer to be restored"
+        else:
+            was, now = (f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (saved[name], wanted[name]))
+            if was == now:
+                continue
+            problem = f"is {was} in it, but {now} is wanted"
+        raise UserError(
+            f"checkpoint {path} is of another model or optimizer: {'/'.join(name)} {problem}; "
+            "restore the configuration of the run, or choose another workdir"
+        )
+
+
+def _placed(leaf: Any) -> Any:
+    """The leaf as Orbax wants it: without a sharding it would take the saved one, whose devices may not exist here."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.asarray(leaf)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _encode(value: Any, where: str) -> Any:
+    """JSON values as they are, bytes as base64."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{where}: keys must be strings")
+        return {key: _encode(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode("ascii")}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{where}: {type(value).__name__} is neither JSON nor bytes")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_BYTES}:
+            return base64.b64decode(value[_BYTES])
+        return {key: _decode(item) for key, item in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_error(path: Path, error: Exception) -> UserError:
+    return UserError(f"can't read {path}: {reason_of(error)}; mend that and run the same command again")
+
+
+# ---- preemption -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""Captions and scores of held-out images during training, and the best checkpoint by one of their metrics.
+
+The best step is chosen on validation images; the images that evaluations show and report choose nothing.
+"""
+
+import io
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import write_bytes, write_text
+from balcap_jax.models.policy import Params
+from balcap_jax.parallel.host_batch import take
+from balcap_jax.rewards.base import Samples
+from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
+from balcap_jax.rewards.words import count_words
+from balcap_jax.rollout import Sampling, compile_rollout, example_keys
+from balcap_jax.training.job import Examples, Job, picture_file, to_samples
+
+SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
+
+
+class Evaluator:
+    """Captions held-out images with the current parameters and has them judged; compiled once for each type of them."""
+
+    def __init__(self, job: Job, *, greedy: bool):
+        config = job.config
+        self.job = job
+        self.samples = 1 if greedy else config.log.eval_samples
+        temperature = config.rollout.eval_temperature
+        self._sampling = Sampling(
+            self.samples, config.rollout.max_tokens, temperature or 1.0, greedy=greedy or not temperature
+        )
+        self._rollouts: dict[tuple, Any] = {}
+
+    def __call__(self, params: Params, batches: Sequence[tuple[Examples, int]], step: int) -> tuple[dict, list[dict]]:
+        """Judges captions of `batches` (columns and number of real rows each). -> (summary, records per image)
+
+        All processes are given all batches, caption a part of each, and get all of the result.
+        """
+        job, config = self.job, self.job.config
+        gate = (config.rewards.gate_low, config.rewards.gate_high)
+        measure, records = job.measure or job.reward, []
+        for columns, real in batches:
+            rows = job.rows(len(columns["id"]))
+            examples = take(columns, rows.held)
+            prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
+            draw = (params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
+            # A stage may keep what it freezes in another type than the one before it did.
+            types = tuple(leaf.dtype for leaf in jax.tree.leaves(params))
+            if types not in self._rollouts:
+                with job.clock.phase("compile"):
+                    self._rollouts[types] = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
+            out = self._rollouts[types](*draw)
+            read = out._replace(image_embeds=None, mask=None, log_probs=None, policy_log_probs=None)
+            judged = job.judge(rows, examples, rows.fetch(read), measure)
+            records += rows.gather_list(judged.records(measure.names, gate))[:real]
+        return summarise(records, measure.names), records
+
+
+def check_best_metric(metric: str, measured: Sequence[str], images: int) -> None:
+    """Raises UserError where `metric` is none of what is `measured`, or there are no validation `images`."""
+    if not metric:
+        return
+    known = [*measured, *(("b_capscore", "corpus_b_capscore") if set(OBJECTIVES) <= set(measured) else ())]
+    if metric not in known:
+        raise UserError(f"config field 'checkpoint.best_metric' must be one of {', '.join(known)}, got {metric!r}")
+    if not images:
+        raise UserError(
+            f"config field 'checkpoint.best_metric' is {metric!r}, but there are no validation images to measure it "
+            "on; raise data.validation_share, or leave the field empty"
+        )
+
+
+class Best:
+    """Scores of the steps so far, {step: score}, higher is better; None where no judge answered.
+
+    `evaluate(params)` gives the means of an evaluation, {name: {"mean"}}. Without a `metric` no step is ever due.
+    """
+
+    def __init__(self, metric: str, evaluate: Callable[[Any], Mapping[str, Any]]):
+        self.metric, self._evaluate = metric, evaluate
+        self.scores: dict[int, float | None] = {}
+
+    def is_due(self, stage: str, step: int, every: int, last: int) -> bool:
+        """Every `every` updates of rl, and at its end."""
+        return bool(self.metric) and stage == "rl" and (step == last or (every > 0 and step % every == 0))
+
+    def measure(self, step: int, params: Any) -> None:
+        if step not in self.scores:
+            self.scores[step] = self._evaluate(params)[self.metric]["mean"]
+
+    @property
+    def step(self) -> int | None:
+        """The step with the highest score, the first of equals; None while there is none."""
+        found = {step: score for step, score in self.scores.items() if score is not None and math.isfinite(score)}
+        return max(sorted(found), key=found.get) if found else None
+
+    def state(self) -> dict[str, float | None]:
+        """JSON-able; `restore` takes it."""
+        return {str(step): score for step, score in self.scores.items()}
+
+    def restore(self, state: Mapping[str, float | None], whole: Collection[int]) -> int | None:
+        """The best of the steps that are `whole` on disk; better ones that are not are forgotten."""
+        self.scores = {int(step): score for step, score in state.items()}
+        while self.step is not None and self.step not in whole:
+            del self.scores[self.step]
+        return self.step
+
+    def summary(self) -> dict[str, Any]:
+        """{"best": what is known of it}, empty while there is none."""
+        if self.step is None:
+            return {}
+        found = {"metric": self.metric, "step": self.step, "score": self.scores[self.step], "scores": self.state()}
+        return {"best": found}
+
+
+def references_as_samples(examples: Sequence[Mapping[str, Any]], columns: Callable) -> Samples:
+    """Samples of two examples (of the only one, twice), with their references as three captions of each."""
+    ((batch, _),) = batches(examples[:2], 2, columns)
+    captions = [[text] * 3 for text in batch["reference"]]
+    return to_samples(batch, captions, np.array([list(map(count_words, group)) for group in captions]))
+
+
+def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Means of an evaluation: {name: {"mean", "std"}} with the spread over captions, "n" captions, "invalid" scores."""
+    captions = [caption for record in records for caption in record["captions"]]
+    columns = {name: [caption["rewards"][name] for caption in captions] for name in names}
+    valid = np.array([[column[i] is not None for column in columns.values()] for i in range(len(captions))]).all(-1)
+    kept = {name: [value for value in column if value is not None] for name, column in columns.items()}
+    kept["b_capscore"] = [caption["b_capscore"] for caption in captions if caption["b_capscore"] is not None]
+    for name in ("words", "tokens", "in_band", "truncated"):
+        kept[name] = [float(caption[name]) for caption in captions]
+    summary: dict[str, Any] = {name: _spread(column) for name, column in kept.items()}
+    if set(OBJECTIVES) <= set(names):
+        # Equal to the mean of the captions' own scores up to rounding; kept as the metric's one definition.
+        values = [np.array([value or 0.0 for value in columns[name]]) for name in OBJECTIVES]
+        whole = np.array([[columns[name][i] is not None for name in OBJECTIVES] for i in range(len(captions))]).all(-1)
+        summary["b_capscore"]["mean"] = _finite(b_capscore(*values, whole))
+        summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, whole)), "std": None}
+    return summary | {"n": len(captions), "images": len(records), "invalid": int((~valid).sum())}
+
+
+def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]) -> None:
+    """Writes samples/eval-<label>.jsonl and the pictures it names, where they are not there yet.
+
+    Photographs are shrunk to SHOWN_PIXELS: they are there to be looked at in the report.
+    """
+    for name, image in images.items():
+        path = workdir / "samples" / "images" / picture_file(name)
+        if not path.exists():
+            file = io.BytesIO()
+            picture = Image.fromarray(np.asarray(image))
+            if max(picture.size) > SHOWN_PIXELS:
+                picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+            picture.save(file, format="PNG")
+            write_bytes(path, file.getvalue())
+    write_text(workdir / "samples" / f"eval-{label}.jsonl", json_text.lines(records))
+
+
+def batches(examples: Sequence[Mapping[str, Any]], size: int, columns: Callable) -> list[tuple[Mapping[str, Any], int]]:
+    """Columns of `size` examples at a time; the last is filled up with its first examples. -> [(columns, real rows)]"""
+    cut = []
+    for start in range(0, len(examples), size):
+        rows = list(examples[start : start + size])
+        filled = rows + [rows[i % len(rows)] for i in range(size - len(rows))]
+        cut.append((columns(filled), len(rows)))
+    return cut
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "std": None}
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,259 @@
+"""The numbers of a run: metrics.jsonl, TensorBoard and wandb."""
+
+import contextlib
+import importlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_bytes, replace_file
+from balcap_jax.train_step import Max, Mean, Metrics
+
+
+class MetricsWriter:
+    """Writes each step's values to `workdir`/metrics.jsonl, to TensorBoard events and, if asked, to Weights & Biases.
+
+    `wandb` is a project name; the rest of W&B (entity, run id, mode) is set by its own WANDB_* environment variables.
+    A writer that is not `enabled` (every process but 0) touches no file. Opening drops a torn last line, which a killed
+    process may have left. Call `truncate` with the restored step before the first `write` of a resumed run.
+    Raises UserError when the disk is full or not writable, when the file holds something else, or when wandb is asked
+    for and cannot be started.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        enabled: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self.enabled = enabled
+        self._file: IO[bytes] | None = None
+        self._events = None
+        self._wandb = None
+        if not enabled:
+            return
+        with writing_below(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: each line is one write, whole on disk when `write` returns, whatever kills the process next.
+            self._file = self._reopen(lambda record: True)
+        if tensorboard:
+            self._events = EventFile(self.path.parent / "tensorboard")
+        if wandb:
+            module = import_wandb()
+            try:
+                self._wandb = module.init(project=wandb, dir=str(self.path.parent), config=dict(config or {}))
+            except Exception as error:  # of many kinds: no network, no login, a name that it does not take
+                raise UserError(
+                    f"log.wandb: Weights & Biases cannot be started ({' '.join(str(error).split())}); mend that, set "
+                    "WANDB_MODE=offline, or leave log.wandb empty"
+                ) from error
+
+    def truncate(self, after_step: int) -> int:
+        """Drops the lines with step > `after_step` and returns their number; -1 empties the file.
+
+        The lines of a run that was killed and resumed are then those of an uninterrupted run.
+        """
+        if not self.enabled:
+            return 0
+        before = _count_lines(self.path)
+        with writing_below(self.path):
+            self._file.close()
+            self._file = self._reopen(lambda record: record["step"] <= after_step)
+        if self._events is not None:
+            self._events.purge(after_step + 1)
+        return before - _count_lines(self.path)
+
+    def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        """Appends one line; NaN and infinities become null, since JSON has no word for them."""
+        if not self.enabled:
+            return
+        numbers = {name: _json_number(value) for name, value in values.items()}
+        line = json_text.dumps({"step": int(step), "stage": stage, **numbers}) + "\n"
+        with writing_below(self.path):
+            rest = memoryview(line.encode())
+            while rest:  # a disk that fills up takes a part first and fails on the next write
+                rest = rest[self._file.write(rest) :]
+        finite = {name: value for name, value in numbers.items() if value is not None}
+        if self._events is not None:
+            self._events.add(step, finite)
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/{name}": value for name, value in finite.items()}, step=int(step))
+
+    def flush(self) -> None:
+        """Puts the TensorBoard events on disk, before a checkpoint: a resumed run does not log those steps again."""
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._events = self._wandb = None
+        self.enabled = False
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _reopen(self, keep: Callable[[dict], bool]) -> IO[bytes]:
+        """Rewrites the file without a torn last line and lines not to `keep`, and opens it for appending."""
+        if self.path.exists():
+            old = read_bytes(self.path)
+            kept = b"".join(line + b"\n" for line, record in _records(self.path, old) if keep(record))
+            if kept != old:
+                replace_file(self.path, kept)
+        return self.path.open("ab", buffering=0)
+
+
+# Events are flushed (and synced) at most this often: a flush each step would cost fast SFT steps dearly.
+TENSORBOARD_FLUSH_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def writing_below(path: Path) -> Iterator[None]:
+    """Raises UserError, with the remedy, in place of the OSError of a write to `path` in a workdir."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot write ({reason}); free space there or choose another --workdir") from error
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """PyTorch cannot be imported inside: tensorboardX would, wherever there is one, for a second or two and no use."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+class EventFile:
+    """One TensorBoard event file, written in the calling thread.
+
+    tensorboardX's SummaryWriter writes from a thread behind a bounded queue: when the disk fills up that thread dies
+    and the next `add_scalar` blocks for ever. Its event writer below is the same format without the queue.
+    """
+
+    def __init__(self, directory: Path):
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+
+        self.directory = directory
+        self._event, self._summary = event_pb2, summary_pb2
+        with writing_below(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # A file's own time stamp has a resolution of one second; a quick restart must not overwrite the first one.
+            suffix = f".{os.getpid()}.{time.time_ns():x}"
+            self._writer = EventsWriter(str(directory / "events"), filename_suffix=suffix)
+        self._flushed = time.monotonic()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = self._summary.Summary(value=scalars)
+        with writing_below(self.directory):
+            self._writer.write_event(self._event.Event(wall_time=time.time(), step=int(step), summary=summary))
+        if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
+            self.flush()
+
+    def purge(self, from_step: int) -> None:
+        """Tells TensorBoard to hide what earlier files logged at `from_step` or later (its purge_step)."""
+        start = self._event.SessionLog(status=self._event.SessionLog.START)
+        with writing_below(self.directory):
+            event = self._event.Event(wall_time=time.time(), step=max(int(from_step), 0), session_log=start)
+            self._writer.write_event(event)
+        self.flush()
+
+    def flush(self) -> None:
+        with writing_below(self.directory):
+            self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with writing_below(self.directory):
+            self._writer.close()
+
+
+def combine(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two micro-batches (or hosts) together; a name that only one side has is kept. Works under jit."""
+    combined = dict(a)
+    for name, right in b.items():
+        left = combined.get(name)
+        if left is None:
+            combined[name] = right
+        elif type(left) is not type(right):
+            raise TypeError(f"metric {name}: {type(left).__name__} and {type(right).__name__} do not combine")
+        elif isinstance(left, Mean):
+            combined[name] = Mean(left.total + right.total, left.count + right.count)
+        else:
+            on_device = isinstance(left.value, jax.Array) or isinstance(right.value, jax.Array)
+            combined[name] = Max((jnp if on_device else np).maximum(left.value, right.value))
+    return combined
+
+
+def import_wandb() -> Any:
+    """The module wandb. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError("log.wandb is set but wandb is not installed; run `pip install wandb` or unset it") from error
+
+
+def _records(path: Path, content: bytes) -> Iterator[tuple[bytes, dict]]:
+    """Lines without their ends, and what they hold. A crash may have torn the last one, which is left out then.
+
+    Raises:
+      UserError: what a crash does not do: another line, or the only one, is no record of ours.
+    """
+    remedy = "no run wrote that; move the file away (the run goes on without the earlier numbers), or mend the line"
+    *lines, rest = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            record = json_text.parse_object(line, where, remedy)
+            if not isinstance(record.get("step"), int):
+                raise UserError(f"{where} has no step; {remedy}")
+        except UserError:
+            if 1 < number == len(lines) and not rest:
+                return
+            raise
+        yield line, record
+    if not lines and rest and not rest.startswith(b"{"):
+        raise UserError(f"{path}, line 1 is no record of a run; {remedy}")
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def _json_number(value: Any) -> int | float | None:
+    if value is None:
+        return None
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        number = float(number)
+    return number if math.isfinite(number) else None

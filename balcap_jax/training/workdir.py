@@ -1,0 +1,202 @@
+"""The directory of a run: whose it is, and the small files in it that are not metrics, checkpoints or models."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from balcap_jax.cli import json_text
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import hold_lock, make_directory, read_bytes, read_json_object, resolved, write_text
+from balcap_jax.config import recipes as configuration
+from balcap_jax.data.input import damaged
+from balcap_jax.parallel import distributed
+from balcap_jax.training.logging import writing_below
+
+# What a run writes.
+FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
+DIRECTORIES = ("best", "checkpoints", "model", "samples", "tensorboard")
+# Evaluations in summary.json: of sampled captions, and of greedy ones.
+KINDS = ("evaluations", "greedy")
+
+# Disks that several hosts share show a new file elsewhere after some seconds.
+_SHARED_SECONDS = 30
+
+
+@contextlib.contextmanager
+def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Holds the workdir: refuses one of another config's run, or one that another process is training in.
+
+    Of the processes of one run the first holds it, and the others look whether they see the same directory.
+
+    Raises:
+      UserError: the workdir is another run's, cannot be written, or is not shared by all processes.
+    """
+    if not distributed.is_first():
+        see_claim(workdir)
+        yield
+        return
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError as error:  # Orbax would say so at the first checkpoint.
+        raise UserError(f"workdir {workdir} is not UTF-8 text; choose another --workdir") from error
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    lock = _hold(workdir)
+    try:
+        for name in (*FILES, *DIRECTORIES):
+            path = workdir / name
+            if path.exists() and not (path.is_dir() if name in DIRECTORIES else path.is_file()):
+                kind = "directory" if name in DIRECTORIES else "regular file"
+                raise UserError(f"{path} is no {kind}; move it away, or choose another --workdir")
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write to {path}; let it be written to, or choose another --workdir")
+        refuse_another_run(workdir / "config.json", config)
+        token = os.urandom(8).hex()
+        with writing_below(workdir / ".lock"):
+            os.pwrite(lock, token.encode(), 0)
+            os.fsync(lock)
+        distributed.from_first(token)
+        yield
+    finally:
+        if not (workdir / "config.json").is_file():  # No run has begun here: a refused one leaves nothing behind.
+            with contextlib.suppress(OSError):
+                (workdir / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
+        os.close(lock)
+
+
+def _hold(workdir: Path) -> int:
+    """The descriptor of the workdir's lock file, locked; both are made where they are missing."""
+    while True:
+        try:
+            make_directory(workdir)
+            lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
+            held = hold_lock(lock, workdir / ".lock")
+        except OSError as error:
+            raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error
+        if not held:
+            os.close(lock)
+            raise UserError(f"another process is training in {workdir}; choose another --workdir")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(lock), os.stat(workdir / ".lock")):
+                return lock
+        os.close(lock)  # It was that of a run which was refused, and is gone.
+
+
+def is_held(workdir: Path) -> bool:
+    """Whether another process is training in the workdir."""
+    try:
+        lock = os.open(workdir / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not hold_lock(lock, workdir / ".lock")
+    finally:
+        os.close(lock)
+
+
+def see_claim(workdir: Path) -> None:
+    """Returns when the workdir that process 0 has claimed is seen here; raises UserError when it is another disk's."""
+    token = distributed.from_first(None)
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (workdir / ".lock").read_text() == token:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"workdir {workdir} is not the one that process 0 writes to; give a --workdir on a disk that all "
+                "processes share"
+            )
+        time.sleep(0.2)
+
+
+def refuse_another_run(path: Path, config: ConfigDict) -> None:
+    remedy = "choose another --workdir"
+    try:
+        saved = configuration.from_text(read_bytes(path), str(path), remedy)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    changed = configuration.differences(saved, config)
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{path.parent} holds a run of another config ({changed[0]}{more}); "
+            "choose another --workdir, or give that run's config to go on with it"
+        )
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """The summary of the steps done so far, empty where there is none.
+
+    Raises:
+      UserError: it is unreadable, or not of the form that `train` writes.
+    """
+    path, remedy = workdir / "summary.json", "delete it to have it made anew"
+    try:
+        summary = read_json_object(path, remedy)
+    except FileNotFoundError:
+        return {}
+    for kind in KINDS:
+        evaluations = summary.get(kind, {})
+        if not isinstance(evaluations, dict) or not all(isinstance(means, dict) for means in evaluations.values()):
+            raise UserError(f"{path} is no summary of a run ({kind} must hold an object for each evaluation); {remedy}")
+    return summary
+
+
+def check_saved(saved: dict[str, Any], path: Path) -> None:
+    """Raises UserError unless `saved`, the JSON part of the checkpoint `path`, holds what `train` goes on from."""
+    clock, failures, best = saved.get("clock"), saved.get("failures"), saved.get("best", {})
+    right = {
+        "stage": isinstance(saved.get("stage"), str),
+        "iterator": isinstance(saved.get("iterator"), str | bytes | dict),
+        "clock": isinstance(clock, dict) and all(isinstance(value, int | float) for value in clock.values()),
+        "failures": isinstance(failures, list) and all(_is_pair(entry) for entry in failures),
+        "best": isinstance(best, dict) and all(_is_score(step, score) for step, score in best.items()),
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            raise not_ours(path, name)
+
+
+def not_ours(path: Path, name: str) -> UserError:
+    """What to say of the checkpoint `path`, whose JSON part has no usable `name`."""
+    return UserError(
+        f"unreadable checkpoint {path}: {name} is missing or odd in its part extra; delete this directory to go on "
+        "from the checkpoint before it, or choose another workdir"
+    )
+
+
+def _is_score(step: str, score: Any) -> bool:
+    return step.isdecimal() and isinstance(score, int | float | None)
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
+
+
+def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
+    """Every caption of a training step with its verdicts: samples/step-000120.jsonl."""
+    write_text(workdir / "samples" / f"step-{step:06d}.jsonl", json_text.lines(records))
+
+
+@contextlib.contextmanager
+def readable(settings: ConfigDict) -> Iterator[None]:
+    """Reading of the data set `settings.name`: what its C++ reader raises for a damaged file becomes a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        folder = resolved(settings.data_dir) / settings.name
+        reason = " ".join(str(error).split())
+        if settings.name == "photos":  # nothing of ours: never to be deleted
+            raise UserError(
+                f"the pictures of {settings.data_dir} cannot be read ({reason}); mend or move them"
+            ) from error
+        raise damaged(folder, reason) from error

@@ -1,0 +1,134 @@
+"""The study's table: means, spreads, paired intervals of given runs, verdicts on claims, and how they are written."""
+
+import math
+import xml.etree.ElementTree
+
+import pytest
+
+from balcap_jax.ablate import plot
+from balcap_jax.ablate.table import (
+    BASE,
+    METRICS,
+    Difference,
+    claims_markdown,
+    claims_of,
+    difference,
+    markdown,
+    mean_and_spread,
+    points,
+    rows,
+)
+from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
+
+VALUES = {
+    BASE: {0: {"b_capscore": 40.0}},
+    FULL: {
+        seed: {"b_capscore": value, "dcscore": 60.0, "words": 40.0} for seed, value in enumerate((78.0, 79.0, 80.0))
+    },
+    # Differences -4, -5, -6: mean -5, sd 1; with t(0.975, 2) = 4.30265 the half width is 2.48414.
+    "grpo": {
+        0: {"b_capscore": 74.0, "dcscore": 57.0},
+        1: {"b_capscore": 74.0, "dcscore": 63.0},
+        2: {"b_capscore": 74.0},
+    },
+    "mine<&>": {1: {"b_capscore": 79.5}},
+}
+
+
+def test_points_of_an_evaluation():
+    evaluation = {
+        "b_capscore": {"mean": 77.5, "std": 3.0},
+        "precision": {"mean": 0.812, "std": 0.1},
+        "arena": {"mean": -0.25, "std": 0.5},
+        "words": {"mean": 41.5, "std": 1.0},
+        "recall": {"mean": None, "std": None},
+        "tokens": {"mean": 50.0, "std": 1.0},
+        "n": 12,
+    }
+    assert points(evaluation) == pytest.approx({"b_capscore": 77.5, "arena": -25.0, "words": 41.5, "precision": 81.2})
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([74.0, 76.0, 81.0]) == (77.0, pytest.approx(math.sqrt((9 + 1 + 16) / 2)))
+    assert mean_and_spread([3.0]) == (3.0, None)
+
+
+def test_differences_are_paired_by_seed():
+    found = difference(VALUES, "grpo", FULL, "b_capscore")
+    assert (found.mean, found.seeds) == (-5.0, 3)
+    assert found.half == pytest.approx(4.302652729911275 / math.sqrt(3))
+    two = difference(VALUES, "grpo", FULL, "dcscore")  # -3 and 3, of the seeds that both have; t(0.975, 1) = 12.7062
+    assert (two.mean, two.seeds) == (0.0, 2)
+    assert two.half == pytest.approx(12.706204736 * math.sqrt(18) / math.sqrt(2))
+    assert difference(VALUES, "mine<&>", FULL, "b_capscore") == Difference(0.5, None, 1)
+    assert difference(VALUES, "mine<&>", "grpo", "dcscore") is None
+    assert difference(VALUES, "grpo", "no_gate", "dcscore") is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "direction", "verdict"),
+    [
+        (-5.0, 2.5, -1, "yes"),
+        (-5.0, 2.5, 1, "no"),
+        (-2.0, 2.5, -1, "not told apart"),
+        (-2.0, 2.5, 1, "not told apart"),
+        (5.0, 2.5, 1, "yes"),
+        (0.0, 0.0, 1, "not told apart"),
+        (-5.0, 2.5, 0, "no"),
+        (-2.0, 2.5, 0, "not told apart"),
+        (-0.2, 0.5, 0, "yes"),
+        (5.0, 2.5, 0, "yes"),
+        (-5.0, None, -1, "one seed"),
+    ],
+)
+def test_a_claim_is_settled_only_beyond_the_spread(mean, half, direction, verdict):
+    assert Difference(mean, half, 3).verdict(direction) == verdict
+
+
+def test_claims():
+    assert claims_of("two_sided") == [("dcscore", 1, "no_gate", "paper")]
+    assert claims_of("grpo")[-1] == ("b_capscore", -1, FULL, "method")
+    assert claims_of("mine") == []
+    assert claims_of("x", {"x": Variant("x", {"arena": 0}, {"words": 1})}) == [
+        ("arena", 0, FULL, "paper"),
+        ("words", 1, FULL, "method"),
+    ]
+    for variant in VARIANTS.values():
+        assert variant.against in VARIANTS
+        assert {*variant.reported, *variant.expected} <= METRICS.keys()
+
+
+def test_tables():
+    table = rows(VALUES)
+    assert [row["variant"] for row in table] == list(VALUES)
+    assert table[2]["metrics"]["b_capscore"]["seeds"] == {"0": 74.0, "1": 74.0, "2": 74.0}
+    assert "against_full" not in table[0]["metrics"]["b_capscore"]
+    assert markdown(table).splitlines() == [
+        "| variant | b-CapScore | DCScore | words |",
+        "|---|---|---|---|",
+        "| base | 40.0 | - | - |",
+        "| full | 79.0 ± 1.0 | 60.0 ± 0.0 | 40.0 ± 0.0 |",
+        "| grpo | **74.0 ± 0.0** | 60.0 ± 4.2 | - |",
+        "| mine<&> | 79.5 | - | - |",
+    ]
+    assert claims_markdown(table).splitlines()[2:] == [
+        "| grpo | DCScore | falls (paper) | full | +0.0 ± 38.1 | not told apart |",
+        "| grpo | b-CapScore | falls (method) | full | -5.0 ± 2.5 | yes |",
+    ]
+
+
+def test_the_plot_is_whole_and_places_values_in_order():
+    root = xml.etree.ElementTree.fromstring(plot.svg(rows(VALUES), "a <b> & c"))
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.iter(f"{space}text")]
+    assert [*VALUES] == texts[:4]
+    assert [text for text in texts if text in METRICS.values()] == ["b-CapScore", "DCScore", "words"]
+    seeds = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{space}circle") if c.get("class") == "s"]
+    assert len(seeds) == sum(
+        metric in one for by_seed in VALUES.values() for one in by_seed.values() for metric in METRICS
+    )
+    full = [x for x, y in seeds if y == seeds[1][1]][:3]
+    assert full == sorted(full)
+    # b-CapScore runs from 40 to 80 on one panel: equal steps are equally far apart.
+    assert (full[2] - full[1]) == pytest.approx(full[1] - full[0], abs=0.15)
+    assert (full[0] - seeds[0][0]) / (full[2] - full[0]) == pytest.approx((78 - 40) / 2, rel=0.05)

@@ -1,0 +1,160 @@
+"""Paths are resolved once: what TensorStore refuses or reads otherwise never reaches it, and no URL is a folder."""
+
+import importlib
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balcap_jax.cli.arguments import argparse, place
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import resolved
+from balcap_jax.config import recipes
+from balcap_jax.models.formats import orbax
+from balcap_jax.models.formats.orbax import for_tensorstore
+from balcap_jax.training.checkpoint import Checkpointer
+
+URLS = ("gs://bucket/run", "s3://bucket/x", "hdfs://host/x", "file:///tmp/x", "gs:/bucket/run", " gs://b", "hf://a/b")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("a/b", "a/b"),
+        ("./a//b/.", "a/b"),
+        ("a/b/", "a/b"),
+        ("{here}/x/../y", "{here}/y"),
+        ("/{here}/y/", "{here}/y"),
+        ("///{here}//y", "{here}/y"),
+        ("{here}/none/../../y", "{parent}/y"),
+        ("{here}/link/../y", "{here}/deep/y"),  # As the system goes: from where the link leads.
+        ("{here}/link", "{here}/link"),
+        ("x/../y", "{here}/y"),
+        ("../y", "{parent}/y"),
+        ("/../../y", "/y"),
+        ("..", "{parent}"),
+        ("~/y", "{here}/home/y"),
+        ("~/../y", "{here}/y"),
+        ("./~/y", "~/y"),
+        ("a\\b", "a\\b"),
+        ("./gs://b", "gs:/b"),
+        ("é\u0301 \U0001f600#?*", "é\u0301 \U0001f600#?*"),
+    ],
+)
+def test_resolved(tmp_path, monkeypatch, given, found):
+    here = tmp_path / "here"
+    (here / "deep" / "inner").mkdir(parents=True)
+    (here / "link").symlink_to(here / "deep" / "inner")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here / "home"))
+    places = {"here": str(here), "parent": str(tmp_path)}
+    assert str(resolved(given.format(**places))) == found.format(**places)
+
+
+@pytest.mark.parametrize("given", URLS)
+def test_a_url_is_refused_wherever_a_path_is_given(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    for use in (resolved, lambda path: Checkpointer(path), place):
+        with pytest.raises((UserError, argparse.ArgumentTypeError), match=" is a URL, and "):
+            use(given)
+    for field in recipes.FIELDS:
+        if field.is_path:
+            changed = recipes.default_config()
+            group, name = field.name.split(".")
+            changed[group][name] = given
+            with pytest.raises(UserError, match=f"config field '{field.name}' is a URL"):
+                recipes.check(changed)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("~nobody-of-that-name/x", "names the home of a user that does not exist"),
+        ("a\0b", "holds a character 0"),
+        ("x" * 300, "cannot be a file .File name too long."),
+    ],
+)
+def test_no_name_of_a_file(given, reason):
+    with pytest.raises(UserError, match=f"model {reason}.*, got "):
+        resolved(given, "model")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "train --config={configs}/scenes.py:tiny --workdir=gs://bucket/run",
+        "train --config={configs}/scenes.py:tiny --workdir={out} --config.data.data_dir=gs://bucket/data",
+        "config --config={configs}/scenes.py:tiny --config.model.path=s3://bucket/model",
+        "report gs://bucket/run",
+        "compare {out} hdfs://host/eval",
+        "evaluate --metric=dcscore --out={out} --captions=gs://bucket/c.jsonl",
+        "evaluate --metric=capture --out={out} --judge.cache_dir=gs://bucket/judge",
+        "recaption --images=file:///pictures --out={out}",
+        "caption --model=gs://bucket/model --images={out} --out={out}.jsonl",
+        "convert --from=hf://Qwen/x --to_hf={out}",
+        "ablate --config={configs}/scenes.py:tiny --out=gs:/bucket/study",
+    ],
+)
+def test_commands_refuse_urls_at_the_start(tmp_path, monkeypatch, capsys, given):
+    command, *words = given.format(out=tmp_path / "out", configs=Path(__file__).parents[2] / "configs").split()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"balcap_jax.{command}").main(words)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert " is a URL, and " in line
+    assert not list(tmp_path.iterdir())
+
+
+ODD = (
+    "x/../plain",
+    "a\\b",
+    "a\\b/c",
+    "x.__lock",
+    "x.__lock/in",
+    "nl\n",
+    "\udcff",
+    "é\u0301 %20#?",
+    "trailing/",
+    "gs:x",
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_models_and_checkpoints_are_written_and_read_in_any_directory(tmp_path, name):
+    place = resolved(f"{tmp_path}/{name}")
+    place.mkdir(parents=True)
+    tree = {"decoder": {"embed": np.arange(6, dtype=np.float32), "layers": {"q": np.ones((2, 3), np.float32)}}}
+    orbax.write_tree(place / "params", tree)
+    assert (place / "params" / "decoder.embed" / ".zarray").is_file()
+    found = {path: orbax.read(place / "params", one) for path, one in orbax.open_all(place / "params").items()}
+    np.testing.assert_array_equal(found["decoder/embed"], tree["decoder"]["embed"])
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+    np.testing.assert_array_equal(orbax.restore(place / "params", like)["decoder"]["layers"]["q"], np.ones((2, 3)))
+    with Checkpointer(f"{tmp_path}/{name}/checkpoints") as checkpointer:
+        checkpointer.save(2, {"w": jnp.full(3, 2)}, {"clock": 1})
+        checkpointer.wait()
+        assert checkpointer.steps() == [2]
+        restored, extra = checkpointer.restore(2, {"w": jnp.zeros(3, int)})
+        assert restored["w"].tolist() == [2, 2, 2]
+        assert extra == {"clock": 1}
+    assert sorted(os.listdir(tmp_path)) == [Path(name).parts[-1 if ".." in name else 0]]
+
+
+def test_a_plain_directory_is_reached_as_it_is(tmp_path):
+    assert for_tensorstore(tmp_path / "checkpoints") == tmp_path / "checkpoints"
+
+
+def test_a_run_is_resumed_by_another_spelling_of_its_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved, now = recipes.default_config(), recipes.default_config()
+    for one, other in (("data", "./data/"), ("data", f"{tmp_path}/data"), ("x/../data", "data")):
+        saved.data.data_dir, now.data.data_dir = one, other
+        assert recipes.differences(saved, now) == []
+    now.data.data_dir = "other"
+    assert recipes.differences(saved, now) == ["data.data_dir: 'x/../data' -> 'other'"]

@@ -1,0 +1,169 @@
+"""Every recipe and variant is valid, freezes what it says it freezes, and finds the layers that it adapts."""
+
+import functools
+import itertools
+import re
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balcap_jax import models
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes as config_lib
+from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
+from balcap_jax.train_step import init_state, split, vision_is_frozen
+from balcap_jax.training.job import LORA_STAGES, check_freezes, freeze_of, make_optimizer, params_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCENES = ["", "tiny", "qwen", "lora", "tiny,qwen", "qwen,lora", "tiny,lora,qwen"]
+MODELS = {"llava15_7b": "", "qwen25vl_3b": "qwen", "qwen25vl_7b": "qwen"}  # and the variant of scenes of that family
+VARIANTS = ["", "rl", "sft", "lora", "sft,lora"]
+
+
+@functools.cache
+def shapes(variant: str):
+    """The parameter tree of the scenes recipe's model: paths are those of every model of the family."""
+    config = config_lib.load(f"{CONFIGS / 'scenes.py'}:{variant}")
+    policy, processor = models.build(config.model, scenes_tokenizer())
+    assert processor.image_tokens == 9
+    return jax.eval_shape(policy.init, jax.random.key(0))
+
+
+def check_stages(config, params) -> None:
+    for stage in config_lib.stage_order(config):
+        freeze = config.stages[stage].freeze
+        paths = flax.traverse_util.flatten_dict(params, sep="/")
+        for alternative in re.sub(r"\^\((.*)\)/", lambda found: found[1], freeze).split("|"):
+            name = alternative.removeprefix("^").removesuffix("/")
+            assert not name or any(path.startswith(f"{name}/") for path in paths), (stage, freeze)
+        params = jax.eval_shape(functools.partial(params_of, config, stage=stage), params)
+        trainable, frozen = split(params, freeze_of(config, stage))
+        parts = {path.split("/")[0] for path in trainable}
+        if config.lora.rank and stage in LORA_STAGES:
+            assert len(trainable) == 14
+            assert all("/lora_" in path for path in trainable)
+            assert {str(leaf.dtype) for leaf in frozen.values()} == {"bfloat16"}
+        elif stage == "vision":
+            assert parts == {"vision"}
+        elif stage == "rl":
+            assert parts == {"decoder"}
+        else:
+            assert "vision" not in parts
+            assert "decoder" in parts
+        assert vision_is_frozen(params, freeze_of(config, stage)) == (parts == {"decoder"})
+
+
+@pytest.mark.parametrize("variant", SCENES)
+def test_scenes(variant):
+    config = config_lib.load(f"{CONFIGS / 'scenes.py'}:{variant}")
+    check_stages(config, shapes("qwen" if "qwen" in variant else ""))
+
+
+@pytest.mark.parametrize(("name", "variant"), list(itertools.product(MODELS, VARIANTS)))
+def test_models(name, variant):
+    config = config_lib.load(f"{CONFIGS / name}.py:{variant}")
+    check_stages(config, shapes(MODELS[name]))
+    stage = config.stages["sft" if "sft" in variant else "rl"]
+    assert config.stages.order == ("sft" if "sft" in variant else "rl")
+    assert stage.batch_size == 128
+    assert stage.warmup_steps == round(0.05 * stage.steps)
+    assert config.rollout.group_size == 8
+    assert config.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "message"),
+    [
+        ("", {"stages.rl.freeze": "^visoin/"}, r"'stages.rl.freeze' \('\^visoin/'\) matches no parameter; .* vision/"),
+        ("", {"stages.sft.freeze": "."}, r"'stages.sft.freeze' \('.'\) leaves no parameter to train"),
+        ("lora", {"stages.rl.freeze": "lora"}, r"'stages.rl.freeze' \('lora'\) leaves no parameter to train"),
+        ("lora", {"stages.align.freeze": "lora"}, r"'stages.align.freeze' \('lora'\) matches no parameter"),
+        ("lora", {"lora.targets": "visoin"}, "'lora.targets' .* matches no dense layer"),
+    ],
+)
+def test_what_freezes_all_or_nothing_is_refused(variant, overrides, message):
+    recipe = f"{CONFIGS / 'scenes.py'}:{variant}"
+    check_freezes(config_lib.load(recipe), shapes(""))
+    with pytest.raises(UserError, match=message):
+        check_freezes(config_lib.load(recipe, overrides), shapes(""))
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_every_update_has_a_rate_and_the_warm_up_ends_at_the_peak(warmup, schedule):
+    """Adam's first updates on a constant gradient are as long as the rate."""
+    names = {"steps": 8, "warmup_steps": warmup, "learning_rate": 0.5, "schedule": schedule}
+    config = config_lib.load(str(CONFIGS / "scenes.py"), {f"stages.rl.{name}": str(x) for name, x in names.items()})
+    optimizer, params = make_optimizer(config, "rl"), {"x": jnp.zeros(())}
+    state, rates = optimizer.init(params), []
+    for _ in range(8):
+        updates, state = optimizer.update({"x": jnp.ones(())}, state, params)
+        rates.append(-float(updates["x"]))
+    rising = [0.5 * (step + 1) / warmup for step in range(warmup)]
+    if schedule == "cosine":
+        falling = [0.25 * (1 + np.cos(np.pi * (step - warmup) / (9 - warmup))) for step in range(warmup + 1, 9)]
+    else:
+        falling = [0.5] * (8 - warmup)
+    np.testing.assert_allclose(rates, rising + falling, rtol=1e-5)
+    assert min(rates) > 0
+
+
+def test_a_stage_without_steps_has_a_schedule():
+    config = config_lib.load(str(CONFIGS / "scenes.py"), {"stages.sft.steps": "0"})
+    make_optimizer(config, "sft").init({"x": jnp.zeros(())})
+
+
+def test_forkme():
+    for variant in ("", "tiny"):
+        config_lib.load(f"{CONFIGS / 'forkme.py'}:{variant}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("scenes.py:qwem", "unknown variant 'qwem'; there are tiny, qwen, lora"),
+        ("qwen25vl_3b.py:tiny", "unknown variant 'tiny'; there are rl, sft, lora"),
+        ("llava15_7b.py:rl,sft", "variants rl and sft exclude each other"),
+    ],
+)
+def test_unknown_variants_are_refused(recipe, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.load(str(CONFIGS / recipe))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"stages.order": "sft,align,rl"}, "'lora.rank' is above 0.* come after all others, got 'sft,align,rl'"),
+        ({"stages.order": "vision,align"}, "'lora.rank' is above 0.* must be in config field 'stages.order'"),
+        ({"lora.targets": "(q"}, "'lora.targets' is no regular expression"),
+        ({"lora.base_dtype": "float16"}, "'lora.base_dtype' must be one of float32, bfloat16"),
+    ],
+)
+def test_adapters_where_they_cannot_be(overrides, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.load(f"{CONFIGS / 'scenes.py'}:lora", overrides)
+
+
+def test_first_moments_and_what_is_frozen_take_half_the_memory_where_asked():
+    halves = {"optim.mu_dtype": "bfloat16", "optim.frozen_dtype": "bfloat16"}
+    config = config_lib.load(str(CONFIGS / "scenes.py"), halves)
+
+    def start(stage, params):
+        params = params_of(config, params, stage)
+        return init_state(params, make_optimizer(config, stage), freeze_of(config, stage))
+
+    state = jax.eval_shape(functools.partial(start, "rl"), shapes(""))
+    trainable, frozen = split(state.params, freeze_of(config, "rl"))
+    assert {str(leaf.dtype) for leaf in trainable.values()} == {"float32"}
+    assert {str(leaf.dtype) for leaf in frozen.values()} == {"bfloat16"}
+    moments = state.opt_state[1][0]
+    assert {str(leaf.dtype) for leaf in moments.mu.values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in moments.nu.values()} == {"float32"}
+    # What the next stage trains is float32 again.
+    later = jax.eval_shape(functools.partial(start, "align"), state.params)
+    assert {str(leaf.dtype) for leaf in split(later.params, freeze_of(config, "align"))[0].values()} == {"float32"}

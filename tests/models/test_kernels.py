@@ -1,0 +1,93 @@
+"""Attention by library kernels against the einsum form: values, and gradients of everything that goes in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balcap_jax.cli.errors import UserError
+from balcap_jax.models import attention, kernels
+from balcap_jax.parallel import sharding
+
+B, G, P, R, N, M, H = 2, 2, 21, 10, 4, 2, 16
+KINDS = ("dot_product", "splash")
+
+
+def arrays(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+
+def padded_on_both_sides() -> jax.Array:
+    mask = np.ones((B, P), bool)
+    mask[0, :3], mask[1, -4:] = False, False
+    return jnp.asarray(mask)
+
+
+def compare(reference, kernel, inputs, weight, tolerance=1e-5):
+    """Values where `weight` is not 0, and gradients of a weighted sum."""
+
+    def loss(attend):
+        return jax.jit(jax.value_and_grad(lambda *xs: jnp.sum(jnp.sin(attend(*xs)) * weight), range(len(inputs))))
+
+    wanted, wanted_gradients = loss(reference)(*inputs)
+    value, gradients = loss(kernel)(*inputs)
+    np.testing.assert_allclose(value, wanted, rtol=tolerance, atol=tolerance)
+    difference = jnp.where(weight != 0, kernel(*inputs) - reference(*inputs), 0)
+    assert float(jnp.abs(difference).max()) < tolerance
+    for gradient, wanted in zip(gradients, wanted_gradients, strict=True):
+        assert float(jnp.abs(gradient - wanted).max()) < tolerance * float(jnp.abs(wanted).max()) + 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_attends_as_by_einsum(kind):
+    q, k, v, weight = arrays((B, P, N, H), (B, M, P, H), (B, M, P, H), (B, P, N, H))
+    mask = padded_on_both_sides()
+    compare(
+        lambda *x: attention.causal(*x, mask),
+        lambda *x: kernels.causal(kind, *x, mask),
+        (q, k, v),
+        weight * mask[:, :, None, None],
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_attend_to_their_prompt_as_by_einsum(kind):
+    shapes = [(B, G, R, N, H), *[(B, M, P, H)] * 2, *[(B, G, M, R, H)] * 2, (B, G, R, N, H)]
+    q, prefix_k, prefix_v, branch_k, branch_v, weight = arrays(*shapes)
+    mask, visible = padded_on_both_sides(), jnp.tril(jnp.ones((R, R), bool))
+
+    def reference(q, prefix_k, prefix_v, branch_k, branch_v):
+        return attention.prefix_and_branch(q, prefix_k, prefix_v, mask, branch_k, branch_v, visible)
+
+    def kernel(q, prefix_k, prefix_v, branch_k, branch_v):
+        return kernels.over_prompt(kind, q, prefix_k, prefix_v, mask, branch_k, branch_v)
+
+    compare(reference, kernel, (q, prefix_k, prefix_v, branch_k, branch_v), weight)
+
+
+def test_a_kernel_runs_on_each_device_for_its_part():
+    mesh = sharding.make_mesh({"replica": 1, "data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
+    q, k, v, weight = arrays((B, P, N, H), (B, M, P, H), (B, M, P, H), (B, P, N, H))
+    mask = padded_on_both_sides()
+
+    def kernel(*x):
+        with sharding.layout(mesh, sharding.TRAINING):
+            return kernels.causal("splash", *x, mask)
+
+    compare(lambda *x: attention.causal(*x, mask), jax.jit(kernel), (q, k, v), weight * mask[:, :, None, None])
+
+
+def test_auto_is_chosen_for_the_devices_of_the_program(monkeypatch):
+    def chosen(platform, head_size, dtype):
+        monkeypatch.setattr(sharding, "platform", lambda: platform)
+        return kernels.resolve("auto", head_size, dtype)
+
+    assert chosen("tpu", 128, "bfloat16") == "splash"
+    assert chosen("tpu", 80, "bfloat16") == "einsum"
+    assert chosen("gpu", 128, "bfloat16") == "dot_product"
+    assert chosen("gpu", 128, "float32") == "einsum"
+    assert chosen("cpu", 128, "bfloat16") == "einsum"
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    with pytest.raises(UserError, match="heads of a multiple of 128"):
+        kernels.resolve("splash", 80, "bfloat16")
