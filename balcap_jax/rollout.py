@@ -36,7 +36,6 @@ class Rollout(NamedTuple):
     """G responses per prompt.
 
     tokens [B, G, R] int32, padding after the end token; mask [B, G, R] bool, end token included.
-    log_probs [B, G, R]: under the distribution that was sampled from (temperature, top-p and top-k applied).
     policy_log_probs [B, G, R]: under the temperature alone, which is what the trainer recomputes; the surrogate's
     ratio is taken against these. Both are 0 outside the mask, and equal when nothing is truncated.
     lengths [B, G] int32 tokens, end token included; truncated [B, G] bool, no end token within R.
@@ -45,7 +44,6 @@ class Rollout(NamedTuple):
 
     tokens: jax.Array
     mask: jax.Array
-    log_probs: jax.Array
     policy_log_probs: jax.Array
     lengths: jax.Array
     truncated: jax.Array
@@ -125,26 +123,24 @@ def sample(
         prefix, logits = policy.prefill(params, prompt, image_embeds)
         branch = policy.empty_branch(batch, group, sampling.max_tokens)
 
-    def draw(logits: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def draw(logits: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         if sampling.greedy:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            scaled = kept = logits
+            scaled = logits
         else:
             scaled = logits / sampling.temperature
-            kept = truncate(scaled, sampling.top_p, sampling.top_k)
             step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(keys)
-            tokens = categorical(step_keys, kept)
-        return tokens, _log_prob(kept, tokens), _log_prob(scaled, tokens)
+            tokens = categorical(step_keys, truncate(scaled, sampling.top_p, sampling.top_k))
+        return tokens, _log_prob(scaled, tokens)
 
-    def record(buffers, t, tokens, sampled, full, done):
+    def record(buffers, t, tokens, log_probs, done):
         """Writes index t of the branches that are still going; returns which of them have ended now."""
-        out_tokens, mask, log_probs, policy_log_probs = buffers
+        out_tokens, mask, policy_log_probs = buffers
         tokens = jnp.where(done, policy.pad_token, tokens)
         buffers = (
             out_tokens.at[:, :, t].set(tokens),
             mask.at[:, :, t].set(~done),
-            log_probs.at[:, :, t].set(jnp.where(done, 0.0, sampled)),
-            policy_log_probs.at[:, :, t].set(jnp.where(done, 0.0, full)),
+            policy_log_probs.at[:, :, t].set(jnp.where(done, 0.0, log_probs)),
         )
         return buffers, tokens, done | (tokens[..., None] == ends).any(-1)
 
@@ -153,7 +149,6 @@ def sample(
     buffers = (
         jnp.full(shape, policy.pad_token, jnp.int32),
         jnp.zeros(shape, bool),
-        jnp.zeros(shape, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
     # A copy per branch rather than a broadcast, so that the first draw costs the same as any other.
@@ -173,9 +168,9 @@ def sample(
         return t + 1, branch, tokens, done, buffers
 
     _, _, _, done, buffers = jax.lax.while_loop(unfinished, extend, (start + 1, branch, tokens, done, buffers))
-    out_tokens, mask, log_probs, policy_log_probs = buffers
+    out_tokens, mask, policy_log_probs = buffers
     lengths = mask.sum(-1, dtype=jnp.int32)
-    return Rollout(out_tokens, mask, log_probs, policy_log_probs, lengths, ~done, image_embeds)
+    return Rollout(out_tokens, mask, policy_log_probs, lengths, ~done, image_embeds)
 
 
 def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:

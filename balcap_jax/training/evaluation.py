@@ -59,7 +59,7 @@ class Evaluator:
                 with job.clock.phase("compile"):
                     self._rollouts[types] = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
             out = self._rollouts[types](*draw)
-            read = out._replace(image_embeds=None, mask=None, log_probs=None, policy_log_probs=None)
+            read = out._replace(image_embeds=None, mask=None, policy_log_probs=None)
             judged = job.judge(rows, examples, rows.fetch(read), measure)
             records += rows.gather_list(judged.records(measure.names, gate))[:real]
         return summarise(records, measure.names), records

@@ -10,14 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, replace_file
-from balcap_jax.train_step import Max, Mean, Metrics
 
 
 class MetricsWriter:
@@ -196,23 +191,6 @@ class EventFile:
     def close(self) -> None:
         with writing_below(self.directory):
             self._writer.close()
-
-
-def combine(a: Metrics, b: Metrics) -> Metrics:
-    """Metrics of two micro-batches (or hosts) together; a name that only one side has is kept. Works under jit."""
-    combined = dict(a)
-    for name, right in b.items():
-        left = combined.get(name)
-        if left is None:
-            combined[name] = right
-        elif type(left) is not type(right):
-            raise TypeError(f"metric {name}: {type(left).__name__} and {type(right).__name__} do not combine")
-        elif isinstance(left, Mean):
-            combined[name] = Mean(left.total + right.total, left.count + right.count)
-        else:
-            on_device = isinstance(left.value, jax.Array) or isinstance(right.value, jax.Array)
-            combined[name] = Max((jnp if on_device else np).maximum(left.value, right.value))
-    return combined
 
 
 def import_wandb() -> Any:

@@ -79,7 +79,7 @@ class Flight:
 
 def kept(mesh: Mesh, out: Rollout) -> Rollout:
     """What a checkpoint holds of a rollout, laid out as it is restored: programs are compiled for one layout."""
-    return jax.device_put(out._replace(log_probs=None), sharding.batch_sharding(mesh))
+    return jax.device_put(out, sharding.batch_sharding(mesh))
 
 
 def abstract_kept(
@@ -97,7 +97,6 @@ def abstract_kept(
     return Rollout(
         tokens=of(tokens, jnp.int32),
         mask=of(tokens, bool),
-        log_probs=None,
         policy_log_probs=of(tokens, jnp.float32),
         lengths=of(branch, jnp.int32),
         truncated=of(branch, bool),

@@ -218,7 +218,7 @@ def run_on(name: str) -> Run:
         (flat(state.params), state.opt_state[1][0].mu, flat(sft_state.params), flat(vision_state.params))
     )
     return Run(
-        np.asarray(out.tokens), np.asarray(out.log_probs), host[0], host[1], finalise(metrics), host[2],
+        np.asarray(out.tokens), np.asarray(out.policy_log_probs), host[0], host[1], finalise(metrics), host[2],
         finalise(sft_metrics), host[3], finalise(vision_metrics),
     )  # fmt: skip
 

@@ -6,14 +6,13 @@ import math
 import struct
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.train_step import Max, Mean, finalise
-from balcap_jax.training.logging import MetricsWriter, combine
+from balcap_jax.training.logging import MetricsWriter
 from balcap_jax.training.progress import PhaseClock, Progress
 
 
@@ -34,40 +33,9 @@ def lines_of(workdir) -> list[dict]:
 # --- (sum, count) ---
 
 
-def test_uneven_micro_batches_add_up_to_the_whole_batch():
-    values = np.arange(1, 12, dtype=np.float32) ** 2
-    parts = np.split(values, [1, 4, 5])  # 1, 3, 1 and 6 items
-    total = {"loss": Mean(np.float32(0), np.float32(0)), "drift": Max(np.float32(-np.inf))}
-    for part in parts:
-        total = combine(total, {"loss": Mean(part.sum(), np.float32(part.size)), "drift": Max(part.max())})
-    assert finalise(total) == {"loss": float(values.sum()) / 11, "drift": 121.0}
-    mean_of_means = np.mean([part.mean() for part in parts])
-    assert abs(mean_of_means - values.mean()) > 1  # what a mean of means would have said
-
-
-def test_combine_in_a_scan_on_device():
-    values = jnp.arange(12.0).reshape(4, 3)
-    mask = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], jnp.float32)
-
-    @jax.jit
-    def accumulate(values, mask):
-        def step(total, batch):
-            value, keep = batch
-            largest = jnp.max(jnp.where(keep > 0, value, -jnp.inf))
-            return combine(total, {"x": Mean((value * keep).sum(), keep.sum()), "top": Max(largest)}), None
-
-        start = {"x": Mean(jnp.float32(0), jnp.float32(0)), "top": Max(jnp.float32(-jnp.inf))}
-        return jax.lax.scan(step, start, (values, mask))[0]
-
-    assert finalise(accumulate(values, mask)) == {"x": (0 + 1 + 2 + 3 + 9 + 10) / 6, "top": 10.0}
-
-
-def test_nothing_counted_is_nan_and_a_name_of_one_side_is_kept():
+def test_nothing_counted_is_nan():
     empty = {"kl": Mean(np.float32(0), np.float32(0)), "drift": Max(np.float32(-np.inf))}
     assert all(math.isnan(value) for value in finalise(empty).values())
-    assert finalise(combine({"a": Mean(1.0, 2.0)}, {"b": Max(3.0)})) == {"a": 0.5, "b": 3.0}
-    with pytest.raises(TypeError, match="metric a"):
-        combine({"a": Mean(1.0, 2.0)}, {"a": Max(3.0)})
 
 
 # --- metrics.jsonl ---
