@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import balcap_jax
 from balcap_jax.cli.arguments import argparse, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
@@ -102,8 +103,9 @@ def test_no_name_of_a_file(given, reason):
 def test_commands_refuse_urls_at_the_start(tmp_path, monkeypatch, capsys, given):
     command, *words = given.format(out=tmp_path / "out", configs=Path(__file__).parents[2] / "configs").split()
     monkeypatch.chdir(tmp_path)
+    is_folder = (Path(balcap_jax.__file__).parent / command).is_dir()
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"balcap_jax.{command}").main(words)
+        importlib.import_module(f"balcap_jax.{command}{'.__main__' if is_folder else ''}").main(words)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert " is a URL, and " in line
