@@ -184,7 +184,7 @@ def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_d
 
 ROWS = """
 import jax, numpy as np
-from balcap_jax import distributed, sharding
+from balcap_jax.parallel import distributed, sharding
 from balcap_jax.parallel.host_batch import Rows, take
 with distributed.session():
     p0, p1 = ([d for d in jax.devices() if d.process_index == p] for p in range(2))
@@ -229,7 +229,8 @@ TORN = """
 import errno, os, sys
 from pathlib import Path
 import jax, numpy as np
-from balcap_jax import distributed, durable
+from balcap_jax.parallel import distributed
+from balcap_jax.training import checkpoint
 from balcap_jax.training.checkpoint import Checkpointer
 from balcap_jax.cli.errors import UserError
 folder = Path(sys.argv[1])
@@ -241,8 +242,8 @@ with distributed.session():
     with Checkpointer(folder, keep=5) as checkpointer:
         for step in (1, 2, 3, 4):
             checkpointer.save(step, make(step))
-    me, damage = jax.process_index(), durable.damage
-    sealed = [durable.damage(folder / "4" / "arrays" / f"ocdbt.process_{i}") for i in range(2)]
+    me, damage = jax.process_index(), checkpoint.find_damage
+    sealed = [checkpoint.find_damage(folder / "4" / "arrays" / f"ocdbt.process_{i}") for i in range(2)]
     assert sealed == ["", ""], sealed
 
     def seen_here(path, **options):  # a disk that shows process 1 alone something else
@@ -250,7 +251,7 @@ with distributed.session():
             raise PermissionError(errno.EACCES, "Permission denied")
         return damage(path, **options)
 
-    durable.damage = seen_here
+    checkpoint.find_damage = seen_here
     try:
         Checkpointer(folder)
     except UserError as error:
@@ -260,13 +261,13 @@ with distributed.session():
         torn = me == 1 and path.name == "4" and options.get("content", True)
         return "extra/metadata is empty" if torn else damage(path, **options)
 
-    durable.damage = seen_here
+    checkpoint.find_damage = seen_here
     if me == 0:
         file = max((folder / "3" / "arrays" / "ocdbt.process_1").glob("d/*"), key=lambda path: path.stat().st_size)
         file.write_bytes(bytes(file.stat().st_size))
     distributed.barrier()
     with Checkpointer(folder, keep=5) as checkpointer:
-        durable.damage = damage
+        checkpoint.find_damage = damage
         print("latest:", checkpointer.latest_step())
         found = checkpointer.restore(2, make(0))[0]["x"]
         assert all((shard.data == whole[shard.index] + 2).all() for shard in found.addressable_shards)
@@ -293,7 +294,7 @@ def test_what_one_process_finds_torn_all_pass_over(tmp_path):
 SLEEPER = """
 import os, signal, time
 import jax
-from balcap_jax import distributed
+from balcap_jax.parallel import distributed
 with distributed.session():
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
