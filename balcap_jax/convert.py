@@ -3,8 +3,8 @@
     python -m balcap_jax.convert --from_hf=Qwen2.5-VL-3B-Instruct --out=qwen3b      before training or captioning
     python -m balcap_jax.convert --to_hf=my-captioner --from=RUN/model              for transformers, vLLM and others
 
-Numbers keep their type and come back bit for bit. They pass a layer at a time, so that a model needs the memory of its
-largest tensor and no more.
+Numbers keep their type and come back bit for bit. The command handles one layer at a time, so that a model needs the
+memory of its largest tensor and no more.
 """
 
 import itertools
@@ -32,11 +32,7 @@ from balcap_jax.models import Policy
 from balcap_jax.models.formats import hf, loading, orbax, safetensors
 from balcap_jax.models.prompting import PromptProcessor
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 SHARD_GB = 5.0
 """Largest shard; the one that transformers writes."""
 
