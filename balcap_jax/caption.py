@@ -3,11 +3,11 @@
     python -m balcap_jax.caption --model=runs/scenes/model --images=photos --out=captions.jsonl
     python -m balcap_jax.caption --model=D --images=list.jsonl --out=captions.jsonl --temperature=0.7 --samples=8
 
-`--images` is a folder (searched with its subfolders, in sorted order) or a JSONL file whose lines are
-{"image": path from that file's folder, and optionally "id", "prompt"}. Each picture gives one line {"image", "caption",
-"tokens", "truncated"} (and "id" where given): tokens is the length with the end token, truncated says that
-`--max_tokens` cut it. Pictures without a prompt of their own get the one that the model was trained to answer. What
-can't be read goes to F.errors.jsonl as {"image", "error"}.
+`--images` is a folder (with its subfolders, in sorted order) or a JSONL file whose lines are {"image": path from that
+file's folder, and optionally "id", "prompt"}. Each picture gives one line {"image", "caption", "tokens", "truncated"},
+with its "id" if it has one: tokens is the length with the end token, truncated says that `--max_tokens` cut it.
+Pictures without a prompt of their own get the training prompt of the model. Unreadable pictures go to F.errors.jsonl as
+{"image", "error"}.
 
 The same command goes on where an earlier one was stopped or killed; F.settings.json keeps captions of other models,
 prompts or sampling out of the same file. A sample depends on (seed, id or path, number of the sample) only, not on its
@@ -46,12 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, default=defaults.top_k, help="likeliest tokens only; 0 = all (default: %(default)s)")
     add("--max_tokens", type=int, default=defaults.max_tokens, help="longest caption (default: %(default)s)")
     add("--samples", type=int, metavar="N", default=defaults.samples, help="captions drawn per picture (default: 1)")
-    add(
-        "--keep",
-        choices=("best", "all"),
-        default=defaults.keep,
-        help='of N samples: the one of the highest mean log-prob, or beside it all, as "samples" (default: best)',
-    )
+    keep_help = 'of N samples: the one of the highest mean log-prob, or beside it all, as "samples" (default: best)'
+    add("--keep", choices=("best", "all"), default=defaults.keep, help=keep_help)
     add("--seed", type=int, default=defaults.seed, help="of sampling (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the model's)")
     add("--prompt_tokens", type=int, metavar="P", help="room for prompt and image tokens (default: the model's)")

@@ -38,6 +38,7 @@ from balcap_jax.evals.metrics import metric_of
 from balcap_jax.evals.vqa_data import read_questions
 from balcap_jax.judges.chat_judge import make_client
 
+# In the order of the arguments of each metric's `items`.
 NEEDS = {
     "dcscore": ("captions", "references", "images"),
     "captionqa": ("captions", "questions"),
@@ -48,6 +49,7 @@ NEEDS = {
     "side_by_side": ("votes",),
     **dict.fromkeys(vqa.BENCHMARKS, ("questions",)),
 }
+ALSO = {"bcapscore": ("images",), "capture": ("captions",)}  # Taken where they are given.
 SCORED = ("captions", "predictions", "judgements", "graphs")
 FILES = {
     "captions": "captions: {id: caption}, or the lines that `caption` writes",
@@ -93,19 +95,9 @@ def build(args: argparse.Namespace, judge: ConfigDict) -> tuple[Metric, list[Ite
     if args.metric == "caparena":
         options["model"] = args.name
     texts = read_captions(args.captions) if args.captions else Texts({})
-    folder = Path(args.images) if args.images else None
-    metric, files = (
-        metric_of(args.metric, **options),
-        {
-            "dcscore": (texts, args.references, folder),
-            "captionqa": (texts, args.questions),
-            "caparena": (texts, args.opponents, folder),
-            "bcapscore": (texts, args.references, folder),
-            "checklist": (texts, args.checklists),
-            "capture": (args.graphs, texts),
-        },
-    )
-    return metric, metric.items(*files[args.metric]), texts
+    values = vars(args) | {"captions": texts, "images": Path(args.images) if args.images else None}
+    metric, names = metric_of(args.metric, **options), (*NEEDS[args.metric], *ALSO.get(args.metric, ()))
+    return metric, metric.items(*(values[name] for name in names)), texts
 
 
 def answer(args: argparse.Namespace) -> str:
@@ -197,7 +189,7 @@ def count_votes(votes: str, out: Path) -> str:
     comparisons = side_by_side.comparisons(read_jsonl(votes, "--votes takes lines of ImageInWords"))
     claim(out, {"metric": "side_by_side", "inputs": digest_of(votes)})
     text = "\n\n".join(f"{one.name or Path(votes).stem}\n\n{side_by_side.markdown(one)}" for one in comparisons)
-    results = {"metric": "side_by_side", "comparisons": side_by_side.as_json(comparisons)}
+    results = {"metric": "side_by_side", "comparisons": list(map(side_by_side.as_json, comparisons))}
     write_text(out / "table.md", text + "\n")
     write_text(out / "results.json", json_text.dumps(results))
     return text

@@ -243,11 +243,11 @@ class _Walk:
             if opcode in COLLECTIVES:
                 of_invariant = in_open_loop and bool(operands) and all(map(_is_invariant, operands))
                 size = _collective_bytes(instruction)
-                found = Collective(opcode, size, times, loops, in_open_loop, of_invariant, instruction.op_name)
+                collective = Collective(opcode, size, times, loops, in_open_loop, of_invariant, instruction.op_name)
                 # The parts of one that runs beside other work are instructions of their own on the same channel.
                 key = instruction.find(r"channel_id=(\d+)") or f"{name}/{instruction.name}"
-                part = self.collectives.get(key, found)
-                self.collectives[key] = max(part, found, key=lambda c: (c.of_invariant, c.size))
+                part = self.collectives.get(key, collective)
+                self.collectives[key] = max(part, collective, key=lambda c: (c.of_invariant, c.size))
             elif opcode in ("dot", "convolution"):
                 flops += times * _matmul_flops(instruction, computation)
             elif opcode == "custom-call":

@@ -249,14 +249,14 @@ def _keys(lines: AppendedLines, folder: Path) -> set[str]:
 
 
 def _prompt_of(model: str | os.PathLike) -> str:
-    """What the model was trained to answer."""
+    """The prompt that the model was trained to answer."""
     provenance.existing(model)
     return models.read_fields(model).get("prompt") or DEFAULT_PROMPT
 
 
 @contextlib.contextmanager
 def _enough_memory() -> Iterator[None]:
-    """What does not fit on the device or in the host's memory becomes a UserError."""
+    """Makes too little memory, of the device or the host, a UserError."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:

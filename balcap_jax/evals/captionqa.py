@@ -50,8 +50,8 @@ def parse_letter(answer: str, options: int) -> int | None:
     they take the first number from 1, if there are as many.
     """
     for mark in ("</think>", "Answer: ", "\n"):
-        before, found, after = answer.partition(mark)
-        answer = after if found else before
+        before, match, after = answer.partition(mark)
+        answer = after if match else before
     letter = _ISOLATED.search(answer.upper())
     if letter and LETTERS.index(letter[1]) < options:
         return LETTERS.index(letter[1])

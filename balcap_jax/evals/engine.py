@@ -1,12 +1,12 @@
-"""The run of one evaluation: items are judged, each judgement is a line at once, and the lines are added up.
+"""The run of one evaluation: it judges items, writes each judgement as a line at once, and adds the lines up.
 
     DIR/items.jsonl     one line an item: id, category, words, the judgement, and its `parts`, or an "error"
     DIR/results.json    the figures
     DIR/settings.json   what was evaluated with what; keeps other captions and judges out of the same folder
 
 A metric gives each item a vector of `parts` that add up over items, and a function of the sums: a mean is (points, 1)
-and the quotient. So figures of categories, confidence intervals by bootstrap and paired comparisons are the same few
-lines for every metric, and only these vectors stay in memory.
+and the quotient. So the same few lines give figures of categories, confidence intervals by bootstrap and paired
+comparisons for every metric, and only these vectors stay in memory.
 """
 
 import collections
@@ -125,7 +125,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is kept of an item's line: `parts` None = it is invalid, `error` says why."""
+    """The part of an item's line that stays in memory: `parts` None = it is invalid, `error` says why."""
 
     id: str
     category: str
@@ -151,7 +151,7 @@ def evaluate(
 
     Args:
       identity: what else the judgements depend on, such as a digest of the captions.
-      client, judge: who is asked, and its config group; None for metrics that ask nobody.
+      client, judge: the judge, and its config group; None for metrics that ask nobody.
       judgements: judgements by id, made elsewhere, in place of a client.
       unused: ids of captions and judgements that no item has; they are counted.
 
@@ -240,7 +240,7 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
 
 
 def read_row(line: Mapping[str, Any]) -> Row:
-    """The row of a line of items.jsonl. Raises UserError for one that is none of ours."""
+    """The row of a line of items.jsonl. Raises UserError for a line that this command never writes."""
     parts, words = line.get("parts"), line.get("words", 0)
     has_numbers = parts is None or (isinstance(parts, list) and all(map(is_number, parts)))
     has_count = words is None or (isinstance(words, int) and is_number(words))
@@ -252,7 +252,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
 
 
 def _forget_errors(lines: AppendedLines) -> None:
-    """Drops the lines that have an error, so that they are judged anew."""
+    """Drops the lines that have an error, so that the judge sees their items anew."""
     if any(row.error for row in lines.entries):
         lines.replace([line for _, line in read_jsonl(lines.path, _REMEDY) if "error" not in line])
 

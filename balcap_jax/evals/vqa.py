@@ -1,4 +1,4 @@
-"""The ten general benchmarks: which rule scores an answer, what is averaged, and what is asked of a model.
+"""The ten general benchmarks: the rule that scores an answer, the average, and the question for a model.
 
     ChartQA, DocVQA, InfoVQA, TextVQA, OCRBench, MMBench, BLINK, SEED-Bench (images), MMStar, ScienceQA (images)
 

@@ -4,7 +4,7 @@ The page makes no request: its style, charts (SVG) and pictures (data URLs) are 
 Content-Security-Policy allows none. Captions, judge answers, ids and configs are untrusted: everything goes through
 Jinja's autoescaping, and only the template's own style sheet is marked safe.
 
-`balcap_jax.report.run` says what is read from a run directory. Rewards and shares are shown in points, 0 to 100.
+`balcap_jax.report.run` describes the files of a run directory. The page shows rewards and shares in points, 0 to 100.
 """
 
 import base64
