@@ -182,8 +182,8 @@ def caption(
 ) -> dict[str, int]:
     """Writes the lines that `out` still lacks for the pictures of `source`, a folder or a JSONL file.
 
-    Returns the numbers of "captions" and "errors" in all, of "new" captions, and of the new pictures that were too
-    "wide" for the model (padded or refused, as it is configured).
+    Returns the numbers of "captions" and "errors" in all, of "new" captions, and of new pictures that are too "wide".
+    The model's configuration says whether those are padded or refused.
 
     Raises:
       UserError: bad input, a file of other settings, or one that cannot be written.

@@ -2,7 +2,7 @@
 
 The graphs are given: the published parser is a model of its own. Of the three passes of matching this module has the
 exact one and the substring part of the synonym one. The WordNet part and the soft pass need models or data that are not
-here, so that scores are lower bounds of the published ones, unless `similarity` is given.
+here. So scores are lower bounds of the published ones, unless `similarity` is given.
 """
 
 from collections.abc import Callable, Mapping, Sequence

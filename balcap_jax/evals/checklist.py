@@ -1,7 +1,7 @@
 """Checklists (CAPEval): yes/no questions about a picture, answered from its caption alone (3.8).
 
-Coverage is the share of questions that the caption answers at all, precision the share of these that it answers with
-yes, as the picture has it.
+Coverage is the share of questions that the caption answers at all. Precision is the share of these that it answers with
+yes, which is right for the picture.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@
 
 A metric gives each item a vector of `parts` that add up over items, and a function of the sums: a mean is (points, 1)
 and the quotient. So the same few lines give figures of categories, confidence intervals by bootstrap and paired
-comparisons for every metric, and only these vectors stay in memory.
+comparisons for every metric. Only these vectors stay in memory.
 """
 
 import collections

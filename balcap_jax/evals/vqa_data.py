@@ -4,8 +4,8 @@
          picture as `image` (base64, or the index of a row before it that has it) or `image_path`
 .json    ChartQA (a list with imgname, query, label), DocVQA and InfoVQA ({"data": [...]} with questionId, question,
          answers), TextVQA ({"data": [...]} with question_id, answers), OCRBench.json (a list with question, answers,
-         type), SEED-Bench ({"questions": [...]} with choice_a ...; those about videos are left out), ScienceQA
-         (problems.json, by id; those without a picture are left out, which is ScienceQA-IMG)
+         type), SEED-Bench ({"questions": [...]} with choice_a ...; without those about videos), ScienceQA
+         (problems.json, by id; without those that have no picture, which is ScienceQA-IMG)
 .jsonl   one question a line, with the fields of any of these, or of BLINK's rows
 folder   ChartQA's, with test_human.json and test_augmented.json; ids are "human:1", "augmented:1", ...
 

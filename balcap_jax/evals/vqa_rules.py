@@ -63,7 +63,7 @@ def _similarity(prediction: str, answer: str) -> float:
 def levenshtein(one: str, other: str) -> int:
     """Edit distance by bit-vectors (Myers 1999, in Hyyro's form): one step of long integers for each character.
 
-    Bit i of `up` says that the table grows from row i to row i + 1 of the current column, of `down` that it shrinks.
+    Bit i of `up` says that the table grows from row i to row i + 1 of the current column; of `down`, that it shrinks.
     """
     if not one:
         return len(other)
