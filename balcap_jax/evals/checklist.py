@@ -22,14 +22,15 @@ CHECKLIST = "checklist.v1"
 _REMEDY = '--checklists takes CAPEval\'s lines, or {"id", "items": [{"kind", "question"}, ...]}'
 
 
-class _QuestionAnswer(pydantic.BaseModel):
+# Keys of cached answers hold the names of these two: a rename would ask the judge anew.
+class _One(pydantic.BaseModel):
     question: int
     why: str
     answer: Literal["yes", "no", "not_mentioned"]
 
 
 class _Answers(pydantic.BaseModel):
-    answers: list[_QuestionAnswer]
+    answers: list[_One]
 
 
 class Checklist(Metric):
