@@ -3,302 +3,29 @@
     python -m balcap_jax.caption --model=runs/scenes/model --images=photos --out=captions.jsonl
     python -m balcap_jax.caption --model=D --images=list.jsonl --out=captions.jsonl --temperature=0.7 --samples=8
 
-`--images` is a folder (searched with its subfolders, in sorted order) or a JSONL file whose lines are
-{"image": path from that file's folder, and optionally "id", "prompt"}. Each picture gives one line {"image", "caption",
-"tokens", "truncated"} (and "id" where given): tokens is the length with the end token, truncated says that
-`--max_tokens` cut it. Pictures without a prompt of their own get the one that the model was trained to answer. What
-can't be read goes to F.errors.jsonl as {"image", "error"}.
+`--images` is a folder (with its subfolders, in sorted order) or a JSONL file whose lines are {"image": path from that
+file's folder, and optionally "id", "prompt"}. Each picture gives one line {"image", "caption", "tokens", "truncated"},
+with its "id" if it has one: tokens is the length with the end token, truncated says that `--max_tokens` cut it.
+Pictures without a prompt of their own get the training prompt of the model. Unreadable pictures go to F.errors.jsonl as
+{"image", "error"}.
 
 The same command goes on where an earlier one was stopped or killed; F.settings.json keeps captions of other models,
-prompts or sampling out of the same file. A sample depends on (seed, id or path, number of the sample) only, not on the
-batch that it was drawn in.
+prompts or sampling out of the same file. A sample depends on (seed, id or path, number of the sample) only, not on its
+batch.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import itertools
-import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-
-from balcap_jax import models
-from balcap_jax.captioning import provenance
+from balcap_jax.captioning.captioner import DEFAULT_PROMPT, Options, caption
 from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import AppendedLines
-from balcap_jax.cli.process import exit_on_user_error
-from balcap_jax.cli.progress import ProgressLine
-from balcap_jax.config.schema import FIELDS
-from balcap_jax.data import images as pictures
-from balcap_jax.data.listing import Item, list_items, picture_name
-from balcap_jax.models import Prompt
-from balcap_jax.models.prompting import PromptTooLong
-from balcap_jax.rollout import Rollout, Sampling, example_keys, make_rollout
+from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
 from balcap_jax.training.machine import use_compilation_cache
-
-DEFAULT_PROMPT = "Describe this image in detail."  # of models that name none
-_SCHEMA = {field.name: field for field in FIELDS}
-_RANGES = {
-    "temperature": _SCHEMA["rollout.eval_temperature"],
-    "top_p": _SCHEMA["rollout.top_p"],
-    "top_k": _SCHEMA["rollout.top_k"],
-    "max_tokens": _SCHEMA["rollout.max_tokens"],
-    "samples": _SCHEMA["rollout.group_size"],
-    "prompt_tokens": _SCHEMA["model.prompt_tokens"],
-    "batch_size": dataclasses.replace(_SCHEMA["rollout.group_size"], low=1, high=4096),
-    "threads": dataclasses.replace(_SCHEMA["rollout.group_size"], low=1, high=1024),
-    "seed": dataclasses.replace(_SCHEMA["seed"], low=0, high=2**32 - 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How captions are made.
-
-    `temperature` 0 is greedy. Of `samples` drawn captions `keep` "best" writes the one with the highest mean
-    log-probability, "all" writes them all beside it. `prompt`, `dtype` and `prompt_tokens` override the model's (None:
-    as it is).
-    """
-
-    prompt: str | None = None
-    batch_size: int = 8
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 256
-    samples: int = 1
-    keep: str = "best"
-    seed: int = 0
-    dtype: str | None = None
-    prompt_tokens: int | None = None
-    threads: int = 4
-
-    def check(self) -> None:
-        """Raises UserError for a value out of its range, and for several samples of what is not sampled."""
-        for name, field in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not field.holds(value):
-                raise UserError(f"--{name}={value} is out of range: it must be in {field.range_text}")
-        if self.samples > 1 and not self.temperature:
-            raise UserError(f"--samples={self.samples} needs --temperature above 0: greedy captions are all the same")
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.samples, self.max_tokens, self.temperature or 1.0, self.top_p, self.top_k, greedy=not self.temperature
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """What captions depend on; those of one file must agree in it."""
-        names = ["prompt", "temperature", "max_tokens", "dtype"]
-        if self.temperature:
-            names += ["top_p", "top_k", "samples", "keep", "seed"]
-        return {name: getattr(self, name) for name in names}
-
-
-# --- captioning -------------------------------------------------------------------------------------------------------
-
-
-class Captioner:
-    """A loaded model that captions batches of one static shape."""
-
-    def __init__(self, model: str | os.PathLike, options: Options):
-        overrides = {"dtype": options.dtype, "prompt_tokens": options.prompt_tokens}
-        self.options = options
-        # Weights are only read here, in the compute type: no need to hold them in twice its size.
-        policy, params, self.processor = models.load(
-            model,
-            param_dtype=options.dtype or models.read_fields(model)["dtype"],
-            **{name: value for name, value in overrides.items() if value is not None},
-        )
-        self._params = jax.device_put(params)
-        self._rollout = make_rollout(policy, options.sampling)
-
-    def check_prompts(self, items: Sequence[Item]) -> None:
-        """Raises UserError for a prompt that does not fit, before the first picture is read."""
-        first = {item.prompt: item.key for item in reversed(items)}
-        most = [self.processor.image_tokens] * len(first)
-        try:
-            self.processor.encode_prompts(list(first), most, list(first.values()))
-        except PromptTooLong as error:
-            needs = str(error).partition(" but ")[0]
-            raise UserError(
-                f"{needs}, the model has room for {self.processor.prompt_tokens}; give "
-                f"--prompt_tokens={error.needed}, or a shorter prompt"
-            ) from error
-
-    def read(self, item: Item) -> Prompt:
-        """The prompt [1, ...] of one picture, on the host; called by several threads.
-
-        Raises:
-          ImageError: it cannot be read.
-          UserError: the processor refuses it.
-        """
-        if item.error:
-            raise pictures.ImageError(item.error)
-        picture = pictures.read(item.path)
-        try:
-            return self.processor([picture], [item.prompt], [item.key])
-        except MemoryError as error:
-            height, width = picture.shape[:2]
-            raise pictures.ImageError(f"{width} x {height} pixels: no memory left to resize it") from error
-
-    def __call__(self, items: Sequence[Item], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """One output line per item; fewer than a batch are filled up with copies of the last."""
-        fill = self.options.batch_size - len(items)
-        batch = jax.tree.map(lambda *rows: np.concatenate(rows), *prompts, *[prompts[-1]] * fill)
-        keys = example_keys([item.key for item in items] + [items[-1].key] * fill)
-        out = self._rollout(self._params, batch, keys, np.uint32(self.options.seed), np.uint32(0))
-        host = jax.device_get(out._replace(image_embeds=None))
-        return [item.names | self._best(host, row) for row, item in enumerate(items)]
-
-    def _best(self, out: Rollout, row: int) -> dict[str, Any]:
-        """The caption of one picture with the highest mean log-probability at the sampling temperature."""
-        texts = self.processor.decode(out.tokens[row])
-        means = out.policy_log_probs[row].sum(-1) / out.lengths[row]
-        drawn = [
-            {"caption": text.strip(), "tokens": int(length), "truncated": bool(cut)}
-            for text, length, cut in zip(texts, out.lengths[row], out.truncated[row], strict=True)
-        ]
-        best = drawn[int(np.argmax(means))]
-        if self.options.keep == "all":
-            scored = [one | {"log_prob": float(mean)} for one, mean in zip(drawn, means, strict=True)]
-            return best | {"samples": scored}
-        return best
-
-
-def read_ahead(
-    items: Sequence[Item], read: Callable[[Item], Prompt], threads: int, ahead: int
-) -> Iterator[tuple[Item, Prompt | str]]:
-    """Each item with its prompt, or with the reason why there is none; at most `ahead` are read before their turn."""
-    waiting: deque[tuple[Item, Future]] = deque()
-    rest = iter(items)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        while True:
-            for item in itertools.islice(rest, ahead - len(waiting)):
-                waiting.append((item, pool.submit(read, item)))
-            if not waiting:
-                return
-            item, future = waiting.popleft()
-            try:
-                yield item, future.result()
-            except (pictures.ImageError, UserError) as error:
-                yield item, str(error)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def caption(
-    model: str | os.PathLike,
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    options: Options,
-    *,
-    retry_errors: bool = False,
-) -> dict[str, int]:
-    """Writes the lines that `out` still lacks; returns the numbers of "captions" and "errors" now, of "new" ones,
-    and of the new pictures that were too "wide" for the model (padded or refused, as it is configured).
-
-    Raises:
-      UserError: bad input, a file of other settings, or one that cannot be written.
-    """
-    options.check()
-    if options.prompt is None:
-        options = dataclasses.replace(options, prompt=_prompt_of(model))
-    items = list_items(images, options.prompt)
-    wanted = {item.key for item in items}
-    folder, out = Path(images), Path(out)
-    folder = folder if folder.is_dir() else folder.parent
-    settings = provenance.identity(model) | options.settings()
-    with AppendedLines(out) as lines, AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors:
-        captioned, failed = _keys(lines, folder), _keys(errors, folder)
-        if lines.found or errors.found:
-            provenance.check(out, settings)
-        if retry_errors:
-            errors.keep(lambda entry: _key(entry, folder) not in wanted)
-            failed -= wanted
-        pending = [item for item in items if item.key not in captioned | failed]
-        counts = {"captions": len(wanted & captioned), "errors": len(wanted & failed - captioned)}
-        counts |= {"new": 0, "wide": 0}
-        if not pending:
-            return counts
-        with _enough_memory():
-            captioner = Captioner(model, options)
-        captioner.check_prompts(pending)
-        provenance.write(out, settings)
-        with ProgressLine("captions", len(items), len(items) - len(pending)) as progress:
-            ready: list[tuple[Item, Prompt]] = []
-            for number, (item, prompt) in enumerate(
-                read_ahead(pending, captioner.read, options.threads, options.batch_size + options.threads), start=1
-            ):
-                if isinstance(prompt, str):
-                    errors.append([item.names | {"error": prompt}])
-                    counts["errors"] += 1
-                    progress.advance(1)
-                else:
-                    ready.append((item, prompt))
-                if ready and (len(ready) == options.batch_size or number == len(pending)):
-                    with _enough_memory():
-                        lines.append(captioner(*zip(*ready, strict=True)))
-                    counts["captions"] += len(ready)
-                    counts["new"] += len(ready)
-                    progress.advance(len(ready))
-                    ready = []
-        counts["wide"] = getattr(captioner.processor, "counts", {}).get("wide", 0)
-    return counts
-
-
-# --- lines, prompts, memory ------------------------------------------------------------------------------------------
-
-
-def _key(entry: dict[str, Any], folder: Path) -> str:
-    return entry["id"] if "id" in entry else picture_name(folder, entry["image"])
-
-
-def _keys(lines: AppendedLines, folder: Path) -> set[str]:
-    """The keys of all lines, of pictures in `folder`. Raises UserError for a line that is none of ours."""
-    for number, entry in enumerate(lines.entries, start=1):
-        if not isinstance(entry.get("id", entry.get("image")), str):
-            raise UserError(
-                f'{lines.path}, line {number} names no picture: "id" or "image" must be text; mend or remove that line'
-            )
-    return {_key(entry, folder) for entry in lines.entries}
-
-
-def _prompt_of(model: str | os.PathLike) -> str:
-    """What the model was trained to answer."""
-    provenance.existing(model)
-    return models.read_fields(model).get("prompt") or DEFAULT_PROMPT
-
-
-@contextlib.contextmanager
-def _enough_memory() -> Iterator[None]:
-    """What does not fit on the device or in the host's memory becomes a UserError."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "captioning needs more memory than there is; lower --batch_size, --samples, --max_tokens or "
-            "--prompt_tokens, or give --dtype=bfloat16"
-        ) from error
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -319,12 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, default=defaults.top_k, help="likeliest tokens only; 0 = all (default: %(default)s)")
     add("--max_tokens", type=int, default=defaults.max_tokens, help="longest caption (default: %(default)s)")
     add("--samples", type=int, metavar="N", default=defaults.samples, help="captions drawn per picture (default: 1)")
-    add(
-        "--keep",
-        choices=("best", "all"),
-        default=defaults.keep,
-        help='of N samples: the one of the highest mean log-prob, or beside it all, as "samples" (default: best)',
-    )
+    keep_help = 'of N samples: the one of the highest mean log-prob, or beside it all, as "samples" (default: best)'
+    add("--keep", choices=("best", "all"), default=defaults.keep, help=keep_help)
     add("--seed", type=int, default=defaults.seed, help="of sampling (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="compute type (default: the model's)")
     add("--prompt_tokens", type=int, metavar="P", help="room for prompt and image tokens (default: the model's)")
@@ -342,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts = caption(arguments.model, arguments.images, arguments.out, options, retry_errors=arguments.retry_errors)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     errors = beside(Path(arguments.out), ".errors.jsonl")
     if not counts["captions"]:
         raise UserError(f"none of the {counts['errors']} pictures can be read; {errors} says why")

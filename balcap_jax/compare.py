@@ -2,10 +2,10 @@
 
     python -m balcap_jax.compare runs/base/eval/dcscore runs/rl/eval/dcscore runs/rl/eval/captionqa --out=comparison
 
-Each folder is one that `evaluate` wrote. Of each metric the first folder is what the others are compared with, on the
-items that both have valid: the difference of the scores of these items, its interval by a paired bootstrap, and the
-two-sided sign test. Both are over groups of items where some stand or fall together, as the questions about one
-caption. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
+Each folder is one that `evaluate` wrote. The first folder of each metric is the base of the others, over the items that
+both have valid. The command gives the difference of the scores of these items, its interval by a paired bootstrap, and
+the two-sided sign test. Interval and test are over groups of items where some stand or fall together, as the questions
+about one caption. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
 """
 
 import dataclasses
@@ -27,30 +27,27 @@ from balcap_jax.cli.json_text import is_number
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.evals.engine import Metric, finite, interval, resampled_sums, sums_of_groups
 from balcap_jax.evals.metrics import metric_of
-from balcap_jax.report import run
 from balcap_jax.report.charts import bars
+from balcap_jax.report.run import is_number as is_shown
 
 _ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
 _ROUNDING = 1e-6  # points that are no difference
 _NO_FIGURES = ("score", "n", "invalid", "words", "groups", "temperature", "empty", "unused")
 _REMEDY = "give folders that `evaluate` wrote"
-_HEAD = (
-    "evaluation",
-    "score",
-    "95% interval",
-    "words",
-    "n",
-    "invalid",
-    "difference",
-    "95% interval",
-    "better / worse",
-    "p",
+_FIGURES = ("evaluation", "score", "95% interval", "words", "n", "invalid")
+_TEST = ("difference", "95% interval", "better / worse", "p")
+_HEAD = (*_FIGURES, *_TEST)
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
+    "table{border-collapse:collapse;margin:1em 0}"
+    "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}"
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # Equal is the same one: what `paired` remembers goes by it.
+@dataclasses.dataclass(frozen=True, eq=False)  # The cache of `paired` goes by identity.
 class Evaluation:
-    """results.json, and of each valid item by id its score, what adds up, and its group."""
+    """results.json, and by id of each valid item its score, its parts and its group."""
 
     name: str
     results: Mapping[str, Any]
@@ -64,7 +61,7 @@ class Evaluation:
 class Paired:
     """Differences to another evaluation over `items` common items of `groups` groups; p is that of the sign test.
 
-    None is a difference of scores that are no numbers, such as those of parts that are all 0.
+    A difference is None where a score is no number, such as that of parts that are all 0.
     """
 
     items: int
@@ -97,17 +94,14 @@ def read(folder: str | Path) -> Evaluation:
     for where, line in read_jsonl(folder / "items.jsonl", _REMEDY):
         if not isinstance(line.get("id"), str):
             raise UserError(f"{where} has no id; {_REMEDY}")
-        given = line.get("parts")
-        if given is None:
+        numbers = line.get("parts")
+        if numbers is None:
             continue
-        if (
-            not isinstance(given, list)
-            or not all(map(is_number, given))
-            or len(given) != len(parts.get(line["id"], given))
-        ):
+        are_numbers = isinstance(numbers, list) and all(map(is_number, numbers))
+        if not are_numbers or len(numbers) != len(parts.get(line["id"], numbers)):
             raise UserError(f"{where} has parts that are no numbers; {_REMEDY}")
-        parts[line["id"]], of_group[line["id"]] = given, str(line.get("group", line["id"]))
-        if run.is_number(line.get("score")):
+        parts[line["id"]], of_group[line["id"]] = numbers, str(line.get("group", line["id"]))
+        if is_shown(line.get("score")):
             scores[line["id"]] = float(line["score"])
     try:
         metric.restore(results.get("state", {}))
@@ -127,12 +121,12 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
     groups = [base.groups[name] for name in common]
     if len(set(groups)) < 2:
         return None
+    scores, resampled = [], []
     try:
-        sums = [
-            sums_of_groups(np.array([one.parts[name] for name in common], np.float64), groups) for one in (base, other)
-        ]
-        scores = [float(one.metric.score(summed.sum(0))) for one, summed in zip((base, other), sums, strict=True)]
-        drawn = [one.metric.score(resampled_sums(summed)) for one, summed in zip((base, other), sums, strict=True)]
+        for one in (base, other):
+            sums = sums_of_groups(np.array([one.parts[name] for name in common], np.float64), groups)
+            scores.append(float(one.metric.score(sums.sum(0))))
+            resampled.append(one.metric.score(resampled_sums(sums)))
     except (ValueError, IndexError) as error:
         raise UserError(f"{base.name} and {other.name} have items of other forms; {_REMEDY}") from error
     votes: dict[str, list[float]] = {}
@@ -141,9 +135,8 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
             votes.setdefault(group, []).append(other.scores[name] - base.scores[name])
     totals = [math.fsum(differences) for differences in votes.values()]
     better, worse = sum(total > _ROUNDING for total in totals), sum(total < -_ROUNDING for total in totals)
-    between = interval(drawn[1] - drawn[0])
-    difference = finite(scores[1] - scores[0])
-    return Paired(len(common), len(set(groups)), difference, between, better, worse, sign_test(better, worse))
+    difference, confidence = finite(scores[1] - scores[0]), interval(resampled[1] - resampled[0])
+    return Paired(len(common), len(set(groups)), difference, confidence, better, worse, sign_test(better, worse))
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -156,44 +149,30 @@ def sign_test(better: int, worse: int) -> float:
         math.lgamma(tosses + 1) - math.lgamma(k + 1) - math.lgamma(tosses - k + 1) - tosses * math.log(2)
         for k in range(fewer + 1)
     ]
-    top = max(logs)
-    return min(1.0, 2 * math.exp(top) * math.fsum(math.exp(one - top) for one in logs))
+    largest = max(logs)
+    return min(1.0, 2 * math.exp(largest) * math.fsum(math.exp(log - largest) for log in logs))
 
 
 def groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
     """By metric, in the order given."""
-    found: dict[str, list[Evaluation]] = {}
+    by_metric: dict[str, list[Evaluation]] = {}
     for one in evaluations:
-        found.setdefault(one.results["metric"], []).append(one)
-    return found
+        by_metric.setdefault(one.results["metric"], []).append(one)
+    return by_metric
 
 
 def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
     """The cells of a metric's table."""
     cells = []
-    for number, one in enumerate(group):
-        found = one.results
-        test = paired(group[0], one) if number else None
-        cells.append(
-            (
-                one.name,
-                _shown(found.get("score")),
-                _span(found.get("confidence")),
-                _shown(found.get("words"), 1),
-                str(found.get("n", "")),
-                str(found.get("invalid", "")),
-                *(
-                    (
-                        "" if test.difference is None else f"{test.difference:+.2f}",
-                        _span(test.confidence),
-                        f"{test.better} / {test.worse} of {test.groups}",
-                        f"{test.p:.2g}",
-                    )
-                    if test
-                    else ("", "", "", "")
-                ),
-            )
-        )
+    for one in group:
+        of = one.results.get
+        figures = (one.name, _shown(of("score")), _span(of("confidence")), _shown(of("words"), 1))
+        counts, tests = (str(of("n", "")), str(of("invalid", ""))), ("",) * len(_TEST)
+        if one is not group[0] and (test := paired(group[0], one)):
+            difference = "" if test.difference is None else f"{test.difference:+.2f}"
+            votes = f"{test.better} / {test.worse} of {test.groups}"
+            tests = (difference, _span(test.confidence), votes, f"{test.p:.2g}")
+        cells.append((*figures, *counts, *tests))
     return cells
 
 
@@ -207,24 +186,20 @@ def against(one: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Any
 
 
 def unlike(group: Sequence[Evaluation]) -> list[str]:
-    """What was not the same for all: another judge, or other questions, make other scores."""
-    found = []
+    """Warnings about settings that differ: another judge, or other questions, make other scores."""
+    warnings = []
     for name in _ALIKE:
         values = [str(one.results.get(name, "")) for one in group]
         if len(set(values)) > 1:
             each = ", ".join(f"{one.name}: {value or 'none'}" for one, value in zip(group, values, strict=True))
-            found.append(f"Scores cannot be compared: {name} differs ({each})")
-    return found
+            warnings.append(f"Scores cannot be compared: {name} differs ({each})")
+    return warnings
 
 
 def figures(group: Sequence[Evaluation]) -> dict[str, list[Any]]:
-    """What the scores are made of, such as precision, recall and language: {name: one value for each evaluation}."""
-    found: dict[str, list[Any]] = {}
-    for name in group[0].results:
-        values = [one.results.get(name) for one in group]
-        if name not in _NO_FIGURES and all(map(is_number, values)):
-            found[name] = values
-    return found
+    """The terms of the scores, such as precision, recall and language: {name: one value for each evaluation}."""
+    values = {name: [one.results.get(name) for one in group] for name in group[0].results if name not in _NO_FIGURES}
+    return {name: each for name, each in values.items() if all(map(is_number, each))}
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
@@ -234,10 +209,10 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         lines = [f"## {' '.join(metric.split())}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
         lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows(group)]
         lines += [text for warning in unlike(group) for text in ("", warning)]
-        if inside := figures(group):
+        if terms := figures(group):
             names = [_cell(one.name) for one in group]
             lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
-            lines += [f"| {_cell(name)} | " + " | ".join(map(_shown, values)) + " |" for name, values in inside.items()]
+            lines += [f"| {_cell(name)} | " + " | ".join(map(_shown, values)) + " |" for name, values in terms.items()]
         texts.append("\n".join(lines) + "\n")
     return "\n".join(texts)
 
@@ -246,32 +221,26 @@ def page(evaluations: Sequence[Evaluation]) -> str:
     """A self-contained page: for each metric its bars, with intervals and words, and its table."""
     parts = []
     for metric, group in groups(evaluations).items():
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEAD)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(group)
-        )
-        picture = bars(
-            [
-                (one.name, one.results["score"], one.results.get("confidence"), _shown(one.results.get("words"), 0))
-                for one in group
-            ]
-        )
+        picture = _bars(group, [one.results["score"] for one in group], [one.results["confidence"] for one in group])
         for name, values in figures(group).items():
-            named = zip(group, values, strict=True)
-            shown = bars([(one.name, value, None, _shown(one.results.get("words"), 0)) for one, value in named])
-            picture += f"<h3>{html.escape(name)}</h3>{shown}"
+            picture += f"<h3>{html.escape(name)}</h3>{_bars(group, values, [None] * len(group))}"
+        table = "".join(_html_row(row, "td") for row in rows(group))
         warnings = "".join(f"<p>{html.escape(warning)}</p>" for warning in unlike(group))
-        parts.append(f"<h2>{html.escape(metric)}</h2>{picture}<table><tr>{head}</tr>{body}</table>{warnings}")
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}"
-        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}"
-    )
+        title = html.escape(metric)
+        parts.append(f"<h2>{title}</h2>{picture}<table>{_html_row(_HEAD, 'th')}{table}</table>{warnings}")
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{style}</style>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{_STYLE}</style>"
         f"<h1>Comparison</h1>{''.join(parts)}</html>\n"
     )
+
+
+def _bars(group: Sequence[Evaluation], values: Sequence[float], spans: Sequence[Any]) -> str:
+    words = [_shown(one.results.get("words"), 0) for one in group]
+    return bars([*zip([one.name for one in group], values, spans, words, strict=True)])
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _cell(text: str) -> str:

@@ -3,8 +3,8 @@
     python -m balcap_jax.convert --from_hf=Qwen2.5-VL-3B-Instruct --out=qwen3b      before training or captioning
     python -m balcap_jax.convert --to_hf=my-captioner --from=RUN/model              for transformers, vLLM and others
 
-Numbers keep their type and come back bit for bit. They pass a layer at a time, so that a model needs the memory of its
-largest tensor and no more.
+Numbers keep their type and come back bit for bit. The command handles one layer at a time, so that a model needs the
+memory of its largest tensor and no more.
 """
 
 import itertools
@@ -32,13 +32,9 @@ from balcap_jax.models import Policy
 from balcap_jax.models.formats import hf, loading, orbax, safetensors
 from balcap_jax.models.prompting import PromptProcessor
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 SHARD_GB = 5.0
-"""Largest shard; the one that transformers writes."""
+"""Largest shard; transformers has the same default."""
 
 # The text of the last message; messages are texts or lists of parts.
 _CHAT_TEMPLATE = """\
@@ -134,18 +130,11 @@ def to_hf(
         return orbax.read(source / loading.PARAMS, stores[path], layer)
 
     types = {path: store.dtype.numpy_dtype for path, store in stores.items()}
-    tensors = hf.new_tensors(
-        family,
-        {path: tuple(store.shape) for path, store in stores.items()},
-        types,
-        read,
-        names=names,
-        dtype=None if dtype is None else DTYPES[dtype],
-    )
-    with (
-        loading.written_aside(out, "the checkpoint") as aside,
-        _progress(sum(tensor.size for tensor in tensors), progress) as report,
-    ):
+    shapes = {path: tuple(store.shape) for path, store in stores.items()}
+    cast = None if dtype is None else DTYPES[dtype]
+    tensors = hf.new_tensors(family, shapes, types, read, names=names, dtype=cast)
+    total = sum(tensor.size for tensor in tensors)
+    with loading.written_aside(out, "the checkpoint") as aside, _progress(total, progress) as report:
         safetensors.write_directory(aside, tensors, shard_bytes=max(1, int(shard_gb * 1e9)), progress=report)
         loading.carry_files(source, aside)
         _write_config(aside, fields, policy, processor, dtype or types["decoder/embed"].name)
@@ -157,23 +146,23 @@ def _check_config(source: Path, fields: Mapping[str, Any]) -> None:
     """Raises UserError where the config.json that a model carries describes another model."""
     carried = hf.read_fields(source, tuple(loading.CHECKPOINTS.values()))[1]
     for name in sorted(carried.keys() - set(RUN_FIELDS)):
-        given, own = carried[name], fields.get(name)
-        if given != own and not (isinstance(given, list) and list(own or ()) == given):
+        theirs, own = carried[name], fields.get(name)
+        if theirs != own and not (isinstance(theirs, list) and list(own or ()) == theirs):
             raise UserError(
-                f"{source / hf.CONFIG} says that {name} is {given!r}, {loading.MODEL} beside it {own!r}; put the file "
+                f"{source / hf.CONFIG} says that {name} is {theirs!r}, {loading.MODEL} beside it {own!r}; put the file "
                 f"there that belongs to the model"
             )
 
 
 def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, processor: Any, dtype: str) -> None:
-    """Makes config.json name the type of the tensors, and makes the file itself for a model that has none."""
+    """Writes the type of the tensors into config.json, and the whole file for a model that has none."""
     path = directory / hf.CONFIG
     if path.exists():
         config = read_json_object(path, _DOWNLOAD_AGAIN)
-        known = [key for key in ("dtype", "torch_dtype") if key in config]
-        if all(config[key] == dtype for key in known):
+        keys = [key for key in ("dtype", "torch_dtype") if key in config]
+        if all(config[key] == dtype for key in keys):
             return
-        config |= dict.fromkeys(known, dtype)
+        config |= dict.fromkeys(keys, dtype)
     else:
         tokenizer = processor.tokenizer
         ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": policy.pad_token}
@@ -181,8 +170,7 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
         prompt = processor.encode_prompts([""], [1], ["an empty text"])[0][0].tolist()
         ids |= {"image": policy.image_token, "vocab": policy.vocab}
         ids["before_image"] = next((a for a, b in itertools.pairwise(prompt) if b == policy.image_token), None)
-        family = loading.CHECKPOINTS[fields["family"]]
-        config = family.config_to_hf(fields, ids)
+        config = loading.CHECKPOINTS[fields["family"]].config_to_hf(fields, ids)
         config |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 4 knows the second alone.
         _write_json(directory / loading.GENERATION, generation)
         _write_tokenizer(directory, processor)
@@ -190,11 +178,11 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
 
 
 def _write_tokenizer(directory: Path, processor: PromptProcessor) -> None:
-    """Makes the files of a tokenizer of ours, which transformers 5 wrote, those that 4 reads too; adds the template."""
+    """Changes the files of a tokenizer of ours, which transformers 5 wrote, so that 4 reads them; adds the template."""
     path = directory / _TOKENIZER
     config = read_json_object(path, "save the model again")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # In transformers 4 these are named ones; processors look for the image's word among them.
+    # Transformers 4 has names for these; its processors look for the image's word among the names.
     config["additional_special_tokens"] = config.get("extra_special_tokens", [])
     config["extra_special_tokens"] = {"image_token": processor.image_token}
     config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 gives token types too, which no model takes.
@@ -204,15 +192,15 @@ def _write_tokenizer(directory: Path, processor: PromptProcessor) -> None:
 
 def _chat_template(processor: PromptProcessor) -> str:
     """Jinja of the prompt of one picture and one text, as the model was trained with it."""
-    said = {"image": json_text.dumps(processor.image_token), "prompt": "found.text", None: '""'}
+    values = {"image": json_text.dumps(processor.image_token), "prompt": "found.text", None: '""'}
     pieces = ["bos_token"] if processor.tokenizer.bos_token is not None else []
     for literal, name, _, _ in string.Formatter().parse(processor.template):
-        pieces += [json_text.dumps(literal), said[name]]
+        pieces += [json_text.dumps(literal), values[name]]
     return _CHAT_TEMPLATE + "{{- " + " ~ ".join(pieces) + " -}}\n"
 
 
 def _write_processor(directory: Path, fields: Mapping[str, Any]) -> None:
-    """Adds what a model lacks of the processor's files: one from a checkpoint has none, or perhaps that of 5 alone."""
+    """Adds the processor's files that a model lacks: one from a checkpoint may have none, or that of 5 alone."""
     files = dict(zip(hf.PROCESSORS, loading.CHECKPOINTS[fields["family"]].processor_to_hf(fields), strict=False))
     for path, settings in hf.read_processors(directory).items():
         if path.name != hf.PROCESSORS[0]:
@@ -223,13 +211,13 @@ def _write_processor(directory: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _needs_5(directory: Path) -> bool:
-    """Whether transformers 4 cannot read a checkpoint, or takes another model for it: where it came from 5 alone."""
+    """Whether the checkpoint came from transformers 5 alone: 4 cannot read it, or takes another model for it."""
     config = read_json_object(directory / hf.CONFIG, _DOWNLOAD_AGAIN)
     text = config.get("text_config", config)
     tokenizer = directory / _TOKENIZER
-    words = read_json_object(tokenizer, _DOWNLOAD_AGAIN) if tokenizer.exists() else {}
-    new_rope = "rope_parameters" in text and "rope_theta" not in text
-    return new_rope or words.get("tokenizer_class") == "TokenizersBackend"
+    settings = read_json_object(tokenizer, _DOWNLOAD_AGAIN) if tokenizer.exists() else {}
+    has_new_rope = "rope_parameters" in text and "rope_theta" not in text
+    return has_new_rope or settings.get("tokenizer_class") == "TokenizersBackend"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -259,7 +247,7 @@ def _new(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Report]:
-    """Gives a function that is told the bytes done: a bar on a terminal, else a line every few seconds."""
+    """Gives a function that takes new bytes and shows all: a bar on a terminal, else a line every few seconds."""
     if not shown:
         yield lambda size: None
         return
@@ -271,15 +259,15 @@ def _progress(total: int, shown: bool) -> Iterator[Report]:
             task = bar.add_task("", total=total)
             yield lambda size: bar.advance(task, size)
         return
-    done, started = 0, time.perf_counter()
-    said = started
+    done, start = 0, time.perf_counter()
+    last_shown = start
 
     def report(size: int) -> None:
-        nonlocal done, said
+        nonlocal done, last_shown
         done, now = done + size, time.perf_counter()
-        if done >= total or now - said >= PLAIN_SECONDS:
-            said, seconds = now, now - started
-            print(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {seconds:.0f} s", flush=True)
+        if done >= total or now - last_shown >= PLAIN_SECONDS:
+            last_shown = now
+            print(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {now - start:.0f} s", flush=True)
 
     yield report
 
@@ -290,14 +278,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m balcap_jax.convert",
         description="Converts Hugging Face checkpoints to our models (--from_hf, --out) and back (--to_hf, --from).",
     )
-    parser.add_argument("--from_hf", metavar="DIR", type=place, help="checkpoint directory: config.json, safetensors")
-    parser.add_argument("--out", metavar="DIR", type=place, help="model directory to write; must not exist")
-    parser.add_argument("--to_hf", metavar="DIR", type=place, help="checkpoint directory to write; must not exist")
-    parser.add_argument("--from", metavar="DIR", type=place, dest="source", help="model directory to read")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the numbers; default: as they are")
-    parser.add_argument(
-        "--shard_gb", type=float, default=SHARD_GB, metavar="GB", help=f"largest shard of --to_hf; default {SHARD_GB:g}"
-    )
+    add = parser.add_argument
+    add("--from_hf", metavar="DIR", type=place, help="checkpoint directory: config.json, safetensors")
+    add("--out", metavar="DIR", type=place, help="model directory to write; must not exist")
+    add("--to_hf", metavar="DIR", type=place, help="checkpoint directory to write; must not exist")
+    add("--from", metavar="DIR", type=place, dest="source", help="model directory to read")
+    add("--dtype", choices=tuple(DTYPES), help="type of the numbers; default: as they are")
+    shard_help = f"largest shard of --to_hf; default {SHARD_GB:g}"
+    add("--shard_gb", type=float, default=SHARD_GB, metavar="GB", help=shard_help)
     arguments = parser.parse_args(argv)
     given = {name for name in ("from_hf", "out", "to_hf", "source") if getattr(arguments, name) is not None}
     dtype, shard_gb = arguments.dtype, arguments.shard_gb

@@ -32,16 +32,13 @@ from balcap_jax.cli.files import read_json_or_jsonl, read_jsonl, write_text
 from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error, memory_problem
 from balcap_jax.config.recipes import default_config, take_group
 from balcap_jax.evals import caparena, side_by_side, vqa
-from balcap_jax.evals.balanced import BCapScore
-from balcap_jax.evals.caparena import CapArena
-from balcap_jax.evals.captionqa import CaptionQA
-from balcap_jax.evals.capture import Capture
-from balcap_jax.evals.checklist import Checklist
-from balcap_jax.evals.dcscore import DCScore
-from balcap_jax.evals.engine import NO_CAPTION, Item, Metric, Texts, claim, digest_of, evaluate, read_captions
+from balcap_jax.evals.engine import NO_CAPTION, Item, Metric, claim, evaluate
+from balcap_jax.evals.inputs import Texts, digest_of, read_captions
+from balcap_jax.evals.metrics import metric_of
 from balcap_jax.evals.vqa_data import read_questions
 from balcap_jax.judges.chat_judge import make_client
 
+# In the order of the arguments of each metric's `items`.
 NEEDS = {
     "dcscore": ("captions", "references", "images"),
     "captionqa": ("captions", "questions"),
@@ -52,19 +49,9 @@ NEEDS = {
     "side_by_side": ("votes",),
     **dict.fromkeys(vqa.BENCHMARKS, ("questions",)),
 }
+ALSO = {"bcapscore": ("images",), "capture": ("captions",)}  # Taken where they are given.
 SCORED = ("captions", "predictions", "judgements", "graphs")
-FILES = (
-    "captions",
-    "references",
-    "questions",
-    "opponents",
-    "checklists",
-    "graphs",
-    "predictions",
-    "votes",
-    "judgements",
-)
-_FILE_HELP = {
+FILES = {
     "captions": "captions: {id: caption}, or the lines that `caption` writes",
     "references": "dcscore: lines with oracle_facts; bcapscore: lines with reference_units",
     "questions": "of captionqa, or of a general benchmark, in its own form",
@@ -86,15 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--metric", required=True, choices=tuple(NEEDS), metavar="NAME", help=", ".join(NEEDS))
     add("--out", required=True, metavar="DIR", type=place, help="where results.json and items.jsonl are written")
-    for name in FILES:
-        add(f"--{name}", metavar="FILE", type=place, help=_FILE_HELP[name])
+    for name, about in FILES.items():
+        add(f"--{name}", metavar="FILE", type=place, help=about)
     add("--images", metavar="DIR", type=place, help="the folder that paths of pictures are below")
     add("--model", metavar="DIR", type=place, help="general benchmarks: the model that answers, greedily")
-    add(
-        "--name",
-        default="",
-        help="the evaluated model's own name; caparena skips the pictures where it is the opponent",
-    )
+    name_help = "the evaluated model's own name; caparena skips the pictures where it is the opponent"
+    add("--name", default="", help=name_help)
     add("--split", default="", help="general benchmarks: only questions of this split")
     add("--retry_errors", action="store_true", help="judge again what failed")
     return parser
@@ -102,30 +86,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 def build(args: argparse.Namespace, judge: ConfigDict) -> tuple[Metric, list[Item], Texts]:
     """The metric, its items, and what is scored. Raises UserError for bad input."""
-    texts = read_captions(args.captions) if args.captions else Texts({})
-    folder = Path(args.images) if args.images else None
-    # Of metrics whose answers have other lengths than the default's, a length that was given.
-    default = default_config().judge.max_tokens
-    length = {} if judge.max_tokens == default else {"max_tokens": judge.max_tokens}
-    if args.metric == "capture":
-        return (metric := Capture()), metric.items(args.graphs, texts), texts
-    if args.metric == "dcscore":
-        return (metric := DCScore(**length)), metric.items(texts, args.references, folder), texts
-    if args.metric == "captionqa":
-        return (metric := CaptionQA(**length)), metric.items(texts, args.questions), texts
+    if args.metric in vqa.BENCHMARKS:
+        metric, texts = metric_of(args.metric), read_captions(args.predictions, "predictions")
+        return metric, metric.items(read_questions(args.questions, args.split), texts), texts
+    # Each metric has its own longest answer, which a length on the command line replaces.
+    is_default = judge.max_tokens == default_config().judge.max_tokens
+    options = {} if is_default else {"max_tokens": judge.max_tokens}
     if args.metric == "caparena":
-        return (metric := CapArena(model=args.name, **length)), metric.items(texts, args.opponents, folder), texts
-    if args.metric == "bcapscore":
-        return (metric := BCapScore(**length)), metric.items(texts, args.references, folder), texts
-    if args.metric == "checklist":
-        return (metric := Checklist(**length)), metric.items(texts, args.checklists), texts
-    texts = read_captions(args.predictions, "predictions")
-    return (metric := vqa.Answers(args.metric)), metric.items(read_questions(args.questions, args.split), texts), texts
+        options["model"] = args.name
+    texts = read_captions(args.captions) if args.captions else Texts({})
+    values = vars(args) | {"captions": texts, "images": Path(args.images) if args.images else None}
+    metric, names = metric_of(args.metric, **options), (*NEEDS[args.metric], *ALSO.get(args.metric, ()))
+    return metric, metric.items(*(values[name] for name in names)), texts
 
 
 def answer(args: argparse.Namespace) -> str:
     """Has `args.model` answer the questions, going on where it was stopped; returns the file of its predictions."""
-    from balcap_jax import caption  # JAX only where a model is run.
+    from balcap_jax.captioning import captioner  # JAX only where a model is run.
 
     if problem := memory_problem("caption"):
         raise UserError(problem)
@@ -144,26 +121,26 @@ def answer(args: argparse.Namespace) -> str:
         prompt = vqa.prompt_of(benchmark, question)
         listing.append({"id": question.id, "image": str(path.absolute()), "prompt": prompt})
     write_text(out / "questions.jsonl", json_text.lines(listing))
-    options = caption.Options(max_tokens=benchmark.tokens, prompt="")
+    options = captioner.Options(max_tokens=benchmark.tokens, prompt="")
     predictions = out / "predictions.jsonl"
-    caption.caption(args.model, out / "questions.jsonl", predictions, options)
+    captioner.caption(args.model, out / "questions.jsonl", predictions, options)
     return str(predictions)
 
 
 def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """Judgements by id. Raises UserError for a line without one."""
-    found = {}
+    judgements = {}
     remedy = '--judgements takes lines {"id", "judgement"}'
     if args.metric == "caparena" and "img" in next(iter(read_json_or_jsonl(path, remedy)), ("", {}))[1]:
         return caparena.read_results(path, args.name)
     for where, line in read_json_or_jsonl(path, remedy):
         if not isinstance(line.get("id"), str) or not isinstance(line.get("judgement", {}), dict):
             raise UserError(f"{where} is no judgement; {remedy}")
-        if line["id"] in found:
+        if line["id"] in judgements:
             raise UserError(f"{where}: {line['id']!r} has a judgement already; keep one of them")
         if "judgement" in line:
-            found[line["id"]] = line["judgement"]
-    return found
+            judgements[line["id"]] = line["judgement"]
+    return judgements
 
 
 @exit_on_user_error
@@ -179,28 +156,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--metric={args.metric} needs --{name}")
     out = Path(args.out)
     if args.metric == "side_by_side":
-        found = side_by_side.comparisons(read_jsonl(args.votes, "--votes takes lines of ImageInWords"))
-        claim(out, {"metric": "side_by_side", "inputs": digest_of(args.votes)})
-        text = "\n\n".join(f"{one.name or Path(args.votes).stem}\n\n{side_by_side.markdown(one)}" for one in found)
-        write_text(out / "table.md", text + "\n")
-        write_text(
-            out / "results.json",
-            json_text.dumps({"metric": "side_by_side", "comparisons": side_by_side.as_json(found)}),
-        )
-        print(text, flush=True)
+        print(count_votes(args.votes, out), flush=True)
         return
     if args.model and args.metric in vqa.BENCHMARKS and not args.predictions:
         args.predictions = answer(args)
     metric, items, texts = build(args, judge)
     if not items:
-        raise UserError(
-            f"there is nothing to evaluate in {getattr(args, needs[-1] if needs[-1] != 'images' else needs[1])}"
-        )
-    asks = bool(metric.prompts) and not args.judgements
+        listing = next(name for name in reversed(needs) if name != "images")
+        raise UserError(f"there is nothing to evaluate in {getattr(args, listing)}")
     identity = {"inputs": digest_of(*(getattr(args, name) for name in FILES)), "name": args.name, "split": args.split}
     # What scores must share to be compared: everything but the captions, or predictions, themselves.
     identity["benchmark"] = digest_of(*(getattr(args, name) for name in FILES if name not in SCORED))
-    client = make_client(judge, seed=0) if asks else None
+    client = make_client(judge, seed=0) if metric.prompts and not args.judgements else None
     try:
         if client:
             client.connect(metric.sees)
@@ -214,18 +181,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         if client:
             client.close()
-    print(told(results, out), flush=True)
+    print(summary_text(results, out), flush=True)
 
 
-def told(results: dict[str, Any], out: Path) -> str:
-    """The result in a line or two."""
+def count_votes(votes: str, out: Path) -> str:
+    """Writes the tables of a file of side-by-side votes and returns them."""
+    comparisons = side_by_side.comparisons(read_jsonl(votes, "--votes takes lines of ImageInWords"))
+    claim(out, {"metric": "side_by_side", "inputs": digest_of(votes)})
+    text = "\n\n".join(f"{one.name or Path(votes).stem}\n\n{side_by_side.markdown(one)}" for one in comparisons)
+    results = {"metric": "side_by_side", "comparisons": list(map(side_by_side.as_json, comparisons))}
+    write_text(out / "table.md", text + "\n")
+    write_text(out / "results.json", json_text.dumps(results))
+    return text
+
+
+def summary_text(results: dict[str, Any], out: Path) -> str:
+    """The result in a line or two. Raises UserError where there is no score."""
     if results["score"] is None and results["n"]:
         raise UserError(
             f"{results['metric']} has no score: what it divides by is 0 over all {results['n']} judgements; "
             f"{out}/items.jsonl"
         )
     reasons = "; ".join(f"{count} x {reason}" for reason, count in list(results["errors"].items())[:3])
-    # Other captions would be another evaluation, and where nobody is asked nothing would change.
+    # New captions would be another evaluation, and without a judge nothing would change.
     failed = results["judge"] and set(results["errors"]) - {NO_CAPTION}
     again = "; once mended, --retry_errors judges those again that failed" if failed else ""
     if results["score"] is None:

@@ -5,19 +5,19 @@
     python -m balcap_jax.recaption --write=units --images=captions.jsonl --out=with_units.jsonl
     python -m balcap_jax.recaption --write=rubrics --images=captions.jsonl --students=F.jsonl --out=with_rubrics.jsonl
 
-`--images` is a folder, a JSONL file as `caption` and `data.photos` read it, or the JSON of ShareGPT4V. What is written
-(`--write`):
+`--images` is a folder, a JSONL file as `caption` and `data.photos` read it, or the JSON of ShareGPT4V. `--write` says
+what is written:
 
     references  the judge, which sees the picture, describes it under the sample's own prompt, and then splits its
-                description into units; the same pixels are asked about once, copies go to F.duplicates.jsonl
+                description into units; it sees the same pixels once, copies go to F.duplicates.jsonl
     units       of the references that the lines have
     rubrics     RubiCap's criteria: what a student's caption (`--students`, a file of `caption`) lacks beside the
                 reference
 
-`--out` is what `data.name=photos` reads as `data.data_dir`; other fields of a line stay. What cannot be read or was not
-answered goes to F.errors.jsonl as {"image", "error"}; `--retry_errors` asks again. The same command goes on where an
-earlier one was stopped or killed, and what was paid for stands in F.judge.json. `--judge.FIELD=VALUE` sets the fields
-of the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, prices, max_cost.
+`--out` is what `data.name=photos` reads as `data.data_dir`; other fields of a line stay. Pictures that cannot be read
+or have no answer go to F.errors.jsonl as {"image", "error"}; `--retry_errors` asks again. The same command goes on
+where an earlier one was stopped or killed; F.judge.json holds the cost so far. `--judge.FIELD=VALUE` sets the fields of
+the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, prices, max_cost.
 """
 
 import argparse
@@ -46,17 +46,17 @@ from balcap_jax.judges.chat_judge import make_client
 from balcap_jax.judges.writers import References, Rubrics, Units, Writer, reference_of
 
 KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
-MAX_PIXELS = 1_048_576  # of what the judge is shown: hosted models shrink larger pictures themselves
+MAX_PIXELS = 1_048_576  # of the pictures that the judge sees: hosted models shrink larger ones themselves
 _THREADS = 8  # that read pictures
 _MILLION = 1e6
-# About, for --estimate: tokens of a question beside its prompt, and of its answer.
+# Estimates for --estimate: tokens of a question beside its prompt, and of its answer.
 _TOKENS = {"describe.v1": (1400, 300), "units.v1": (300, 350), "rubric_writer.v1": (450, 250)}
 _CHARACTERS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Which pictures, and what is written of them.
+    """The pictures, and what is written about them.
 
     kind: one of KINDS. prompt: of pictures without their own. root: where ShareGPT4V's images lie (None: beside its
     JSON). students: a file of `caption`, for "rubrics".
@@ -70,7 +70,7 @@ class Sources:
 
     @property
     def folder(self) -> Path:
-        """What the paths of its pictures are relative to."""
+        """The folder that the paths of pictures start from."""
         source = Path(self.images)
         if source.suffix.lower() == ".json" and self.root:
             return Path(self.root)
@@ -100,13 +100,13 @@ class Sources:
 
     def drafts(self) -> dict[str, str]:
         """The students' captions by the id, or the path, of their pictures."""
-        found = {}
+        drafts = {}
         remedy = "--students takes a file that `caption` wrote"
         for where, entry in read_jsonl(Path(self.students or ""), remedy):
             if not isinstance(_key(entry), str) or not isinstance(entry.get("caption"), str):
                 raise UserError(f"{where} has no picture and caption; {remedy}")
-            found[entry["id"] if "id" in entry else picture_name(self.folder, entry["image"])] = entry["caption"]
-        return found
+            drafts[entry["id"] if "id" in entry else picture_name(self.folder, entry["image"])] = entry["caption"]
+        return drafts
 
 
 def recaption(
@@ -153,20 +153,20 @@ def recaption(
             patience = budget.Patience(client, judge)
             with ProgressLine(sources.kind, len(named), len(named) - len(pending)) as progress:
                 for start in range(0, len(pending), judge.concurrency):
-                    part = pending[start : start + judge.concurrency]
-                    written = writer(part)
-                    if impatient := patience.exhausted():
-                        raise UserError(f"{impatient}; {out} has what was written before, the same command goes on")
+                    batch = pending[start : start + judge.concurrency]
+                    results = writer(batch)
+                    if reason := patience.exhausted():
+                        raise UserError(f"{reason}; {out} has what was written before, the same command goes on")
                     added: dict[AppendedLines, list[dict[str, Any]]] = {}
-                    for item, one in zip(part, written, strict=True):
-                        file = errors if isinstance(one, str) else duplicates if "same_as" in one else lines
-                        fields = {"error": one} if isinstance(one, str) else one
+                    for item, result in zip(batch, results, strict=True):
+                        file = errors if isinstance(result, str) else duplicates if "same_as" in result else lines
+                        fields = {"error": result} if isinstance(result, str) else result
                         added.setdefault(file, []).append({**fields, **item.names})
                     for file, entries in added.items():
                         file.append(entries)
-                    progress.advance(len(part))
+                    progress.advance(len(batch))
                     spending.update()
-                    if spending.spent and start + len(part) < len(pending):
+                    if spending.spent and start + len(batch) < len(pending):
                         raise UserError(f"{spending.limit_text()}; {out} has what was written, raise it to go on")
             files = {"lines": lines, "errors": errors, "duplicates": duplicates}
             return {name: len(file.entries) for name, file in files.items()} | {"new": len(lines.entries) - new}
@@ -183,7 +183,7 @@ def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels:
 
 
 def _seen_from(folder: Path, item: Item) -> Item:
-    """The item under the name that a file in `folder` gives it; what it is known by to others is its key."""
+    """The item under the name that a file in `folder` gives it; its key stays."""
     return dataclasses.replace(item, image=spelt(picture_name(folder, str(item.path.absolute()))))
 
 
@@ -192,7 +192,7 @@ def _key(entry: Mapping[str, Any]) -> Any:
 
 
 def estimate(sources: Sources, judge: ConfigDict) -> str:
-    """A table of calls, tokens and cost, if nothing is in the cache."""
+    """A table of calls, tokens and cost without a cache."""
     count = len(sources.items())
     lines = [f"{count:,} pictures; about:", f"{'prompt':18}{'calls':>12}{'tokens in':>16}{'tokens out':>16}"]
     sums = [0, 0]
@@ -200,8 +200,7 @@ def estimate(sources: Sources, judge: ConfigDict) -> str:
         texts = {"describe.v1": {"request": ""}, "units.v1": {"reference": ""}}
         messages = prompts.render(name, **texts.get(name, {"caption": "", "reference": ""}))
         fixed = sum(len(message["content"]) for message in messages) // _CHARACTERS_PER_TOKEN
-        each = fixed + _TOKENS[name][0], min(_TOKENS[name][1], judge.max_tokens)
-        row = [count * tokens for tokens in each]
+        row = [count * (fixed + _TOKENS[name][0]), count * min(_TOKENS[name][1], judge.max_tokens)]
         sums = [a + b for a, b in zip(sums, row, strict=True)]
         lines.append(f"{name:18}{count:12,}{row[0]:16,}{row[1]:16,}")
     cost_text = "set --judge.price_in and --judge.price_out (per million tokens)"

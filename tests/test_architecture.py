@@ -39,7 +39,6 @@ EXCEPTIONS = {
     ("aot.print_sharding", "training.job"),
     ("config.checks", "rewards"),
     ("evals.engine", "rewards.words"),
-    ("evaluate", "caption"),
     ("judges.chat_judge", "config.judge"),
     ("models.fields", "config.recipes"),
 }

@@ -11,8 +11,8 @@ checkpoint, exactly as one run of the whole recipe would. D then holds
     runs/VARIANT-seedN/              each an ordinary workdir: `python -m balcap_jax.report` shows it
     logs/, study.jsonl               what each run printed, and when it ran
 
-The same command goes on with a study that was stopped or killed: finished runs are kept, others resume. A run that
-fails keeps none of the others from running; it is named at the end, and the exit status is 1.
+The same command goes on with a study that was stopped or killed: finished runs stay, others resume. After a run that
+fails the others still run; the command names it at the end, and the exit status is 1.
 """
 
 import ctypes
@@ -85,17 +85,16 @@ def plan(
     """
 
     def make(variant: str, seed: int, recipe: str, more: Mapping[str, str]) -> Run:
-        given = {**overrides, "seed": str(seed), **more}
-        config = configuration.load(recipe, given)
-        arguments = (f"--config={recipe}", *(f"--config.{name}={value}" for name, value in given.items()))
-        return Run(variant, seed, config, arguments, out)
+        fields = {**overrides, "seed": str(seed), **more}
+        arguments = (f"--config={recipe}", *(f"--config.{name}={value}" for name, value in fields.items()))
+        return Run(variant, seed, configuration.load(recipe, fields), arguments, out)
 
     order = configuration.stage_order(configuration.load(recipe, overrides))
     if order[-1] != LAST:
         raise UserError(f"config field 'stages.order' must end with rl, which a study compares; got {','.join(order)}")
     before = {"stages.order": ",".join(order[:-1]), "checkpoint.best_metric": ""}
     bases = {seed: make(BASE, seed, recipe, before) for seed in seeds} if order[:-1] else {}
-    # Seed by seed: a variant's programs are compiled by its first run, and a study that is cut short compares all.
+    # Seed by seed: the first run of a variant compiles its programs, and a study that is cut short compares all.
     runs = [make(name, seed, with_variant(recipe, name), {}) for seed in seeds for name in variants]
     seen: dict[str, str] = {}
     for run in runs:
@@ -134,7 +133,7 @@ def is_finished(run: Run) -> bool:
 
 
 class Study:
-    """Runs what is not finished, at most `jobs` at a time; `failed` says why by name of run."""
+    """Runs what is not finished, at most `jobs` at a time; `failed` holds reasons by name of run."""
 
     def __init__(self, bases: Mapping[int, Run], runs: Sequence[Run], jobs: int, log: AppendedLines):
         self.bases, self.jobs, self._log = bases, jobs, log
@@ -164,7 +163,7 @@ class Study:
         self._stop()
 
     def _may_start(self, run: Run, base: Run | None) -> bool:
-        """A run of a study that was killed may still be saving: it is waited for."""
+        """Waits for a run of a study that was killed, which may still be saving."""
         return (base is None or is_finished(base)) and not is_held(run.workdir)
 
     def _start(self, run: Run, base: Run | None) -> None:
@@ -187,14 +186,15 @@ class Study:
 
     def _end(self, run: Run) -> None:
         process, started = self._running.pop(run)
-        status = "finished" if process.returncode == 0 and is_finished(run) else "stopped"
-        if status == "stopped" and process.returncode:
+        if process.returncode:
             status = "failed"
             self._fail(run, f"exit status {process.returncode}: {last_line(run.log)}")
-        elif status == "stopped":
-            self._fail(run, "it was asked to stop; the same command goes on with it")
-        else:
+        elif is_finished(run):
+            status = "finished"
             self._say(f"{run.name} finished in {time.time() - started:.0f} s")
+        else:
+            status = "stopped"
+            self._fail(run, "it was asked to stop; the same command goes on with it")
         self._log.append([{"run": run.name, "status": status, "started": started, "ended": time.time()}])
 
     def _stop(self) -> None:
@@ -226,7 +226,7 @@ def _end_with_the_study() -> None:
 
 
 def copy_base(base: Path, workdir: Path) -> None:
-    """Makes `workdir` look like a run of the whole recipe that was stopped when its stages before rl had ended."""
+    """Makes `workdir` look like a run of the recipe that stopped at the end of its stages before rl."""
     aside = workdir.with_name(f".{workdir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -245,7 +245,7 @@ def last_line(log: Path) -> str:
 
 
 def collect(runs: Sequence[Run], kind: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Values of all finished runs: {variant: {seed: {metric: points}}}; BASE is what the first variant started from."""
+    """Values of all finished runs: {variant: {seed: {metric: points}}}; BASE is the start of the first variant."""
     values: dict[str, dict[int, dict[str, float]]] = {BASE: {}}
     for run in runs:
         if not is_finished(run):
@@ -258,11 +258,8 @@ def collect(runs: Sequence[Run], kind: str) -> dict[str, dict[int, dict[str, flo
                 values[BASE].setdefault(run.seed, points(evaluations[before]))
             values.setdefault(run.variant, {})[run.seed] = points(evaluations[order[-1]])
         except (KeyError, TypeError, AttributeError) as error:
-            print(
-                f"warning: {run.workdir}/summary.json is none that training wrote ({error}); the "
-                "table is without it; delete the folder to run it anew",
-                file=sys.stderr,
-            )
+            warning = f"warning: {run.workdir}/summary.json is none that training wrote ({error})"
+            print(f"{warning}; the table is without it; delete the folder to run it anew", file=sys.stderr)
     return {variant: by_seed for variant, by_seed in values.items() if by_seed}
 
 
@@ -280,14 +277,14 @@ def cost(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence[Mapping[str, Any]], jobs: int) -> Path:
     """Writes table.json, table.md and plot.svg about the runs that are finished; returns the path of table.md."""
     tables = {kind: rows(collect(runs, kind)) for kind in KINDS}
-    spent, images = cost(entries), runs[0].config.log.eval_images
-    about = {"command": command, "versions": versions(), "device": device_text(), "jobs": jobs, **spent}
+    seconds, images = cost(entries), runs[0].config.log.eval_images
+    about = {"command": command, "versions": versions(), "device": device_text(), "jobs": jobs, **seconds}
     write_text(out / "table.json", json_text.dumps(about | tables, indent=1) + "\n")
     parts = [
         f"`{command}`\n",
-        f"{spent['wall_seconds'] / 60:.0f} min in all, {spent['runs_seconds'] / 60:.0f} min of runs, {jobs} at a time, "
-        f"on {about['device']}; jax {about['versions'].get('jax')}. {images} held-out images; mean ± sd over seeds; "
-        "bold: the 95% t interval of the paired difference to `full` is above or below 0.\n",
+        f"{seconds['wall_seconds'] / 60:.0f} min in all, {seconds['runs_seconds'] / 60:.0f} min of runs, {jobs} at a "
+        f"time, on {about['device']}; jax {about['versions'].get('jax')}. {images} held-out images; mean ± sd over "
+        "seeds; bold: the 95% t interval of the paired difference to `full` is above or below 0.\n",
     ]
     for kind, table in tables.items():
         parts += [f"## {_TITLES[kind].capitalize()}\n", markdown(table)]
@@ -303,12 +300,11 @@ def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def _numbers(text: str, name: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    numbers = [int(part) if part.isdecimal() else -1 for part in parts]
-    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise UserError(f"--{name} takes different whole numbers, comma-separated; got {text!r}")
-    return numbers
+def _seeds(text: str) -> list[int]:
+    seeds = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds takes different whole numbers, comma-separated; got {text!r}")
+    return seeds
 
 
 def _names(text: str) -> list[str]:
@@ -327,15 +323,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     configuration.add_arguments(parser)
     parser.add_argument("--out", type=place, metavar="DIR", required=True, help="where the study is written")
-    parser.add_argument(
-        "--variants", default=",".join(VARIANTS), help="comma-separated; default: %(default)s", metavar="A,B"
-    )
+    variants_help = "comma-separated; default: %(default)s"
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=variants_help, metavar="A,B")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="default: %(default)s")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--jobs", type=int, default=cores, metavar="N",
-        help="runs at a time, which share the cores; default: one per core (%(default)s); 1 on an accelerator",
-    )  # fmt: skip
+    jobs_help = "runs at a time, which share the cores; default: one per core (%(default)s); 1 on an accelerator"
+    parser.add_argument("--jobs", type=int, default=cores, metavar="N", help=jobs_help)
     arguments = sys.argv[1:] if argv is None else list(argv)
     rest, overrides = split_overrides(arguments)
     args = parser.parse_args(rest)
@@ -344,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("seed", "stages.order"):
         if name in overrides:
             raise UserError(f"--config.{name} is the study's own to set; use --seeds, or a recipe with that order")
-    variants, seeds, out = _names(args.variants), _numbers(args.seeds, "seeds"), Path(args.out).absolute()
+    variants, seeds, out = _names(args.variants), _seeds(args.seeds), Path(args.out).absolute()
     bases, runs = plan(args.config, overrides, variants, seeds, out)
     command = shlex.join(["python", "-m", "balcap_jax.ablate", *arguments])
     with PreemptionFlag() as stop, AppendedLines(out / "study.jsonl") as log:

@@ -36,14 +36,13 @@ Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> m
 
 def points(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of one evaluation of summary.json; those without a value are left out."""
-    found = {name: (evaluation.get(name) or {}).get("mean") for name in METRICS}
-    return {
-        name: float(value) * (1 if name in _AS_STORED else 100) for name, value in found.items() if value is not None
-    }
+    means = {name: (evaluation.get(name) or {}).get("mean") for name in METRICS}
+    scales = {name: 1 if name in _AS_STORED else 100 for name in METRICS}
+    return {name: float(mean) * scales[name] for name, mean in means.items() if mean is not None}
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for the latter of a single value."""
+    """Mean and sample standard deviation; a single value has no standard deviation (None)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -74,27 +73,27 @@ def difference(values: Values, variant: str, other: str, metric: str) -> Differe
 
     Runs of one seed share their base model and their order of data, so differences vary less than values do.
     """
-    one, two = values.get(variant, {}), values.get(other, {})
-    seeds = [seed for seed in one if metric in one[seed] and metric in two.get(seed, {})]
+    ours, theirs = values.get(variant, {}), values.get(other, {})
+    seeds = [seed for seed in ours if metric in ours[seed] and metric in theirs.get(seed, {})]
     if not seeds:
         return None
-    mean, spread = mean_and_spread([one[seed][metric] - two[seed][metric] for seed in seeds])
+    mean, spread = mean_and_spread([ours[seed][metric] - theirs[seed][metric] for seed in seeds])
     n = len(seeds)
     half = None if spread is None else float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * spread / math.sqrt(n)
     return Difference(mean, half, n)
 
 
 def claims_of(variant: str, known: Mapping[str, Variant] = VARIANTS) -> list[tuple[str, int, str, str]]:
-    """(metric, direction, against which variant, whose claim) of everything that is said about a variant."""
-    one = known.get(variant)
-    if one is None:
+    """(metric, direction, against which variant, whose claim) of each claim about a variant."""
+    if variant not in known:
         return []
-    reported = [(metric, sign, one.against, "paper") for metric, sign in one.reported.items()]
-    return reported + [(metric, sign, FULL, "method") for metric, sign in one.expected.items()]
+    about = known[variant]
+    reported = [(metric, sign, about.against, "paper") for metric, sign in about.reported.items()]
+    return reported + [(metric, sign, FULL, "method") for metric, sign in about.expected.items()]
 
 
 def rows(values: Values) -> list[dict[str, Any]]:
-    """One JSON-able row per variant: values by seed, mean and sd of each metric, and what came of each claim."""
+    """One JSON-able row per variant: values by seed, mean and sd of each metric, and the verdict on each claim."""
     table = []
     for variant, by_seed in values.items():
         metrics, claims = {}, []
@@ -107,19 +106,10 @@ def rows(values: Values) -> list[dict[str, Any]]:
                 if change is not None and variant not in (FULL, BASE):
                     metrics[metric]["against_full"] = {"mean": change.mean, "half": change.half}
         for metric, sign, other, source in claims_of(variant):
-            found = difference(values, variant, other, metric)
-            if found is not None:
-                claims.append(
-                    {
-                        "metric": metric,
-                        "direction": sign,
-                        "source": source,
-                        "against": other,
-                        "mean": found.mean,
-                        "half": found.half,
-                        "agrees": found.verdict(sign),
-                    }
-                )
+            change = difference(values, variant, other, metric)
+            if change is not None:
+                claim = {"metric": metric, "direction": sign, "source": source, "against": other}
+                claims.append(claim | {"mean": change.mean, "half": change.half, "agrees": change.verdict(sign)})
         about = VARIANTS[variant].about if variant in VARIANTS else _ABOUT_BASE if variant == BASE else ""
         table.append({"variant": variant, "about": about, "seeds": len(by_seed), "metrics": metrics, "claims": claims})
     return table
@@ -150,7 +140,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def claims_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """What is claimed of each variant, beside what was measured."""
+    """The claims about each variant beside the measurements."""
     lines = ["| variant | metric | claim | against | ours | agrees |", "|---|---|---|---|---|---|"]
     for row in table:
         for one in row["claims"]:

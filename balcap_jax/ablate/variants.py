@@ -1,4 +1,4 @@
-"""The variants of a leave-one-out study, and what is reported of each: names of variants that recipes take.
+"""The variants of a leave-one-out study by the names that recipes take, and the reports about each.
 
 The reported directions are second-hand (docs/method.md); they are of a 3B model on photographs, against the paper's
 full method unless `against` says otherwise. `expected` are claims of the method's argument that have no figure there.

@@ -7,7 +7,10 @@ device's program, the partitioned one.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4}
@@ -34,15 +37,26 @@ class Instruction:
     root: bool
 
     @property
-    def size(self) -> int:
-        """Bytes of the result."""
-        return sum(_bytes(shape) for shape in self.shapes)
-
-    @property
     def op_name(self) -> str:
         """Where the instruction comes from in the traced program, such as "jit(step)/while/body/dot_general"."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return self.find(r'op_name="([^"]*)"') or ""
+
+    @property
+    def index(self) -> int:
+        """The element that a get-tuple-element takes."""
+        return int(self.attribute("index"))
+
+    def find(self, pattern: str) -> str | None:
+        """The first group of a pattern in the attributes; None where it does not match."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
+
+    def attribute(self, name: str) -> str:
+        """The value of an attribute. Raises ValueError where there is none."""
+        value = self.find(rf"\b{name}=%?([\w.\-]+)")
+        if value is None:
+            raise ValueError(f"{self.opcode} {self.name} has no attribute {name}")
+        return value
 
     def called(self) -> list[str]:
         """Names of the computations that it runs."""
@@ -50,6 +64,9 @@ class Instruction:
         for group in _BRANCHES.findall(self.attributes):
             names += [name.strip().lstrip("%") for name in group.split(",")]
         return names
+
+
+Computation = Mapping[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +102,7 @@ class Program:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] | None = None
-        for line in _whole_lines(text):
+        for line in _joined_lines(text):
             if header := _HEADER.match(line):
                 current = self.computations.setdefault(header[2], {})
                 self.entry = header[2] if header[1] else self.entry
@@ -99,221 +116,165 @@ class Program:
 
     def analyse(self, open_turns: int = 1) -> Analysis:
         """Flops and collectives; loops that end by themselves count `open_turns` turns."""
-        collectives: dict[tuple, Collective] = {}
-        flops = self._walk(self.entry, 1, 0, False, frozenset(), open_turns, collectives)
-        return Analysis(flops, tuple(collectives.values()))
+        walk = _Walk(self, open_turns)
+        flops = walk.flops(self.entry, {})
+        return Analysis(flops, tuple(walk.collectives.values()))
 
-    def turns(self, loop: Instruction, computation: Mapping[str, Instruction]) -> int | None:
+    def turns(self, loop: Instruction, computation: Computation) -> int | None:
         """How often a `while` of `computation` turns, by its counter; None where something else may end it."""
-        found = re.search(r'known_trip_count[^}]*?"n":"?(\d+)', loop.attributes)
-        if found:
-            return int(found[1])
-        condition, body = (self.computations[_attribute(loop, part)] for part in ("condition", "body"))
-        compared = next(instruction for instruction in condition.values() if instruction.root)
-        if compared.opcode == "fusion":  # The comparison alone, or it is no counter's.
-            compared = dataclasses.replace(self._root(compared.called()[0]), operands=compared.operands)
-        if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+        if known := loop.find(r'known_trip_count[^}]*?"n":"?(\d+)'):
+            return int(known)
+        condition = self.computations[loop.attribute("condition")]
+        compare = self.root(loop.attribute("condition"))
+        if compare.opcode == "fusion":  # The comparison alone, or it is no counter's.
+            compare = dataclasses.replace(self.root(compare.called()[0]), operands=compare.operands)
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
             return None
-        counters = [condition[name] for name in compared.operands if condition[name].opcode == "get-tuple-element"]
-        bounds = [_constant(condition, name) for name in compared.operands]
-        bounds = [bound for bound in bounds if bound is not None]
+        counters = [condition[name] for name in compare.operands if condition[name].opcode == "get-tuple-element"]
+        bounds = [value for name in compare.operands if (value := _constant(condition, name)) is not None]
         if len(counters) != 1 or len(bounds) != 1:
             return None
-        index = int(_attribute(counters[0], "index"))
-        first, step = self._first(computation, loop.operands[0], index), self._step(body, index)
-        return -(-(bounds[0] - first) // step)
+        index, state = counters[0].index, computation[loop.operands[0]]
+        # A first value that is not written in `computation` counts as 0.
+        first = (_constant(computation, state.operands[index]) or 0) if state.opcode == "tuple" else 0
+        return -(-(bounds[0] - first) // self._step(loop.attribute("body"), index))
 
-    def _first(self, computation: Mapping[str, Instruction], state: str, index: int) -> int:
-        """What element `index` of a loop's first state holds; 0 where that is not written in `computation`."""
-        made = computation[state]
-        value = _constant(computation, made.operands[index]) if made.opcode == "tuple" else None
-        return value or 0
-
-    def _step(self, body: Mapping[str, Instruction], index: int) -> int:
-        """By how much a turn raises element `index`."""
-        root = next(instruction for instruction in body.values() if instruction.root)
+    def _step(self, body: str, index: int) -> int:
+        """By how much a turn raises element `index` of the loop's state."""
+        computation, root = self.computations[body], self.root(body)
         name, step = root.operands[index], 0
-        while (instruction := body[name]).opcode in ("copy", "add", "fusion"):
+        while (instruction := computation[name]).opcode in ("copy", "add", "fusion"):
             if instruction.opcode == "copy":
                 name = instruction.operands[0]
                 continue
-            added, within = instruction, body
+            add, scope = instruction, computation
             if instruction.opcode == "fusion":
-                within = self.computations[instruction.called()[0]]
-                added = next(inner for inner in within.values() if inner.root)
-            amounts = [_constant(within, operand) for operand in added.operands]
+                (called,) = instruction.called()[:1]
+                add, scope = self.root(called), self.computations[called]
+            amounts = [_constant(scope, operand) for operand in add.operands]
             step += next((amount for amount in amounts if amount is not None), 0)
-            name = next(
-                (name for name in instruction.operands if name in body and _constant(body, name) is None), root.name
-            )
+            operands = [name for name in instruction.operands if name in computation]
+            name = next((name for name in operands if _constant(computation, name) is None), root.name)
         return step or 1
 
-    def _root(self, name: str) -> Instruction:
+    def root(self, name: str) -> Instruction:
+        """The instruction whose result is that of a computation."""
         return next(instruction for instruction in self.computations[name].values() if instruction.root)
 
-    def _walk(
-        self,
-        name: str,
-        times: int,
-        loops: int,
-        in_open_loop: bool,
-        invariant: frozenset[int],
-        open_turns: int,
-        collectives: dict[tuple, Collective],
-    ) -> float:
-        """Flops of a computation, run `times` times; elements `invariant` of its parameter never change."""
-        computation, flops = self.computations[name], 0.0
-        fixed = self._fixed(computation, invariant)
-        for instruction in computation.values():
-            opcode = instruction.opcode.removesuffix("-start")
-            if opcode in COLLECTIVES:
-                channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-                # The parts of one that runs beside other work are instructions of their own on the same channel.
-                key = (channel[1] if channel else f"{name}/{instruction.name}",)
-                moved = bool(instruction.operands) and all(operand in fixed for operand in instruction.operands)
-                found = Collective(
-                    opcode, _moved(instruction), times, loops, in_open_loop, moved and in_open_loop, instruction.op_name
-                )
-                known = collectives.get(key)
-                collectives[key] = max(known, found, key=lambda c: (c.of_invariant, c.size)) if known else found
-            elif opcode in ("dot", "convolution"):
-                flops += times * _matmul_flops(instruction, computation)
-            elif opcode == "while":
-                turns = self.turns(instruction, computation)
-                body = _attribute(instruction, "body")
-                if turns is not None and in_open_loop:
-                    inside = self._kept(body, self._elements(computation, instruction.operands[0], fixed))
-                else:
-                    inside = self._unchanged(body)
-                flops += self._walk(
-                    body,
-                    times * (open_turns if turns is None else turns),
-                    loops + 1,
-                    in_open_loop or turns is None,
-                    inside,
-                    open_turns,
-                    collectives,
-                )
-            elif opcode == "conditional":
-                branches = [
-                    self._walk(branch, times, loops, in_open_loop, frozenset(), open_turns, collectives)
-                    for branch in instruction.called()
-                ]
-                flops += max(branches, default=0.0)
-            elif opcode == "custom-call":
-                flops += times * _kernel_flops(instruction, computation)
-            elif opcode in ("fusion", "call", "async"):
-                for called in instruction.called():
-                    moved = self._parameters(called, instruction, fixed)
-                    flops += self._walk_called(called, times, loops, in_open_loop, moved, open_turns, collectives)
-        return flops
+    def flow(self, name: str, parameters: Mapping[int, Any]) -> dict[str, Any]:
+        """What is known of each instruction's value, where `parameters` says it of the parameters by number.
 
-    def _walk_called(self, name, times, loops, in_open_loop, moved, open_turns, collectives) -> float:
-        """As `_walk`, of a computation with one parameter per operand, of which those in `moved` never change."""
-        saved = self.computations[name]
-        marked = {
-            key: dataclasses.replace(instruction, opcode="constant", arguments="")
-            if instruction.opcode == "parameter" and key in moved
-            else instruction
-            for key, instruction in saved.items()
-        }
-        self.computations[name] = marked
-        try:
-            return self._walk(name, times, loops, in_open_loop, frozenset(), open_turns, collectives)
-        finally:
-            self.computations[name] = saved
+        False: it may vary. True: it follows from invariant values alone; which part of one is taken may vary. Any other
+        object is one value, handed on as it came. The elements of a tuple are known each.
+        """
+        computation, known = self.computations[name], {}
+        for key, instruction in computation.items():
+            operands = [known.get(operand, False) for operand in instruction.operands]
+            match instruction.opcode:
+                case "parameter":
+                    value = parameters.get(int(instruction.arguments), False)
+                case "constant" | "iota":
+                    value = True
+                case "copy" | "opt-barrier":
+                    value = operands[0]
+                case "tuple":
+                    value = tuple(operands)
+                case "get-tuple-element":
+                    elements = operands[0] if isinstance(operands[0], tuple) else ()
+                    value = elements[instruction.index] if instruction.index < len(elements) else False
+                case "while":
+                    state = operands[0] if isinstance(operands[0], tuple) else ()
+                    same = self.unchanged(instruction.attribute("body"))
+                    value = tuple(before if is_same else False for before, is_same in zip(state, same, strict=False))
+                case "conditional":
+                    value = False
+                case _:
+                    # What follows from scalars alone (a counter, say) is no weight.
+                    arrays = [
+                        value
+                        for operand, value in zip(instruction.operands, operands, strict=True)
+                        if operand not in computation or any(dims for _, dims in computation[operand].shapes)
+                    ]
+                    value = bool(arrays) and all(map(_is_invariant, arrays))
+            known[key] = value
+        return known
 
-    def _parameters(self, called: str, instruction: Instruction, fixed: set[str]) -> set[str]:
-        """Names of the parameters of `called` whose operand is in `fixed`."""
-        numbers = {
-            key: int(inner.arguments)
-            for key, inner in self.computations[called].items()
-            if inner.opcode == "parameter" and inner.arguments.isdecimal()
-        }
-        operands = instruction.operands
-        return {key for key, number in numbers.items() if number < len(operands) and operands[number] in fixed}
-
-    def _unchanged(self, body: str) -> frozenset[int]:
-        """Elements of a loop's state that its body hands on as they came."""
-        computation, root = self.computations[body], self._root(body)
+    def unchanged(self, body: str) -> tuple[bool, ...]:
+        """Of each element of a loop's state, whether its body hands it on as it came; () where that is not known."""
+        root = self.root(body)
         if root.opcode != "tuple":
-            return frozenset()
-        parameters = {name for name, instruction in computation.items() if instruction.opcode == "parameter"}
+            return ()
+        state = tuple(object() for _ in root.operands)
+        result = self.flow(body, {0: state})[root.name]
+        return tuple(after is before for before, after in zip(state, result, strict=True))
 
-        def is_itself(name: str, index: int) -> bool:
-            instruction = computation[self._origin(computation, name)]
-            return (
-                instruction.opcode == "get-tuple-element"
-                and instruction.operands[0] in parameters
-                and int(_attribute(instruction, "index")) == index
-            )
-
-        return frozenset(index for index, name in enumerate(root.operands) if is_itself(name, index))
-
-    def _origin(self, computation: Mapping[str, Instruction], name: str) -> str:
-        """Where a value comes from that was only copied, or handed through a loop that leaves it as it is."""
-        while True:
-            instruction = computation[name]
-            if instruction.opcode == "copy":
-                name = instruction.operands[0]
-                continue
-            if instruction.opcode != "get-tuple-element":
-                return name
-            loop, index = computation[instruction.operands[0]], int(_attribute(instruction, "index"))
-            if loop.opcode != "while" or index not in self._unchanged(_attribute(loop, "body")):
-                return name
-            state = computation[loop.operands[0]]
-            if state.opcode != "tuple":
-                return name
-            name = state.operands[index]
-
-    def _kept(self, body: str, elements: frozenset[int]) -> frozenset[int]:
-        """Those of a loop's `elements`, fixed before it, that also follow from fixed ones alone after each turn.
+    def invariant(self, body: str, state: Any) -> tuple[bool, ...]:
+        """Of each element of a loop's `state`, whether it is invariant before the loop and after each turn.
 
         A weight that is passed around between devices, piece by piece, changes in every turn and is still that weight.
         """
-        computation, root = self.computations[body], self._root(body)
-        while root.opcode == "tuple":
-            fixed = self._fixed(computation, elements)
-            kept = frozenset(index for index in elements if root.operands[index] in fixed)
-            if kept == elements:
-                return kept
-            elements = kept
-        return frozenset()
-
-    def _elements(self, computation: Mapping[str, Instruction], name: str, fixed: set[str]) -> frozenset[int]:
-        """Indices of the tuple `name` whose elements are in `fixed`."""
-        made = computation[name]
-        while made.opcode in ("copy", "opt-barrier"):
-            made = computation[made.operands[0]]
-        if made.opcode != "tuple":
-            return frozenset()
-        return frozenset(index for index, operand in enumerate(made.operands) if operand in fixed)
-
-    def _fixed(self, computation: Mapping[str, Instruction], invariant: frozenset[int]) -> set[str]:
-        """Instructions whose value follows from invariant elements alone; which part of one is taken may vary."""
-        fixed: set[str] = set()
-        for name in computation:
-            instruction = computation[self._origin(computation, name)]
-            if instruction.opcode == "get-tuple-element":
-                source = computation[instruction.operands[0]]
-                if source.opcode == "parameter" and int(_attribute(instruction, "index")) in invariant:
-                    fixed.add(name)
-            elif instruction.opcode in ("constant", "iota"):
-                fixed.add(name)
-            elif instruction.opcode not in ("parameter", "while", "conditional", "tuple") and instruction.operands:
-                arrays = [
-                    operand
-                    for operand in instruction.operands
-                    if operand not in computation or any(dims for _, dims in computation[operand].shapes)
-                ]
-                # What follows from scalars alone (a counter, say) is no weight.
-                if arrays and all(operand in fixed for operand in arrays):
-                    fixed.add(name)
-        return fixed
+        root = self.root(body)
+        if root.opcode != "tuple" or not isinstance(state, tuple):
+            return ()
+        before, elements = None, tuple(map(_is_invariant, state))
+        while elements != before:
+            before, result = elements, self.flow(body, {0: elements})[root.name]
+            elements = tuple(was and _is_invariant(now) for was, now in zip(elements, result, strict=True))
+        return elements
 
 
-def _whole_lines(text: str) -> Iterator[str]:
+@dataclasses.dataclass
+class _Walk:
+    """Goes through a program as it runs; `collectives` are those met so far."""
+
+    program: Program
+    open_turns: int
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+
+    def flops(
+        self, name: str, parameters: Mapping[int, Any], times: int = 1, loops: int = 0, in_open_loop: bool = False
+    ) -> float:
+        """Flops of a computation that runs `times` times inside `loops` loops; `parameters` as for `Program.flow`."""
+        program, flops = self.program, 0.0
+        computation, known = program.computations[name], program.flow(name, parameters)
+        for instruction in computation.values():
+            opcode = instruction.opcode.removesuffix("-start")
+            operands = [known.get(operand, False) for operand in instruction.operands]
+            if opcode in COLLECTIVES:
+                of_invariant = in_open_loop and bool(operands) and all(map(_is_invariant, operands))
+                size = _collective_bytes(instruction)
+                collective = Collective(opcode, size, times, loops, in_open_loop, of_invariant, instruction.op_name)
+                # The parts of one that runs beside other work are instructions of their own on the same channel.
+                key = instruction.find(r"channel_id=(\d+)") or f"{name}/{instruction.name}"
+                part = self.collectives.get(key, collective)
+                self.collectives[key] = max(part, collective, key=lambda c: (c.of_invariant, c.size))
+            elif opcode in ("dot", "convolution"):
+                flops += times * _matmul_flops(instruction, computation)
+            elif opcode == "custom-call":
+                flops += times * _kernel_flops(instruction, computation)
+            elif opcode == "while":
+                turns, body = program.turns(instruction, computation), instruction.attribute("body")
+                if turns is not None and in_open_loop:
+                    state = program.invariant(body, operands[0])
+                else:
+                    state = program.unchanged(body)
+                count = times * (self.open_turns if turns is None else turns)
+                flops += self.flops(body, {0: state}, count, loops + 1, in_open_loop or turns is None)
+            elif opcode == "conditional":
+                branches = [self.flops(branch, {}, times, loops, in_open_loop) for branch in instruction.called()]
+                flops += max(branches, default=0.0)
+            elif opcode in ("fusion", "call", "async"):
+                moved = {number: True for number, value in enumerate(operands) if _is_invariant(value)}
+                for called in instruction.called():
+                    flops += self.flops(called, moved, times, loops, in_open_loop)
+        return flops
+
+
+def _is_invariant(value: Any) -> bool:
+    return value is not False and not isinstance(value, tuple)
+
+
+def _joined_lines(text: str) -> Iterator[str]:
     """Lines with one instruction each: what a kernel says of itself may hold line breaks."""
     held = ""
     for line in text.splitlines():
@@ -339,9 +300,8 @@ def _parse(line: str) -> Instruction:
     arguments = rest[len(opcode) + 1 : close]
     shapes = tuple((dtype, tuple(map(int, dims.split(","))) if dims else ()) for dtype, dims in _SHAPE.findall(kind))
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(
-        left.removeprefix("ROOT ").lstrip("%"), shapes, opcode.strip(), operands, arguments, rest[close + 1 :], root
-    )
+    name = left.removeprefix("ROOT ").lstrip("%")
+    return Instruction(name, shapes, opcode.strip(), operands, arguments, rest[close + 1 :], root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -354,89 +314,64 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses: {text[:200]}")
 
 
-def _constant(computation: Mapping[str, Instruction], name: str) -> int | None:
+def _constant(computation: Computation, name: str) -> int | None:
     """The integer that an instruction holds, if it is a constant."""
     instruction = computation[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation[instruction.operands[0]]
-    found = re.fullmatch(r"\s*(-?\d+)\s*", instruction.arguments) if instruction.opcode == "constant" else None
-    return int(found[1]) if found else None
+    literal = re.fullmatch(r"\s*(-?\d+)\s*", instruction.arguments) if instruction.opcode == "constant" else None
+    return int(literal[1]) if literal else None
 
 
-def _attribute(instruction: Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
-    if not found:
-        raise ValueError(f"{instruction.opcode} {instruction.name} has no attribute {name}")
-    return found[1]
+def _bytes(shapes: tuple[Shape, ...]) -> int:
+    return sum(math.prod(dims) * (1 if dtype.startswith("f8") else _BYTES.get(dtype, 4)) for dtype, dims in shapes)
 
 
-def _bytes(shape: Shape) -> int:
-    dtype, dims = shape
-    return math.prod(dims) * (1 if dtype.startswith("f8") else _BYTES.get(dtype, 4))
+def _collective_bytes(instruction: Instruction) -> int:
+    """Bytes of a collective's result. The start of one that runs beside other work names its operands before it."""
+    count = len(instruction.operands)
+    if instruction.opcode.endswith("-start") and len(instruction.shapes) >= 2 * count:
+        return _bytes(instruction.shapes[count : 2 * count])
+    return _bytes(instruction.shapes)
 
 
-def _matmul_flops(instruction: Instruction, computation: Mapping[str, Instruction]) -> float:
+def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
     """2 per multiplication that is not with padding."""
     (_, output), *_ = instruction.shapes
     left, right = (computation[name].shapes[0][1] for name in instruction.operands[:2])
     if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = [int(axis) for axis in contracted[1].split(",")] if contracted and contracted[1] else []
+        contracted = instruction.find(r"lhs_contracting_dims=\{([\d,]+)\}")
+        axes = [int(axis) for axis in contracted.split(",")] if contracted else []
         return 2.0 * math.prod(output) * math.prod(left[axis] for axis in axes)
 
     of_left, of_right, of_output = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     flops = 2.0 * right[of_right.index("i")] * output[of_output.index("b")] * output[of_output.index("f")]
-    flops /= int(groups[1]) if groups else 1
-    for axis, (size, stride, low, dilation, inner) in enumerate(_windows(instruction.attributes)):
-        label = str(axis)
-        rows = left[of_left.index(label)]
-        flops *= _meetings(rows, size, output[of_output.index(label)], stride, low, dilation, inner)
+    flops /= int(instruction.find(r"batch_group_count=(\d+)") or 1)
+    window = dict(part.split("=") for part in (instruction.find(r"window=\{([^}]*)\}") or "").split())
+    sizes = [int(size) for size in window.get("size", "").split("x") if size]
+
+    def of(name: str, default: int, axis: int) -> int:
+        """What the window says of an axis; of its padding the lower one."""
+        return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
+
+    for axis, size in enumerate(sizes):
+        # Pairs (position of the output, of the window) that meet an element, not padding or a hole between two.
+        outputs, holes = output[of_output.index(str(axis))], of("lhs_dilate", 1, axis)
+        positions = np.arange(outputs)[:, None] * of("stride", 1, axis) - of("pad", 0, axis)
+        positions = positions + np.arange(size) * of("rhs_dilate", 1, axis)
+        span = (left[of_left.index(str(axis))] - 1) * holes + 1
+        flops *= int(((positions >= 0) & (positions < span) & (positions % holes == 0)).sum())
     return flops
 
 
-def _moved(instruction: Instruction) -> int:
-    """Bytes of a collective's result. What one that runs beside other work starts with names its operands before it."""
-    count = len(instruction.operands)
-    if instruction.opcode.endswith("-start") and len(instruction.shapes) >= 2 * count:
-        return sum(map(_bytes, instruction.shapes[count : 2 * count]))
-    return instruction.size
-
-
-def _kernel_flops(instruction: Instruction, computation: Mapping[str, Instruction]) -> float:
+def _kernel_flops(instruction: Instruction, computation: Computation) -> float:
     """Flops of a hand-written kernel: what it says of itself, or splash attention's matmuls over whole squares."""
-    if found := re.search(r'"flops":"?(\d+)', instruction.attributes):
-        return float(found[1])
-    found = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name)
-    if not found:
+    if stated := instruction.find(r'"flops":"?(\d+)'):
+        return float(stated)
+    kernel = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name)
+    if not kernel:
         return 0.0
     shapes = [computation[name].shapes[0] for name in instruction.operands]
     q, k, *_ = (dims for dtype, dims in shapes if dtype in ("bf16", "f32", "f16") and len(dims) >= 3)
-    matmuls = {"fwd": 2, "dkv": 4, "dq": 3}[found[1]]
+    matmuls = {"fwd": 2, "dkv": 4, "dq": 3}[kernel[1]]
     return 2.0 * matmuls * math.prod(q) * k[-2]
-
-
-def _windows(attributes: str) -> Iterator[tuple[int, int, int, int, int]]:
-    """(size, stride, low padding, dilation of the left side, of the right side) of each spatial axis."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    parts = dict(part.split("=") for part in found[1].split()) if found and found[1] else {}
-    sizes = [int(size) for size in parts.get("size", "").split("x") if size]
-
-    def of(name: str, default: int) -> Sequence[int]:
-        return [int(value) for value in parts[name].split("x")] if name in parts else [default] * len(sizes)
-
-    low = [int(pair.split("_")[0]) for pair in parts["pad"].split("x")] if "pad" in parts else [0] * len(sizes)
-    yield from zip(sizes, of("stride", 1), low, of("lhs_dilate", 1), of("rhs_dilate", 1), strict=True)
-
-
-def _meetings(rows: int, size: int, outputs: int, stride: int, low: int, dilation: int, inner: int) -> int:
-    """How many pairs (position of the output, of the window) meet an element, not padding or a hole between two."""
-    span = (rows - 1) * dilation + 1
-    if size == 1 and dilation == 1 and not low and (outputs - 1) * stride < span:
-        return outputs
-    count = 0
-    for output in range(outputs):
-        for position in range(size):
-            at = output * stride + position * inner - low
-            count += 0 <= at < span and at % dilation == 0
-    return count

@@ -1,4 +1,4 @@
-"""What captions of one file were made with: a file beside it, which keeps those of other models or settings out."""
+"""The model and the settings of a file of captions, in a file beside it, which keeps those of others out."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, replace_file, resolved
 
 _MODEL_FILES = ("model.json", "config.json", "preprocessor_config.json", "tokenizer.json")
-_PIECE, _PIECES = 4096, 64  # bytes, and how many of them, that tell a file of weights from another
+_PIECE, _PIECES = 4096, 64  # bytes of a sample, and number of samples, that tell two files of weights apart
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -52,7 +52,7 @@ def identity(model: str | os.PathLike) -> dict[str, str]:
 
 
 def check(out: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError unless the lines that are there were made with the same settings."""
+    """Raises UserError unless the present lines have the same settings."""
     path = beside(out, ".settings.json")
     remedy = "name another file with --out"
     try:
@@ -63,16 +63,13 @@ def check(out: Path, settings: dict[str, Any]) -> None:
         ) from error
     if before.get("model_digest") != settings.get("model_digest"):
         raise UserError(
-            f"{out} has captions of another model (then {before.get('model')}, now {settings['model']}); "
-            f"name another file with --out"
+            f"{out} has captions of another model (then {before.get('model')}, now {settings['model']}); {remedy}"
         )
     for name in {**before, **settings}:
         moved = name == "model" and "model_digest" in settings  # a model that was moved is the same model
-        if not moved and before.get(name) != settings.get(name):
-            raise UserError(
-                f"{out} has lines made with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
-                f"name another file with --out"
-            )
+        then, now = before.get(name), settings.get(name)
+        if not moved and then != now:
+            raise UserError(f"{out} has lines made with {name} {then!r}, not {now!r}; {remedy}")
 
 
 def write(out: Path, settings: dict[str, Any]) -> None:

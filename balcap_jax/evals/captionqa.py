@@ -6,7 +6,7 @@ Source: bronyayang/CaptionQA, commit f729489, qa.py.
 import random
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ import numpy as np
 import pydantic
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import read_json, read_json_or_jsonl
-from balcap_jax.evals.engine import Item, Metric, Texts, mean_of_known, ratio
+from balcap_jax.cli.files import read_json_or_jsonl
+from balcap_jax.evals.engine import Item, Metric, mean_of_known, means_of_pairs, pairs, ratio
+from balcap_jax.evals.inputs import Texts, read_document
 from balcap_jax.judges import prompts
-from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.types import Ask
-from balcap_jax.judges.schema import Failure
 
 LETTERS = string.ascii_uppercase
 CANNOT_ANSWER = "The caption does not say."
-BONUS = 0.05  # of saying that one cannot answer, beyond guessing
-_DIGITS = 4  # the points of a question are rounded to
+BONUS = 0.05  # of "cannot answer", beyond guessing
+_DIGITS = 4  # of the points of a question, which are rounded
 DOMAINS = {"nat": "natural", "doc": "document", "ecom": "e-commerce", "emb": "embodied"}
 _VERBS = "is are was were do does did have has had can could will would should shall may might must"
 _YES_NO_STARTS = tuple(f"{word} " for word in _VERBS.split())
@@ -44,15 +43,15 @@ def is_yes_no(question: str, choices: Sequence[str]) -> bool:
 
 
 def parse_letter(answer: str, options: int) -> int | None:
-    """Which of so many options an answer names, by the published order of rules; None where it cannot be told.
+    """The place of the option that an answer names, by the published order of rules; None where it cannot be told.
 
-    What follows the first "</think>", of that what follows the first "Answer: ", of that what follows the first line
-    break; the first letter that stands alone, in either case, if there are as many options, or else the first number
-    from 1, if there are.
+    The rules drop all up to the first "</think>", then up to the first "Answer: ", then up to the first line break.
+    Of the rest they take the first letter that stands alone, in either case, if there are as many options. Or else
+    they take the first number from 1, if there are as many.
     """
     for mark in ("</think>", "Answer: ", "\n"):
-        before, found, after = answer.partition(mark)
-        answer = after if found else before
+        before, match, after = answer.partition(mark)
+        answer = after if match else before
     letter = _ISOLATED.search(answer.upper())
     if letter and LETTERS.index(letter[1]) < options:
         return LETTERS.index(letter[1])
@@ -63,15 +62,16 @@ def parse_letter(answer: str, options: int) -> int | None:
 class CaptionQA(Metric):
     """Items are questions, with data {"question", "options", "gold", "cannot" (place or None), "choices" (K)}.
 
-    A judgement is {"answer": text, "options": in the order in which they were shown; the item's own without it}; one
-    that names no option scores 0, and is counted as "unparsable". Saying that one cannot answer scores 1/K + 0.05.
+    A judgement is {"answer": text, "options": in the order in which they were shown; the item's own without it}. One
+    that names no option scores 0, and is counted as "unparsable". The option "cannot answer" scores 1/K + 0.05.
     """
 
     name = "captionqa"
     prompts = (prompts.name_of("choice"),)
+    max_tokens = 64
 
-    def __init__(self, max_tokens: int = 64):
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens: int | None = None):
+        super().__init__(max_tokens)
         self._domains: list[str] = []
         self._skipped = 0
 
@@ -84,33 +84,33 @@ class CaptionQA(Metric):
         rng, items, domains, self._skipped = random.Random(0), [], set(), 0
         texts = Texts.of(captions)
         for where, entry in read_entries(questions):
-            name, asked = entry.get("id"), entry.get("questions")
-            if not isinstance(name, str) or not isinstance(asked, list):
+            name, listed = entry.get("id"), entry.get("questions")
+            if not isinstance(name, str) or not isinstance(listed, list):
                 raise UserError(f"{where} has no id and questions; {_REMEDY}")
             prefix, underscore, _ = name.partition("_")
             domain = DOMAINS.get(prefix, prefix) if underscore else ""
             domains.add(domain)
             pictures = [str(one) for one in entry.get("images") or []] if isinstance(entry.get("images"), list) else []
             caption = texts.find(name, *pictures, f"{name}.png", f"{name}.jpg")
-            for number, one in enumerate(asked):
-                given = one.get("choices") if isinstance(one, dict) else None
-                choices = [str(choice).strip() for choice in given] if isinstance(given, list) else []
-                answer = one.get("answer") if isinstance(one, dict) else None
+            for number, question in enumerate(listed):
+                question = question if isinstance(question, dict) else {}
+                text, choices, answer = (question.get(field) for field in ("question", "choices", "answer"))
+                choices = [str(choice).strip() for choice in choices] if isinstance(choices, list) else []
                 answer = answer.strip() if isinstance(answer, str) else None
-                if len(choices) < 2 or answer not in choices or not isinstance(one.get("question"), str):
+                if len(choices) < 2 or answer not in choices or not isinstance(text, str):
                     self._skipped += 1
                     continue
                 if caption is None:
-                    items.append(Item(f"{name}#{number}", None, None, _category(one), name))
+                    items.append(Item(f"{name}#{number}", None, None, _category(question), name))
                     continue
-                options = [*choices] if is_yes_no(one["question"], choices) else [*choices, CANNOT_ANSWER]
+                options = [*choices] if is_yes_no(text, choices) else [*choices, CANNOT_ANSWER]
                 order = list(range(len(options)))
                 rng.shuffle(order)
                 shown = [options[k] for k in order]
                 cannot = shown.index(CANNOT_ANSWER) if len(options) > len(choices) else None
-                data = {"question": one["question"], "options": shown, "gold": order.index(choices.index(answer))}
+                data = {"question": text, "options": shown, "gold": order.index(choices.index(answer))}
                 data |= {"cannot": cannot, "choices": len(choices), "domain": domain}
-                items.append(Item(f"{name}#{number}", caption, data, _category(one), name))
+                items.append(Item(f"{name}#{number}", caption, data, _category(question), name))
         self._domains = sorted(domains)
         return items
 
@@ -120,16 +120,13 @@ class CaptionQA(Metric):
     def restore(self, state: Mapping[str, Any]) -> None:
         self._domains = [str(name) for name in state["domains"]]
 
-    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
-        asks = []
-        for item in items:
-            options = [[LETTERS[k], text] for k, text in enumerate(item.data["options"][: len(LETTERS)])]
-            texts = {"caption": item.caption, "question": item.data["question"], "options": options}
-            asks.append(Ask(self.prompts[0], prompts.render("choice", **texts), _Letter, self.max_tokens))
-        return [
-            a if isinstance(a, Failure) else {"answer": a.value.answer, "options": item.data["options"]}
-            for item, a in zip(items, client.ask(asks), strict=True)
-        ]
+    def question(self, item: Item) -> Ask:
+        options = [[letter, text] for letter, text in zip(LETTERS, item.data["options"], strict=False)]
+        texts = {"caption": item.caption, "question": item.data["question"], "options": options}
+        return Ask(self.prompts[0], prompts.render("choice", **texts), _Letter, self.max_tokens)
+
+    def judgement(self, item: Item, answer: "_Letter") -> dict[str, Any]:
+        return {"answer": answer.answer, "options": item.data["options"]}
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
         """(points, right, cannot answer, unparsable, 1) and (points, 1) of each domain."""
@@ -144,20 +141,17 @@ class CaptionQA(Metric):
         same, gold = shown == data["options"], data["gold"]
         right = place is not None and (place == gold if same else shown[place] == data["options"][gold])
         points = 1.0 if right else round(1.0 / data["choices"] + BONUS, _DIGITS) if cannot else 0.0
-        of_domain = [value for name in self._domains for value in ((points, 1.0) if name == data["domain"] else (0, 0))]
+        of_domain = pairs(self._domains, data["domain"], points)
         return (points, float(right), float(cannot), float(place is None), 1.0, *of_domain)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         """Mean over questions; of several domains the mean of their means, which is the board's "overall"."""
-        means = [ratio(sums[..., 5 + 2 * k], sums[..., 6 + 2 * k]) for k in range(len(self._domains))]
-        return mean_of_known(means)
+        return mean_of_known([*means_of_pairs(self._domains, sums[..., 5:]).values()])
 
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         """Of all questions: points and right answers in percent; numbers of "cannot answer", of unparsable answers, and
         of questions that could not be asked."""
-        domains = {
-            f"domain/{name}": float(ratio(sums[5 + 2 * k], sums[6 + 2 * k])) for k, name in enumerate(self._domains)
-        }
+        domains = {f"domain/{name}": float(mean) for name, mean in means_of_pairs(self._domains, sums[5:]).items()}
         micro = {"micro": float(ratio(sums[0], sums[4])), "right": float(ratio(sums[1], sums[4]))}
         counts = {"cannot_answer": float(sums[2]), "unparsable": float(sums[3]), "skipped": float(self._skipped)}
         return micro | counts | domains
@@ -168,28 +162,25 @@ class _Letter(pydantic.BaseModel):
 
     @classmethod
     def of_text(cls, text: str) -> "_Letter":
-        """The published judge answers with a bare letter, which servers without schemas may do too; any other text
+        """The published judge answers with a bare letter, and servers without schemas may do so too. Any other text
         scores 0, as published."""
         return cls(answer=text)
 
 
 def _category(question: Mapping[str, Any]) -> str:
-    given = question.get("category")
-    return str(given[0]) if isinstance(given, list) and given else str(given or "")
+    category = question.get("category")
+    return str(category[0]) if isinstance(category, list) and category else str(category or "")
 
 
-def read_entries(path: Path):
+def read_entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, entry) of the official JSON ({picture: questions}, or a list of entries), or of a JSONL file.
 
     Raises UserError for anything else.
     """
     if Path(path).suffix == ".json":
-        try:
-            content = read_json(Path(path), _REMEDY, unique=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"no such file: {path}; {_REMEDY}") from error
+        content = read_document(path, _REMEDY)
         if isinstance(content, dict):
-            for name, asked in content.items():
-                yield f"{path}, {name!r}", {"id": name, "questions": asked}
+            for name, questions in content.items():
+                yield f"{path}, {name!r}", {"id": name, "questions": questions}
             return
     yield from read_json_or_jsonl(path, _REMEDY)

@@ -1,7 +1,7 @@
 """Checklists (CAPEval): yes/no questions about a picture, answered from its caption alone (3.8).
 
-Coverage is the share of questions that the caption answers at all, precision the share of these that it answers with
-yes, as the picture has it.
+Coverage is the share of questions that the caption answers at all. Precision is the share of these that it answers with
+yes, which is right for the picture.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ import pydantic
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_jsonl
-from balcap_jax.evals.engine import Item, Metric, Texts, ratio
+from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.inputs import Texts
 from balcap_jax.judges import prompts
-from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.types import Ask
-from balcap_jax.judges.schema import Failure
 
 CHECKLIST = "checklist.v1"
 _REMEDY = '--checklists takes CAPEval\'s lines, or {"id", "items": [{"kind", "question"}, ...]}'
 
 
+# Keys of cached answers hold the names of these two: a rename would ask the judge anew.
 class _One(pydantic.BaseModel):
     question: int
     why: str
@@ -34,7 +34,7 @@ class _Answers(pydantic.BaseModel):
 
 
 class Checklist(Metric):
-    """Items are pictures, with data [(kind, question), ...]; the score is precision, coverage stands beside it.
+    """Items are pictures, with data [(kind, question), ...]; the score is precision, coverage is another figure.
 
     A judgement is {"answers": {number from 1, as text: answer}}; a question that the judge left out is "not_mentioned".
     """
@@ -42,36 +42,35 @@ class Checklist(Metric):
     name = "checklist"
     prompts = (CHECKLIST,)
 
-    def __init__(self, max_tokens: int = 4096):
-        self.max_tokens = max_tokens
+    max_tokens = 4096
+
+    def __init__(self, max_tokens: int | None = None):
+        super().__init__(max_tokens)
         self._kinds: list[str] = []
 
     def items(self, captions: Mapping[str, str], checklists: Path) -> list[Item]:
-        found, texts = [], Texts.of(captions)
+        items, texts = [], Texts.of(captions)
         for where, line in read_jsonl(checklists, _REMEDY):
-            asked = line.get("items", _published(line))
-            if not isinstance(line.get("id"), str) or not isinstance(asked, list) or not asked:
+            questions = line.get("items", _published(line))
+            if not isinstance(line.get("id"), str) or not isinstance(questions, list) or not questions:
                 raise UserError(f"{where} is no checklist; {_REMEDY}")
             try:
-                data = [(str(one.get("kind", "")), one["question"]) for one in asked]
+                data = [(str(one.get("kind", "")), one["question"]) for one in questions]
                 if not all(isinstance(question, str) for _, question in data):
                     raise TypeError
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{where} has an item without a question; {_REMEDY}") from error
             picture = str(line.get("image", line.get("img_path", "")))
-            found.append(Item(line["id"], texts.find(line["id"], picture), data))
-        self._kinds = sorted({kind for item in found for kind, _ in item.data})
-        return found
+            items.append(Item(line["id"], texts.find(line["id"], picture), data))
+        self._kinds = sorted({kind for item in items for kind, _ in item.data})
+        return items
 
-    def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
-        asks = []
-        for item in items:
-            messages = prompts.render(CHECKLIST, caption=item.caption, questions=[text for _, text in item.data])
-            asks.append(Ask(CHECKLIST, messages, _Answers, self.max_tokens))
-        return [
-            a if isinstance(a, Failure) else {"answers": {str(one.question): one.answer for one in a.value.answers}}
-            for a in client.ask(asks)
-        ]
+    def question(self, item: Item) -> Ask:
+        messages = prompts.render(CHECKLIST, caption=item.caption, questions=[text for _, text in item.data])
+        return Ask(CHECKLIST, messages, _Answers, self.max_tokens)
+
+    def judgement(self, item: Item, answer: _Answers) -> dict[str, Any]:
+        return {"answers": {str(one.question): one.answer for one in answer.answers}}
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
         """(yes, no, questions) of all kinds together, then of each."""
@@ -81,24 +80,23 @@ class Checklist(Metric):
             answer = answers.get(str(number), "not_mentioned")
             if answer not in ("yes", "no", "not_mentioned"):
                 raise ValueError(f"answer {answer!r}")
-            for place in {"", kind}:
-                sums[place][0] += answer == "yes"
-                sums[place][1] += answer == "no"
-                sums[place][2] += 1
+            for total in {"", kind}:
+                sums[total][0] += answer == "yes"
+                sums[total][1] += answer == "no"
+                sums[total][2] += 1
         return [value for kind in ["", *self._kinds] for value in sums[kind]]
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         return ratio(sums[..., 0], sums[..., 0] + sums[..., 1])
 
     def figures(self, sums: np.ndarray) -> dict[str, float]:
-        found = {"coverage": float(ratio(sums[0] + sums[1], sums[2])), "questions": float(sums[2])}
+        figures = {"coverage": float(ratio(sums[0] + sums[1], sums[2])), "questions": float(sums[2])}
         for k, kind in enumerate(self._kinds, start=1):
-            if not kind:
-                continue
-            yes, no, total = sums[3 * k : 3 * k + 3]
-            found[f"coverage/{kind}"] = float(ratio(yes + no, total))
-            found[f"precision/{kind}"] = float(ratio(yes, yes + no))
-        return found
+            if kind:
+                yes, no, total = sums[3 * k : 3 * k + 3]
+                figures[f"coverage/{kind}"] = float(ratio(yes + no, total))
+                figures[f"precision/{kind}"] = float(ratio(yes, yes + no))
+        return figures
 
 
 def _published(line: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """DCScore on DeCapBench: F1 over primitive statements of a caption, matched with a reference's and checked (3.1).
 
-Three questions to a judge: split the caption into statements, match them with the reference's, check them against the
-picture. Matching and checking are drawn `DRAWS` times each, and all pairs of draws are averaged.
+A judge answers three questions: it splits the caption into statements, matches them with the reference's, and checks
+them against the picture. It matches and checks `DRAWS` times each, and all pairs of draws are averaged.
 
 Source: MAGAer13/DeCapBench, commit 9f3fb10, `compute_precision_recall` of eval/evaluation_decapbench.py.
 """
 
+import collections
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ import pydantic
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_jsonl
-from balcap_jax.data import images, photos
-from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
+from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.inputs import Texts, read_picture
 from balcap_jax.judges import prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.forms import of_length
@@ -94,13 +95,10 @@ def image_score(
     """
     trials = []
     for matched, verified in itertools.product(matches, checks):
-        counts: dict[int, int] = {}
-        for k in matched:
-            if k is not None:
-                counts[k] = counts.get(k, 0) + 1
-        kept = [p for p, relevant in enumerate(relevance) if relevant]
+        counts = collections.Counter(k for k in matched if k is not None)
+        chosen = [p for p, is_relevant in enumerate(relevance) if is_relevant]
         every = precision_recall_f1(verified, matched, counts, oracle)
-        relevant = precision_recall_f1([verified[p] for p in kept], [matched[p] for p in kept], counts, oracle)
+        relevant = precision_recall_f1([verified[p] for p in chosen], [matched[p] for p in chosen], counts, oracle)
         trials.append((*every, *relevant))
     return tuple(np.mean(trials, axis=0))  # type: ignore[return-value]
 
@@ -111,8 +109,8 @@ class DCScore(Metric):
     A judgement is {"facts", "relevance", "matches" [draws][facts] (null = none), "verified" [draws][facts]}. A caption
     without a statement, or without a relevant one, is invalid, as in the published script.
 
-    The script knows statements by their text: one that is said twice is relevant where either is, and both have the
-    match of the last. A match with a statement that the reference lacks is a match.
+    The script knows statements by their text. A repeated one is relevant where either is, and both have the match of
+    the last. A match with a statement that the reference lacks is a match.
     """
 
     name = "dcscore"
@@ -120,57 +118,53 @@ class DCScore(Metric):
     sees = True
     without_parts = "no statement, or no relevant one"
 
-    def __init__(self, max_tokens: int = 2048):
-        self.max_tokens = max_tokens
-
     def items(self, captions: Mapping[str, str], references: Path, folder: Path) -> list[Item]:
         """One item per line of `references`. Raises UserError for a line of another form."""
-        found, texts = [], Texts.of(captions)
+        items, texts = [], Texts.of(captions)
         for where, line in read_jsonl(references, _REMEDY):
             name, facts = line.get("image_name"), line.get("oracle_facts")
             if not isinstance(name, str) or not isinstance(facts, list) or not all(isinstance(f, str) for f in facts):
                 raise UserError(f"{where} is no reference; {_REMEDY}")
             data = (str(line.get("oracle_caption", "")), facts, folder / name)
-            found.append(Item(name, texts.find(name), data))
-        return found
+            items.append(Item(name, texts.find(name), data))
+        return items
 
     def judge(self, client: ChatClient, items: Sequence[Item]) -> list[Mapping[str, Any] | Failure]:
         # An empty caption states nothing, whatever a judge might make of it.
-        found: list[Mapping[str, Any] | Failure] = [{"facts": [], "relevance": []} for _ in items]
-        told = []
+        judgements: list[Any] = [{"facts": [], "relevance": []} for _ in items]
+        stating = []
         for i, item in enumerate(items):
             if not item.data[2].is_file():
-                found[i] = Failure(f"{item.data[2].name}: no such file")  # Before the split is paid for.
+                judgements[i] = Failure(f"{item.data[2].name}: no such file")  # Before the split is paid for.
             elif item.caption.strip():
-                told.append(i)
-        texts = [prompts.render(EXTRACT, caption=items[i].caption) for i in told]
-        split = client.ask([Ask(EXTRACT, messages, _Facts, self.max_tokens) for messages in texts])
-        asked: list[tuple[int, list[str]]] = []
-        for i, answer in zip(told, split, strict=True):
+                stating.append(i)
+        texts = [prompts.render(EXTRACT, caption=items[i].caption) for i in stating]
+        splits = client.ask([Ask(EXTRACT, messages, _Facts, self.max_tokens) for messages in texts])
+        asks: list[tuple[int, str, Ask]] = []
+        for i, answer in zip(stating, splits, strict=True):
             if isinstance(answer, Failure):
-                found[i] = answer
+                judgements[i] = answer
                 continue
             facts = [one.fact for one in answer.value.facts]
-            found[i] = {"facts": facts, "relevance": [one.relevance for one in answer.value.facts]}
-            if facts:
-                asked.append((i, facts))
-        asks = []
-        for i, facts in asked:
-            picture = _picture(items[i].data[2])
-            if isinstance(picture, Failure):
-                found[i] = picture
+            judgements[i] = {"facts": facts, "relevance": [one.relevance for one in answer.value.facts]}
+            if not facts:
                 continue
-            asks += self._asks(i, items[i], facts, picture)
-        for (i, kind), answer in zip([one for one, _ in asks], client.ask([ask for _, ask in asks]), strict=True):
-            if isinstance(found[i], Failure):
+            picture = read_picture(items[i].data[2], items[i].data[2].name)
+            if isinstance(picture, Failure):
+                judgements[i] = picture
+                continue
+            asks += [(i, kind, ask) for kind, ask in self._asks(items[i], facts, picture)]
+        for (i, kind, _), answer in zip(asks, client.ask([ask for *_, ask in asks]), strict=True):
+            if isinstance(judgements[i], Failure):
                 continue
             if isinstance(answer, Failure):
-                found[i] = answer
+                judgements[i] = answer
             else:
-                found[i].setdefault(kind, []).append(_in_order(answer.value))  # type: ignore[union-attr]
-        return found
+                judgements[i].setdefault(kind, []).append(_in_order(answer.value))
+        return judgements
 
-    def _asks(self, i: int, item: Item, facts: list[str], picture: np.ndarray) -> list[tuple[tuple[int, str], Ask]]:
+    def _asks(self, item: Item, facts: list[str], picture: np.ndarray) -> list[tuple[str, Ask]]:
+        """The questions about `facts`, each with the judgement's field that its answer belongs to."""
         reference, oracle, _ = item.data
         match = prompts.render(MATCH, facts=facts, oracle=oracle)
         verify = prompts.render(VERIFY, facts=facts, reference=reference)
@@ -178,10 +172,10 @@ class DCScore(Metric):
         check_match = numbered(every, "statements", lambda answer: [one.fact for one in answer.matches])
         check_facts = numbered(every, "statements", lambda answer: [one.fact for one in answer.facts])
         matches, checks = of_length(_Matches, len(facts)), of_length(_Checks, len(facts))
-        asks: list[tuple[tuple[int, str], Ask]] = []
+        asks = []
         for draw in range(DRAWS):
-            asks.append(((i, "matches"), Ask(MATCH, match, matches, self.max_tokens, None, check_match, draw)))
-            asks.append(((i, "verified"), Ask(VERIFY, verify, checks, self.max_tokens, picture, check_facts, draw)))
+            asks.append(("matches", Ask(MATCH, match, matches, self.max_tokens, None, check_match, draw)))
+            asks.append(("verified", Ask(VERIFY, verify, checks, self.max_tokens, picture, check_facts, draw)))
         return asks
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
@@ -192,12 +186,12 @@ class DCScore(Metric):
         if not judgement["matches"] or not judgement["verified"] or any(len(d) != len(relevance) for d in draws):
             raise ValueError("draws of other lengths than there are statements")
         facts = judgement.get("facts", range(len(relevance)))
-        told = {fact for fact, relevant in zip(facts, relevance, strict=True) if relevant}
+        relevant = {fact for fact, is_relevant in zip(facts, relevance, strict=True) if is_relevant}
         last = {fact: p for p, fact in enumerate(facts)}
         matches = [[draw[last[fact]] for fact in facts] for draw in judgement["matches"]]
         checks = [[int(flag == 1) for flag in draw] for draw in judgement["verified"]]
         try:
-            return (*image_score([fact in told for fact in facts], matches, checks, len(item.data[1])), 1.0)
+            return (*image_score([fact in relevant for fact in facts], matches, checks, len(item.data[1])), 1.0)
         except ZeroDivisionError:
             return None
 
@@ -207,13 +201,6 @@ class DCScore(Metric):
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         names = ("precision", "recall", "f1", "precision_relevant", "recall_relevant", "f1_relevant")
         return {name: float(ratio(sums[k], sums[-1])) for k, name in enumerate(names)}
-
-
-def _picture(path: Path) -> np.ndarray | Failure:
-    try:
-        return photos.shrunk(images.read(path), LARGEST)
-    except images.ImageError as error:
-        return Failure(f"{path.name}: {error}")
 
 
 def _in_order(answer: _Matches | _Checks) -> list[int | None]:

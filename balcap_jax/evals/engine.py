@@ -1,18 +1,16 @@
-"""The run of one evaluation: items are judged, each judgement is a line at once, and the lines are added up.
+"""The run of one evaluation: it judges items, writes each judgement as a line at once, and adds the lines up.
 
     DIR/items.jsonl     one line an item: id, category, words, the judgement, and its `parts`, or an "error"
     DIR/results.json    the figures
     DIR/settings.json   what was evaluated with what; keeps other captions and judges out of the same folder
 
 A metric gives each item a vector of `parts` that add up over items, and a function of the sums: a mean is (points, 1)
-and the quotient. So figures of categories, confidence intervals by bootstrap and paired comparisons are the same few
-lines for every metric, and only these vectors stay in memory.
+and the quotient. So the same few lines give figures of categories, confidence intervals by bootstrap and paired
+comparisons for every metric. Only these vectors stay in memory.
 """
 
 import collections
 import dataclasses
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,16 @@ import numpy as np
 import balcap_jax
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import AppendedLines, read_bytes, read_json, read_json_object, read_jsonl, write_text
+from balcap_jax.cli.files import AppendedLines, read_json_object, read_jsonl, write_text
 from balcap_jax.cli.json_text import is_number
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.judges.budget import Patience, Spending
 from balcap_jax.judges.chat.client import ChatClient
+from balcap_jax.judges.chat.types import Ask
 from balcap_jax.judges.schema import Failure
 from balcap_jax.rewards.words import count_words
 
 RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
-LARGEST = 2048 * 2048  # pixels of a picture that a judge is shown: hosted models shrink larger ones too
 NO_CAPTION = "no caption"
 UNPARSED = "unparsed"
 _REMEDY = "delete the folder, or name another one with --out"
@@ -44,8 +42,8 @@ class Item:
     """One thing to judge. `caption` None: there is none, which is counted. `data` is the metric's own.
 
     group: what items share that stand or fall together, such as the picture whose caption answers many questions; "" =
-    the item is alone. Intervals and tests are about groups. told: the caption's text is known, not only what was made
-    of it.
+    the item is alone. Intervals and tests are about groups. has_text: the caption's text is known, not only what was
+    made of it.
     """
 
     id: str
@@ -53,24 +51,28 @@ class Item:
     data: Any = None
     category: str = ""
     group: str = ""
-    told: bool = True
+    has_text: bool = True
 
     @property
     def words(self) -> int | None:
-        return count_words(self.caption or "") if self.told else None
+        return count_words(self.caption or "") if self.has_text else None
 
 
 class Metric:
     """How captions, or answers, are scored.
 
-    prompts: names and versions of what a judge is asked; () = nobody is. sees: pictures are read for it.
-    without_parts: the error of an item whose `parts` are None.
+    prompts: names and versions of a judge's questions; () = nobody is asked. sees: pictures are read for the judge.
+    without_parts: the error of an item whose `parts` are None. max_tokens: longest answer of the judge.
     """
 
     name: str
     prompts: tuple[str, ...] = ()
     sees: bool = False
     without_parts: str = UNPARSED
+    max_tokens: int = 2048
+
+    def __init__(self, max_tokens: int | None = None):
+        self.max_tokens = max_tokens or self.max_tokens
 
     def state(self) -> dict[str, Any]:
         """What `score` depends on beside the sums, JSON-able; `restore` takes it."""
@@ -81,7 +83,21 @@ class Metric:
         del state
 
     def judge(self, client: ChatClient | None, items: Sequence[Item]) -> "list[Mapping[str, Any] | Failure]":
-        """A JSON-able judgement of each item, all of which have captions."""
+        """A JSON-able judgement of each item, all of which have captions: what becomes of one question about each."""
+        questions = [self.question(item) for item in items]
+        answers = iter(client.ask([question for question in questions if not isinstance(question, Failure)]))
+        judgements = []
+        for item, question in zip(items, questions, strict=True):
+            answer = question if isinstance(question, Failure) else next(answers)
+            judgements.append(answer if isinstance(answer, Failure) else self.judgement(item, answer.value))
+        return judgements
+
+    def question(self, item: Item) -> Ask | Failure:
+        """The one question about an item, or why there is none."""
+        raise TypeError(f"{type(self).__name__} judges nothing")
+
+    def judgement(self, item: Item, answer: Any) -> Mapping[str, Any]:
+        """What an answer, of the question's schema, says of the item."""
         raise TypeError(f"{type(self).__name__} judges nothing")
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float] | None:
@@ -90,8 +106,8 @@ class Metric:
         raise TypeError(f"{type(self).__name__} has no parts")
 
     def score(self, sums: np.ndarray) -> np.ndarray:
-        """The score of sums [..., P] of parts, [...]; NaN where nothing was added up."""
-        raise TypeError(f"{type(self).__name__} has no score")
+        """The score of sums [..., P] of parts, [...]: the first over the last; NaN where nothing was added up."""
+        return ratio(sums[..., 0], sums[..., -1])
 
     def of_item(self, parts: Sequence[float]) -> float:
         """The score of one item alone, for comparisons item by item."""
@@ -109,7 +125,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is kept of an item's line: `parts` None = it is invalid, `error` says why."""
+    """The part of an item's line that stays in memory: `parts` None = it is invalid, `error` says why."""
 
     id: str
     category: str
@@ -135,7 +151,7 @@ def evaluate(
 
     Args:
       identity: what else the judgements depend on, such as a digest of the captions.
-      client, judge: who is asked, and its config group; None for metrics that ask nobody.
+      client, judge: the judge, and its config group; None for metrics that ask nobody.
       judgements: judgements by id, made elsewhere, in place of a client.
       unused: ids of captions and judgements that no item has; they are counted.
 
@@ -166,8 +182,8 @@ def evaluate(
             for start in range(0, len(pending), batch):
                 part = pending[start : start + batch]
                 judged = _lines(metric, part, client, judgements)
-                if patience and (impatient := patience.exhausted()):
-                    raise UserError(f"{impatient}; {out} has what was judged before, the same command goes on")
+                if patience and (reason := patience.exhausted()):
+                    raise UserError(f"{reason}; {out} has what was judged before, the same command goes on")
                 lines.append(judged)
                 progress.advance(len(part))
                 if spending:
@@ -182,7 +198,7 @@ def evaluate(
             f"{out}/items.jsonl has lines of unlike parts, which this command never writes; remove those that were "
             "edited, and they are judged again"
         ) from error
-    results["empty"] = sum(item.told and item.caption is not None and not item.caption.strip() for item in items)
+    results["empty"] = sum(item.has_text and item.caption is not None and not item.caption.strip() for item in items)
     results["state"] = metric.state()
     results |= {"unused": len(unused), "unused_ids": list(unused)[:_REASONS]}
     results["version"] = balcap_jax.__version__
@@ -191,15 +207,15 @@ def evaluate(
 
 
 def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, known: Mapping | None) -> list[dict]:
-    asked = [item for item in items if item.caption is not None and (known is None or item.id in known)]
-    found = [known[item.id] for item in asked] if known is not None else metric.judge(client, asked)
-    judged = dict(zip((item.id for item in asked), found, strict=True))
+    judged = [item for item in items if item.caption is not None and (known is None or item.id in known)]
+    answers = [known[item.id] for item in judged] if known is not None else metric.judge(client, judged)
+    judgements = dict(zip((item.id for item in judged), answers, strict=True))
     lines = []
     for item in items:
         line: dict[str, Any] = {"id": item.id, "category": item.category, "words": item.words}
         if item.group:
             line["group"] = item.group
-        judgement = judged.get(item.id)
+        judgement = judgements.get(item.id)
         if item.caption is None:
             line["error"] = NO_CAPTION
         elif judgement is None:
@@ -224,11 +240,11 @@ def _lines(metric: Metric, items: Sequence[Item], client: ChatClient | None, kno
 
 
 def read_row(line: Mapping[str, Any]) -> Row:
-    """The row of a line of items.jsonl. Raises UserError for one that is none of ours."""
+    """The row of a line of items.jsonl. Raises UserError for a line that this command never writes."""
     parts, words = line.get("parts"), line.get("words", 0)
-    numbers = parts is None or (isinstance(parts, list) and all(map(is_number, parts)))
-    counted = words is None or (isinstance(words, int) and is_number(words))
-    if not isinstance(line.get("id"), str) or not numbers or not counted:
+    has_numbers = parts is None or (isinstance(parts, list) and all(map(is_number, parts)))
+    has_count = words is None or (isinstance(words, int) and is_number(words))
+    if not isinstance(line.get("id"), str) or not has_numbers or not has_count:
         raise UserError("its id, parts or words are none that this command wrote")
     values = None if parts is None else tuple(map(float, parts))
     error, group = str(line.get("error", "")), str(line.get("group", line["id"]))
@@ -236,10 +252,9 @@ def read_row(line: Mapping[str, Any]) -> Row:
 
 
 def _forget_errors(lines: AppendedLines) -> None:
-    """Drops the lines that have an error, so that they are judged anew."""
+    """Drops the lines that have an error, so that the judge sees their items anew."""
     if any(row.error for row in lines.entries):
-        kept = [line for _, line in read_jsonl(lines.path, _REMEDY) if "error" not in line]
-        lines.replace(kept)
+        lines.replace([line for _, line in read_jsonl(lines.path, _REMEDY) if "error" not in line])
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
@@ -268,11 +283,9 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
 def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
     """{"score", "confidence", "n", "invalid", "errors", "words", "categories", ...} of rows, in the items' order."""
     valid = [row for row in rows if row.parts is not None]
-    errors: dict[str, int] = {}
-    for row in rows:
-        if row.parts is None:
-            reason = row.error[:120]
-            errors[reason] = errors.get(reason, 0) + 1
+    errors = collections.Counter(row.error[:120] for row in rows if row.parts is None).most_common()
+    if len(errors) > _REASONS:
+        errors[_REASONS:] = [("other reasons", sum(count for _, count in errors[_REASONS:]))]
     result: dict[str, Any] = {"score": None, "confidence": None}
     categories: dict[str, Any] = {}
     if valid:
@@ -287,25 +300,22 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
         for name in sorted(set(names.tolist()) - {""}):
             inside = names == name
             categories[name] = {"score": finite(metric.of_category(matrix[inside].sum(0))), "n": int(inside.sum())}
-    shown = sorted(errors.items(), key=lambda pair: -pair[1])
-    if len(shown) > _REASONS:
-        shown = [*shown[:_REASONS], ("other reasons", sum(count for _, count in shown[_REASONS:]))]
-    # Of items about one caption, once.
-    said = list({row.group: row.words for row in rows if row.error != NO_CAPTION and row.words is not None}.values())
+    # A caption that several items are about counts once.
+    words = list({row.group: row.words for row in rows if row.error != NO_CAPTION and row.words is not None}.values())
     return result | {
         "n": len(valid),
         "invalid": len(rows) - len(valid),
-        "errors": dict(shown),
-        "words": float(np.mean(said)) if said else None,
+        "errors": dict(errors),
+        "words": float(np.mean(words)) if words else None,
         "categories": categories,
     }
 
 
 def sums_of_groups(matrix: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """[number of groups, P]: sums of the rows of `matrix` [n, P] of each group, in the order of their first rows."""
-    places = {name: k for k, name in enumerate(dict.fromkeys(groups))}
-    sums = np.zeros((len(places), matrix.shape[1]))
-    np.add.at(sums, [places[name] for name in groups], matrix)
+    rows = {name: k for k, name in enumerate(dict.fromkeys(groups))}
+    sums = np.zeros((len(rows), matrix.shape[1]))
+    np.add.at(sums, [rows[name] for name in groups], matrix)
     return sums
 
 
@@ -336,6 +346,16 @@ def ratio(above: np.ndarray, below: np.ndarray, scale: float = 100.0) -> np.ndar
     return scale * np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) != 0)
 
 
+def pairs(names: Sequence[str], name: str, points: float) -> list[float]:
+    """Parts of a mean for each of `names`: (points, 1) at the place of `name`, (0, 0) at all others."""
+    return [value for other in names for value in ((float(points), 1.0) if other == name else (0.0, 0.0))]
+
+
+def means_of_pairs(names: Sequence[str], sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The means by name of sums [..., 2 * len(names)] of such `pairs`, in percent."""
+    return {name: ratio(sums[..., 2 * k], sums[..., 2 * k + 1]) for k, name in enumerate(names)}
+
+
 def mean_of_known(values: Sequence[np.ndarray]) -> np.ndarray:
     """The mean over the first axis of what is not NaN; NaN where all is."""
     stacked = np.stack(values)
@@ -346,131 +366,3 @@ def mean_of_known(values: Sequence[np.ndarray]) -> np.ndarray:
 def finite(value: Any) -> float | None:
     """The value as a float; None where it is infinite or not a number."""
     return float(value) if np.isfinite(value) else None
-
-
-# --- captions ---------------------------------------------------------------------------------------------------------
-
-
-_PICTURES = ("id", "image", "image_path", "image_name", "question_id", "questionId", "index")
-_QUESTIONS = ("question_id", "questionId", "index", "id", "image", "image_path", "image_name")
-_SAID = ("caption", "prediction", "answer")
-
-
-class Texts(dict):
-    """Captions, or predictions, by id, which remembers those that were looked up."""
-
-    def __init__(self, texts: Mapping[str, str]):
-        super().__init__(texts)
-        self._by_path = {os.path.normpath(key): key for key in reversed(texts)}
-        self._by_end: dict[str, str | None] = {}  # None: of several texts
-        for key in texts:
-            for end in _ends(key):
-                self._by_end[end] = None if end in self._by_end else key
-        self._found_by_end: dict[str, str] = {}
-        self._used: set[str] = set()
-
-    @classmethod
-    def of(cls, texts: Mapping[str, str]) -> "Texts":
-        return texts if isinstance(texts, Texts) else cls(texts)
-
-    def __getitem__(self, key: str) -> str:
-        self._used.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401 - this is `get`
-
-    def find(self, *names: str) -> str | None:
-        """The text of a picture that goes by these names.
-
-        Paths are the same however they are spelt ("./1.jpg"). One is also found by its end, as "images/1.jpg" by
-        "1.jpg", where no other text has that end. Raises UserError where a text is found so for two pictures.
-        """
-        names = tuple(name for name in names if name)
-        if exact := next((name for name in names if name in self), None):
-            return self[exact]
-        if same := next((path for path in map(os.path.normpath, names) if path in self._by_path), None):
-            return self[self._by_path[same]]
-        for name in names:
-            whole, *shorter = _ends(name)
-            found = {self._by_end.get(whole)} | {self._by_path.get(end) for end in shorter if self._by_end.get(end)}
-            if len(found := found - {None}) == 1:
-                (key,) = found
-                first = self._found_by_end.setdefault(key, names[0])
-                if first != names[0]:
-                    raise UserError(
-                        f"the caption of {key!r} may be that of {first!r} or of {names[0]!r}; give captions the ids of "
-                        "their pictures, or the whole paths"
-                    )
-                return self[key]
-        return None
-
-    @property
-    def unused(self) -> list[str]:
-        """Ids that no item has."""
-        return [name for name in self if name not in self._used]
-
-
-def _ends(path: str) -> list[str]:
-    """A path without its first folders: "a/b.jpg" and "b.jpg" of "a/b.jpg" and of "/a/b.jpg"."""
-    parts = Path(os.path.normpath(path)).relative_to(Path(path).anchor).parts
-    return ["/".join(parts[start:]) for start in range(len(parts))] or [path]
-
-
-def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
-    """Captions, or predictions (`what`), by id.
-
-    A JSON object {id: text}; a JSON list or JSONL lines with "caption", "prediction" or "answer", and an "id", "image",
-    "image_path", "question_id", "questionId" or "index", of predictions the question's first.
-
-    Raises:
-      UserError: no such file, another form, or two texts of one id.
-    """
-    path, remedy = Path(path), f'--{what} takes {{id: text}}, or lines {{"id" or "image", "caption" or "prediction"}}'
-    if path.suffix == ".json":
-        try:
-            content = read_json(path, remedy, unique=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"no such file: {path}; {remedy}") from error
-        if isinstance(content, dict):
-            for key, caption in content.items():
-                if not isinstance(caption, str):
-                    raise UserError(f"{path}: the text of {key!r} is none; {remedy}")
-            return Texts(content)
-        if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-            raise UserError(f"{path} holds neither an object nor a list of objects; {remedy}")
-        lines = ((f"{path}, entry {number}", entry) for number, entry in enumerate(content, start=1))
-    else:
-        lines = read_jsonl(path, remedy)
-    found: dict[str, str] = {}
-    known: set[str] = set()
-    for where, line in lines:
-        names = _QUESTIONS if what == "predictions" else _PICTURES
-        field = next((name for name in names if line.get(name) is not None), "")
-        key = line.get(field)
-        text = next((line[name] for name in _SAID if name in line), None)
-        if not isinstance(key, str | int) or isinstance(key, bool) or not isinstance(text, str):
-            raise UserError(f"{where} has no id and text; {remedy}")
-        name = os.path.normpath(str(key)) if field.startswith("image") else str(key)
-        if name in known:
-            raise UserError(f"{where}: {key!r} has a text already; keep one of them")
-        known.add(name)
-        found[str(key)] = text
-    return Texts(found)
-
-
-def digest_of(*paths: str | os.PathLike | None) -> str:
-    """A digest of the content of files, and of folders' JSON files, for `identity`.
-
-    Raises UserError where one cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        if path:
-            try:
-                files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
-                for file in files:
-                    digest.update(read_bytes(file))
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    return digest.hexdigest()[:16]

@@ -20,18 +20,15 @@ LEVELS = ("substantially", "marginally")
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`sources` are (the first, the other).
-
-    votes[question][level] is a number of pictures; a level is (source, how) or NEUTRAL.
-    """
+    """sources: the first, the other. votes[question][level] counts pictures; a level is (source, how) or NEUTRAL."""
 
     name: str
     sources: tuple[str, str]
     votes: Mapping[str, Mapping[Any, int]]
 
     def row(self, question: str) -> tuple[float, float, float, float, float]:
-        """Percentages: the first source substantially and marginally better, neither, the other marginally and
-        substantially better. They add up to 100."""
+        """Percentages that add up to 100: the first source substantially and marginally better, neither, the other
+        marginally and substantially better."""
         counts = self.votes[question]
         first, other = self.sources
         levels = [(first, how) for how in LEVELS] + [NEUTRAL] + [(other, how) for how in reversed(LEVELS)]
@@ -45,7 +42,7 @@ class Comparison:
 
 
 def comparisons(lines: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Comparison]:
-    """All comparisons of a file's (where, object) lines, as `json_text.read_lines` gives them.
+    """All comparisons of a file's (where, object) lines, as `cli.files.read_jsonl` gives them.
 
     Of two sources the first is the one whose name begins with IIW, or the one of the first vote.
 
@@ -58,9 +55,8 @@ def comparisons(lines: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Comparis
         for name, group in ({"": entry} | groups).items():
             for question, text in group.items():
                 if question.startswith(_QUESTION):
-                    counts = votes.setdefault(name, {}).setdefault(
-                        question.removeprefix(_QUESTION), collections.Counter()
-                    )
+                    of_question = votes.setdefault(name, {})
+                    counts = of_question.setdefault(question.removeprefix(_QUESTION), collections.Counter())
                     counts[_level(text, f"{where}, {question}")] += 1
     if not votes:
         raise UserError('no line has a vote: a vote is "metrics/QUESTION": "SOURCE is marginally better"')
@@ -70,20 +66,20 @@ def comparisons(lines: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Comparis
 def _level(text: Any, where: str) -> Any:
     if text == NEUTRAL:
         return NEUTRAL
-    found = _VOTE.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
+    vote = _VOTE.fullmatch(text) if isinstance(text, str) else None
+    if vote is None:
         raise UserError(
             f'{where}: {text!r} is no vote; votes are "Neutral" and "SOURCE is marginally|substantially better"'
         )
-    return found["source"], found["how"]
+    return vote["source"], vote["how"]
 
 
 def _sources(name: str, of_question: Mapping[str, collections.Counter]) -> tuple[str, str]:
-    found = list(dict.fromkeys(level[0] for counts in of_question.values() for level in counts if level != NEUTRAL))
-    if len(found) > 2:
-        raise UserError(f"the comparison {name!r} has votes for {', '.join(found)}: side by side are two")
-    first = sorted(found, key=lambda source: (not source.startswith("IIW-Human"), not source.startswith("IIW")))
-    return (*first, *["the other"] * (2 - len(found)))  # type: ignore[return-value]
+    sources = list(dict.fromkeys(level[0] for counts in of_question.values() for level in counts if level != NEUTRAL))
+    if len(sources) > 2:
+        raise UserError(f"the comparison {name!r} has votes for {', '.join(sources)}: side by side are two")
+    sources.sort(key=lambda source: (not source.startswith("IIW-Human"), not source.startswith("IIW")))
+    return (*sources, *["the other"] * (2 - len(sources)))  # type: ignore[return-value]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -98,16 +94,10 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def as_json(found: Iterable[Comparison]) -> list[dict[str, Any]]:
-    """Win, tie and loss, and the five levels, of each question of each comparison, in percent."""
-    return [
-        {
-            "name": one.name,
-            "sources": one.sources,
-            "questions": {
-                question: {"win_tie_loss": one.win_tie_loss(question), "levels": one.row(question)}
-                for question in one.votes
-            },
-        }
-        for one in found
-    ]
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Win, tie and loss, and the five levels, of each question of a comparison, in percent."""
+    questions = {
+        question: {"win_tie_loss": comparison.win_tie_loss(question), "levels": comparison.row(question)}
+        for question in comparison.votes
+    }
+    return {"name": comparison.name, "sources": comparison.sources, "questions": questions}

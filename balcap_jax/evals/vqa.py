@@ -1,4 +1,4 @@
-"""The ten general benchmarks: which rule scores an answer, what is averaged, and what is asked of a model.
+"""The ten general benchmarks: the rule that scores an answer, the average, and the question for a model.
 
     ChartQA, DocVQA, InfoVQA, TextVQA, OCRBench, MMBench, BLINK, SEED-Bench (images), MMStar, ScienceQA (images)
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.evals import vqa_rules as rules
-from balcap_jax.evals.engine import Item, Metric, ratio
+from balcap_jax.evals.engine import Item, Metric, means_of_pairs, pairs, ratio
 from balcap_jax.evals.vqa_data import Question
 
 _SHORT = "Answer the question using a single word or phrase."
@@ -25,10 +25,10 @@ _LETTER = "Answer with the option's letter from the given choices directly."
 class Benchmark:
     """How a benchmark is scored.
 
-    score: points of a prediction, in [0, 1], and what was read from it ("" = a letter could not be told; None = there
-    is nothing to read). tokens: longest answer. ask: what is added to the question. average: "mean" over questions,
-    "count" of right ones, "circular" over groups of rotations that are all right. by_kind: figures by `Question.kind`
-    too, such as ChartQA's human and augmented, or l2-categories. letters: questions have options.
+    score: points of a prediction, in [0, 1], and the letter read from it ("" = it names none; None = the benchmark has
+    no letters). tokens: longest answer. ask: what is added to the question. average: "mean" over questions, "count" of
+    right ones, "circular" over groups of rotations that are all right. by_kind: figures by `Question.kind` too, such
+    as ChartQA's human and augmented, or l2-categories. letters: questions have options.
     """
 
     score: Callable[[Question, str], tuple[float, str | None]]
@@ -43,9 +43,9 @@ def _free(rule: Callable[[str, Sequence[str]], float]) -> Callable[[Question, st
     return lambda question, prediction: (float(rule(prediction, question.answers)), None)
 
 
-def _choice(read: Callable[[str, Mapping[str, str]], str]) -> Callable[[Question, str], tuple[float, str]]:
+def _choice(letter_of: Callable[[str, Mapping[str, str]], str]) -> Callable[[Question, str], tuple[float, str]]:
     def score(question: Question, prediction: str) -> tuple[float, str]:
-        letter = read(prediction, question.options)
+        letter = letter_of(prediction, question.options)
         return float(letter == question.answers[0]), letter
 
     return score
@@ -91,34 +91,33 @@ class Answers(Metric):
     a group with one too. A judgement is {"points", "read"}, a list of each, by question.
     """
 
-    prompts: tuple[str, ...] = ()
-
     def __init__(self, name: str):
+        super().__init__()
         self.name, self.benchmark = name, BENCHMARKS[name]
         self._kinds: list[str] = []
 
     def items(self, questions: Iterable[Question], predictions: Mapping[str, str]) -> list[Item]:
         groups: dict[str, list[Question]] = {}
+        circular = self.benchmark.average == "circular"
         for question in questions:
-            circular = self.benchmark.average == "circular"
             if self.benchmark.letters and not question.options:
                 raise UserError(f"the question {question.id!r} has no options, which {self.name} needs")
             groups.setdefault(question.group if circular else question.id, []).append(question)
-        found = []
+        items = []
         for name, members in groups.items():
-            pairs = [(question, predictions.get(question.id)) for question in members]
-            said = [prediction for _, prediction in pairs]
-            whole = None if None in said else "\n".join(said)
+            data = [(question, predictions.get(question.id)) for question in members]
+            texts = [prediction for _, prediction in data]
+            text = None if None in texts else "\n".join(texts)
             category = members[0].category
             recognition = self.name == "ocrbench" and category.endswith("Recognition") and "Expression" not in category
-            found.append(Item(name, whole, pairs, _OCR_GROUP if recognition else category))
+            items.append(Item(name, text, data, _OCR_GROUP if recognition else category))
         self._kinds = sorted({members[0].kind for members in groups.values()} - {""}) if self.benchmark.by_kind else []
-        return found
+        return items
 
     def judge(self, client: Any, items: Sequence[Item]) -> list[Mapping[str, Any]]:
         del client
-        scored = [[self.benchmark.score(question, said) for question, said in item.data] for item in items]
-        return [{"points": [points for points, _ in one], "read": [read for _, read in one]} for one in scored]
+        scores = [[self.benchmark.score(question, text) for question, text in item.data] for item in items]
+        return [{"points": [points for points, _ in one], "read": [letter for _, letter in one]} for one in scores]
 
     def parts(self, item: Item, judgement: Mapping[str, Any]) -> Sequence[float]:
         """(points of the item, 1, points of its questions, questions, unparsable ones, 1 if rotations are missing) and
@@ -127,9 +126,9 @@ class Answers(Metric):
         if len(each) != len(item.data) or not all(0 <= one <= 1 for one in each):
             raise ValueError(f"points of {len(item.data)} questions are {each}")
         points = float(all(one == 1.0 for one in each)) if self.benchmark.average == "circular" else float(each[0])
-        of_kind = [value for name in self._kinds for value in ((points, 1.0) if name == kind else (0.0, 0.0))]
         lacks = self.benchmark.average == "circular" and len(each) < len(item.data[0][0].options)
-        return (points, 1.0, sum(each), float(len(each)), float(judgement["read"].count("")), float(lacks), *of_kind)
+        unparsable, of_kind = float(judgement["read"].count("")), pairs(self._kinds, kind, points)
+        return (points, 1.0, sum(each), float(len(each)), unparsable, float(lacks), *of_kind)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         """x100; of OCRBench the number of right answers."""
@@ -138,12 +137,12 @@ class Answers(Metric):
         return ratio(sums[..., 0], sums[..., 1])
 
     def figures(self, sums: np.ndarray) -> dict[str, float]:
-        found = {"questions": float(sums[3]), "unparsable": float(sums[4])}
-        kinds = {name: float(ratio(sums[6 + 2 * k], sums[7 + 2 * k])) for k, name in enumerate(self._kinds)}
-        found |= {f"kind/{name}": value for name, value in kinds.items()}
+        figures = {"questions": float(sums[3]), "unparsable": float(sums[4])}
+        kinds = {name: float(mean) for name, mean in means_of_pairs(self._kinds, sums[6:]).items()}
+        figures |= {f"kind/{name}": mean for name, mean in kinds.items()}
         if self.benchmark.average == "circular":
-            found["each_rotation"] = float(ratio(sums[2], sums[3]))
-            found["fewer_rotations_than_options"] = float(sums[5])
+            figures["each_rotation"] = float(ratio(sums[2], sums[3]))
+            figures["fewer_rotations_than_options"] = float(sums[5])
         if self.name == "mmstar" and kinds:
-            found["mean_of_kinds"] = float(np.mean(list(kinds.values())))  # what lmms-eval reports
-        return found
+            figures["mean_of_kinds"] = float(np.mean(list(kinds.values())))  # what lmms-eval reports
+        return figures

@@ -4,8 +4,8 @@
          picture as `image` (base64, or the index of a row before it that has it) or `image_path`
 .json    ChartQA (a list with imgname, query, label), DocVQA and InfoVQA ({"data": [...]} with questionId, question,
          answers), TextVQA ({"data": [...]} with question_id, answers), OCRBench.json (a list with question, answers,
-         type), SEED-Bench ({"questions": [...]} with choice_a ...; those about videos are left out), ScienceQA
-         (problems.json, by id; those without a picture are left out, which is ScienceQA-IMG)
+         type), SEED-Bench ({"questions": [...]} with choice_a ...; without those about videos), ScienceQA
+         (problems.json, by id; without those that have no picture, which is ScienceQA-IMG)
 .jsonl   one question a line, with the fields of any of these, or of BLINK's rows
 folder   ChartQA's, with test_human.json and test_augmented.json; ids are "human:1", "augmented:1", ...
 
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import read_json, read_jsonl, read_lines
+from balcap_jax.cli.files import read_jsonl, read_lines
+from balcap_jax.evals.inputs import read_document
 from balcap_jax.evals.vqa_rules import LETTERS
 
 _REMEDY = "give a file in the benchmark's own form (balcap_jax/evals/vqa_data.py)"
@@ -97,10 +98,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif path.suffix == ".tsv":
         yield from _rows(path)
     elif path.suffix == ".json":
-        try:
-            content = read_json(path, _REMEDY, unique=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"no such file: {path}; {_REMEDY}") from error
+        content = read_document(path, _REMEDY)
         if isinstance(content, dict):
             inside = content.get("data", content.get("questions"))
             content = inside if isinstance(inside, list) else _problems(content)
@@ -115,14 +113,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _problems(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """ScienceQA's problems by id, those with a picture, which lies in SPLIT/ID/."""
-    found = []
-    for key, one in content.items():
-        entry = {"id": key, **(one if isinstance(one, dict) else {})}
+    problems = []
+    for key, problem in content.items():
+        entry = {"id": key, **(problem if isinstance(problem, dict) else {})}
         if entry.get("image"):
             entry["image"] = "/".join(str(part) for part in (entry.get("split", ""), key, entry["image"]) if part)
         if entry.get("image") or "image" not in entry:
-            found.append(entry)
-    return found
+            problems.append(entry)
+    return problems
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -187,7 +185,7 @@ def _plain(value: Any) -> str:
 
 def _python(text: str) -> Any:
     """The value of a Python literal, or the text itself where it is none."""
-    # What `ast.literal_eval` says to raise for malformed input.
+    # The errors that `ast.literal_eval` documents for malformed input.
     with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text)
     return text
@@ -196,27 +194,26 @@ def _python(text: str) -> Any:
 def _options(entry: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(entry.get("choices"), list):
         return {LETTERS[i]: _plain(text) for i, text in enumerate(entry["choices"][: len(LETTERS)])}
-    seed = {letter: entry.get(f"choice_{letter.lower()}") for letter in LETTERS}
-    plain = {letter: entry.get(letter) for letter in LETTERS}
-    given = seed if seed["A"] is not None else plain
+    of_seed_bench = entry.get("choice_a") is not None
+    names = {letter: f"choice_{letter.lower()}" if of_seed_bench else letter for letter in LETTERS}
     # VLMEvalKit leaves the options that a question lacks empty, or writes nan.
-    texts = {letter: _plain(text) for letter, text in given.items()}
+    texts = {letter: _plain(entry.get(name)) for letter, name in names.items()}
     return {letter: text for letter, text in texts.items() if text not in ("", "nan")}
 
 
 def _answers(entry: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
-    found = entry.get("answers", entry.get("answer", entry.get("label")))
-    if isinstance(found, str) and not options and "index" in entry and found.startswith("[") and found.endswith("]"):
-        found = _python(found)  # VLMEvalKit's TSV holds Python lists
-    if isinstance(found, str) and options:
-        found = found.strip().strip("()")  # BLINK's "(B)"
-    if isinstance(found, int) and not isinstance(found, bool) and options:
-        return (LETTERS[found],) if 0 <= found < len(LETTERS) else ()  # ScienceQA counts from 0
-    if isinstance(found, list):
-        texts = tuple(_plain(one["answer"] if isinstance(one, dict) and "answer" in one else one) for one in found)
-        return texts if any(texts) else ()
-    answer = _plain(found)
-    return (answer,) if answer else ()
+    value = entry.get("answers", entry.get("answer", entry.get("label")))
+    if isinstance(value, str) and not options and "index" in entry and value.startswith("[") and value.endswith("]"):
+        value = _python(value)  # VLMEvalKit's TSV holds Python lists
+    if isinstance(value, str) and options:
+        value = value.strip().strip("()")  # BLINK's "(B)"
+    if isinstance(value, int) and not isinstance(value, bool) and options:
+        return (LETTERS[value],) if 0 <= value < len(LETTERS) else ()  # ScienceQA counts from 0
+    if isinstance(value, list):
+        texts = tuple(_plain(one["answer"] if isinstance(one, dict) and "answer" in one else one) for one in value)
+    else:
+        texts = (_plain(value),)
+    return texts if any(texts) else ()
 
 
 def _picture(entry: Mapping[str, Any], where: str) -> str | bytes | None:

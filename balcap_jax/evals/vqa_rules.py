@@ -1,7 +1,7 @@
 """When an answer to a question about a picture is right: the rules of the published benchmarks, quirks included.
 
-Sources: EvolvingLMMs-Lab/lmms-eval, commit 75571cf, and for MMStar and MMBench open-compass/VLMEvalKit, e8e78f0. Texts
-are compared as they come: neither strips blanks from a reference. docs/evaluation.md names the functions.
+Sources: EvolvingLMMs-Lab/lmms-eval, commit 75571cf, and for MMStar and MMBench open-compass/VLMEvalKit, e8e78f0.
+Neither strips blanks from a reference before it compares texts. docs/evaluation.md names the functions.
 """
 
 import math
@@ -24,9 +24,9 @@ def relaxed_match(prediction: str, target: str) -> bool:
 
     "12%" is 0.12. A target of 0, and an answer that is no number, are compared as text, blanks at the ends included.
     """
-    predicted, wanted = _number(prediction), _number(target)
-    if predicted is not None and wanted:
-        return abs(predicted - wanted) / abs(wanted) <= RELAXED_TOLERANCE
+    predicted, expected = _number(prediction), _number(target)
+    if predicted is not None and expected:
+        return abs(predicted - expected) / abs(expected) <= RELAXED_TOLERANCE
     return prediction.lower() == target.lower()
 
 
@@ -54,7 +54,7 @@ def _similarity(prediction: str, answer: str) -> float:
     if not longest:
         return 1.0
     one, other = (" ".join(text.lower().split()) for text in (prediction, answer))
-    # The distance is at least the difference of the lengths: what cannot reach the threshold is not computed.
+    # The distance is at least the difference of the lengths; beyond this one no distance reaches the threshold.
     if abs(len(one) - len(other)) > (1 - ANLS_THRESHOLD) * longest:
         return 0.0
     return 1.0 - levenshtein(one, other) / longest
@@ -63,22 +63,22 @@ def _similarity(prediction: str, answer: str) -> float:
 def levenshtein(one: str, other: str) -> int:
     """Edit distance by bit-vectors (Myers 1999, in Hyyro's form): one step of long integers for each character.
 
-    Bit i of `up` says that the table grows from row i to row i + 1 of the current column, of `down` that it shrinks.
+    Bit i of `up` says that the table grows from row i to row i + 1 of the current column; of `down`, that it shrinks.
     """
     if not one:
         return len(other)
     positions: dict[str, int] = {}
     for i, character in enumerate(one):
         positions[character] = positions.get(character, 0) | 1 << i
-    every, last = (1 << len(one)) - 1, 1 << (len(one) - 1)
-    up, down, distance = every, 0, len(one)
+    full, last = (1 << len(one)) - 1, 1 << (len(one) - 1)
+    up, down, distance = full, 0, len(one)
     for character in other:
         matches = positions.get(character, 0)
         diagonal = (((matches & up) + up) ^ up) | matches | down
-        grows, shrinks = (down | ~(diagonal | up)) & every, up & diagonal
+        grows, shrinks = (down | ~(diagonal | up)) & full, up & diagonal
         distance += bool(grows & last) - bool(shrinks & last)
         grows = grows << 1 | 1
-        up, down = (shrinks << 1 | ~(diagonal | grows)) & every, grows & diagonal & every
+        up, down = (shrinks << 1 | ~(diagonal | grows)) & full, grows & diagonal & full
     return distance
 
 
@@ -89,8 +89,8 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
     for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), 1)
 }
 _ARTICLES = ("a", "an", "the")
-# Forms that the scorer restores where an apostrophe is missing. Not among them, since they are words without it: he'll,
-# she'll, we'll, it's, let's, we'd, she'd. What ends in 's is restored, and yet split where it came with its apostrophe.
+# Forms that the scorer restores where an apostrophe is missing. It leaves out forms that are words without it: he'll,
+# she'll, we'll, it's, let's, we'd, she'd. It restores what ends in 's, and yet splits what came with its apostrophe.
 _CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
     "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've "
@@ -109,17 +109,17 @@ _RESTORED = {
 } | {"somebody'd": "somebodyd"}  # the wrong way round in the scorer
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_FULL_STOPS = int(re.UNICODE)  # at most so many are dropped: the scorer gives the flag where the count belongs
+_FULL_STOPS = int(re.UNICODE)  # dropped at most: the scorer gives the flag where the count belongs
 
 
 def vqa_normalised(text: str) -> str:
     """An answer as the VQA scorer compares it: lower case, without punctuation and articles, numbers as digits."""
-    # Before any mark is looked at, commas are gone, so that "a, b" is apart and "a,b" is one word, and "'s" is a word.
+    # Commas go before all other marks, so that "a, b" is apart and "a,b" is one word; "'s" becomes a word.
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     spaced = text
     for mark in _PUNCTUATION:
-        # The scorer asks the text as it came, and replaces in the text as it has become.
+        # The scorer looks at the original text, and replaces in the changed one.
         apart = f"{mark} " in text or f" {mark}" in text
         spaced = spaced.replace(mark, "" if apart else " ")
     spaced = _FULL_STOP.sub("", spaced, count=_FULL_STOPS)
@@ -128,12 +128,12 @@ def vqa_normalised(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """TextVQA's accuracy: min(1, n/3) with n people who said the same, averaged over leaving out each of them (10)."""
+    """TextVQA's accuracy: min(1, n/3) with n people who agree, averaged over leaving out each of the 10 people."""
     if not answers:
         return 0.0
-    said, others = vqa_normalised(prediction), [vqa_normalised(answer) for answer in answers]
-    same = sum(other == said for other in others)
-    return math.fsum(min(1.0, (same - (other == said)) / AGREEING) for other in others) / len(others)
+    given, others = vqa_normalised(prediction), [vqa_normalised(answer) for answer in answers]
+    same = sum(other == given for other in others)
+    return math.fsum(min(1.0, (same - (other == given)) / AGREEING) for other in others) / len(others)
 
 
 # ---- OCRBench --------------------------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000:
 
 
 def contains_answer(prediction: str, answers: Sequence[str], *, formula: bool = False) -> bool:
-    """OCRBench: any answer stands in the prediction, in lower case and half-width characters; of a `formula` (HME100k)
-    without spaces, as it is. An empty answer stands in everything."""
-    said, *wanted = (_formula(text) if formula else _folded(text) for text in (prediction, *answers))
-    return any(answer in said for answer in wanted)
+    """OCRBench: the prediction holds an answer, in lower case and half-width characters; a `formula` (HME100k) as it
+    is, without spaces. Every prediction holds an empty answer."""
+    text, *expected = (_formula(text) if formula else _folded(text) for text in (prediction, *answers))
+    return any(answer in text for answer in expected)
 
 
 def _formula(text: str) -> str:
@@ -166,7 +166,7 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-# Cells that pandas, with which VLMEvalKit reads its tables, takes for missing: an option "None" cannot be chosen there.
+# Cells that pandas, which reads VLMEvalKit's tables, takes for missing: no answer chooses an option "None" there.
 _MISSING = {"#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
 _MISSING |= {"NULL", "NaN", "None", "n/a", "nan", "null"}
 _NO_ANSWER = "Failed to obtain answer via API"  # VLMEvalKit's own text in place of an answer
@@ -175,20 +175,20 @@ _LETTER = re.compile(r"[(\s]*([A-Z])", re.IGNORECASE)
 
 
 def infer_option(answer: str, options: Mapping[str, str]) -> str:
-    """The letter that an answer names, as VLMEvalKit infers it; REFUSED of a refusal, "" where it cannot be told.
+    """The letter that an answer names, as VLMEvalKit infers it; REFUSED of a refusal, "" where it names none.
 
-    The letter of one option alone among the words, first said within the last four of them; else the letter behind
-    "answer is", of a word too ("the answer is blue" is B); else the one option whose text is in an answer that is at
-    most twice as long as all options together. An article "A" is a letter too.
+    It takes the letter of one option alone among the words, whose first place is within the last four of them. Else it
+    takes the letter behind "answer is", of a word too ("the answer is blue" is B). Else it takes the one option whose
+    text is in an answer that is at most twice as long as all options together. An article "A" is a letter too.
     """
     options = {letter: text for letter, text in options.items() if text not in _MISSING}
     if _NO_ANSWER not in answer and (letter := _named_option(answer, options)):
         return letter
     lower = answer.lower()
     if len(lower) <= 2 * sum(len(text) for text in options.values()):
-        held = [letter for letter, text in options.items() if text.lower() in lower]
-        if len(held) == 1:
-            return held[0]
+        contained = [letter for letter, text in options.items() if text.lower() in lower]
+        if len(contained) == 1:
+            return contained[0]
     return ""
 
 
@@ -207,8 +207,8 @@ def _named_option(answer: str, options: Mapping[str, str]) -> str:
 
 def first_letter(answer: str, options: Mapping[str, str]) -> str:
     """BLINK (lmms-eval): the first letter of the answer, of a word too, behind brackets; "" where it is no option."""
-    found = _LETTER.match(answer.strip())
-    return found[1].upper() if found and found[1].upper() in options else ""
+    letter = _LETTER.match(answer.strip())
+    return letter[1].upper() if letter and letter[1].upper() in options else ""
 
 
 def first_character(answer: str, options: Mapping[str, str]) -> str:
@@ -217,13 +217,13 @@ def first_character(answer: str, options: Mapping[str, str]) -> str:
 
 
 def letter_or_prefix(answer: str, options: Mapping[str, str]) -> str:
-    """ScienceQA (lmms-eval): the letter alone, or the capital letter and a full stop at the beginning; "" for else."""
+    """ScienceQA (lmms-eval): the letter alone, or a capital letter and a full stop at the beginning; otherwise ""."""
     text = answer.strip()
     return _either_case(text[:1] if text[:1].isupper() and text[1:2] == "." else text, options)
 
 
-def _either_case(said: str, options: Mapping[str, str]) -> str:
-    return next((letter for letter in options if letter.lower() == said.lower()), "")
+def _either_case(text: str, options: Mapping[str, str]) -> str:
+    return next((letter for letter in options if letter.lower() == text.lower()), "")
 
 
 LETTERS = string.ascii_uppercase

@@ -8,23 +8,106 @@ import dataclasses
 import functools
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from balcap_jax.report.run import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
 
 WIDTH, HEIGHT = 280, 168
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 MAX_POINTS = 240  # beyond this many a curve's points are means over neighbouring steps
+MAX_BARS = 48
 RUN_COLOURS = 6
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SMALLEST = 1e-290  # Below, powers of ten and their inverses are no numbers.
 PHASES = ("rollout", "judge", "update", "other")
 
 
+# --- axes -------------------------------------------------------------------------------------------------------------
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    low, high = sorted((low, high))
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        largest = max(abs(low), abs(high))
+        pad = largest * 0.1 if largest > _SMALLEST else 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def short_number(value: float, step: float = 0.0) -> str:
+    """A short number; with the axis' `step`, just the decimals that tell two ticks apart."""
+    if abs(value) >= 10_000:
+        text = f"{value / 1000:.4g}k"
+    elif step:
+        text = f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    elif abs(value) < 1:
+        text = f"{value:.3g}"
+    else:
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def scale(low: float, high: float, start: float, length: float) -> Callable[[float], float]:
+    """Maps [low, high] to [start, start + length], rounded to tenths of a pixel; a negative length points upwards."""
+    return lambda value: round(start + (value - low) / (high - low) * length, 1)
+
+
+class _Axes:
+    """Maps (step, value) to the viewBox."""
+
+    def __init__(self, steps: Sequence[float], values: Sequence[float]):
+        self.first, self.last = min(steps), max(max(steps), min(steps) + 1)
+        self.ticks = ticks(min(values), max(values))
+        low, high = self.ticks[0], self.ticks[-1]
+        self.x = scale(self.first, self.last, LEFT, WIDTH - LEFT - RIGHT)
+        self.y = scale(low, high, HEIGHT - BOTTOM, -(HEIGHT - TOP - BOTTOM))
+        # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
+        largest = max(abs(low), abs(high))
+        self.exponent = -3 * math.floor(math.log10(largest) / 3) if largest < 0.1 else 0
+        self.factor = 10.0**self.exponent
+
+    def text(self, value: float) -> str:
+        """A value in the units of the axis."""
+        return short_number(value * self.factor)
+
+    def frame(self) -> dict[str, Any]:
+        gap = (self.ticks[1] - self.ticks[0]) * self.factor
+        steps = [tick for tick in ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
+        return {
+            "y_ticks": [(self.y(tick), short_number(tick * self.factor, gap)) for tick in self.ticks],
+            "x_ticks": [(self.x(tick), short_number(tick, 1)) for tick in steps],
+        }
+
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
+        """An SVG path that is interrupted where a value is missing."""
+        parts, pen_down = [], False
+        for step, value in points:
+            if math.isnan(value):
+                pen_down = False
+                continue
+            place = f"{self.x(step)} {self.y(value)}"
+            # A lone point is drawn as a dot, by the round cap of a line of no length.
+            parts.append(f"L{place}" if pen_down else f"M{place}L{place}")
+            pen_down = True
+        return "".join(parts)
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What one chart shows: a metric of metrics.jsonl, and the evaluated value that its diamonds stand for."""
+    """What one chart shows: a metric of metrics.jsonl, and the evaluated value of its diamonds.
+
+    low: the axis includes this value.
+    """
 
     title: str
     key: str
@@ -33,7 +116,7 @@ class Curve:
     unit: str = ""
     stage: str | None = None
     evaluated: str | None = None
-    low: float | None = None  # the axis includes this value
+    low: float | None = None
 
 
 def _curves(reward_names: Sequence[str]) -> list[Curve]:
@@ -65,40 +148,34 @@ def _curves(reward_names: Sequence[str]) -> list[Curve]:
 
 def chart_groups(runs: Sequence[Run], skipped: list[str]) -> list[dict[str, Any]]:
     """Charts by group; metrics that no run logged in a stage that should have them go to `skipped`."""
-    names = list(dict.fromkeys(key[7:] for run in runs for record in run.records for key in record if _is_reward(key)))
+    keys = dict.fromkeys(key for run in runs for record in run.records for key in record)
+    rewards = [key.removeprefix("reward/") for key in keys if key.startswith("reward/") and not key.endswith("_std")]
     groups: dict[str, list] = {}
-    for curve in _curves(names):
+    for curve in _curves(rewards):
         series = [_series(run, curve) for run in runs]
         if any(series):
-            groups.setdefault(curve.group, []).append((curve, series))
+            marks = [_evaluated(run, curve) for run in runs]
+            groups.setdefault(curve.group, []).append((curve, series, marks))
         elif any(_lacks(run, curve) for run in runs):
             skipped.append(curve.key if curve.stage is None else f"{curve.key} ({curve.stage})")
     charts = []
     for title, members in groups.items():
         # The rewards share one axis: whether they are balanced is the point of looking at them.
-        shared = _value_range(members, runs) if title == "Rewards" else None
-        charts.append(
-            {
-                "title": title,
-                "charts": [
-                    _chart(curve, series, runs, shared or _value_range([(curve, series)], runs))
-                    for curve, series in members
-                ],
-            }
-        )
+        shared = [value for member in members for value in _values(*member)] if title == "Rewards" else None
+        drawn = [_chart(*member, runs, shared or _values(*member)) for member in members]
+        charts.append({"title": title, "charts": drawn})
     return charts
 
 
-def _is_reward(key: str) -> bool:
-    return key.startswith("reward/") and not key.endswith("_std")
+def _records(run: Run, curve: Curve) -> list[dict[str, Any]]:
+    return [record for record in run.records if curve.stage in (None, record.get("stage"))]
 
 
 def _series(run: Run, curve: Curve) -> list[tuple[float, float]]:
     """(step, shown value) of the logged steps; where a logged step has no value the curve is not connected (NaN)."""
-    records = [record for record in run.records if curve.stage in (None, record.get("stage"))]
     points = [
         (record["step"], curve.scale * record[curve.key] if is_number(record[curve.key]) else math.nan)
-        for record in records
+        for record in _records(run, curve)
         if curve.key in record
     ]
     return points if any(not math.isnan(value) for _, value in points) else []
@@ -106,7 +183,7 @@ def _series(run: Run, curve: Curve) -> list[tuple[float, float]]:
 
 def _lacks(run: Run, curve: Curve) -> bool:
     """Whether the metric is absent from a stage that ran; one that is always null was logged, and is just off."""
-    records = [record for record in run.records if curve.stage in (None, record.get("stage"))]
+    records = _records(run, curve)
     return bool(records) and not any(curve.key in record for record in records)
 
 
@@ -125,95 +202,22 @@ def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
         return []
     steps = {str(record.get("stage")): record["step"] for record in run.records}
     steps["base"] = run.records[0]["step"]
-    found = []
+    marks = []
     for label in mapping(run.summary.get("evaluations")):
-        stage, _, step = label.partition("-")
-        place = int(step) if step.isdecimal() else steps.get(label)
+        stage, _, suffix = label.partition("-")
+        step = int(suffix) if suffix.isdecimal() else steps.get(label)
         value = cell_of(run.evaluation(label), row).mean
         # Evaluations during SFT lie outside the chart, whose curve begins with RL.
-        if place is not None and value is not None and (label == "sft" or stage != "sft"):
-            found.append((place, value, label_text(label)))
-    return found
+        if step is not None and value is not None and (label == "sft" or stage != "sft"):
+            marks.append((step, value, label_text(label)))
+    return marks
 
 
-def _value_range(members: Sequence[tuple[Curve, list]], runs: Sequence[Run]) -> tuple[float, float]:
-    values = [curve.low for curve, _ in members if curve.low is not None]
-    for curve, series in members:
-        values += [value for points in series for _, value in points if not math.isnan(value)]
-        values += [value for run in runs for _, value, _ in _evaluated(run, curve)]
-    return min(values), max(values)
-
-
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
-    low, high = sorted((low, high))
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        largest = max(abs(low), abs(high))
-        pad = largest * 0.1 if largest > _SMALLEST else 1.0
-        low, high = low - pad, high + pad
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def short_number(value: float, step: float = 0.0) -> str:
-    """A short number; with the axis' `step`, just the decimals that tell two ticks apart."""
-    if abs(value) >= 10_000:
-        text = f"{value / 1000:.4g}k"
-    elif step:
-        text = f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
-    elif abs(value) < 1:
-        text = f"{value:.3g}"
-    else:
-        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-class _Axes:
-    """Maps (step, value) to the viewBox."""
-
-    def __init__(self, steps: tuple[float, float], values: tuple[float, float]):
-        self.first, self.last = steps[0], max(steps[1], steps[0] + 1)
-        self.ticks = ticks(*values)
-        self.low, self.high = self.ticks[0], self.ticks[-1]
-        # Small values are written in thousandths, millionths, ... with the power of ten once, in the chart's title.
-        largest = max(abs(self.low), abs(self.high))
-        self.exponent = -3 * math.floor(math.log10(largest) / 3) if largest < 0.1 else 0
-        self.factor = 10.0**self.exponent
-
-    def x(self, step: float) -> float:
-        return round(LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(self, value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    def text(self, value: float) -> str:
-        """A value in the units of the axis."""
-        return short_number(value * self.factor)
-
-    def frame(self) -> dict[str, Any]:
-        gap = (self.ticks[1] - self.ticks[0]) * self.factor
-        span = [tick for tick in ticks(self.first, self.last) if self.first <= tick <= self.last and tick == int(tick)]
-        return {
-            "y_ticks": [(self.y(tick), short_number(tick * self.factor, gap)) for tick in self.ticks],
-            "x_ticks": [(self.x(tick), short_number(tick, 1)) for tick in span],
-        }
-
-    def path(self, points: Sequence[tuple[float, float]]) -> str:
-        """An SVG path that is interrupted where a value is missing."""
-        parts, pen_down = [], False
-        for step, value in points:
-            if math.isnan(value):
-                pen_down = False
-                continue
-            parts.append(f"{'L' if pen_down else 'M'}{self.x(step)} {self.y(value)}")
-            # A lone point is drawn as a dot, by the round cap of a line of no length.
-            if not pen_down:
-                parts.append(f"L{self.x(step)} {self.y(value)}")
-            pen_down = True
-        return "".join(parts)
+def _values(curve: Curve, series: Sequence[list], marks: Sequence[list]) -> list[float]:
+    """All values that the chart's axis covers."""
+    values = [value for points in series for _, value in points if not math.isnan(value)]
+    values += [value for mark in marks for _, value, _ in mark]
+    return values if curve.low is None else [curve.low, *values]
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -221,9 +225,14 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
+def _chunks(entries: Sequence[Any], most: int) -> list[Sequence[Any]]:
+    """At most `most` runs of neighbours of one length; the last one may be shorter."""
+    size = math.ceil(len(entries) / most)
+    return [entries[start : start + size] for start in range(0, len(entries), size)]
+
+
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = math.ceil(len(points) / MAX_POINTS)
-    chunks = [points[start : start + size] for start in range(0, len(points), size)]
+    chunks = _chunks(points, MAX_POINTS)
     return [(_mean(step for step, _ in chunk), _mean(value for _, value in chunk)) for chunk in chunks]
 
 
@@ -239,61 +248,56 @@ def _smoothed(points: list[tuple[float, float]], boundary: float | None) -> list
     return smoothed
 
 
-def _chart(curve: Curve, series: list[list], runs: Sequence[Run], values: tuple[float, float]) -> dict[str, Any]:
-    marks = [_evaluated(run, curve) if points else [] for run, points in zip(runs, series, strict=True)]
-    steps = [step for points in series for step, _ in points] + [step for mark in marks for step, _, _ in mark]
-    axes = _Axes((min(steps), max(steps)), values)
+def _chart(
+    curve: Curve, series: Sequence[list], marks: Sequence[list], runs: Sequence[Run], values: Sequence[float]
+) -> dict[str, Any]:
+    steps = [step for points, mark in zip(series, marks, strict=True) if points for step, *_ in (*points, *mark)]
+    axes = _Axes(steps, values)
     lines, boundaries, diamonds = [], [], []
     for index, (run, points, mark) in enumerate(zip(runs, series, marks, strict=True)):
-        colour = index % RUN_COLOURS + 1
-        boundary = _boundary(run)
-        if points and boundary is not None and axes.first <= boundary <= axes.last:
+        if not points:
+            continue
+        colour, boundary = index % RUN_COLOURS + 1, _boundary(run)
+        if boundary is not None and axes.first <= boundary <= axes.last:
             boundaries.append({"x": axes.x(boundary), "colour": colour})
         for step, value, label in mark:
             text = f"{run.name}, held out, {label}: {axes.text(value)}{curve.unit}"
             diamonds.append({"x": axes.x(step), "y": axes.y(value), "colour": colour, "text": text})
-        if not points:
-            continue
         thin = _thinned(points)
         smooth = _smoothed(thin, boundary)
-        last = next(value for _, value in reversed(smooth) if not math.isnan(value))
+        last = axes.text(next(value for _, value in reversed(smooth) if not math.isnan(value)))
         raw = axes.path(thin) if smooth != thin else ""
-        lines.append(
-            {"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": axes.text(last)}
-        )
-    return {
-        "title": curve.title,
-        "unit": f"{curve.unit} ×10{str(-axes.exponent).translate(SUPERSCRIPT)}" if axes.exponent else curve.unit,
-        **axes.frame(),
-        "lines": lines,
-        "boundaries": boundaries,
-        "diamonds": diamonds,
-    }
+        lines.append({"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": last})
+    power = f" ×10{str(-axes.exponent).translate(SUPERSCRIPT)}" if axes.exponent else ""
+    drawn = {"lines": lines, "boundaries": boundaries, "diamonds": diamonds}
+    return {"title": curve.title, "unit": f"{curve.unit}{power}", **axes.frame(), **drawn}
 
 
 def time_chart(run: Run) -> dict[str, Any] | None:
     """Stacked bars of seconds per step by phase, each the mean of neighbouring steps; shares of the last stage."""
-    keys = [f"time/{phase}" for phase in PHASES]
-    records = [record for record in run.records if any(is_number(record.get(key)) for key in keys)]
-    if not records:
+    logged = [
+        (record["step"], record.get("stage"), [record.get(f"time/{phase}") for phase in PHASES])
+        for record in run.records
+    ]
+    logged = [entry for entry in logged if any(map(is_number, entry[2]))]
+    if not logged:
         return None
-    size = math.ceil(len(records) / 48)
-    chunks = [records[start : start + size] for start in range(0, len(records), size)]
-    stacks = [[_mean(_seconds(record, key) for record in chunk) for key in keys] for chunk in chunks]
-    axes = _Axes((records[0]["step"], records[-1]["step"]), (0.0, max(sum(stack) for stack in stacks)))
-    width = (WIDTH - LEFT - RIGHT) / len(chunks)
+    seconds = [[float(value) if is_number(value) else 0.0 for value in values] for _, _, values in logged]
+    stacks = [[_mean(phase) for phase in zip(*chunk, strict=True)] for chunk in _chunks(seconds, MAX_BARS)]
+    axes = _Axes([step for step, *_ in logged], [0.0, *(sum(stack) for stack in stacks)])
+    width = (WIDTH - LEFT - RIGHT) / len(stacks)
     bars = []
     for position, stack in enumerate(stacks):
         below = 0.0
-        for phase, seconds in zip(PHASES, stack, strict=True):
-            top, bottom = axes.y(below + seconds), axes.y(below)
+        for phase, height in zip(PHASES, stack, strict=True):
+            top, bottom = axes.y(below + height), axes.y(below)
             if bottom - top > 0:
                 x = round(LEFT + position * width, 2)
                 bars.append({"x": x, "y": top, "height": round(bottom - top, 1), "phase": phase})
-            below += seconds
-    stage = records[-1].get("stage")
-    ended = [record for record in records if record.get("stage") == stage]
-    sums = {phase: sum(_seconds(record, f"time/{phase}") for record in ended) for phase in PHASES}
+            below += height
+    stage = logged[-1][1]
+    last_stage = [values for (_, name, _), values in zip(logged, seconds, strict=True) if name == stage]
+    sums = dict(zip(PHASES, map(sum, zip(*last_stage, strict=True)), strict=True))
     total = sum(sums.values())
     return {
         "name": run.name,
@@ -302,12 +306,8 @@ def time_chart(run: Run) -> dict[str, Any] | None:
         "bars": bars,
         "bar_width": round(max(width - 1, width * 0.8), 2),
         "shares": [(phase, 100 * seconds / (total or 1.0)) for phase, seconds in sums.items()],
-        "seconds_per_step": total / len(ended),
+        "seconds_per_step": total / len(last_stage),
     }
-
-
-def _seconds(record: Mapping[str, Any], key: str) -> float:
-    return float(record[key]) if is_number(record.get(key)) else 0.0
 
 
 # ---- bars of scores --------------------------------------------------------------------------------------------------
@@ -322,27 +322,20 @@ def bars(entries: Sequence[tuple[str, float, Sequence[float] | None, str]]) -> s
     """
     if not entries:
         return ""
-    ends = [value for _, score, interval, _ in entries for value in (0.0, score, *(interval or ()))]
-    low, high = min(ends), max(ends)
-    span = (high - low) or 1.0
-
-    def x(value: float) -> float:
-        return _NAMES + _SCALE * (value - low) / span
-
-    height = _ROW * len(entries) + 8
-    drawn = []
+    values = [value for _, score, interval, _ in entries for value in (0.0, score, *(interval or ()))]
+    low, high = min(values), max(values)
+    x = scale(low, high if high > low else low + 1.0, _NAMES, _SCALE)
+    width, height = _NAMES + _SCALE + 150, _ROW * len(entries) + 8
+    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="13">']
     for row, (name, score, interval, words) in enumerate(entries):
-        y = _ROW * row + 4
+        y, thickness = _ROW * row + 4, _ROW - 10
         left, right = sorted((x(0.0), x(score)))
-        shown = name if len(name) <= 34 else "…" + name[-33:]
-        drawn.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{html.escape(shown)}</text>')
-        drawn.append(
-            f'<rect x="{left:.1f}" y="{y + 3}" width="{right - left:.1f}" height="{_ROW - 10}" fill="#4c78a8"/>'
-        )
+        shown = html.escape(name if len(name) <= 34 else "…" + name[-33:])
+        label = html.escape(f"{score:.2f}" + (f" ({words} words)" if words else ""))
+        parts.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{shown}</text>')
+        parts.append(f'<rect x="{left}" y="{y + 3}" width="{right - left:.1f}" height="{thickness}" fill="#4c78a8"/>')
         if interval:
-            start, stop, middle = x(interval[0]), x(interval[1]), y + 3 + (_ROW - 10) / 2
-            drawn.append(f'<path d="M{start:.1f} {middle:.1f}H{stop:.1f}" stroke="#000" stroke-width="1.5"/>')
-        label = f"{score:.2f}" + (f" ({words} words)" if words else "")
-        drawn.append(f'<text x="{_NAMES + _SCALE + 8}" y="{y + 15}">{html.escape(label)}</text>')
-    width = _NAMES + _SCALE + 150
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="13">{"".join(drawn)}</svg>'
+            start, stop, middle = x(interval[0]), x(interval[1]), y + 3 + thickness / 2
+            parts.append(f'<path d="M{start} {middle:.1f}H{stop}" stroke="#000" stroke-width="1.5"/>')
+        parts.append(f'<text x="{_NAMES + _SCALE + 8}" y="{y + 15}">{label}</text>')
+    return "".join([*parts, "</svg>"])

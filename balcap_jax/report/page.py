@@ -1,10 +1,10 @@
 """`python -m balcap_jax.report D [D2 ...]`: one self-contained HTML page about one or several runs.
 
-The page makes no request: its style, charts (SVG) and pictures (data URLs) are inside it, it has no script, and its
+The page makes no request: its style, charts (SVG) and pictures (data URLs) are inside it. It has no script, and its
 Content-Security-Policy allows none. Captions, judge answers, ids and configs are untrusted: everything goes through
-Jinja's autoescaping, and nothing is marked safe but the template's own style sheet.
+Jinja's autoescaping, and only the template's own style sheet is marked safe.
 
-`balcap_jax.report.run` says what is read from a run directory. Rewards and shares are shown in points, 0 to 100.
+`balcap_jax.report.run` describes the files of a run directory. The page shows rewards and shares in points, 0 to 100.
 """
 
 import base64
@@ -20,18 +20,7 @@ import jinja2
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, read_bytes, replace_file
-from balcap_jax.report.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    RUN_COLOURS,
-    TOP,
-    WIDTH,
-    chart_groups,
-    short_number,
-    time_chart,
-)
+from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart
 from balcap_jax.report.run import (
     PLAIN_TABLE,
     TABLE,
@@ -60,22 +49,21 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def before_after_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
-    """The table printed at the end of a training with the stages `order`: the first evaluation of
-    `summary["evaluations"]` against the last."""
+    """The table that ends a training with the stages `order`: the first of the `summary`'s evaluations and the last."""
     evaluations = mapping(summary.get("evaluations"))
     labels = before_and_after(evaluations, order)
     if not labels:
         return "no evaluation yet"
+    columns = [mapping(evaluations[label]) for label in labels]
     names = [label_text(label) for label in labels] + (["change"] if len(labels) > 1 else [])
-    count = mapping(evaluations[labels[-1]]).get("n")
+    count = columns[-1].get("n")
     captions = f"{count} captions" if is_number(count) else ""
     lines = [f"{captions:<24}" + "".join(f"{name:>10}" for name in names)]
-    shown = [mapping(evaluations[label]) for label in labels]
-    balanced = any(cell_of(one, row).mean is not None for one in shown for row in TABLE[:_BALCAP_ROWS])
-    for row in rows_of(shown):
-        if row in TABLE and (row.key not in PLAIN_TABLE or (row in TABLE[:_BALCAP_ROWS] and not balanced)):
+    is_balanced = any(cell_of(column, row).mean is not None for column in columns for row in TABLE[:_BALCAP_ROWS])
+    for row in rows_of(columns):
+        if row in TABLE and (row.key not in PLAIN_TABLE or (row in TABLE[:_BALCAP_ROWS] and not is_balanced)):
             continue
-        cells = [cell_of(mapping(evaluations[label]), row) for label in labels]
+        cells = [cell_of(column, row) for column in columns]
         values = ["-" if cell.mean is None else f"{cell.mean:.1f}{row.unit}" for cell in cells]
         if len(labels) > 1:
             delta = _delta(*cells)
@@ -109,10 +97,9 @@ def _counts(runs: Sequence[Run], kind: str) -> list[str]:
     texts = []
     for run in runs:
         for label in run.labels[-1:]:
-            found = {
-                name: run.evaluation(label, kind).get(key) for name, key in (("images", "images"), ("captions", "n"))
-            }
-            texts.append(", ".join(f"{count:g} {name}" for name, count in found.items() if is_number(count)))
+            evaluation = run.evaluation(label, kind)
+            counts = {"images": evaluation.get("images"), "captions": evaluation.get("n")}
+            texts.append(", ".join(f"{count:g} {name}" for name, count in counts.items() if is_number(count)))
     return [text for text in dict.fromkeys(texts) if text]
 
 
@@ -127,8 +114,7 @@ def _signed(delta: float) -> str:
 
 def _change(run: Run, image_id: str) -> float | None:
     """Change in b-CapScore from the first to the last label; with one label, the b-CapScore itself."""
-    images = [run.evaluations.get(label, {}).get(image_id) for label in run.labels]
-    scores = [image.b_capscore if image else None for image in images]
+    scores = [image.b_capscore if image else None for image in run.images(image_id).values()]
     if not scores or None in scores:
         return None
     return scores[-1] - scores[0] if len(scores) > 1 else scores[0]
@@ -139,10 +125,9 @@ def choose_images(run: Run, count: int = GALLERY_IMAGES) -> list[tuple[str, str]
 
     Images without a score in both evaluations can't be ranked; they are shown only where no image can be.
     """
-    ids = list(dict.fromkeys(image_id for label in run.labels for image_id in run.evaluations.get(label, {})))
-    changes = {image_id: change for image_id in ids if (change := _change(run, image_id)) is not None}
+    changes = {image_id: change for image_id in run.image_ids if (change := _change(run, image_id)) is not None}
     if not changes:
-        return [(image_id, "not ranked: no b-CapScore") for image_id in ids[:count]]
+        return [(image_id, "not ranked: no b-CapScore") for image_id in run.image_ids[:count]]
     ranked = sorted(changes, key=lambda image_id: -changes[image_id])
     median, last = (len(ranked) - 1) // 2, len(ranked) - 1
     upper, lower = max(count // 2 - 1, 1), max(count - count // 2, 1)
@@ -157,15 +142,11 @@ def _gallery(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Cards; a run that shares images with an earlier run's choice is shown on the same cards."""
     cards: dict[str, dict[str, Any]] = {}
     for run in runs:
-        has = {image_id for label in run.labels for image_id in run.evaluations.get(label, {})}
-        if not has:
-            continue
-        if not has & set(cards):
+        if cards.keys().isdisjoint(run.image_ids):
             for image_id, why in choose_images(run):
                 cards[image_id] = {"id": image_id, "why": why, "chosen_in": run.name, "columns": [], "picture": None}
         for image_id, card in cards.items():
-            for label in run.labels:
-                image = run.evaluations.get(label, {}).get(image_id)
+            for label, image in run.images(image_id).items():
                 if image is None:
                     continue
                 if card["picture"] is None:
@@ -218,17 +199,17 @@ def _facts(run: Run) -> dict[str, str]:
         facts["device"] = str(device)
     if versions:
         facts["versions"] = " · ".join(f"{name} {version}" for name, version in versions.items())
-    stages = dict.fromkeys(str(record.get("stage")) for record in run.records)
     if run.records:
-        spans = {stage: [r["step"] for r in run.records if str(r.get("stage")) == stage] for stage in stages}
+        spans: dict[str, list[float]] = {}
+        for record in run.records:
+            spans.setdefault(str(record.get("stage")), []).append(record["step"])
         facts["logged steps"] = ", ".join(f"{stage} {span[0]:g} to {span[-1]:g}" for stage, span in spans.items())
     seconds = {name: value for name, value in mapping(summary.get("seconds")).items() if is_number(value)}
     if seconds:
         wall = seconds.pop("wall", None) or seconds.pop("total", None) or sum(seconds.values())
         facts["total time"] = _duration(wall)
-        facts["of which"] = ", ".join(
-            f"{name} {_duration(value)}" for name, value in sorted(seconds.items(), key=lambda item: -item[1])
-        )
+        longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+        facts["of which"] = ", ".join(f"{name} {_duration(value)}" for name, value in longest_first)
     return facts
 
 
@@ -252,12 +233,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _aligned(columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     """The union of the columns' rows; `same` says whether all columns agree."""
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = []
-    for name in names:
-        values = [column.get(name, "") for column in columns]
-        rows.append({"name": name, "values": values, "same": len(set(values)) == 1})
-    return rows
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = {name: [column.get(name, "") for column in columns] for name in names}
+    return [{"name": name, "values": values, "same": len(set(values)) == 1} for name, values in rows.items()]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -276,7 +254,7 @@ def _csp_hash(style: str) -> str:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page's HTML. Notes about what could not be shown are collected from all parts before it is rendered."""
+    """The page's HTML. All parts add their notes about missing things before the template renders the notes."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -293,20 +271,21 @@ def render(runs: Sequence[Run]) -> str:
     gallery = _gallery(runs)
     if skipped and any(run.records for run in runs):
         runs[0].notes.append("metrics.jsonl: not logged, so not drawn: " + ", ".join(skipped))
+    tables = [
+        {"title": title, "rows": rows, "counts": _counts(runs, kind)}
+        for kind, title in EVALUATIONS.items()
+        if (rows := _html_table(runs, kind))
+    ]
     return environment.get_template("report.html.j2").render(
         runs=runs,
-        tables=[
-            {"title": title, "rows": rows, "counts": _counts(runs, kind)}
-            for kind, title in EVALUATIONS.items()
-            if (rows := _html_table(runs, kind))
-        ],
+        tables=tables,
         groups=groups,
         times=times,
         gallery=gallery,
         facts=_aligned([_facts(run) for run in runs]),
         config=_aligned([_flat(run.config) for run in runs]),
         colours=[index % RUN_COLOURS + 1 for index in range(len(runs))],
-        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        frame=FRAME,
     )
 
 

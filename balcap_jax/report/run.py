@@ -1,4 +1,4 @@
-"""What a training run leaves in its directory, read back: each file may be missing or torn, and a note says so.
+"""Reads what a training run leaves in its directory; each file may be missing or torn, and a note says so.
 
 The files: metrics.jsonl, config.json, summary.json and samples/ with eval-<label>.jsonl (one `JudgedImage` a line) and
 the pictures that those name. Rewards and shares are fractions there, b-CapScore is in points, 0 to 100.
@@ -58,7 +58,7 @@ Number = Annotated[float | None, pydantic.AfterValidator(lambda value: value if 
 
 
 class JudgedCaption(pydantic.BaseModel):
-    """One caption with everything that its judges said; None and absent entries are what no judge answered."""
+    """One caption with everything that its judges answered; without an answer entries are None or absent."""
 
     caption: str
     words: int | None = None
@@ -95,7 +95,7 @@ class JudgedImage(pydantic.BaseModel):
 
 @dataclasses.dataclass
 class Run:
-    """What was found of a run; `notes` says in one line each what was missing or unreadable."""
+    """A run as it was read; each of `notes` is a line about a missing or unreadable part."""
 
     path: Path
     name: str
@@ -115,6 +115,15 @@ class Run:
         """The stages in the order in which they ran, as far as the config says so."""
         order = mapping(self.config.get("stages")).get("order")
         return [part.strip() for part in order.split(",")] if isinstance(order, str) else USUAL_ORDER
+
+    @property
+    def image_ids(self) -> list[str]:
+        """The images of the evaluations `labels`."""
+        return list(dict.fromkeys(image_id for label in self.labels for image_id in self.evaluations.get(label, {})))
+
+    def images(self, image_id: str) -> dict[str, JudgedImage | None]:
+        """One image in each of the evaluations `labels`; None where it was not evaluated."""
+        return {label: self.evaluations.get(label, {}).get(image_id) for label in self.labels}
 
     def evaluation(self, label: str, kind: str = "evaluations") -> Mapping[str, Any]:
         """What summary.json says about one evaluation ("greedy" is the other kind); empty where it says nothing."""
@@ -154,25 +163,20 @@ def load_run(directory: str | os.PathLike) -> Run:
 
 
 def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
-    """(line number, object) of each readable line; what is not readable is counted in one note."""
+    """(line number, object) of each readable line; one note counts the others."""
     try:
         lines = read_bytes(file).splitlines()
     except OSError as error:
         notes.append(f"{file.name}: not readable ({error.strerror})")
         return []
-    found, torn = [], []
-    for number, line in enumerate(lines, start=1):
-        record = _object(line)
-        if record is None:
-            torn.append(number)
-        else:
-            found.append((number, record))
-    if torn:
+    values = [(number, _object(line)) for number, line in enumerate(lines, start=1)]
+    objects = [(number, value) for number, value in values if value is not None]
+    if torn := [number for number, value in values if value is None]:
         more = f" and {len(torn) - 1} more" if len(torn) > 1 else ""
         notes.append(f"{file.name}: line {torn[0]}{more} torn or not an object, skipped")
-    elif not found:
+    elif not objects:
         notes.append(f"{file.name}: empty")
-    return found
+    return objects
 
 
 def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:

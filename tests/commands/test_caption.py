@@ -18,8 +18,10 @@ from PIL import Image
 from balcap_jax import caption as command
 from balcap_jax import models
 from balcap_jax.caption import Options, caption
+from balcap_jax.captioning import captioner
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
+from balcap_jax.data import images
 from balcap_jax.data.listing import list_items
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
 
@@ -200,13 +202,13 @@ def test_the_score_is_the_models_own(llava, folder, tmp_path, monkeypatch):
     """`log_prob` of a sample against the update's path over the same tokens."""
     one, drawn = tmp_path / "list.jsonl", []
     one.write_text(json.dumps({"image": str(folder / "photo 3.jpg")}))
-    best = command.Captioner._best
+    best = captioner.Captioner._best
     # The texts need not encode to the tokens that were drawn.
-    monkeypatch.setattr(command.Captioner, "_best", lambda self, out, row: drawn.append(out) or best(self, out, row))
+    monkeypatch.setattr(captioner.Captioner, "_best", lambda self, out, row: drawn.append(out) or best(self, out, row))
     caption(llava, one, tmp_path / "out.jsonl", Options(**vars(SAMPLED) | {"keep": "all"}))
     samples = lines_of(tmp_path / "out.jsonl")[0]["samples"]
     policy, params, processor = models.load(llava)
-    prompt = processor([command.pictures.read(folder / "photo 3.jpg")], [PROMPT])
+    prompt = processor([images.read(folder / "photo 3.jpg")], [PROMPT])
     responses, lengths = drawn[0].tokens[:1], drawn[0].lengths[0]
     scored = jax.jit(lambda params: policy.log_probs(params, prompt, policy.encode(params, prompt.images), responses))(
         params
@@ -227,7 +229,7 @@ def test_going_on_after_a_stop(llava, folder, tmp_path, monkeypatch, torn):
     """Stopped after the second batch, in the middle of a line of either file."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     caption(llava, folder, whole, OPTIONS)
-    run, batches = command.Captioner.__call__, []
+    run, batches = captioner.Captioner.__call__, []
 
     def stop(self, items, prompts):
         if len(batches) == 2:
@@ -236,7 +238,7 @@ def test_going_on_after_a_stop(llava, folder, tmp_path, monkeypatch, torn):
         return run(self, items, prompts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(command.Captioner, "__call__", stop)
+        patched.setattr(captioner.Captioner, "__call__", stop)
         with pytest.raises(Stopped):
             caption(llava, folder, out, OPTIONS)
     assert [key for batch in batches for key in batch] == sorted(GOOD)[:8]
@@ -507,7 +509,7 @@ def test_odd_files_of_an_earlier_command_are_named(llava, folder, tmp_path, file
 
 def test_a_full_disk_leaves_nothing(llava, folder, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    command.models.load(llava)  # what is compiled on the way may write to the cache
+    models.load(llava)  # what is compiled on the way may write to the cache
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
         message = error_of(caption, llava, folder, tmp_path / "out.jsonl", OPTIONS)
@@ -523,7 +525,7 @@ def test_too_little_memory_is_one_line(llava, folder, tmp_path, monkeypatch):
         def fail(self, items, prompts, error=error):
             raise error
 
-        monkeypatch.setattr(command.Captioner, "__call__", fail)
+        monkeypatch.setattr(captioner.Captioner, "__call__", fail)
         message = error_of(caption, llava, folder, tmp_path / "out.jsonl", OPTIONS)
         assert message.startswith("captioning needs more memory than there is; lower --batch_size, ")
 

@@ -13,12 +13,14 @@ from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, kind_of, r
 from PIL import Image
 from system.commands import finish, start, start_afresh
 
-from balcap_jax import caption, evaluate, models
+from balcap_jax import evaluate, models
+from balcap_jax.captioning import captioner
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data import photos
 from balcap_jax.evals.dcscore import DCScore
-from balcap_jax.evals.engine import Item, Texts, read_captions
+from balcap_jax.evals.engine import Item
+from balcap_jax.evals.inputs import Texts, read_captions
 from balcap_jax.evals.vqa_data import read_questions
 
 CHECK = "--metric=checklist"
@@ -577,7 +579,7 @@ def test_a_model_answers_and_a_second_run_asks_it_nothing(tmp_path, monkeypatch)
     assert [line["prompt"] for line in asked] == ["n?\nAnswer the question using a single word or phrase."] * 2
     said = (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()
     assert {json.loads(line)["id"] for line in said} == {"0", "1"}
-    monkeypatch.setattr(caption, "Captioner", None)  # A second run must not load the model.
+    monkeypatch.setattr(captioner, "Captioner", None)  # A second run must not load the model.
     evaluate.main([*given, "--split=test"])
     assert results_of(tmp_path / "o") == results
 

@@ -27,7 +27,18 @@ from balcap_jax.cli.files import AppendedLines, read_jsonl, read_lines
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data import listing, photos, sharegpt4v
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
-from balcap_jax.evals import balanced, caparena, captionqa, capture, checklist, dcscore, engine, side_by_side, vqa_data
+from balcap_jax.evals import (
+    balanced,
+    caparena,
+    captionqa,
+    capture,
+    checklist,
+    dcscore,
+    engine,
+    inputs,
+    side_by_side,
+    vqa_data,
+)
 from balcap_jax.evaluate import read_judgements
 from balcap_jax.judges import schema
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
@@ -207,7 +218,7 @@ def of_lists(root: Path) -> list[Target]:
     for name, content in vqa_files.items():
         target(name, content, lambda file: list(vqa_data.read_questions(file)))
     for name, content in (("texts.json", captions), ("texts.jsonl", [{"id": "a", "caption": "A dog."}])):
-        target(name, content, engine.read_captions)
+        target(name, content, inputs.read_captions)
     checked = [{"id": "a", "items": [{"kind": "text", "question": "Is it?"}]}]
     target("checks.jsonl", checked, lambda file: checklist.Checklist().items(captions, file))
     graph = {"objects": ["dog"], "attributes": {"dog": ["red"]}, "relations": [["dog", "on", "mat"]]}
