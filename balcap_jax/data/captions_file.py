@@ -1,4 +1,4 @@
-"""What a line of a captioned JSONL file may hold, checked."""
+"""The fields of a line of a captioned JSONL file, checked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,8 @@ _LARGEST_WEIGHT = 1000.0
 def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     """{"image", "captions", "prompt", "reference_units", "questions", "rubrics"} of a line.
 
-    Captions are a tuple with `reference` first, where there is one; questions and rubrics are JSON text, "[]" where
-    there are none; an absent prompt is "".
+    Captions are a tuple with `reference` first, where there is one. Questions and rubrics are JSON text, "[]" where
+    there are none. An absent prompt is "".
 
     Raises:
       UserError: it lacks what is needed, or a field is of another form; `where` names the line.
@@ -37,12 +37,12 @@ def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f'{where}: "prompt" must be text, got {prompt!r}')
     if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
         raise UserError(f'{where}: "reference_units" must be a list of texts')
-    if not isinstance(questions, list) or not all(_is_question(one) for one in questions):
+    if not isinstance(questions, list) or not all(map(_is_question, questions)):
         raise UserError(
             f'{where}: "questions" must be a list of {{"question": text, "choices": [2 to {MAX_OPTIONS} texts], '
             '"answer": a letter, or one of the choices}'
         )
-    if not isinstance(rubrics, list) or not all(_is_criterion(one) for one in rubrics):
+    if not isinstance(rubrics, list) or not all(map(_is_criterion, rubrics)):
         raise UserError(f'{where}: "rubrics" must be a list of {{"criterion": text, "weight": a number above 0}}')
     return {
         "image": entry["image"],
@@ -54,17 +54,17 @@ def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _is_question(one: Any) -> bool:
-    if not isinstance(one, dict) or not isinstance(one.get("question"), str) or not isinstance(one.get("answer"), str):
+def _is_question(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("question", "answer")):
         return False
-    choices = one.get("choices")
+    choices = entry.get("choices")
     if not isinstance(choices, list) or not 2 <= len(choices) <= MAX_OPTIONS:
         return False
-    return all(isinstance(text, str) and text.strip() for text in choices) and bool(lettered(one)[1])
+    return all(isinstance(text, str) and text.strip() for text in choices) and bool(lettered(entry)[1])
 
 
-def _is_criterion(one: Any) -> bool:
-    if not isinstance(one, dict) or not isinstance(one.get("criterion"), str) or not one["criterion"].strip():
+def _is_criterion(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("criterion"), str) or not entry["criterion"].strip():
         return False
-    weight = one.get("weight")
+    weight = entry.get("weight")
     return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= _LARGEST_WEIGHT
