@@ -72,8 +72,7 @@ def prepare_import() -> None:
     """
     # Without PyTorch, which is no dependency, transformers tells every user of every command that models are missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # It warns of what our own checks report, such as odd fields of a model's config.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # See `quieten_libraries`.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ignored by the parent: a background job.
         signal.signal(signal.SIGINT, _end_now)
     modules = [name.removeprefix("-m") for name in sys.orig_argv if name.startswith(("balcap_jax.", "-mbalcap_jax."))]
@@ -83,7 +82,10 @@ def prepare_import() -> None:
 
 def install() -> None:
     """Makes the changes that last as long as a command. A second call changes nothing more."""
-    _freeze_once()
+    if not gc.get_freeze_count():
+        # What the imports have made stays to the end, and to walk it each time is a tenth of the CPU time of a run of a
+        # few steps.
+        gc.freeze()
     if signal.getsignal(signal.SIGINT) is _end_now:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
@@ -103,6 +105,8 @@ def quieten_libraries() -> None:
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)  # Adding it twice is the same as once.
+    # It warns of what our own checks report, such as odd fields of a model's config.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # Else one line per request, where logging is on.
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     # Pillow warns of what `data.images` raises, and of damage beside the pixels. Readers are threads: once for all.
@@ -147,15 +151,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not any(sign in text for text in texts for sign in signs)
 
 
-@functools.cache
-def _freeze_once() -> None:
-    """Takes what the imports have made out of garbage collection for good.
-
-    It stays to the end anyway, and to walk it each time is a tenth of the CPU time of a run of a few steps.
-    """
-    gc.freeze()
-
-
 def on_abort(last_line: Callable[[], str]) -> None:
     """Makes abort() in this process, as native code calls it, write `last_line()` to stderr and exit with status 1.
 
@@ -167,11 +162,8 @@ def on_abort(last_line: Callable[[], str]) -> None:
         os.write(sys.__stderr__.fileno(), last_line().encode())
         os._exit(1)
 
-    _abort_handlers.append(handler)  # The handler must outlive this call.
+    on_abort.handler = handler  # It must outlive this call.
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-
-
-_abort_handlers: list[Any] = []
 
 
 def _end_now(number: int, frame: object) -> None:

@@ -73,15 +73,15 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
 
 def check(path: str | os.PathLike | bytes) -> None:
     """Raises ImageError for a file that does not even begin as a picture that `read` takes. Decodes nothing."""
-    with _opened(path, whole=False):
+    with _opened(path, complete=False):
         pass
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike | bytes, *, whole: bool = True) -> Iterator[Image.Image]:
+def _opened(path: str | os.PathLike | bytes, *, complete: bool = True) -> Iterator[Image.Image]:
     """The picture, not yet decoded; every error that it raises inside the block becomes an ImageError.
 
-    If not `whole` it cannot be decoded, and of a PNG only the head is read.
+    If not `complete` it cannot be decoded, and of a PNG only the head is read.
     """
     # TensorFlow Datasets switches this on for all of Pillow: the missing part of a picture would be grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -89,8 +89,10 @@ def _opened(path: str | os.PathLike | bytes, *, whole: bool = True) -> Iterator[
         with io.BytesIO(path) if isinstance(path, bytes) else _file(Path(path)) as file:
             is_png = file.read(len(png.SIGNATURE)) == png.SIGNATURE
             file.seek(0)
-            with Image.open(png.stripped(file, whole=whole) if is_png else file, formats=_formats()) as image:
-                _check_size(image)
+            with Image.open(png.stripped(file, complete=complete) if is_png else file, formats=_formats()) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width} x {image.height}"
+                    raise ImageError(f"too large: {size} is more than {MAX_PIXELS} pixels; shrink it")
                 yield image
     except ImageError:
         raise
@@ -148,11 +150,6 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     else:  # Values of 16 bits, which some formats keep in 32 bits.
         scale = 255.0 / max(65535, int(values.max(initial=0)))
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"too large: {image.width} x {image.height} is more than {MAX_PIXELS} pixels; shrink it")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,7 +5,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -71,10 +71,9 @@ def make_dataset(
     rows = range(batch_size) if rows is None else [int(row) for row in rows]
     if any(not 0 <= row < batch_size for row in rows):
         raise ValueError(f"rows {list(rows)} are not all in [0, {batch_size})")
-    text = _AsText(source)
 
     def read(indices: np.ndarray) -> Batch:
-        return as_columns([text[indices[row]] for row in rows])
+        return as_columns([decode(source[indices[row]]) for row in rows])
 
     # The order is one of indices, so that no process reads the rows of another one.
     dataset = grain.MapDataset.range(len(source)).seed(seed)
@@ -91,10 +90,9 @@ def make_dataset(
 
 
 def examples(source: Sequence[Mapping[str, Any]], limit: int | None = None, *, start: int = 0) -> list[dict[str, Any]]:
-    """The first `limit` examples from `start` on (all if None), in the order of the split, text as `str`."""
+    """The first `limit` examples from `start` on (all if None), in the order of the split, with text as `str`."""
     stop = len(source) if limit is None else min(len(source), start + limit)
-    text = _AsText(source)
-    return [text[i] for i in range(start, stop)]
+    return [decode(source[i]) for i in range(start, stop)]
 
 
 def as_columns(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -117,29 +115,14 @@ def _column(values: list) -> Any:
     return values
 
 
-class _AsText:
-    """A view of a source whose text is `str`: data sets hand out UTF-8 bytes and arrays of them."""
-
-    def __init__(self, source: Sequence[Mapping[str, Any]]):
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        return _decode(self._source[index])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} examples)"
-
-
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """An example whose text is `str`: data sets hand out UTF-8 bytes and arrays of them."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, Mapping):
-        return {key: _decode(inner) for key, inner in value.items()}
+        return {key: decode(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype.kind in "OSU"):
-        return [_decode(inner) for inner in value]
+        return [decode(inner) for inner in value]
     return value
 
 
@@ -158,11 +141,16 @@ def open_builder(
     Raises:
       UserError: the data set does not say what it is, or not in a form that TFDS reads.
     """
-    builder = _open(kind, data_dir, config)
-    if not builder.is_prepared() and Path(builder.data_dir).exists():
-        builder = _open(kind, data_dir, config)  # Another process may have made it between the two questions.
-        if not builder.is_prepared():
-            raise damaged(Path(builder.data_dir), "dataset_info.json is missing")
+    try:
+        builder = kind(data_dir=data_dir, config=config)
+        if not builder.is_prepared() and Path(builder.data_dir).exists():
+            builder = kind(data_dir=data_dir, config=config)  # Another process may have made it in between.
+            if not builder.is_prepared():
+                raise damaged(Path(builder.data_dir), "dataset_info.json is missing")
+    except (OSError, UserError):  # The caller explains those of the disk.
+        raise
+    except Exception as error:  # TFDS raises protobuf's own, among others.
+        raise damaged(data_dir / kind.name / config.name, " ".join(str(error).split())) from error
     return builder
 
 
@@ -186,12 +174,3 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, **download: Any) -> None:
     sync_tree(folder)
     for parent in folder.parents[:3]:
         sync(parent)
-
-
-def _open(kind, data_dir: Path, config) -> tfds.core.GeneratorBasedBuilder:
-    try:
-        return kind(data_dir=data_dir, config=config)
-    except OSError:  # of the disk: the caller's to explain
-        raise
-    except Exception as error:  # protobuf's own, among others
-        raise damaged(data_dir / kind.name / config.name, " ".join(str(error).split())) from error

@@ -41,7 +41,11 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
     """
     source = Path(source)
     if source.is_dir():
-        items = [_found(source, name, prompt, problem) for name, problem in files_below(source, "--images")]
+        items = []
+        for name, problem in files_below(source, "--images"):
+            text = spelt(name)
+            error = problem if text == name else "the name of the file is not UTF-8; rename it"
+            items.append(Item(text, text, source / name, prompt, error=error))
         if not items:
             kinds = " ".join(images.SUFFIXES)
             raise UserError(f"no pictures in {source}: no file ends in one of {kinds}")
@@ -52,13 +56,6 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
     if not items:
         raise UserError(f'{source} is empty; it takes lines such as {{"image": "photo.jpg"}}')
     return items
-
-
-def _found(folder: Path, name: str, prompt: str, problem: str) -> Item:
-    """A file of a folder."""
-    text = spelt(name)
-    error = problem if text == name else "the name of the file is not UTF-8; rename it"
-    return Item(text, text, folder / name, prompt, error=error)
 
 
 def spelt(name: str) -> str:
@@ -90,16 +87,16 @@ def real_path(path: str | os.PathLike) -> str:
 def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
     """Pictures below `folder`: their paths relative to it, with /, each with "" or why it cannot be looked at.
 
-    Hidden files and folders are left out. Links to folders are followed, into each folder once; those that lead nowhere
-    and subfolders that cannot be looked into are listed as well.
+    Hidden files and folders are left out. Links to folders are followed, into each folder once. Broken links and
+    subfolders that cannot be looked into are listed as well.
 
     Raises:
-      UserError: `folder` itself cannot be looked into; `what` says in which argument or field it was given.
+      UserError: `folder` itself cannot be looked into; `what` names its argument or field.
     """
-    found: list[tuple[str, str]] = []
+    pictures: list[tuple[str, str]] = []
 
     def add(path: str, problem: str) -> None:
-        found.append((Path(path).relative_to(folder).as_posix(), problem))
+        pictures.append((Path(path).relative_to(folder).as_posix(), problem))
 
     def unreadable(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -123,7 +120,7 @@ def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
                     add(path, "")
                 elif os.path.islink(path) and not os.path.exists(path):
                     add(path, "a broken link")
-    return sorted(found)
+    return sorted(pictures)
 
 
 def lines_of(source: Path, what: str = "") -> Iterator[tuple[int, str]]:

@@ -28,7 +28,8 @@ from PIL import Image
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
-from balcap_jax.data import captions_file, images
+from balcap_jax.data import images
+from balcap_jax.data.choices import MAX_OPTIONS, lettered
 from balcap_jax.data.input import Data, LeftOut
 from balcap_jax.data.listing import files_below, lines_of, picture_name, real_path, spelt
 from balcap_jax.data.scenes.tokenizer import SPECIAL_TOKENS, UNK, fast_tokenizer
@@ -38,6 +39,7 @@ _LONGEST_CAPTION = 1 << 20  # bytes
 CAPTIONS = "captions.jsonl"
 _NAMED = 5  # pictures that a message names
 _VOCABULARY = 2048
+_LARGEST_WEIGHT = 1000.0  # of a criterion
 _SPECIAL = (*SPECIAL_TOKENS, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 _EMPTY = ("", (), "[]")  # what a field holds that a picture does not have
 
@@ -78,9 +80,6 @@ class Photos:
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} examples)"
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """Raises UserError when no picture of the split can be read."""
@@ -133,7 +132,7 @@ def load(config: Mapping[str, Any]) -> Data:
     """The splits of the folder or JSONL file `data_dir`.
 
     Raises:
-      UserError: nothing there, a bad line, or no picture that is whole.
+      UserError: nothing there, a bad line, or no picture that can be read.
     """
     source = resolved(config["data_dir"])
     if source.is_dir() and not (source / CAPTIONS).is_file():
@@ -238,7 +237,7 @@ def _listed(source: Path) -> list[Record]:
     records: dict[str, Record] = {}
     for number, line in lines_of(source):
         where = f"{source}, line {number}"
-        fields = captions_file.read_record(json_text.parse_object(line, where, "mend or remove that line"), where)
+        fields = read_record(json_text.parse_object(line, where, "mend or remove that line"), where)
         path, captions = source.parent / fields["image"], fields.pop("captions")
         record = records.get(real := real_path(path))
         record = record or Record(picture_name(source.parent, fields["image"]), path, PROMPT, ())
@@ -262,6 +261,69 @@ def _readable(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
         checked = list(zip(records, pool.map(problem, records), strict=True))
     readable = [record for record, reason in checked if not reason]
     return readable, [LeftOut(record.id, reason) for record, reason in checked if reason]
+
+
+# ---- lines of a file -------------------------------------------------------------------------------------------------
+
+
+def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """{"image", "captions", "prompt", "reference_units", "questions", "rubrics"} of a line.
+
+    Captions are a tuple with `reference` first, where there is one. Questions and rubrics are JSON text, "[]" where
+    there are none. An absent prompt is "".
+
+    Raises:
+      UserError: it lacks what is needed, or a field is of another form; `where` names the line.
+    """
+    if not isinstance(entry.get("image"), str) or not entry["image"]:
+        raise UserError(f'{where}: a line is an object with "image", the path of a picture, and "caption"')
+    captions = [entry[name] for name in ("reference", "caption") if entry.get(name) is not None]
+    more = [] if entry.get("captions") is None else entry["captions"]
+    captions += more if isinstance(more, list) else [more]
+    if not all(isinstance(text, str) for text in captions):
+        raise UserError(f'{where}: "reference", "caption" and the entries of "captions" must be text')
+    captions = [text.strip() for text in captions if text.strip()]
+    if not captions:
+        raise UserError(f'{where}: {entry["image"]!r} has no caption; give "caption", or a list "captions"')
+    prompt, units, questions, rubrics = (
+        empty if entry.get(name) is None else entry[name]
+        for name, empty in (("prompt", ""), ("reference_units", []), ("questions", []), ("rubrics", []))
+    )
+    if not isinstance(prompt, str):
+        raise UserError(f'{where}: "prompt" must be text, got {prompt!r}')
+    if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
+        raise UserError(f'{where}: "reference_units" must be a list of texts')
+    if not isinstance(questions, list) or not all(map(_is_question, questions)):
+        raise UserError(
+            f'{where}: "questions" must be a list of {{"question": text, "choices": [2 to {MAX_OPTIONS} texts], '
+            '"answer": a letter, or one of the choices}'
+        )
+    if not isinstance(rubrics, list) or not all(map(_is_criterion, rubrics)):
+        raise UserError(f'{where}: "rubrics" must be a list of {{"criterion": text, "weight": a number above 0}}')
+    return {
+        "image": entry["image"],
+        "captions": tuple(dict.fromkeys(captions)),
+        "prompt": prompt,
+        "reference_units": tuple(units),
+        "questions": json_text.dumps(questions),
+        "rubrics": json_text.dumps(rubrics),
+    }
+
+
+def _is_question(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("question", "answer")):
+        return False
+    choices = entry.get("choices")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= MAX_OPTIONS:
+        return False
+    return all(isinstance(text, str) and text.strip() for text in choices) and bool(lettered(entry)[1])
+
+
+def _is_criterion(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("criterion"), str) or not entry["criterion"].strip():
+        return False
+    weight = entry.get("weight")
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= _LARGEST_WEIGHT
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

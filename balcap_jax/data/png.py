@@ -12,17 +12,17 @@ from PIL import Image
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"IDAT")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_KEPT = (*_PIXELS, *_TEXTS, b"tRNS", b"eXIf", b"IEND")
+_CHUNKS = (*_PIXELS, *_TEXTS, b"tRNS", b"eXIf", b"IEND")
 _ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of texts that may hold an orientation
 _TRANSPARENT_BYTES = {b"\0": 2, b"\2": 6}  # of the transparent colour, by the type of colour
 _GREYS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies pixels of 2 and 4 bits, but not the transparent one
-_LONGEST_TEXT = 1 << 24  # bytes of such a text that are kept
+_LONGEST_TEXT = 1 << 24  # bytes that remain of such a text
 
 
-def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
+def stripped(file: BinaryIO, *, complete: bool) -> BinaryIO:
     """The PNG in `file` with nothing but the chunks that make its pixels or turn them, at its beginning.
 
-    As in libpng, a chunk beside the pixels is skipped if its checksum is wrong. If not `whole`, the result ends where
+    As in libpng, a chunk beside the pixels is skipped if its checksum is wrong. If not `complete`, the PNG ends where
     the pixels begin.
 
     Raises:
@@ -34,10 +34,10 @@ def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
     output.write(SIGNATURE)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        if kind == b"IDAT" and not whole:
+        if kind == b"IDAT" and not complete:
             output.write(head)
             break
-        if kind not in _KEPT:
+        if kind not in _CHUNKS:
             file.seek(length + 4, os.SEEK_CUR)
             continue
         data, checksum = file.read(min(length, size - file.tell())), file.read(4)

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, open_regular, read_json, resolved
-from balcap_jax.data import captions_file, images, input, photos
+from balcap_jax.data import images, input, photos
 from balcap_jax.data.input import Data, LeftOut
 from balcap_jax.data.listing import picture_name, real_path
 from balcap_jax.data.photos import Record
@@ -142,7 +142,7 @@ def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]
         raise UserError(f"{where} names an image outside the manual directory ({image!r}); {_REMEDY}")
     prompt = turns["human"].replace("<image>", "").strip() or photos.PROMPT
     rewarded = {name: entry[name] for name in REWARDED if name in entry}
-    record = captions_file.read_record({"image": image, "reference": turns["gpt"], **rewarded}, where)
+    record = photos.read_record({"image": image, "reference": turns["gpt"], **rewarded}, where)
     units = json_text.dumps(record.pop("reference_units"))
     sample = {"id": name, "prompt": prompt, "reference": turns["gpt"].strip(), "reference_units": units}
     return sample | {name: record[name] for name in ("questions", "rubrics")}
@@ -161,22 +161,14 @@ def load(config: Mapping[str, Any]) -> Data:
     # Texts stay in memory, pictures do not: half a kilobyte a sample.
     records = []
     for index, sample in enumerate(source):
-        texts = (_text(sample[name]) for name in ("id", "prompt", "reference", *REWARDED, "picture"))
+        texts = input.decode([sample[name] for name in ("id", "prompt", "reference", *REWARDED, "picture")])
         name, prompt, reference, units, *others = texts
-        content = functools.partial(_content, source, index)
+        content = functools.partial(lambda index: source[index]["image"], index)
         records.append(Record(name, content, prompt, (reference,), tuple(json.loads(units)), *others))
     photos.announce("sharegpt4v", records, left_out, metadata.get("left_out", 0))
     if metadata.get("texts"):
         print(f"sharegpt4v: {metadata['texts']} entries of text alone are left out", flush=True)
     return photos.make_splits(records, left_out, config)
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _content(source: Any, index: int) -> bytes:
-    return source[index]["image"]
 
 
 def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:

@@ -8,7 +8,7 @@ import numpy as np
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_jsonl
-from balcap_jax.data import captions_file, images, photos
+from balcap_jax.data import images, photos
 from balcap_jax.evals.engine import LARGEST, Item, Metric, Texts, ratio
 from balcap_jax.judges import prompts
 from balcap_jax.judges.chat.client import ChatClient
@@ -37,7 +37,7 @@ class BCapScore(Metric):
     def items(self, captions: Mapping[str, str], references: Path, folder: Path | None) -> list[Item]:
         found, texts = [], Texts.of(captions)
         for where, line in read_jsonl(references, _REMEDY):
-            record = captions_file.read_record(line, where)
+            record = photos.read_record(line, where)
             if not record["reference_units"]:
                 raise UserError(f"{where} has no reference_units; `recaption --write=units` writes them")
             names = (str(line.get("id", record["image"])), record["image"])

@@ -59,11 +59,9 @@ def _relations(parsed: Parsed, first: Subject, second: Subject, choices: Sequenc
     stated = [claim.subject for claim in parsed.claims if claim.kind == "relation" and claim.value == relation]
     answers = [forward for pair in stated if pair == (first, second)]
     answers += [backward for pair in stated if pair == (second, first)]
-    if answers:
-        return answers
     places = [_values(parsed, "place", subject) for subject in (first, second)]
-    if not all(len(values) == 1 for values in places):
-        return []
+    if answers or not all(len(values) == 1 for values in places):
+        return answers
     cells = [PLACES.index(values[0]) for values in places]
     position, other = (cell // 3 if relation == "above" else cell % 3 for cell in cells)
     return [forward] if position < other else [backward] if position > other else []

@@ -96,18 +96,11 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.settings.image_size
-        texts = tfds.features.Sequence(tfds.features.Text())
+        text, image = tfds.features.Text(), tfds.features.Image(shape=(size, size, 3), encoding_format="png")
         features = tfds.features.FeaturesDict(
-            {
-                "id": tfds.features.Text(),
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-                "scene": tfds.features.Text(),
-                "prompt": tfds.features.Text(),
-                "reference": tfds.features.Text(),
-                "reference_units": texts,
-                "captions": texts,
-                "questions": tfds.features.Text(),
-            }
+            {"id": text, "image": image, "scene": text, "prompt": text, "reference": text}
+            | dict.fromkeys(("reference_units", "captions"), tfds.features.Sequence(text))
+            | {"questions": text}
         )
         # Stored in the order of generation, so that "the first n of the test split" means the same everywhere.
         return self.dataset_info_from_configs(features=features, disable_shuffling=True, supervised_keys=None)

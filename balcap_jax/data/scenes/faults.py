@@ -99,7 +99,7 @@ def _other(value: str, options, rng: np.random.Generator) -> str:
 
 def _absent_kind(scene: Scene, rng: np.random.Generator, colour: str = "", shape: str = "") -> tuple[str, str]:
     """A (colour, shape) that no object of the scene has, with the colour or the shape that is given."""
-    present = {(thing.colour, thing.shape) for thing in scene.objects}
+    present = {thing.subject for thing in scene.objects}
     colours, shapes = (colour,) if colour else world.COLOURS, (shape,) if shape else world.SHAPES
     absent = [(c, s) for c in colours for s in shapes if (c, s) not in present]
     return pick(absent, rng) if absent else (colour, shape)
@@ -120,12 +120,9 @@ def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[
             draft.colour, _ = _absent_kind(scene, rng, shape=thing.shape)
         elif dice("wrong shape"):
             _, draft.shape = _absent_kind(scene, rng, colour=thing.colour)
-        if dice("wrong size"):
-            draft.size = _other(thing.size, world.SIZES, rng)
-        if dice("wrong texture"):
-            draft.texture = _other(thing.texture, world.TEXTURES[1:], rng)
-        if dice("wrong place"):
-            draft.place = _other(thing.place, world.PLACES, rng)
+        for attribute, values in (("size", world.SIZES), ("texture", world.TEXTURES[1:]), ("place", world.PLACES)):
+            if dice(f"wrong {attribute}"):
+                setattr(draft, attribute, _other(getattr(thing, attribute), values, rng))
         for attribute in ("colour", "size", "texture", "place"):
             if getattr(draft, attribute) != "plain" and dice(f"omitted {attribute}"):  # Nothing states a plain texture.
                 setattr(draft, attribute, "")
@@ -206,7 +203,7 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
         first, relation, second = related
         if dice("wrong relation"):
             relation = language.INVERSE[relation]
-        body.append(_break(language.relation_sentence(first, relation, second), dice))
+        body.append(_break(language.relation_text(first, relation, second) + ".", dice))
     if not dice("omitted background"):
         body.append(_break(_background_text(scene, dice, rng), dice))
     if dice("closing remark"):

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from balcap_jax.data.scenes.world import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, Scene, SceneObject
+from balcap_jax.data.scenes.world import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, Scene
 
+Subject = tuple[str, str]  # (colour, shape); the colour is "" where the text names none
 # A text is the sequence of these tokens: words, and single marks.
 TOKEN = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*|[^\sA-Za-z]")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,7 +21,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 OPENINGS = ("there are {count} shapes.", "{count} shapes appear.", "we see {count} shapes.")
 PLACED = ("the {place} holds {noun}.", "{noun} occupies the {place}.", "{noun} is at the {place}.")
 UNPLACED = "there is {noun}."
-RELATION = "the {first} is {relation} the {second}."
+RELATION = "the {first} is {relation} the {second}"  # `first` and `second` are such as "red star".
 BACKGROUNDS = (
     "the background is {ground} and {pattern}.",
     "a {pattern} {ground} background lies behind.",
@@ -62,19 +63,13 @@ def pick(options: Iterable, rng: np.random.Generator):
     return options[int(rng.random() * len(options))]
 
 
-def stated_relation(scene: Scene) -> tuple[SceneObject, str, SceneObject] | None:
-    """The one relation that references state: the first object against the last, for small scenes only."""
+def stated_relation(scene: Scene) -> tuple[Subject, str, Subject] | None:
+    """The one relation that references state: the first object against the last, in small scenes alone."""
     if len(scene.objects) > RELATION_OBJECTS:
         return None
     first, last = scene.objects[0], scene.objects[-1]
     # Reading order: either the first is in a higher row, or they share the row and the first is further left.
-    return first, "above" if first.row < last.row else "left of", last
-
-
-def relation_sentence(first: SceneObject, relation: str, second: SceneObject) -> str:
-    return RELATION.format(
-        first=f"{first.colour} {first.shape}", relation=relation, second=f"{second.colour} {second.shape}"
-    )
+    return first.subject, "above" if first.row < last.row else "left of", last.subject
 
 
 def reference_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -87,36 +82,31 @@ def reference_caption(scene: Scene, rng: np.random.Generator) -> str:
     for thing in scene.objects:
         noun = noun_phrase(thing.shape, thing.colour, thing.size, thing.texture)
         sentences.append(pick(forms, rng).format(noun=noun, place=thing.place))
-    related = stated_relation(scene)
-    if related:
+    if related := stated_relation(scene):
         first, relation, second = related
         if rng.random() < 0.5:
             first, relation, second = second, INVERSE[relation], first
-        sentences.append(relation_sentence(first, relation, second))
+        sentences.append(relation_text(first, relation, second) + ".")
     sentences.append(pick(BACKGROUNDS, rng).format(ground=scene.ground, pattern=scene.pattern))
     return " ".join(sentence(text) for text in sentences)
 
 
 def reference_units(scene: Scene) -> list[str]:
     """The atomic facts that every reference caption of the scene states, in plain English (recall asks for these)."""
-    units = [count_text(len(scene.objects))]
+    units = [f"there are {NUMBERS[len(scene.objects)]} shapes"]
     for thing in scene.objects:
-        subject = (thing.colour, thing.shape)
-        units.append(object_text(subject))
+        units.append(object_text(thing.subject))
         for kind in ("size", "texture", "place"):
             if getattr(thing, kind) != "plain":
-                units.append(attribute_text(subject, kind, getattr(thing, kind)))
-    related = stated_relation(scene)
-    if related:
-        first, relation, second = related
-        units.append(relation_text((first.colour, first.shape), relation, (second.colour, second.shape)))
+                units.append(attribute_text(thing.subject, kind, getattr(thing, kind)))
+    if related := stated_relation(scene):
+        units.append(relation_text(*related))
     units += [f"the background is {scene.ground}", f"the background is {scene.pattern}"]
     return units
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
-Subject = tuple[str, str]  # (colour, shape); colour "" when the text names none
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # A subject has exactly one value of these kinds, so that two different values contradict each other.
 SINGLE_VALUED = frozenset({"size", "texture", "place", "count", "ground", "pattern"})
@@ -158,11 +148,7 @@ def attribute_text(subject: Subject, kind: str, value: str) -> str:
 
 
 def relation_text(first: Subject, relation: str, second: Subject) -> str:
-    return f"the {subject_text(first)} is {relation} the {subject_text(second)}"
-
-
-def count_text(count: int) -> str:
-    return f"there are {NUMBERS[count]} shapes"
+    return RELATION.format(first=subject_text(first), relation=relation, second=subject_text(second))
 
 
 @functools.lru_cache(maxsize=8192)

@@ -9,7 +9,7 @@ from balcap_jax.data.scenes.world import Scene, SceneObject
 
 CATEGORIES = ("colour", "shape", "size", "texture", "place", "count", "background", "relation")
 # (attribute, question before "at the top left?", choices)
-_OF_OBJECTS = (
+_ATTRIBUTES = (
     ("colour", "What colour is the object", world.COLOURS),
     ("shape", "What shape is the object", world.SHAPES),
     ("size", "How big is the object", world.SIZES),
@@ -60,7 +60,7 @@ def _all_questions(scene: Scene) -> Iterator[dict]:
     for thing in scene.objects:
         where = f"at the {thing.place}"
         # Places name one object each, and so do colour and shape together (`world.sample_scene` guarantees it).
-        for attribute, text, choices in _OF_OBJECTS:
+        for attribute, text, choices in _ATTRIBUTES:
             yield _question(attribute, f"{text} {where}?", choices, getattr(thing, attribute), place=thing.place)
         yield _question("place", f"Where is {_name(thing)}?", world.PLACES, thing.place, object=_kind(thing))
 

@@ -128,21 +128,10 @@ def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[C
             run.append(at)
             continue
         if letter == "s":
-            mention = _Mention(shape=values[at], definite=article == "t")
-            for i in run:
-                if classes[i] in "cg":
-                    mention.colours.append(values[i])
-                else:
-                    mention.attributes.append((kinds[classes[i]], values[i]))
-            mention.attributes += waiting
-            mentions.append(mention)
-            if pending_relation is not None:
-                relations.append((*pending_relation, len(mentions) - 1))
-                pending_relation = None
-            run, waiting, clause_has_noun, article = [], [], True, ""
-            continue
+            mentions.append(_Mention(shape=values[at], definite=article == "t"))
+            clause_has_noun = True
         attributes = mentions[-1].attributes if clause_has_noun else waiting
-        for i in run:  # Adjectives without a noun behind them are about the noun before, or about the next one.
+        for i in run:  # Adjectives are about the noun that they precede, else about the noun before or the next one.
             if classes[i] not in "cg":
                 attributes.append((kinds[classes[i]], values[i]))
             elif clause_has_noun:
@@ -150,7 +139,13 @@ def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[C
             else:
                 clean = False
         run = []
-        if letter == "p":
+        if letter == "s":
+            attributes += waiting
+            waiting, article = [], ""
+            if pending_relation is not None:
+                relations.append((*pending_relation, len(mentions) - 1))
+                pending_relation = None
+        elif letter == "p":
             attributes.append(("place", values[at]))
         elif letter == "R":
             pending_relation = (len(mentions) - 1, values[at])
@@ -177,9 +172,8 @@ def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[C
 def _read_sentence(words: tuple[str, ...]) -> _Reading:
     """Reads one sentence given as lower-case words without its stop."""
     if words in _REMARK_FORMS:
-        return _Reading((), (), (), " ".join(words), ("remark",), False)
-    findings = []
-    remark = ""
+        return _Reading((), (), (), " ".join(words), (), False)
+    findings, remark = [], ""
     if "," in words:
         comma = len(words) - 1 - words[::-1].index(",")
         if words[comma + 1 :] in _TAIL_FORMS:
@@ -187,8 +181,6 @@ def _read_sentence(words: tuple[str, ...]) -> _Reading:
     classes, values = _classify(words)
     if not remark and "m" in classes:  # a distorted remark
         remark = " ".join(word for word in words if word != ",")[:_LONGEST_TEXT]
-    if remark:
-        findings.append("remark")
     if not _GRAMMAR.fullmatch(classes):
         findings.append("broken" if _VERBS.intersection(classes) else "fragment")
     for word, following in itertools.pairwise(words):
@@ -304,8 +296,7 @@ class _CaptionReader:
         if before not in (";", "run-on") and not tokens[0][0].isupper():
             self.find("lower-case start")
         for name in reading.findings:
-            if name != "remark":
-                self.find(name)
+            self.find(name)
         if reading.remark:
             self.remarks.append(here)
             self.claim(Claim("remark", None, reading.remark, reading.remark))
@@ -371,12 +362,16 @@ class _CaptionReader:
         else:
             subject = ("", mention.shape)
         if mention.shape:
-            for colour in mention.colours[1:]:  # "a red green star" claims a red star and a green star
+            for colour in mention.colours[1:]:  # "A red green star" claims a red star and a green star.
                 self.claim(language.object_claim((colour, mention.shape)))
                 self.find("contradiction")
-            new = not self.claim(language.object_claim(subject))
-            if new:
-                self.introduce(subject)
+            if not self.claim(language.object_claim(subject)):
+                self.subjects.append(subject)
+                self.objects.append(len(self.sentences) - 1)
+                if subject[0]:
+                    self.colours_of_shape.setdefault(subject[1], []).append(subject[0])
+                else:
+                    self.find("vague object")
             elif in_relation:
                 pass  # Relations name objects that are known already.
             elif not mention.definite:
@@ -394,14 +389,6 @@ class _CaptionReader:
                     self.find("order jump")
                 self.last_cell = cell
         return subject, repeated
-
-    def introduce(self, subject: Subject) -> None:
-        self.subjects.append(subject)
-        self.objects.append(len(self.sentences) - 1)
-        if subject[0]:
-            self.colours_of_shape.setdefault(subject[1], []).append(subject[0])
-        else:
-            self.find("vague object")
 
     def finish(self) -> Parsed:
         last = len(self.sentences) - 1

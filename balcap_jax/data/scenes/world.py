@@ -38,6 +38,11 @@ class SceneObject:
     tilt: float = 0.0
 
     @property
+    def subject(self) -> tuple[str, str]:
+        """What names it in its scene."""
+        return self.colour, self.shape
+
+    @property
     def place(self) -> str:
         return PLACES[self.cell]
 
