@@ -5,18 +5,11 @@ tokens included), I image tokens, R response tokens, K objectives, V vocabulary,
 heads, H head size, L layers.
 """
 
-import os
 import sys
 
-from balcap_jax.cli.process import end, end_quietly_while_importing, memory_problem
+from balcap_jax.cli.process import prepare_import
 
-# Without PyTorch, which is no dependency, transformers would tell every user of every command that models are missing.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-if sys.argv and sys.argv[0] == "-m":  # What it holds while Python looks for the module of `python -m balcap_jax.train`.
-    end_quietly_while_importing()
-    _names = [name.removeprefix("-m") for name in sys.orig_argv if name.startswith(("balcap_jax.", "-mbalcap_jax."))]
-    if _names and (_problem := memory_problem(_names[0].removeprefix("balcap_jax."))):  # Imports may be too much.
-        end(_problem)
+if sys.argv and sys.argv[0] == "-m":  # argv while Python looks for the module of `python -m balcap_jax.train`.
+    prepare_import()
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def split_overrides(argv: Sequence[str], prefix: str = OVERRIDE) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line; `prefix` is what they begin with.
+    """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of a command line; both begin with `prefix`.
 
     Returns:
       (other arguments, {FIELD: VALUE}); the last value of a repeated field wins.
@@ -41,7 +41,7 @@ def split_overrides(argv: Sequence[str], prefix: str = OVERRIDE) -> tuple[list[s
 
 
 def place(text: str) -> str:
-    """A path, `resolved`. An empty one, such as of a shell variable that is not set, would be the current directory."""
+    """A path, `resolved`. An empty one, as of a shell variable that is not set, would be the current directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it names no file or directory")
     try:

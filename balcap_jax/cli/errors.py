@@ -1,4 +1,4 @@
-"""The one error type that a user is meant to read, and how every command ends: on it, on Ctrl-C, on a full disk."""
+"""The error type whose message is for users, and the quoting of values and of other errors in such messages."""
 
 import contextlib
 import re
@@ -14,16 +14,16 @@ _LONGEST_VALUE = 200
 class UserError(Exception):
     """Bad input or a bad environment: one line that says what was wrong, where, and what to do.
 
-    What a message quotes cannot break it: control characters are spelt out, and the middle of a long text is left out.
+    No quoted text can break the line: control characters are spelt out, and the middle of a long text is left out.
     """
 
     def __str__(self) -> str:
-        text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], super().__str__())
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} ... {text[-500:]}"
 
 
 def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
-    """A value of any kind as a message quotes it: its `form` on one line, cut; of one that has none, its type."""
+    """A value of any kind for a message: its `form` on one line, cut; its type where it has no `form`."""
     try:
         text = re.sub(r"\s*\n\s*", " ", form(value)).strip()
     except KeyboardInterrupt:
@@ -34,19 +34,19 @@ def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
 
 
 def raised(error: BaseException) -> str:
-    """What a user's own code raised, as a message quotes it: "KeyError: 'reference'"."""
+    """An error of a user's own code for a message: "KeyError: 'reference'"."""
     message = shown(error, str)
     return f"{type(error).__name__}{f': {message}' if message else ''}"
 
 
 @contextlib.contextmanager
 def streams_kept() -> Iterator[None]:
-    """Stdout and stderr are afterwards those of before, open, whatever a user's own code inside does to them."""
-    kept = {"stdout": (1, sys.stdout), "stderr": (2, sys.stderr)}
+    """Restores stdout and stderr afterwards, open, whatever a user's own code inside does to them."""
+    streams = {"stdout": (1, sys.stdout), "stderr": (2, sys.stderr)}
     try:
         yield
     finally:
-        for name, (descriptor, stream) in kept.items():
+        for name, (descriptor, stream) in streams.items():
             try:
                 is_lost = getattr(stream, "closed", False)
             except ValueError:  # Detached.

@@ -1,6 +1,6 @@
-"""Files that commands read and write: paths as users give them, JSON and JSONL, writes that outlive a power cut, locks.
+"""Files that commands read and write: paths from users, JSON and JSONL, writes that outlive a power cut, locks.
 
-What is written is on disk only once it is synced, and so is a new name: the directory that holds it must be synced.
+Content is on disk only once its file is synced, and a new name only once its directory is synced.
 """
 
 import contextlib
@@ -17,10 +17,8 @@ from typing import IO, Any
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.json_text import parse, parse_object
 
-# Some network disks have nothing to sync in a directory, and say so.
-_NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
+_NOTHING_TO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)  # from fsync of a directory on some network disks
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre and NFS, as they are often mounted.
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/")  # With one slash too: it is what pathlib makes of two.
 _LONGEST_SHOWN = 80  # characters of a path in a message
@@ -32,36 +30,39 @@ _log = logging.getLogger(__name__)
 def resolved(path: str | os.PathLike, what: str = "the path") -> Path:
     """The path without `~`, `.`, `..`, and doubled or trailing slashes, which TensorStore refuses.
 
-    `..` goes up from where a link leads, as the system does, and makes the path absolute. All else stays as it is: a
-    relative path, and links, whose names say more than those of what they lead to.
+    `..` goes up from where a link leads, as the system does, and makes the path absolute. All else stays as it is, such
+    as a relative path and links, whose names say more than their targets' names.
 
     Raises:
-      UserError: it is a URL, of no user's home, or no name that a disk can have; the line begins with `what`.
+      UserError: it is a URL, in the home of no user, or no name that a disk can have; the line begins with `what`.
     """
     text = os.fspath(path)
-    given = repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...")
+    quoted = repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...")
     if _URL.match(text):
         raise UserError(
-            f"{what} is a URL, and files are read and written on mounted disks only, got {given}; mount it and give "
+            f"{what} is a URL, and files are read and written on mounted disks only, got {quoted}; mount it and give "
             "the path there (a folder of that name is ./...)"
         )
     if "\0" in text:
-        raise UserError(f"{what} holds a character 0, which no name has, got {given}")
+        raise UserError(f"{what} holds a character 0, which no name has, got {quoted}")
     text = os.path.expanduser(text)
     if text.startswith("~"):
         raise UserError(
-            f"{what} names the home of a user that does not exist, got {given}; a name that begins with ~ is ./~..."
+            f"{what} names the home of a user that does not exist, got {quoted}; a name that begins with ~ is ./~..."
         )
-    found = Path()
+    result = Path()
     for part in Path(re.sub("/+", "/", text)).parts:
-        found = Path(os.path.realpath(found)).parent if part == ".." else found / part
+        result = Path(os.path.realpath(result)).parent if part == ".." else result / part
     try:
-        os.lstat(found)
+        os.lstat(result)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # Whether it must be there is the reader's to say.
+        pass  # The reader knows whether it must be there.
     except OSError as error:  # A name that is too long, links in a circle.
-        raise UserError(f"{what} cannot be a file ({error.strerror}), got {given}") from error
-    return found
+        raise UserError(f"{what} cannot be a file ({error.strerror}), got {quoted}") from error
+    return result
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
@@ -85,36 +86,44 @@ def read_bytes(path: str | os.PathLike, longest: int = LARGEST) -> bytes:
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
-    """The lines of a regular file, with their ends. Raises OSError, also for a line that no memory would hold."""
+    """The lines of a regular file, with their ends. Raises OSError, also for a line that no memory can hold."""
     with open_regular(path) as file:
         yield from lines_of(file)
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """As `read_lines`, of an open file."""
+    """The lines of an open file, as `read_lines` gives them."""
     while line := file.readline(_LONGEST_LINE + 1):
         if len(line) > _LONGEST_LINE:
             raise OSError(errno.EFBIG, f"a line has more than {_LONGEST_LINE >> 20} MiB")
         yield line
 
 
-def read_json(path: Path, remedy: str, *, unique: bool = False) -> Any:
+def read_json(path: str | os.PathLike, remedy: str, *, unique: bool = False) -> Any:
     """The value in a JSON file.
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is none.
-      UserError: it cannot be read; see `parse`.
+      UserError: it cannot be read, or as `json_text.parse` does.
     """
-    return parse(_content(path, remedy), str(path), remedy, unique=unique)
+    try:
+        content = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except MemoryError as error:
+        raise UserError(f"{path} is too large for this machine's memory; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    return json_text.parse(content, str(path), remedy, unique=unique)
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """As `read`; raises UserError for anything but an object too."""
-    return parse_object(_content(path, remedy), str(path), remedy)
+def read_json_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """As `read_json`; raises UserError for anything but an object too."""
+    return json_text.as_object(read_json(path, remedy), str(path), remedy)
 
 
 def read_jsonl(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line of a JSONL file; `where` names file and line. Empty lines are passed over.
+    """(where, object) of each line of a JSONL file that is not empty; `where` names file and line.
 
     Raises:
       UserError: there is no such file, it cannot be read, or a line is no object.
@@ -123,13 +132,13 @@ def read_jsonl(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(read_lines(path), start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield where, parse_object(line, where, remedy)
+                yield where, json_text.parse_object(line, where, remedy)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 def read_json_or_jsonl(path: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `read_lines`; of a file that ends in .json, the objects of its list."""
+    """As `read_jsonl`; of a file that ends in .json, the objects of its list."""
     if Path(path).suffix != ".json":
         yield from read_jsonl(path, remedy)
         return
@@ -143,15 +152,7 @@ def read_json_or_jsonl(path: Path, remedy: str) -> Iterator[tuple[str, dict[str,
         yield f"{path}, entry {number}", entry
 
 
-def _content(path: str | os.PathLike, remedy: str) -> bytes:
-    try:
-        return read_bytes(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except MemoryError as error:
-        raise UserError(f"{path} is too large for this machine's memory; {remedy}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -159,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step, so that no reader, no crash and no power cut ever meets half of it.
+    """`replace_file` in a directory that is made if it is missing.
 
     Raises:
       UserError: the disk is full or read-only.
@@ -172,9 +173,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, whatever happens meanwhile; it is on disk when this returns.
+    """Replaces a file in one step: no reader, no crash and no power cut ever meets half of it.
 
-    Raises OSError as the disk does, and leaves nothing behind then.
+    The file is on disk when this returns. Raises OSError as the disk does, and leaves nothing behind then.
     """
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -191,7 +192,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def rename_directory(path: Path, target: Path) -> None:
-    """Gives a directory that is on disk another name beside the old one, on disk when this returns."""
+    """Renames a directory that is on disk; the new name is on disk when this returns."""
     path.rename(target)
     sync(target.parent)
 
@@ -210,14 +211,14 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+        if error.errno not in _NOTHING_TO_SYNC or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:
-    """`sync` of all files and directories below `directory`, and of itself."""
+    """Syncs all files and directories below `directory`, and itself."""
     for path in files_of(directory):
         sync(path)
     sync_directories(directory)
@@ -228,9 +229,6 @@ def sync_directories(directory: Path) -> None:
         sync(Path(folder))
 
 
-# ---- sums -----------------------------------------------------------------------------------------------------------
-
-
 def files_of(directory: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(directory, onerror=_raise):
         yield from (Path(folder, name) for name in names)
@@ -238,6 +236,9 @@ def files_of(directory: Path) -> Iterator[Path]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+# ---- locks, and files that grow --------------------------------------------------------------------------------------
 
 
 def hold_lock(file: int | IO, path: Path) -> bool:
@@ -265,12 +266,12 @@ def _warn_once(folder: Path, reason: str) -> None:
 
 
 class AppendedLines:
-    """Opens `path` to go on with it: `entries` are the objects of its lines, or what `remember` makes of each.
+    """Opens the JSONL file `path` to append to it. `entries` are the objects of its lines, or `remember` of each.
 
-    A torn last line is no entry, and is cut off by the first change; until then the file stays as it was found, so that
-    a caller can still refuse a file that is not its own (`found`: it was there, with something in it). One process at
-    a time may hold the file. Where there is none it is made, at once or, if `lazy`, with its first line; one that this
-    object made or emptied is removed again if it stays empty.
+    A torn last line is no entry, and the first change cuts it off. Until then the file stays as it is, so that a caller
+    can still refuse a file that is not its own (`found`: the file was there and not empty). One process at a time may
+    hold the file. A missing file is made, at once or, if `lazy`, with its first line. A file that this object made or
+    emptied is removed again if it stays empty.
 
     Raises:
       UserError: it cannot be read or written, holds anything but objects, or another process holds it.
@@ -289,10 +290,10 @@ class AppendedLines:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "AppendedLines":
-        there = self.path.exists()
-        if there and not self.path.is_file():
+        exists = self.path.exists()
+        if exists and not self.path.is_file():
             raise UserError(f"{self.path} is no regular file; name another one")
-        if there or not self._lazy:
+        if exists or not self._lazy:
             self._open()
             try:
                 self._read()
@@ -312,7 +313,7 @@ class AppendedLines:
         self._file.close()
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Writes one line for each entry. They are on disk when it returns: no later kill or power cut loses them."""
+        """Writes one line for each entry. They are on disk when this returns: no later kill or power cut loses them."""
         entries = list(entries)
         if self._file is None:
             self._open()
@@ -328,13 +329,13 @@ class AppendedLines:
         self.entries += map(self._remember, entries)
 
     def keep(self, wanted: Callable[[Any], bool]) -> None:
-        """Removes the lines of all other entries; for files whose entries are remembered whole."""
-        kept = [entry for entry in self.entries if wanted(entry)]
-        if len(kept) < len(self.entries):
-            self.replace(kept)
+        """Removes the lines of all other entries; only without `remember`, as it writes the entries."""
+        entries = [entry for entry in self.entries if wanted(entry)]
+        if len(entries) < len(self.entries):
+            self.replace(entries)
 
     def replace(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Writes these in place of all lines: the one change that is no addition."""
+        """Replaces all lines by those of `entries`."""
         try:
             replace_file(self.path, json_text.lines(entries).encode())
         except OSError as error:
@@ -364,13 +365,16 @@ class AppendedLines:
             for number, line in enumerate(lines_of(lines), start=1):
                 self.found = True
                 where = f"{self.path}, line {number}"
-                if not line.endswith(b"\n") and not _is_object(line):
+                try:
+                    entry = json_text.parse_object(line, where, "mend or remove that line")
+                except UserError:
+                    if line.endswith(b"\n"):
+                        raise
                     self._tail = functools.partial(self._file.truncate, at)
                     break
                 at += len(line)
                 if not line.endswith(b"\n"):
                     self._tail = functools.partial(self._file.write, b"\n")
-                entry = json_text.parse_object(line, where, "mend or remove that line")
                 try:
                     self.entries.append(self._remember(entry))
                 except UserError as error:
@@ -378,11 +382,3 @@ class AppendedLines:
 
     def _failure(self, what: str, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be {what} ({error.strerror}); make room there or name another file")
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        json_text.parse_object(line, "the last line", "")
-    except UserError:
-        return False
-    return True

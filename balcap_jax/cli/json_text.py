@@ -1,4 +1,4 @@
-"""JSON that others wrote, which may be torn, of another kind or no text at all; and the JSON that we write."""
+"""JSON that others wrote, which may be torn, of another form or no text at all; and the JSON that we write."""
 
 import json
 import math
@@ -13,8 +13,9 @@ _MOST_DIGITS = 300  # of an integer: a float holds 308
 
 
 def decode(text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text; `hook` makes objects of their pairs. An integer that no float holds is infinite, as
-    1e400 is.
+    """The value of a JSON text; `hook` makes objects of their pairs.
+
+    An integer that no float holds is infinite, as 1e400 is.
 
     Raises:
       ValueError: no UTF-8, no JSON, or nested so deeply that a reader would fail on it.
@@ -36,8 +37,8 @@ def _integer(digits: str) -> int | float:
 def _is_deep(value: Any) -> bool:
     level = [[value]]
     for _ in range(_DEEPEST):
-        insides = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [inside for one in insides for inside in one if isinstance(inside, dict | list)]
+        children = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [child for values in children for child in values if isinstance(child, dict | list)]
         if not level:
             return False
     return True
@@ -59,16 +60,16 @@ def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -
         has a name twice, of which `json` would keep the last.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
+            twice = next(name for name in fields if names.count(name) > 1)
             raise UserError(f"{where} has {twice!r} twice; keep one of them")
-        return found
+        return fields
 
     try:
-        value = decode(text, once if unique else None)
+        value = decode(text, unique_names if unique else None)
         # `json` lets halves of pairs through; file names and tokenizers do not take them.
         if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -86,14 +87,18 @@ def parse(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -
 
 def parse_object(text: str | bytes, where: str, remedy: str, *, unique: bool = False) -> dict[str, Any]:
     """As `parse`; raises UserError for anything but an object too."""
-    value = parse(text, where, remedy, unique=unique)
+    return as_object(parse(text, where, remedy, unique=unique), where, remedy)
+
+
+def as_object(value: Any, where: str, remedy: str) -> dict[str, Any]:
+    """`value`, or a UserError if it is no object."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is no JSON object; {remedy}")
     return value
 
 
 def dumps(value: Any, **layout: Any) -> str:
-    """JSON of `value`, with null for numbers that are NaN or infinite: JSON has no word for them. `layout` as `json`'s.
+    """JSON of `value`, with null for numbers that are NaN or infinite, which JSON lacks. `layout`: as of `json.dumps`.
 
     Raises TypeError, ValueError or RecursionError for what JSON cannot hold.
     """
@@ -111,7 +116,7 @@ def lines(values: Iterable[Any]) -> str:
 def with_nulls(value: Any) -> Any:
     """`value` with None in place of numbers that are NaN or infinite; tuples become lists."""
     if isinstance(value, dict):
-        return {key: with_nulls(one) for key, one in value.items()}
+        return {key: with_nulls(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [with_nulls(one) for one in value]
+        return [with_nulls(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

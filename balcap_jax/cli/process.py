@@ -1,6 +1,11 @@
-"""What a command does to its process: how it ends, signals, garbage collection, libraries' output, memory limits."""
+"""What a command does to its process: signals, garbage collection, output of libraries, memory limits, and its end.
+
+`prepare_import`, `install` and `on_abort` make every change that lasts, and only commands call them. A program that
+imports the package keeps its signal handlers, hooks, filters and environment.
+"""
 
 import contextlib
+import ctypes
 import errno
 import functools
 import gc
@@ -11,14 +16,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from balcap_jax.cli.errors import UserError
 
-INTERRUPTED = 130
-
-"""Exit status after Ctrl-C, as shells count it: 128 + SIGINT."""
+INTERRUPTED = 130  # Exit status after Ctrl-C, as shells count it: 128 + SIGINT.
 TOO_LITTLE = (
     "there is too little memory for this; free some, raise the limit that is set (ulimit, or a container's), or lower "
     "sizes such as those of batches"
@@ -28,18 +31,12 @@ TOO_LITTLE = (
 def exit_on_user_error(main: Callable) -> Callable:
     """Wraps a command: a UserError, a disk that fails, too little memory or Ctrl-C becomes one line on stderr.
 
-    The exit status is 2, or INTERRUPTED.
+    The exit status is 2, or INTERRUPTED. `install` is called first.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        _freeze_once()
-        if signal.getsignal(signal.SIGINT) is _end_now:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # Paths of files need not be UTF-8.
-        if sys.stdout is None:  # Closed by who started the command.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        install()
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()
@@ -65,6 +62,119 @@ def exit_on_user_error(main: Callable) -> Callable:
     return wrapped
 
 
+# ---- changes of the process ------------------------------------------------------------------------------------------
+
+
+def prepare_import() -> None:
+    """Prepares for the imports of `python -m balcap_jax.NAME`, which take seconds: Ctrl-C ends them with one line.
+
+    Ends the process where a limit leaves too little memory for the command: the imports alone may be too much.
+    """
+    # Without PyTorch, which is no dependency, transformers tells every user of every command that models are missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # See `quieten_libraries`.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ignored by the parent: a background job.
+        signal.signal(signal.SIGINT, _end_now)
+    modules = [name.removeprefix("-m") for name in sys.orig_argv if name.startswith(("balcap_jax.", "-mbalcap_jax."))]
+    if modules and (problem := memory_problem(modules[0].removeprefix("balcap_jax."))):
+        end(problem)
+
+
+def install() -> None:
+    """Makes the changes that last as long as a command. A second call changes nothing more."""
+    if not gc.get_freeze_count():
+        # What the imports have made stays to the end, and to walk it each time is a tenth of the CPU time of a run of a
+        # few steps.
+        gc.freeze()
+    if signal.getsignal(signal.SIGINT) is _end_now:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Paths of files need not be UTF-8.
+    if sys.stdout is None:  # Closed by who started the command.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    quieten_libraries()
+
+
+def quieten_libraries() -> None:
+    """Drops what libraries print of failures that the caller reports, and of what is meant to be so.
+
+    After the first array that can't be read or written, TensorStore's other tasks end on an event loop that is gone,
+    at any time, also before the caller knows, or never begin. Each of them is a traceback or a warning.
+    """
+    import absl.logging  # noqa: F401 - before getLogger: it makes a logger of a class of its own, where there is none.
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)  # Adding it twice is the same as once.
+    # It warns of what our own checks report, such as odd fields of a model's config.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # Else one line per request, where logging is on.
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    # Pillow warns of what `data.images` raises, and of damage beside the pixels. Readers are threads: once for all.
+    warnings.filterwarnings("ignore", module="PIL")
+    previous_hook = sys.unraisablehook
+    if getattr(previous_hook, "drops_stragglers", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous_hook(unraisable)
+
+    hook.drops_stragglers = True
+    sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def errors_only(library: str) -> Iterator[None]:
+    """The library logs nothing but errors inside the block."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record says more than the command does. Orbax, TensorStore and TFDS log through absl and asyncio.
+
+    Orbax's threads and TensorStore's tasks log a traceback of each failure that reaches the user as one line. TFDS
+    warns of what is meant to be so: a config of ours, a directory not there yet, no OpenCV.
+    """
+    if str(record.msg).startswith(("Using custom data configuration", "Variant folder", "OpenCV is not installed")):
+        return False
+    # asyncio's records are of its own file; the message or the traceback tells whose task failed.
+    texts = [record.pathname, record.getMessage()]
+    if record.exc_info:
+        texts += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    signs = (f"{os.sep}orbax{os.sep}", "tensorstore_spec", " local file ")  # The last two are TensorStore's words.
+    return not any(sign in text for text in texts for sign in signs)
+
+
+def on_abort(last_line: Callable[[], str]) -> None:
+    """Makes abort() in this process, as native code calls it, write `last_line()` to stderr and exit with status 1.
+
+    Python's signal handlers never run in a process that aborts, hence one of libc.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(_: int) -> None:
+        os.write(sys.__stderr__.fileno(), last_line().encode())
+        os._exit(1)
+
+    on_abort.handler = handler  # It must outlive this call.
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def _end_now(number: int, frame: object) -> None:
+    # An exception would end up wherever the import stands, some of which swallow or print it.
+    del number, frame
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
 _SIGNS = ("RESOURCE_EXHAUSTED", "can't start new thread", "Cannot allocate memory", "std::bad_alloc")
 
 # GB of address space that the smallest run of a command takes, beside those of each core's threads: VmPeak with jax
@@ -75,7 +185,7 @@ _LIMITS = (("address space (ulimit -v)", resource.RLIMIT_AS, 1.0), ("data (ulimi
 
 
 def memory_problem(command: str) -> str | None:
-    """One line about a limit that the command cannot live with; None where there is none.
+    """One line about a limit that is too low for the command; None where every limit is high enough.
 
     Where no thread can be started, JAX and array_record wait for ever, or crash, and no error can be caught.
     """
@@ -136,40 +246,7 @@ class PreemptionFlag:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class _DropRepeated(logging.Filter):
-    """Orbax's threads and TensorStore's tasks log a traceback of each failure that reaches the user as one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        # asyncio's records are of its own file; whose task failed is told by the message or by the traceback.
-        files = [record.pathname, record.getMessage()]
-        if record.exc_info:
-            files += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
-        signs = (f"{os.sep}orbax{os.sep}", "tensorstore_spec", " local file ")  # The last two are TensorStore's words.
-        return not any(sign in file for file in files for sign in signs)
-
-
-_drop_repeated = _DropRepeated()
-
-
-def quieten_orbax() -> None:
-    """Drops what Orbax, asyncio and TensorStore print of failures that the caller reports.
-
-    After the first array that can't be read or written, TensorStore's other ones end on an event loop that is gone, at
-    any time, also before the caller knows, or never begin: each is a traceback or a warning.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_drop_repeated)  # Adding it twice is the same as once.
-    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-    before = sys.unraisablehook
-    if getattr(before, "drops_stragglers", False):
-        return
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    hook.drops_stragglers = True
-    sys.unraisablehook = hook
+# ---- the end of a command --------------------------------------------------------------------------------------------
 
 
 def _where(error: OSError) -> str:
@@ -200,7 +277,7 @@ def _say(line: str) -> None:
 
 
 def _cannot_print() -> bool:
-    """Whether it is stdout that has no room; an error of write() does not name its file."""
+    """Whether stdout has no room; an error of write() does not name its file."""
     try:
         print(flush=True)  # Without a buffer, a flush alone has nothing to fail on.
     except OSError:
@@ -209,27 +286,5 @@ def _cannot_print() -> bool:
 
 
 def _discard_output() -> None:
-    """Sends the rest of stdout nowhere: Python would complain once more when it flushes it at exit."""
+    """Discards the rest of stdout: Python would complain once more when it flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@functools.cache
-def _freeze_once() -> None:
-    """Takes what the imports have made out of garbage collection for good.
-
-    It stays to the end anyway, and to walk it each time is a tenth of the CPU time of a run of a few steps.
-    """
-    gc.freeze()
-
-
-def end_quietly_while_importing() -> None:
-    """Makes Ctrl-C end this process with one line until a command begins: its imports take seconds."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ignored by the parent: a background job.
-        signal.signal(signal.SIGINT, _end_now)
-
-
-def _end_now(number: int, frame: object) -> None:
-    # An exception would end up wherever the import stands, some of which swallow or print it.
-    del number, frame
-    os.write(2, b"interrupted\n")
-    os._exit(INTERRUPTED)

@@ -1,7 +1,7 @@
-"""Multiple-choice questions as they are asked: lettered, shuffled, and with a way to say that one cannot answer.
+"""Multiple-choice questions in the form in which models see them: lettered, shuffled, with "cannot answer" as a choice.
 
-As in the released reward server of CapRL. A question is {"question", "choices", "answer"}; choices may bring letters
-along ("A) red"), and the answer may be a letter or the text of a choice.
+The form is that of the released reward server of CapRL. A question is {"question", "choices", "answer"}. Choices may
+have letters of their own ("A) red"), and the answer may be a letter or the text of a choice.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 LETTERS = "ABCDEFGHI"
-MAX_OPTIONS = len(LETTERS) - 1  # beside the one that says that the caption does not tell
+MAX_OPTIONS = len(LETTERS) - 1  # beside CANNOT_ANSWER
 CANNOT_ANSWER = "The caption does not say."
 _CANNOT_LETTER = "F"  # where fewer than six options come before it
 _MARK = re.compile(r"\(?([A-Ia-i])\s*(?:[).:]|-\s)\s*")  # "A) ", "(A) ", "a. ", "A - "
@@ -24,16 +24,16 @@ Options = tuple[tuple[str, str], ...]  # (letter, text)
 
 
 def lettered(question: Mapping[str, Any]) -> tuple[Options, str]:
-    """The options in their own order, the one of "cannot answer" last, and the letter of the right one.
+    """The options in their own order with "cannot answer" as the last, and the letter of the right one.
 
-    An older such option is dropped. The answer may be a letter or an option's text; "" where it is none of them.
+    A "cannot answer" among the choices is dropped. The letter is "" where the answer is no option.
     """
     texts, gold = _options(question)
     return _with_letters(texts), LETTERS[gold] if gold is not None else ""
 
 
 def shuffled(question: Mapping[str, Any], rng: np.random.Generator) -> tuple[Options, str]:
-    """As `lettered`, in random order; one whose answer cannot be told is left as it is."""
+    """As `lettered`, in random order; a question whose answer is no option keeps its order."""
     texts, gold = _options(question)
     if gold is None:
         return lettered(question)
@@ -53,13 +53,13 @@ def _options(question: Mapping[str, Any]) -> tuple[list[str], int | None]:
     marked = all(mark and mark[1].upper() == letter for letter, mark in zip(LETTERS, marks, strict=False))
     texts = [text[mark.end() :] if marked else text for text, mark in zip(choices, marks, strict=True)]
     answer = " ".join(str(question["answer"]).split())
-    gold = next((one.index(answer) for one in (texts, choices) if answer in one), None)
+    gold = next((options.index(answer) for options in (texts, choices) if answer in options), None)
     letter = _MARK.fullmatch(answer) or re.fullmatch(r"\(?([A-Ia-i])", answer)
     if gold is None and letter:
         place = LETTERS.index(letter[1].upper())
         gold = place if place < len(texts) else None
-    kept = [i for i, text in enumerate(texts) if not _is_cannot_answer(text)]
-    return [texts[i] for i in kept], kept.index(gold) if gold in kept else None
+    remaining = [i for i, text in enumerate(texts) if not _is_cannot_answer(text)]
+    return [texts[i] for i in remaining], remaining.index(gold) if gold in remaining else None
 
 
 def _is_cannot_answer(text: str) -> bool:

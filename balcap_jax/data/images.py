@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,17 +13,14 @@ from PIL import Image, ImageFile, ImageMode
 
 from balcap_jax.data import png
 
-# Pillow warns of what becomes an ImageError here, and of damage beside the pixels. Readers are threads: once for all.
-warnings.filterwarnings("ignore", module="PIL")
-
-# What is tried, and nothing else: some of Pillow's other readers start outside programs (EPS: Ghostscript).
+# The only formats that are tried: some of Pillow's other readers start outside programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-# Endings of files that are looked at in a folder.
+# Endings of the files of a folder that are read.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     *(".jp2", ".j2k", ".j2c", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-# Endings of pictures that nothing here reads: they are listed all the same, to be named and not passed over.
+# Endings of pictures that nothing here reads. They are listed all the same, so that a message names them.
 OTHER_SUFFIXES = (
     *(".heic", ".heif", ".hif", ".avifs", ".jxl", ".jxr", ".svg", ".tga", ".ico", ".pcx", ".exr", ".hdr", ".psd"),
     *(".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
@@ -32,8 +28,8 @@ OTHER_SUFFIXES = (
 
 # Pillow's own limit for decompression bombs, at which it only warns (it refuses at twice that).
 MAX_PIXELS = 89_478_485
-# JPEGs beyond this are shrunk by 2, 4 or 8 while they are decoded, but never below the shorter side, which is several
-# times what any vision tower here looks at.
+# Larger JPEGs are shrunk by 2, 4 or 8 while they are decoded, but their shorter side stays at least HUGE_SHORT_SIDE,
+# several times the input of any vision tower here.
 HUGE_PIXELS = 16_000_000
 HUGE_SHORT_SIDE = 1536
 
@@ -58,8 +54,8 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
     """The picture in a file, or in the bytes of one, upright, as uint8 [height, width, 3].
 
     The EXIF orientation is applied, transparent parts lie over white, 16-bit and floating-point greys are scaled to
-    8 bits, an animation gives its first frame. Colour profiles are not applied, as in the models' own processors.
-    Of a PNG, only what makes its pixels or turns them is looked at.
+    8 bits, and an animation gives its first frame. Colour profiles are not applied, as in the models' own processors.
+    Of a PNG, only the chunks that make its pixels or turn them are read.
 
     Raises:
       ImageError: no such file, no picture, a damaged one, or more than MAX_PIXELS pixels.
@@ -67,7 +63,7 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
     with _opened(path) as image:
         _shrink_while_decoding(image)
         clear = png.take_transparency(image)
-        image.load()  # before its EXIF data: for those of a PNG, Pillow would load it where errors are forgiven
+        image.load()  # Before its EXIF data: for those of a PNG, Pillow would load it where errors are forgiven.
         upright = _TRANSPOSITIONS.get(_orientation(image))
         picture = to_rgb(image)
         if clear is not None:
@@ -76,25 +72,27 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
 
 
 def check(path: str | os.PathLike | bytes) -> None:
-    """Raises ImageError where the file does not even begin as a picture that `read` takes. Decodes nothing."""
-    with _opened(path, whole=False):
+    """Raises ImageError for a file that does not even begin as a picture that `read` takes. Decodes nothing."""
+    with _opened(path, complete=False):
         pass
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike | bytes, *, whole: bool = True) -> Iterator[Image.Image]:
-    """The picture, not yet decoded; whatever is wrong with it inside the block becomes an ImageError.
+def _opened(path: str | os.PathLike | bytes, *, complete: bool = True) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; every error that it raises inside the block becomes an ImageError.
 
-    If not `whole` it cannot be decoded, and of a PNG only the head is read.
+    If not `complete` it cannot be decoded, and of a PNG only the head is read.
     """
-    # TensorFlow Datasets switches this on for the whole process: the missing part of a picture would be grey.
+    # TensorFlow Datasets switches this on for all of Pillow: the missing part of a picture would be grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with io.BytesIO(path) if isinstance(path, bytes) else _file(Path(path)) as file:
             is_png = file.read(len(png.SIGNATURE)) == png.SIGNATURE
             file.seek(0)
-            with Image.open(png.stripped(file, whole=whole) if is_png else file, formats=_formats()) as image:
-                _check_size(image)
+            with Image.open(png.stripped(file, complete=complete) if is_png else file, formats=_formats()) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width} x {image.height}"
+                    raise ImageError(f"too large: {size} is more than {MAX_PIXELS} pixels; shrink it")
                 yield image
     except ImageError:
         raise
@@ -104,7 +102,7 @@ def _opened(path: str | os.PathLike | bytes, *, whole: bool = True) -> Iterator[
         raise ImageError(f"too large: more than {MAX_PIXELS} pixels; shrink it") from error
     except MemoryError as error:
         raise ImageError("too large for this machine's memory; shrink it") from error
-    # Decoders raise whatever comes up in damaged data: OSError, SyntaxError, struct.error, EOFError, IndexError, ..
+    # On damaged data decoders raise anything: OSError, SyntaxError, struct.error, EOFError, IndexError, ..
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"damaged: {reason}") from error
@@ -112,11 +110,11 @@ def _opened(path: str | os.PathLike | bytes, *, whole: bool = True) -> Iterator[
 
 def _file(path: Path) -> BinaryIO:
     try:
-        if not path.is_file():  # a named pipe would block, a device may never end
+        if not path.is_file():  # A named pipe would block, and a device may never end.
             missing = "a broken link" if path.is_symlink() else "no such file"
             raise ImageError("no regular file" if path.exists() else missing)
         return path.open("rb")
-    except OSError as error:  # a name that is too long, a folder or a file that may not be looked into
+    except OSError as error:  # A name that is too long, or no permission.
         raise ImageError(f"cannot be looked at: {error.strerror}") from error
 
 
@@ -147,23 +145,18 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Grey values of 16 or 32 bits as uint8. Pillow's own conversion would make all above 255 white."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float64), posinf=np.inf, neginf=0.0)
-        top = values.max(initial=0.0, where=np.isfinite(values))
-        scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / top
-    else:  # 16-bit values, though some formats keep them in 32 bits
+        largest = values.max(initial=0.0, where=np.isfinite(values))
+        scale = 255.0 if largest <= 1.0 else 1.0 if largest <= 255.0 else 255.0 / largest
+    else:  # Values of 16 bits, which some formats keep in 32 bits.
         scale = 255.0 / max(65535, int(values.max(initial=0)))
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"too large: {image.width} x {image.height} is more than {MAX_PIXELS} pixels; shrink it")
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged EXIF data is common on the web, and the picture beside it is whole
+    except Exception:  # Damaged EXIF data is common on the web, and the picture beside it is undamaged.
         return 1
 
 

@@ -1,17 +1,42 @@
-"""Batches for any random-access data set of dict examples: shuffled, checkpointable, without TensorFlow."""
+"""Any random-access data set of dict examples: batches, shuffled and checkpointable, and TFDS without TensorFlow."""
 
+import contextlib
+import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import sync, sync_tree
 
 Batch = dict[str, Any]
+
+
+class LeftOut(NamedTuple):
+    """A picture that is not used, and why."""
+
+    image: str
+    reason: str
+
+
+class Data(NamedTuple):
+    """Random-access sources of dict examples, and the tokenizer of a model trained from scratch on them.
+
+    fields: those in which at least one example has something. left_out: pictures that are missing or damaged.
+    """
+
+    train: Sequence[Mapping[str, Any]]
+    validation: Sequence[Mapping[str, Any]]
+    test: Sequence[Mapping[str, Any]]
+    fields: frozenset[str]
+    left_out: Sequence[LeftOut] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def make_dataset(
@@ -27,34 +52,34 @@ def make_dataset(
 ) -> grain.DatasetIterator:
     """Returns an iterator over batches of `source`, as columns (see `as_columns`).
 
-    The order is shuffled anew in each epoch from (`seed`, epoch); what does not fill a batch is left out, other
-    examples in each epoch. Of each batch only `rows` (indices into it; None = all) are read: processes that share a
-    global batch read a part of it each, and what the batch is does not depend on their number. The order does not
-    depend on `threads` (0 reads in the calling thread) or `prefetch` (batches read ahead) either.
+    Each epoch shuffles the order anew, from (`seed`, epoch). Examples that do not fill a batch are left out, other ones
+    in each epoch. Of each batch only `rows` (indices into it; None = all) are read: processes that share a global batch
+    read a part of it each, and the batch does not depend on their number. Neither does the order depend on `threads` (0
+    reads in the calling thread) or `prefetch` (batches that are read ahead).
 
-    The iterator's `get_state()` is JSON-able and the same whatever `rows` are, and `set_state` goes on with exactly
-    the batch that would have followed.
+    The iterator's `get_state()` is JSON-able and does not depend on `rows`. `set_state` goes on with exactly the batch
+    that would have followed.
 
-    Raises UserError when the source cannot fill one batch.
+    Raises:
+      UserError: the source cannot fill one batch.
     """
     if len(source) < batch_size:
         raise UserError(
             f"a batch of {batch_size} needs more examples than there are: {len(source)} in the data set; lower the "
             "batch size or enlarge the split"
         )
-    wanted = range(batch_size) if rows is None else [int(row) for row in rows]
-    if any(not 0 <= row < batch_size for row in wanted):
-        raise ValueError(f"rows {list(wanted)} are not all in [0, {batch_size})")
-    text = _AsText(source)
+    rows = range(batch_size) if rows is None else [int(row) for row in rows]
+    if any(not 0 <= row < batch_size for row in rows):
+        raise ValueError(f"rows {list(rows)} are not all in [0, {batch_size})")
 
     def read(indices: np.ndarray) -> Batch:
-        return as_columns([text[indices[row]] for row in wanted])
+        return as_columns([decode(source[indices[row]]) for row in rows])
 
-    # The order is one of indices, so that what another process has of a batch is not read here.
+    # The order is one of indices, so that no process reads the rows of another one.
     dataset = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    # Batches are cut before the repetition: one never holds examples of two epochs, so never the same example twice.
+    # Batches are cut before the repetition: a batch never holds examples of two epochs, so never an example twice.
     dataset = dataset.batch(batch_size, drop_remainder=True).map(read)
     if repeat:
         dataset = dataset.repeat()
@@ -65,10 +90,9 @@ def make_dataset(
 
 
 def examples(source: Sequence[Mapping[str, Any]], limit: int | None = None, *, start: int = 0) -> list[dict[str, Any]]:
-    """The first `limit` examples from `start` on (all if None), in the order of the split, text as `str`."""
+    """The first `limit` examples from `start` on (all if None), in the order of the split, with text as `str`."""
     stop = len(source) if limit is None else min(len(source), start + limit)
-    text = _AsText(source)
-    return [text[i] for i in range(start, stop)]
+    return [decode(source[i]) for i in range(start, stop)]
 
 
 def as_columns(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -91,72 +115,62 @@ def _column(values: list) -> Any:
     return values
 
 
-class _AsText:
-    """A view of a source whose text is `str`: data sets hand out UTF-8 bytes and arrays of them."""
-
-    def __init__(self, source: Sequence[Mapping[str, Any]]):
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        return _decode(self._source[index])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} examples)"
-
-
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """An example whose text is `str`: data sets hand out UTF-8 bytes and arrays of them."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, Mapping):
-        return {key: _decode(inner) for key, inner in value.items()}
+        return {key: decode(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype.kind in "OSU"):
-        return [_decode(inner) for inner in value]
+        return [decode(inner) for inner in value]
     return value
 
 
 def damaged(folder: Path, reason: str) -> UserError:
-    """What to say of a data set below `folder` that cannot be read."""
+    """The error for a data set below `folder` that cannot be read."""
     return UserError(f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew")
 
 
 def open_builder(
     kind: type[tfds.core.GeneratorBasedBuilder], data_dir: Path, config: tfds.core.BuilderConfig
 ) -> tfds.core.GeneratorBasedBuilder:
-    """The builder of a data set that is whole (`is_prepared`) or not there at all.
+    """The builder of a data set that is complete (`is_prepared`) or not there at all.
 
-    TFDS takes a directory that is there for a whole one, and does not make what is missing in it.
+    TFDS takes every directory that is there for a complete one, and does not make what is missing in it.
 
     Raises:
       UserError: the data set does not say what it is, or not in a form that TFDS reads.
     """
-    builder = _open(kind, data_dir, config)
-    if not builder.is_prepared() and Path(builder.data_dir).exists():
-        builder = _open(kind, data_dir, config)  # Another process may have made it between the two questions.
-        if not builder.is_prepared():
-            raise damaged(Path(builder.data_dir), "dataset_info.json is missing")
+    try:
+        builder = kind(data_dir=data_dir, config=config)
+        if not builder.is_prepared() and Path(builder.data_dir).exists():
+            builder = kind(data_dir=data_dir, config=config)  # Another process may have made it in between.
+            if not builder.is_prepared():
+                raise damaged(Path(builder.data_dir), "dataset_info.json is missing")
+    except (OSError, UserError):  # The caller explains those of the disk.
+        raise
+    except Exception as error:  # TFDS raises protobuf's own, among others.
+        raise damaged(data_dir / kind.name / config.name, " ".join(str(error).split())) from error
     return builder
 
 
 def prepare(builder: tfds.core.GeneratorBasedBuilder, **download: Any) -> None:
-    """Makes a data set; what TFDS gives its name is on disk when this returns. `download`: of TFDS's DownloadConfig."""
-    builder.download_and_prepare(
-        # Everything is made here: do not look for a prepared copy in TFDS's public bucket.
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False, **download),
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
+    """Makes a data set; all that TFDS names is on disk when this returns. `download`: of TFDS's DownloadConfig.
+
+    TFDS's own announcements are dropped, and its progress bars are on terminals only: in a file each update is a line.
+    """
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(
+                # Everything is made here: do not look for a prepared copy in TFDS's public bucket.
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False, **download),
+                file_format=tfds.core.FileFormat.ARRAY_RECORD,
+            )
+    finally:
+        tfds.display_progress_bar(True)
     folder = Path(builder.data_dir)  # data_dir/name/config/version
     sync_tree(folder)
     for parent in folder.parents[:3]:
         sync(parent)
-
-
-def _open(kind, data_dir: Path, config) -> tfds.core.GeneratorBasedBuilder:
-    try:
-        return kind(data_dir=data_dir, config=config)
-    except OSError:  # of the disk: the caller's to explain
-        raise
-    except Exception as error:  # protobuf's own, among others
-        raise damaged(data_dir / kind.name / config.name, " ".join(str(error).split())) from error

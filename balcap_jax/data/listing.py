@@ -1,8 +1,8 @@
-"""Which pictures are meant: all of a folder, or the lines of a JSONL file."""
+"""The pictures that a command works on: all of a folder, or the lines of a JSONL file."""
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from balcap_jax.data import images
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One picture to caption. `key` is its id, or its `picture_name`: what resuming and sampling go by.
+    """One picture to caption. `key` is its id, or its `picture_name`; resuming and sampling go by it.
 
-    `error` says why it cannot be captioned, where that is known before it is read. `entry` is the line it is from.
+    `error` says why it cannot be captioned, where that is known before it is read. `entry` is its line in a file.
     """
 
     key: str
@@ -29,7 +29,7 @@ class Item:
 
     @property
     def names(self) -> dict[str, str]:
-        """What its output line says of it."""
+        """The fields of its output line that name it."""
         return {"image": self.image} | ({"id": self.id} if self.id is not None else {})
 
 
@@ -41,7 +41,11 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
     """
     source = Path(source)
     if source.is_dir():
-        items = [_found(source, name, prompt, problem) for name, problem in files_below(source, "--images")]
+        items = []
+        for name, problem in files_below(source, "--images"):
+            text = spelt(name)
+            error = problem if text == name else "the name of the file is not UTF-8; rename it"
+            items.append(Item(text, text, source / name, prompt, error=error))
         if not items:
             kinds = " ".join(images.SUFFIXES)
             raise UserError(f"no pictures in {source}: no file ends in one of {kinds}")
@@ -54,15 +58,8 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
     return items
 
 
-def _found(folder: Path, name: str, prompt: str, problem: str) -> Item:
-    """A file of a folder."""
-    text = spelt(name)
-    error = problem if text == name else "the name of the file is not UTF-8; rename it"
-    return Item(text, text, folder / name, prompt, error=error)
-
-
 def spelt(name: str) -> str:
-    """The name of a file as text: bytes that are no UTF-8 are spelt out, as JSON cannot hold them."""
+    """The name of a file as text. Bytes that are no UTF-8 are spelt out, as JSON cannot hold them."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -90,16 +87,16 @@ def real_path(path: str | os.PathLike) -> str:
 def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
     """Pictures below `folder`: their paths relative to it, with /, each with "" or why it cannot be looked at.
 
-    Hidden files and folders are left out. Links to folders are followed, into each folder once; those that lead nowhere
-    and subfolders that cannot be looked into are listed as well.
+    Hidden files and folders are left out. Links to folders are followed, into each folder once. Broken links and
+    subfolders that cannot be looked into are listed as well.
 
     Raises:
-      UserError: `folder` itself cannot be looked into; `what` says in which argument or field it was given.
+      UserError: `folder` itself cannot be looked into; `what` names its argument or field.
     """
-    found: list[tuple[str, str]] = []
+    pictures: list[tuple[str, str]] = []
 
     def add(path: str, problem: str) -> None:
-        found.append((Path(path).relative_to(folder).as_posix(), problem))
+        pictures.append((Path(path).relative_to(folder).as_posix(), problem))
 
     def unreadable(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -123,19 +120,26 @@ def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
                     add(path, "")
                 elif os.path.islink(path) and not os.path.exists(path):
                     add(path, "a broken link")
-    return sorted(found)
+    return sorted(pictures)
 
 
-def _listed(source: Path, prompt: str) -> list[Item]:
-    items, lines = [], {}
+def lines_of(source: Path, what: str = "") -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of a JSONL file that are not empty; `what` comes before its name in an error.
+
+    Raises:
+      UserError: it cannot be read, or is no UTF-8.
+    """
     try:
         text = read_bytes(source).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"--images={source} cannot be read ({reason}); give a folder or a JSONL file") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+        raise UserError(f"{what}{source} cannot be read ({reason}); give a folder or a JSONL file") from error
+    yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def _listed(source: Path, prompt: str) -> list[Item]:
+    items, lines = [], {}
+    for number, line in lines_of(source, "--images="):
         entry = json_text.parse(line, f"{source}, line {number}", "mend or remove that line")
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
             raise UserError(f'{source}, line {number}: a line is an object with "image", the path of a picture')

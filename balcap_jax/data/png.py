@@ -1,4 +1,4 @@
-"""PNG files for Pillow, which refuses some for what stands beside their pixels, and halves colours of 16 bits."""
+"""PNG files for Pillow, which refuses some for chunks beside their pixels, and halves colours of 16 bits."""
 
 import io
 import os
@@ -12,32 +12,32 @@ from PIL import Image
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"IDAT")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_KEPT = (*_PIXELS, *_TEXTS, b"tRNS", b"eXIf", b"IEND")
+_CHUNKS = (*_PIXELS, *_TEXTS, b"tRNS", b"eXIf", b"IEND")
 _ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of texts that may hold an orientation
 _TRANSPARENT_BYTES = {b"\0": 2, b"\2": 6}  # of the transparent colour, by the type of colour
 _GREYS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies pixels of 2 and 4 bits, but not the transparent one
-_LONGEST_TEXT = 1 << 24  # bytes of such a text that are kept
+_LONGEST_TEXT = 1 << 24  # bytes that remain of such a text
 
 
-def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
+def stripped(file: BinaryIO, *, complete: bool) -> BinaryIO:
     """The PNG in `file` with nothing but the chunks that make its pixels or turn them, at its beginning.
 
-    As in libpng, a chunk beside the pixels is passed over where its checksum is wrong. If not `whole`, what is given
-    ends where the pixels begin.
+    As in libpng, a chunk beside the pixels is skipped if its checksum is wrong. If not `complete`, the PNG ends where
+    the pixels begin.
 
     Raises:
       ValueError: the checksum of a chunk that makes the pixels is wrong.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(len(SIGNATURE))
-    kept, seen, shortest = io.BytesIO(), set(), 0
-    kept.write(SIGNATURE)
+    output, seen, shortest = io.BytesIO(), set(), 0
+    output.write(SIGNATURE)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        if kind == b"IDAT" and not whole:
-            kept.write(head)
+        if kind == b"IDAT" and not complete:
+            output.write(head)
             break
-        if kind not in _KEPT:
+        if kind not in _CHUNKS:
             file.seek(length + 4, os.SEEK_CUR)
             continue
         data, checksum = file.read(min(length, size - file.tell())), file.read(4)
@@ -46,7 +46,7 @@ def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
             if wrong:
                 raise ValueError(f"the checksum of {kind.decode()} is wrong")
             if len(data) < length:  # The file breaks off here: Pillow finds out whether pixels are missing.
-                kept.write(head + data)
+                output.write(head + data)
                 break
             if kind == b"IHDR":
                 shortest = _TRANSPARENT_BYTES.get(data[9:10], 0)
@@ -58,9 +58,9 @@ def stripped(file: BinaryIO, *, whole: bool) -> BinaryIO:
                 continue
             seen.add(keyword)
             kind, data = _plain_text(kind, data)
-        kept.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", _checksum(kind, data)))
-    kept.seek(0)
-    return kept
+        output.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", _checksum(kind, data)))
+    output.seek(0)
+    return output
 
 
 def _checksum(kind: bytes, data: bytes) -> int:
@@ -68,7 +68,7 @@ def _checksum(kind: bytes, data: bytes) -> int:
 
 
 def _plain_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
-    """A text chunk as one that is not compressed, with at most _LONGEST_TEXT of its text; "" for a damaged one."""
+    """A text chunk without compression, with at most _LONGEST_TEXT of its text; a damaged text is empty."""
     keyword, _, text = data.partition(b"\0")
     compressed, between = kind == b"zTXt", b""
     if kind == b"iTXt":
@@ -87,10 +87,10 @@ def _plain_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
 
 
 def take_transparency(image: Image.Image) -> np.ndarray | None:
-    """Which pixels [height, width] have the one colour that a PNG of 16 bits calls transparent; None: of another kind.
+    """The pixels [height, width] of the one colour that a PNG of 16 bits calls transparent; None for other pictures.
 
-    `image` is a `stripped` one that is not loaded yet. It loses that colour, which Pillow compares with 8 bits; one of
-    2 or 4 bits is scaled as its pixels are.
+    `image` is a `stripped` one that is not loaded yet. It loses that colour, which Pillow compares with 8 bits. One
+    of 2 or 4 bits is scaled as the pixels are.
     """
     # Of colours Pillow keeps the high bytes; the low ones are those of the other byte order.
     readings = {"I;16B": ("I;16B",), "RGB;16B": ("RGB;16B", "RGB;16L")}

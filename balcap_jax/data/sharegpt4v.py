@@ -3,17 +3,14 @@
 The JSON is a list of {"id", "image": "coco/train2017/000000000009.jpg", "conversations": [{"from": "human", "value":
 "prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}; "images" with a list of one may stand for "image". Pictures
 that are missing, or do not begin as pictures, are counted and named, and so are entries of text alone. Files are stored
-as they are; each sample keeps its own prompt, and what an entry holds for rewards in the form of `data.photos`:
-`reference_units`, `questions`, `rubrics`.
+as they are. Each sample keeps its own prompt, and `reference_units`, `questions` and `rubrics` in the form of
+`data.photos`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,9 +20,10 @@ import tensorflow_datasets as tfds
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, open_regular, read_json, resolved
-from balcap_jax.data import captions_file, images, input, photos
+from balcap_jax.data import images, input, photos
+from balcap_jax.data.input import Data, LeftOut
 from balcap_jax.data.listing import picture_name, real_path
-from balcap_jax.data.photos import LeftOut, Record, Splits
+from balcap_jax.data.photos import Record
 
 REWARDED = ("reference_units", "questions", "rubrics")  # stored as JSON text
 _NAMED = 100  # pictures left out that are named in the data set's own metadata
@@ -40,7 +38,7 @@ class ShareGPT4VConfig(tfds.core.BuilderConfig):
 
 
 class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
-    """Pictures with GPT-4V's captions, in one split: which part is for training is decided when it is read."""
+    """Pictures with GPT-4V's captions, in one split; the reader decides which part is for training."""
 
     VERSION = tfds.core.Version("2.0.0")  # Samples name their picture since 2.0.0.
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The JSON of ShareGPT4V and the folders of images that it names."
@@ -50,7 +48,7 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         features = tfds.features.FeaturesDict(
-            # A file as it is: readers of our own decode it, upright and in RGB, without TensorFlow.
+            # `image` is a file as it is: our own reader decodes it, upright and in RGB, without TensorFlow.
             {"id": text, "picture": text, "image": tfds.features.Text(), "prompt": text, "reference": text}
             | dict.fromkeys(REWARDED, text)
         )
@@ -88,7 +86,7 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
             why = f"; the first, {missing[0].image}: {missing[0].reason}" if missing else ": all entries are text alone"
             raise UserError(f"none of the pictures of {annotations} is in {folder}{why}; set data.manual_dir")
         metadata = {"left_out": len(missing) + len(texts), "texts": len(texts)}
-        metadata["first_left_out"] = [list(one) for one in [*missing, *texts][:_NAMED]]
+        metadata["first_left_out"] = [list(left_out) for left_out in [*missing, *texts][:_NAMED]]
         self.info.metadata.update(metadata)
 
 
@@ -111,7 +109,7 @@ def is_text_alone(entry: Any) -> bool:
 
 
 def _picture(entry: Mapping[str, Any]) -> Any:
-    """What an entry has for "image"; other writers of this form list one picture in "images"."""
+    """The field "image" of an entry; other writers of this form list one picture in "images"."""
     if (image := entry.get("image")) not in (None, ""):
         return image
     images = entry.get("images")
@@ -119,38 +117,38 @@ def _picture(entry: Mapping[str, Any]) -> Any:
 
 
 def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]:
-    """{"id": the image's path, "prompt", "reference"} of an entry; its image tag may stand before or after the prompt.
+    """{"id": the image's path, "prompt", "reference"} of an entry; its image tag may be before or behind the prompt.
 
-    Beside these `reference_units`, `questions` and `rubrics`, as JSON text, "[]" where the entry has none. Paths are
-    relative to `folder`.
+    The sample also has `reference_units`, `questions` and `rubrics`, as JSON text, "[]" where the entry has none. Paths
+    are relative to `folder`.
 
     Raises:
       UserError: it is no sample of a picture, a question and an answer, or one of its fields is of another form.
     """
     if not isinstance(entry, Mapping) or not isinstance(entry.get("conversations"), list):
         raise UserError(f'{where} is no sample: an object with "image" and a list "conversations"; {_REMEDY}')
-    said: dict[str, str] = {}
+    turns: dict[str, str] = {}  # the first of each speaker
     for turn in entry["conversations"]:
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
             raise UserError(f'{where}: "conversations" must be a list of {{"from": text, "value": text}}; {_REMEDY}')
-        said.setdefault(turn["from"], turn["value"])
+        turns.setdefault(turn["from"], turn["value"])
     image = _picture(entry)
     if not isinstance(image, str):
         raise UserError(f'{where}: "image" must be text, the path of one picture; {_REMEDY}')
-    if not image or not said.get("gpt", "").strip() or "human" not in said:
+    if not image or not turns.get("gpt", "").strip() or "human" not in turns:
         raise UserError(f"{where} is no sample with an image, a question of human and an answer of gpt; {_REMEDY}")
     name = picture_name(folder, image)
     if Path(name).parts[:1] == ("..",):
         raise UserError(f"{where} names an image outside the manual directory ({image!r}); {_REMEDY}")
-    prompt = said["human"].replace("<image>", "").strip() or photos.PROMPT
+    prompt = turns["human"].replace("<image>", "").strip() or photos.PROMPT
     rewarded = {name: entry[name] for name in REWARDED if name in entry}
-    record = captions_file.read_record({"image": image, "reference": said["gpt"], **rewarded}, where)
+    record = photos.read_record({"image": image, "reference": turns["gpt"], **rewarded}, where)
     units = json_text.dumps(record.pop("reference_units"))
-    sample = {"id": name, "prompt": prompt, "reference": said["gpt"].strip(), "reference_units": units}
+    sample = {"id": name, "prompt": prompt, "reference": turns["gpt"].strip(), "reference_units": units}
     return sample | {name: record[name] for name in ("questions", "rubrics")}
 
 
-def load(config: Mapping[str, Any]) -> Splits:
+def load(config: Mapping[str, Any]) -> Data:
     """The splits of the data set in `data_dir`, built from `manual_dir` first where it is not there.
 
     Raises:
@@ -159,30 +157,18 @@ def load(config: Mapping[str, Any]) -> Splits:
     builder = prepare(config["data_dir"], config["manual_dir"], config["annotations"])
     source = builder.as_data_source("samples")
     metadata = builder.info.metadata
-    left_out = [LeftOut(*one) for one in metadata.get("first_left_out", [])]
-    # Texts are held, pictures are not: half a kilobyte a sample.
-    records = [
-        Record(
-            name, functools.partial(_content, source, i), prompt, (reference,), tuple(json.loads(units)), *rest, picture
-        )
-        for i, (name, picture, prompt, reference, units, *rest) in enumerate(_texts(source))
-    ]
+    left_out = [LeftOut(*named) for named in metadata.get("first_left_out", [])]
+    # Texts stay in memory, pictures do not: half a kilobyte a sample.
+    records = []
+    for index, sample in enumerate(source):
+        texts = input.decode([sample[name] for name in ("id", "prompt", "reference", *REWARDED, "picture")])
+        name, prompt, reference, units, *others = texts
+        content = functools.partial(lambda index: source[index]["image"], index)
+        records.append(Record(name, content, prompt, (reference,), tuple(json.loads(units)), *others))
     photos.announce("sharegpt4v", records, left_out, metadata.get("left_out", 0))
     if metadata.get("texts"):
         print(f"sharegpt4v: {metadata['texts']} entries of text alone are left out", flush=True)
     return photos.make_splits(records, left_out, config)
-
-
-def _texts(source: Any) -> list[tuple[str, ...]]:
-    return [tuple(_text(one[name]) for name in ("id", "picture", "prompt", "reference", *REWARDED)) for one in source]
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _content(source: Any, index: int) -> bytes:
-    return source[index]["image"]
 
 
 def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
@@ -194,7 +180,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     try:
         with open_regular(folder / annotations) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    except (OSError, ValueError) as error:  # ValueError: a name with NUL
+    except (OSError, ValueError) as error:  # ValueError: a name with a character 0
         raise UserError(
             f"no {annotations} in {folder} ({getattr(error, 'strerror', error)}); put ShareGPT4V's JSON there, or set "
             "data.manual_dir and data.annotations"
@@ -206,10 +192,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
         builder = input.open_builder(Sharegpt4v, place, config)
         if not builder.is_prepared():
             print(f"sharegpt4v: building from {folder} in {builder.data_dir}", flush=True)
-            with contextlib.redirect_stdout(io.StringIO()):
-                if not sys.stderr.isatty():
-                    tfds.disable_progress_bar()
-                input.prepare(builder, manual_dir=folder)
+            input.prepare(builder, manual_dir=folder)
         return builder
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot prepare the data set sharegpt4v in {place}: {' '.join(str(error).split())}") from error

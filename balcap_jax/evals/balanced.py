@@ -8,7 +8,7 @@ import numpy as np
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_jsonl
-from balcap_jax.data import captions_file
+from balcap_jax.data import photos
 from balcap_jax.evals.engine import Item, Metric, ratio
 from balcap_jax.evals.inputs import Texts, read_picture
 from balcap_jax.judges import prompts
@@ -35,7 +35,7 @@ class BCapScore(Metric):
     def items(self, captions: Mapping[str, str], references: Path, folder: Path | None) -> list[Item]:
         items, texts = [], Texts.of(captions)
         for where, line in read_jsonl(references, _REMEDY):
-            record = captions_file.read_record(line, where)
+            record = photos.read_record(line, where)
             if not record["reference_units"]:
                 raise UserError(f"{where} has no reference_units; `recaption --write=units` writes them")
             names = (str(line.get("id", record["image"])), record["image"])

@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.data import captions_file, images, photos
+from balcap_jax.data import images, photos
 from balcap_jax.data.listing import Item
 from balcap_jax.judges import prompts
 from balcap_jax.judges.chat.client import ChatClient
@@ -165,7 +165,7 @@ def reference_of(item: Item) -> str:
     """The reference that an item's line has. Raises UserError where it has none."""
     if not item.entry:
         raise UserError(f"{item.image} has no reference: units and rubrics are written for lines of a JSONL file")
-    return captions_file.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
+    return photos.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
 
 
 def describe_ask(image: np.ndarray, request: str, max_tokens: int = 2048) -> Ask:

@@ -11,11 +11,9 @@ values (sizes, signals, judged captions) go the same way, through `all_gather`.
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import pickle
-import signal
 import socket
 import sys
 import time
@@ -30,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.process import on_abort
 
 _EXPLICIT = ("BALCAP_COORDINATOR", "BALCAP_PROCESS_COUNT", "BALCAP_PROCESS_ID")
 _DETECT = "BALCAP_DISTRIBUTED"
@@ -89,7 +88,7 @@ def initialize() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its SIGTERM handler would be replaced by the run's own, which agrees on the last step through `largest`.
     jax.config.update("jax_enable_preemption_service", False)
-    _explain_abort()
+    on_abort(_line_of_abort)
     if arguments:
         print(
             f"process {arguments['process_id']} of {arguments['num_processes']} on {socket.gethostname()}: waiting for "
@@ -339,25 +338,15 @@ def _stop(error: BaseException) -> None:
     os._exit(status)
 
 
-def _explain_abort() -> None:
-    """Adds a line to JAX's own end of a process whose peer is dead: a log of many lines and abort().
+def _line_of_abort() -> str:
+    """The line after JAX's own end of a process whose peer is dead: a log of many lines and abort().
 
-    Python's signal handlers never run in a process that aborts, hence one of libc. (JAX's runtime client takes a
-    callback for lost heartbeats instead, but calling it fails: std::bad_cast, jax 0.10.2.)
+    (JAX's runtime client takes a callback for lost heartbeats instead, but calling it fails: std::bad_cast, jax
+    0.10.2.)
     """
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def say(_: int) -> None:
-        line = f"error: this process stops, because another one has ended or cannot be reached (see above); {_GO_ON}\n"
-        if not _joined:
-            line = f"error: the processes have not found each other within {JOIN_SECONDS} s (see above); {_TOGETHER}\n"
-        os.write(sys.__stderr__.fileno(), line.encode())
-        os._exit(1)
-
-    global _kept  # The handler must outlive this call.
-    _kept = say
-    ctypes.CDLL(None).signal(signal.SIGABRT, say)
+    if _joined:
+        return f"error: this process stops, because another one has ended or cannot be reached (see above); {_GO_ON}\n"
+    return f"error: the processes have not found each other within {JOIN_SECONDS} s (see above); {_TOGETHER}\n"
 
 
-_kept: Any = None
 _joined: list[bool] = []

@@ -28,7 +28,6 @@ from orbax.checkpoint import checkpoint_managers
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, rename_directory, resolved, sync, sync_tree
-from balcap_jax.cli.process import quieten_orbax
 from balcap_jax.models.formats.orbax import for_tensorstore, reason_of, remove_unfinished
 from balcap_jax.parallel import distributed
 from balcap_jax.training.checksums import SUMS, find_damage, seal
@@ -68,7 +67,6 @@ class Checkpointer:
         self._keep = keep
         self._kept_also: dict[str, int | None] = {}
         self._beside, self._asynchronous = tuple(beside), asynchronous
-        quieten_orbax()
         if distributed.is_first():
             try:
                 make_directory(self.directory)

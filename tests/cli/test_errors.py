@@ -17,7 +17,7 @@ import balcap_jax
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_json, read_json_object, read_jsonl, replace_file
-from balcap_jax.cli.process import quieten_orbax
+from balcap_jax.cli.process import quieten_libraries
 from balcap_jax.models.formats import orbax
 from balcap_jax.training.workdir import dump_samples
 
@@ -197,7 +197,7 @@ def test_all_json_that_is_kept_is_written_by_one_function():
 
 
 def test_what_tensorstore_says_of_a_full_disk_is_not_logged_beside_the_line(caplog):
-    quieten_orbax()
+    quieten_libraries()
     log = logging.getLogger("asyncio")
     with caplog.at_level(logging.ERROR, logger="asyncio"):
         log.error(

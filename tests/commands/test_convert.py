@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from balcap_jax import convert, models
+from balcap_jax.cli import process
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models import lora
 from balcap_jax.models.formats import hf, loading
@@ -841,6 +842,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
     """The placeholders of Orbax are the first that do not fit, or the arrays behind them."""
     path, beside = source(family)[1], []
     monkeypatch.setattr(sys, "unraisablehook", beside.append)
+    process.quieten_libraries()
     capfd.readouterr()
     for call, given, what in ((convert.from_hf, path, "model"), (convert.to_hf, converted, "checkpoint")):
         room(size)

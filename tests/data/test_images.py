@@ -158,7 +158,13 @@ def test_pillow_does_not_warn_of_what_stands_beside_the_pixels():
     """In a process of its own: tests run under other filters."""
     file = io.BytesIO()
     corners().save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
-    program = "import sys; from balcap_jax.data import images; images.read(sys.stdin.buffer.read())"
+    program = """
+import sys
+from balcap_jax.cli import process
+from balcap_jax.data import images
+process.install()
+images.read(sys.stdin.buffer.read())
+"""
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, input=file.getvalue(), capture_output=True, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stderr) == (0, b"")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from balcap_jax import models
+from balcap_jax.cli import process
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
@@ -274,6 +275,7 @@ def test_damaged_parameters_are_named(saved, damage, reason, monkeypatch, capfd)
         (params / damage[1]).write_bytes(damage[0])
     beside = []
     monkeypatch.setattr(sys, "unraisablehook", beside.append)
+    process.quieten_libraries()
     message = error_of(models.load, saved)
     gc.collect()
     assert reason in message

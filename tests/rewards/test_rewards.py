@@ -12,8 +12,8 @@ import pytest
 from balcap_jax import rewards
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
-from balcap_jax.data.captions_file import read_record
 from balcap_jax.data.choices import CANNOT_ANSWER, lettered, shuffled
+from balcap_jax.data.photos import read_record
 from balcap_jax.data.scenes import questions as scene_questions
 from balcap_jax.data.scenes.language import reference_caption, reference_units
 from balcap_jax.data.scenes.world import sample_scene

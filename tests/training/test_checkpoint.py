@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import pytest
 from balcap_jax.cli import files
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import open_regular
-from balcap_jax.cli.process import PreemptionFlag
+from balcap_jax.cli.process import PreemptionFlag, quieten_libraries
 from balcap_jax.training import checksums
 from balcap_jax.training.checkpoint import Checkpointer, branch
 from balcap_jax.training.checksums import find_damage
@@ -78,6 +79,16 @@ def run_script(body: str, *arguments: object, wait: bool = True):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-2000:]
     return subprocess.CompletedProcess(command, 0, output, errors)
+
+
+@pytest.fixture(autouse=True)
+def quiet_libraries(monkeypatch):
+    """As in a command: what Orbax logs of failures beside the line is dropped."""
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "filters", list(logger.filters))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    quieten_libraries()
 
 
 def message_of(call, *args, **kwargs) -> str:
@@ -538,8 +549,10 @@ def test_full_disk_is_one_line_and_the_checkpoint_before_stays_valid(tmp_path, a
     done = run_script(
         """
         import resource, signal, sys, jax
+        from balcap_jax.cli.process import install
         from balcap_jax.training.checkpoint import Checkpointer
         from balcap_jax.cli.errors import UserError
+        install()
         checkpointer = Checkpointer(sys.argv[1], keep=1, asynchronous=sys.argv[2] == "True")
         x = jax.random.normal(jax.random.key(0), (1_000_000,))
         checkpointer.save(1, {"x": x[:1000]})
@@ -677,6 +690,7 @@ def test_tasks_of_tensorstore_that_end_too_late_print_nothing(tmp_path, monkeypa
     """They do so while a save fails, before anybody knows of it: what is theirs is dropped from the start."""
     told = []
     monkeypatch.setattr(sys, "unraisablehook", lambda one: told.append(str(one.exc_value)))
+    quieten_libraries()
     with Checkpointer(tmp_path):
         for reason in ("Event loop is closed", "something else"):
             sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(reason)))
@@ -691,6 +705,8 @@ def test_a_directory_that_is_refused_ends_in_one_line_and_at_once(tmp_path):
         import numpy as np
         from balcap_jax.training.checkpoint import Checkpointer
         from balcap_jax.cli.errors import UserError
+        from balcap_jax.cli.process import install
+        install()
         make = os.mkdir
         def mkdir(path, *args, **kwargs):
             if "orbax-checkpoint-tmp" in str(path):

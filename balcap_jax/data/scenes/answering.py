@@ -7,7 +7,7 @@ from balcap_jax.data.scenes.language import NUMBERS, Subject
 from balcap_jax.data.scenes.reading import Parsed
 from balcap_jax.data.scenes.world import PLACES
 
-_PLAIN = "plain"  # what an object is whose texture is left unsaid
+_PLAIN = "plain"  # the texture of an object whose place is stated without one
 
 
 def answer_from(parsed: Parsed, query: Mapping[str, Any], choices: Sequence[str]) -> str | None:
@@ -29,12 +29,11 @@ def _answers(parsed: Parsed, query: Mapping[str, Any], choices: Sequence[str]) -
         return _values(parsed, "place", _kind(query["object"]))
     if ask == "relation":
         return _relations(parsed, _kind(query["object"]), _kind(query["other"]), choices)
-    there = [claim.subject for claim in parsed.claims if claim.kind == "place" and claim.value == query["place"]]
+    subjects = [claim.subject for claim in parsed.claims if claim.kind == "place" and claim.value == query["place"]]
     if ask in ("colour", "shape"):
-        found = (subject[ask == "shape"] for subject in there)
-        return [value for value in found if value]
-    values = [value for subject in there for value in _values(parsed, ask, subject)]
-    return values or ([_PLAIN] if ask == "texture" and there else [])
+        return [value for subject in subjects if (value := subject[ask == "shape"])]
+    values = [value for subject in subjects for value in _values(parsed, ask, subject)]
+    return values or ([_PLAIN] if ask == "texture" and subjects else [])
 
 
 def _kind(thing: Mapping[str, str]) -> Subject:
@@ -46,7 +45,7 @@ def _values(parsed: Parsed, kind: str, subject: Subject) -> list[str]:
 
 
 def _counts(parsed: Parsed, value: str) -> list[str]:
-    """The number that the caption gives; else that of the objects it names, where it names any."""
+    """The number that the caption states; else that of the objects that it names, where it names any."""
     if value == "object" and (stated := [claim.value for claim in parsed.claims if claim.kind == "count"]):
         return [str(NUMBERS.index(word)) for word in stated]
     named = [claim.subject for claim in parsed.claims if claim.kind == "object"]
@@ -55,16 +54,14 @@ def _counts(parsed: Parsed, value: str) -> list[str]:
 
 
 def _relations(parsed: Parsed, first: Subject, second: Subject, choices: Sequence[str]) -> list[str]:
-    """Which of "above" and "below", or of "left" and "right": as stated, or as the stated places have it."""
+    """Which of "above" and "below", or of "left" and "right" is stated, or follows from the stated places."""
     forward, backward, relation = ("above", "below", "above") if "above" in choices else ("left", "right", "left of")
     stated = [claim.subject for claim in parsed.claims if claim.kind == "relation" and claim.value == relation]
-    found = [forward for pair in stated if pair == (first, second)]
-    found += [backward for pair in stated if pair == (second, first)]
-    if found:
-        return found
+    answers = [forward for pair in stated if pair == (first, second)]
+    answers += [backward for pair in stated if pair == (second, first)]
     places = [_values(parsed, "place", subject) for subject in (first, second)]
-    if not all(len(values) == 1 for values in places):
-        return []
+    if answers or not all(len(values) == 1 for values in places):
+        return answers
     cells = [PLACES.index(values[0]) for values in places]
-    one, other = (cell // 3 if relation == "above" else cell % 3 for cell in cells)
-    return [forward] if one < other else [backward] if one > other else []
+    position, other = (cell // 3 if relation == "above" else cell % 3 for cell in cells)
+    return [forward] if position < other else [backward] if position > other else []

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
 import re
@@ -26,17 +25,17 @@ from balcap_jax.data import input
 from balcap_jax.data.scenes import faults, language, questions, render, world
 
 PROMPT = "Describe the picture."
-# Splits draw their scenes from ranges of seeds that cannot meet: each range is far longer than any split. The data set
-# of another seed begins behind them all.
+# The ranges of seeds from which the splits draw their scenes cannot meet: each is far longer than any split. The data
+# set of another seed begins behind them all.
 FIRST_SEED = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000}
 SEEDS_OF_A_DATA_SET = 3_000_000_000
-# Streams of random numbers of one scene; apart from each other, so that one more question changes no caption.
+# Streams of random numbers of one scene, apart from each other, so that one more question changes no caption.
 _REFERENCE, _CAPTIONS, _QUESTIONS = 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScenesSettings:
-    """What the examples depend on, apart from the code. `image_size` in pixels, splits in numbers of examples.
+    """Everything that the examples depend on, apart from the code. `image_size` in pixels, splits in examples.
 
     Data sets of two values of `seed` have no scene in common, whichever the splits.
     """
@@ -97,18 +96,11 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.settings.image_size
-        texts = tfds.features.Sequence(tfds.features.Text())
+        text, image = tfds.features.Text(), tfds.features.Image(shape=(size, size, 3), encoding_format="png")
         features = tfds.features.FeaturesDict(
-            {
-                "id": tfds.features.Text(),
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-                "scene": tfds.features.Text(),
-                "prompt": tfds.features.Text(),
-                "reference": tfds.features.Text(),
-                "reference_units": texts,
-                "captions": texts,
-                "questions": tfds.features.Text(),
-            }
+            {"id": text, "image": image, "scene": text, "prompt": text, "reference": text}
+            | dict.fromkeys(("reference_units", "captions"), tfds.features.Sequence(text))
+            | {"questions": text}
         )
         # Stored in the order of generation, so that "the first n of the test split" means the same everywhere.
         return self.dataset_info_from_configs(features=features, disable_shuffling=True, supervised_keys=None)
@@ -152,10 +144,11 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     """Generates the data set under `data_dir` unless it is there, and returns its builder.
 
     `settings` are the fields of `ScenesSettings`; other settings, or other code, get a directory of their own. TFDS
-    writes aside and renames, so a preparation that was killed leaves nothing that a later one would pick up. Read a
-    split with `builder.as_data_source("train")`.
+    writes aside and renames, so nothing of a preparation that was killed is ever read. Read a split with
+    `builder.as_data_source("train")`.
 
-    Raises UserError on a setting out of range, a directory that cannot be written, a full disk, or a damaged data set.
+    Raises:
+      UserError: a setting is out of range, the disk cannot be written or is full, or the data set is damaged.
     """
     config = make_config(**settings)
     config = Scenes.builder_configs.get(config.name, config)  # TFDS wants its own object for the default settings
@@ -172,14 +165,20 @@ def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
     print(f"scenes: generating {total} examples in {builder.data_dir}", flush=True)
     start = time.perf_counter()
     with _preparing(data_dir):
-        builder = _generate(builder, data_dir, config)
+        try:
+            input.prepare(builder)
+        except OSError:
+            # Another process may have finished the same directory in the meantime; its result is as good as ours.
+            builder = Scenes(data_dir=data_dir, config=config)
+            if not builder.is_prepared():
+                raise
     print(f"scenes: {total} examples in {time.perf_counter() - start:.1f} s", flush=True)
     return builder
 
 
 @contextlib.contextmanager
 def _preparing(data_dir: pathlib.Path) -> Iterator[None]:
-    """What the disk of `data_dir` refuses becomes a UserError."""
+    """Raises UserError for what the disk of `data_dir` refuses."""
     try:
         yield
         return
@@ -192,40 +191,3 @@ def _preparing(data_dir: pathlib.Path) -> Iterator[None]:
             raise
         reason = failure[1]
     raise UserError(f"cannot prepare the data set scenes in {data_dir}: {reason}; choose another data dir")
-
-
-def _generate(builder: Scenes, data_dir: pathlib.Path, config: ScenesConfig) -> Scenes:
-    try:
-        with _quiet_tfds():
-            input.prepare(builder)
-    except OSError:
-        # Another process may have finished the same directory in the meantime; its result is as good as ours.
-        other = Scenes(data_dir=data_dir, config=config)
-        if not other.is_prepared():
-            raise
-        return other
-    return builder
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS's own announcements off the terminal, and its progress bars on terminals only.
-
-    It draws its bars also into files, where each update becomes a line.
-    """
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.display_progress_bar(True)
-
-
-def _worth_reading(record: logging.LogRecord) -> bool:
-    """Drops TFDS's warnings of what is meant to be so: a config of ours, a directory not there yet, no OpenCV."""
-    expected = ("Using custom data configuration", "Variant folder", "OpenCV is not installed")
-    return not str(record.msg).startswith(expected)
-
-
-logging.getLogger("absl").addFilter(_worth_reading)

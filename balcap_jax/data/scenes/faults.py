@@ -1,8 +1,8 @@
-"""Captions with realistic faults: what the base policy is trained on, so that every objective has room to rise.
+"""Captions with realistic faults. The base policy is trained on them, so that every objective has room to rise.
 
 Each fault is an independent draw, per caption, per object or per sentence, so that each can be unlearned by itself.
-A caption-level draw makes some captions nearly faultless: the behaviour that RL amplifies must be in the
-distribution it samples from. Nothing here is visible to the judge.
+A draw per caption makes some captions nearly faultless: RL samples from the base policy, so the behaviour that it
+amplifies must be there. The judge sees nothing of this module.
 """
 
 import dataclasses
@@ -10,34 +10,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from balcap_jax.data.scenes.language import (
-    BACKGROUNDS,
-    GROUND_ONLY,
-    INVERSE,
-    NUMBERS,
-    OPENINGS,
-    PLACED,
-    REMARK_TAILS,
-    REMARKS,
-    UNPLACED,
-    noun_phrase,
-    pick,
-    relation_sentence,
-    sentence,
-    stated_relation,
-)
-from balcap_jax.data.scenes.world import (
-    COLOURS,
-    GROUNDS,
-    MAX_OBJECTS,
-    MIN_OBJECTS,
-    PATTERNS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Scene,
-)
+from balcap_jax.data.scenes import language, world
+from balcap_jax.data.scenes.language import noun_phrase, pick
+from balcap_jax.data.scenes.world import Scene
 
 MAX_WORDS, MAX_TOKENS = 70, 78
 # Share of nearly faultless captions, and how much rarer each fault is in them.
@@ -101,9 +76,12 @@ class _Draft:
     texture: str
     place: str
 
+    def noun(self, article: str = "a") -> str:
+        return noun_phrase(self.shape, self.colour, self.size, self.texture, article)
+
 
 class _Dice:
-    """Draws faults and remembers which came up."""
+    """Draws faults and remembers those that occur."""
 
     def __init__(self, rates: Mapping[str, float], rng: np.random.Generator):
         self.rates, self.rng, self.faults = rates, rng, {}
@@ -120,9 +98,9 @@ def _other(value: str, options, rng: np.random.Generator) -> str:
 
 
 def _absent_kind(scene: Scene, rng: np.random.Generator, colour: str = "", shape: str = "") -> tuple[str, str]:
-    """A (colour, shape) that no object of the scene has, keeping the one that is given."""
-    present = {(one.colour, one.shape) for one in scene.objects}
-    colours, shapes = (colour,) if colour else COLOURS, (shape,) if shape else SHAPES
+    """A (colour, shape) that no object of the scene has, with the colour or the shape that is given."""
+    present = {thing.subject for thing in scene.objects}
+    colours, shapes = (colour,) if colour else world.COLOURS, (shape,) if shape else world.SHAPES
     absent = [(c, s) for c in colours for s in shapes if (c, s) not in present]
     return pick(absent, rng) if absent else (colour, shape)
 
@@ -134,28 +112,20 @@ def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[
     elif dice("stops early"):
         objects = objects[: (len(objects) + 1) // 2]
     drafts = []
-    for one in objects:
+    for thing in objects:
         if len(objects) > 1 and dice("omitted object"):
             continue
-        draft = _Draft(one.shape, one.colour, one.size, one.texture, one.place)
+        draft = _Draft(thing.shape, thing.colour, thing.size, thing.texture, thing.place)
         if dice("wrong colour"):
-            draft.colour, _ = _absent_kind(scene, rng, shape=one.shape)
+            draft.colour, _ = _absent_kind(scene, rng, shape=thing.shape)
         elif dice("wrong shape"):
-            _, draft.shape = _absent_kind(scene, rng, colour=one.colour)
-        if dice("wrong size"):
-            draft.size = _other(one.size, SIZES, rng)
-        if dice("wrong texture"):
-            draft.texture = _other(one.texture, TEXTURES[1:], rng)
-        if dice("wrong place"):
-            draft.place = _other(one.place, PLACES, rng)
-        if dice("omitted colour"):
-            draft.colour = ""
-        if dice("omitted size"):
-            draft.size = ""
-        if draft.texture != "plain" and dice("omitted texture"):
-            draft.texture = ""
-        if dice("omitted place"):
-            draft.place = ""
+            _, draft.shape = _absent_kind(scene, rng, colour=thing.colour)
+        for attribute, values in (("size", world.SIZES), ("texture", world.TEXTURES[1:]), ("place", world.PLACES)):
+            if dice(f"wrong {attribute}"):
+                setattr(draft, attribute, _other(getattr(thing, attribute), values, rng))
+        for attribute in ("colour", "size", "texture", "place"):
+            if getattr(draft, attribute) != "plain" and dice(f"omitted {attribute}"):  # Nothing states a plain texture.
+                setattr(draft, attribute, "")
         drafts.append(draft)
         if dice("invented object"):
             drafts.append(_invented(scene, rng))
@@ -167,25 +137,29 @@ def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[
 
 def _invented(scene: Scene, rng: np.random.Generator) -> _Draft:
     colour, shape = _absent_kind(scene, rng)
-    return _Draft(shape, colour, pick(SIZES, rng), pick(TEXTURES, rng), pick(PLACES, rng))
+    return _Draft(shape, colour, pick(world.SIZES, rng), pick(world.TEXTURES, rng), pick(world.PLACES, rng))
 
 
 def _object_text(draft: _Draft, dice: _Dice, rng: np.random.Generator) -> str:
     """One sentence about the object, or list-like fragments."""
     if dice("list"):
         if rng.random() < 0.5:
-            noun = noun_phrase(draft.shape, draft.colour, draft.size, draft.texture, article="")
+            noun = draft.noun(article="")
             return f"{noun}. {draft.place}." if draft.place else f"{noun}."
         noun = noun_phrase(draft.shape, draft.colour, article="")
         texture = "" if draft.texture == "plain" else draft.texture
         return ", ".join(word for word in (noun, draft.size, texture, draft.place) if word) + "."
-    noun = noun_phrase(draft.shape, draft.colour, draft.size, draft.texture)
+    noun = draft.noun()
     if dice("word order"):
         words = noun.split()
         noun = " ".join([words[0], words[-1], *words[1:-1]])
-    text = pick(PLACED, rng).format(noun=noun, place=draft.place) if draft.place else UNPLACED.format(noun=noun)
+    text = (
+        pick(language.PLACED, rng).format(noun=noun, place=draft.place)
+        if draft.place
+        else language.UNPLACED.format(noun=noun)
+    )
     if dice("remark tail"):
-        text = f"{text[:-1]}, {pick(REMARK_TAILS, rng)}."
+        text = f"{text[:-1]}, {pick(language.REMARK_TAILS, rng)}."
     return text
 
 
@@ -193,10 +167,10 @@ def _background_text(scene: Scene, dice: _Dice, rng: np.random.Generator) -> str
     ground, pattern = scene.ground, scene.pattern
     if dice("wrong background"):
         if rng.random() < 0.5:
-            ground = _other(ground, GROUNDS, rng)
+            ground = _other(ground, world.GROUNDS, rng)
         else:
-            pattern = _other(pattern, PATTERNS, rng)
-    form = GROUND_ONLY if dice("omitted pattern") else pick(BACKGROUNDS, rng)
+            pattern = _other(pattern, world.PATTERNS, rng)
+    form = language.GROUND_ONLY if dice("omitted pattern") else pick(language.BACKGROUNDS, rng)
     return form.format(ground=ground, pattern=pattern)
 
 
@@ -212,62 +186,61 @@ def _break(text: str, dice: _Dice) -> str:
 
 
 def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
-    """Writes a caption in which each named fault occurs with its rate; no rates give a faultless caption."""
+    """Writes a caption in which each fault of `rates` occurs with its rate; without rates it has no fault."""
     dice = _Dice(rates, rng)
     body: list[str] = []  # sentences, lower-case starts, each with its stop
     if not dice("omitted opening"):
         count = len(scene.objects)
         if dice("wrong count"):
-            count = int(_other(str(count), map(str, range(MIN_OBJECTS, MAX_OBJECTS + 1)), rng))
-        body.append(_break(pick(OPENINGS, rng).format(count=NUMBERS[count]), dice))
+            count = int(_other(str(count), map(str, range(world.MIN_OBJECTS, world.MAX_OBJECTS + 1)), rng))
+        body.append(_break(pick(language.OPENINGS, rng).format(count=language.NUMBERS[count]), dice))
     for draft in _draft_objects(scene, dice, rng):
         body.append(_break(_object_text(draft, dice, rng), dice))
         if dice("remark"):
-            body.append(pick(REMARKS, rng))
-    related = stated_relation(scene)
+            body.append(pick(language.REMARKS, rng))
+    related = language.stated_relation(scene)
     if related and not dice("omitted relation"):
         first, relation, second = related
         if dice("wrong relation"):
-            relation = INVERSE[relation]
-        body.append(_break(relation_sentence(first, relation, second), dice))
+            relation = language.INVERSE[relation]
+        body.append(_break(language.relation_text(first, relation, second) + ".", dice))
     if not dice("omitted background"):
         body.append(_break(_background_text(scene, dice, rng), dice))
     if dice("closing remark"):
-        body.append(pick(REMARKS, rng))
+        body.append(pick(language.REMARKS, rng))
     body = _repeat(body, dice, rng)
     if dice("too long"):
         body += _padding(scene, body, rng)
-    text = " ".join(_start(one, dice) for one in _capped(body))
+    text = " ".join(_start(text, dice) for text in _capped(body))
     if dice("no final stop"):
         text = text[:-1]
     return text, tuple(dice.faults)
 
 
 def _repeat(body: list[str], dice: _Dice, rng: np.random.Generator) -> list[str]:
-    """Says some sentences again, at once or as the last sentence."""
-    out, later = [], []
+    """Repeats some sentences, at once or at the end."""
+    sentences, repeats_at_end = [], []
     for text in body:
-        out.append(text)
+        sentences.append(text)
         if dice("repetition"):
-            (out if rng.random() < 0.5 else later).append(text)
-    return out + later
+            (sentences if rng.random() < 0.5 else repeats_at_end).append(text)
+    return sentences + repeats_at_end
 
 
 def _padding(scene: Scene, body: list[str], rng: np.random.Generator) -> list[str]:
     """Sentences that carry a caption past twice its reference's length: repeats, remarks, invented objects."""
     words = sum(len(text.split()) for text in body)
-    reference_words = 11 + 9 * len(scene.objects) + (9 if stated_relation(scene) else 0)
+    reference_words = 11 + 9 * len(scene.objects) + (9 if language.stated_relation(scene) else 0)
     padding = []
     while words <= 2 * reference_words + 4 and words < MAX_WORDS:
         kind = rng.random()
         if kind < 0.4:
             padding.append(pick(body, rng))
         elif kind < 0.7:
-            padding.append(pick(REMARKS, rng))
+            padding.append(pick(language.REMARKS, rng))
         else:
             draft = _invented(scene, rng)
-            noun = noun_phrase(draft.shape, draft.colour, draft.size, draft.texture)
-            padding.append(pick(PLACED, rng).format(noun=noun, place=draft.place))
+            padding.append(pick(language.PLACED, rng).format(noun=draft.noun(), place=draft.place))
         words += len(padding[-1].split())
     return padding
 
@@ -276,7 +249,7 @@ def _start(text: str, dice: _Dice) -> str:
     # A list entry such as "red star. top left." holds several sentences: each gets its capital.
     parts = text.split(". ")
     if not dice("lower case"):
-        parts = [sentence(part) for part in parts]
+        parts = [language.sentence(part) for part in parts]
     return ". ".join(parts)
 
 

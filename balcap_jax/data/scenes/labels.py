@@ -1,4 +1,4 @@
-"""What a scene shows at each image token: the classes that the vision tower is pretrained on."""
+"""The classes of what a scene shows at each image token; the vision tower is pretrained on them."""
 
 import numpy as np
 
@@ -14,13 +14,9 @@ def of_tokens(scene: Scene, side: int) -> np.ndarray:
     A token has the classes of the object in the cell of the 3 x 3 world that holds the token's centre.
     """
     cells = np.zeros((9, len(CLASSES)), np.int32)
-    for one in scene.objects:
-        cells[one.cell, :4] = (
-            1 + SHAPES.index(one.shape),
-            1 + COLOURS.index(one.colour),
-            1 + SIZES.index(one.size),
-            1 + TEXTURES.index(one.texture),
-        )
+    for thing in scene.objects:
+        values = ((SHAPES, thing.shape), (COLOURS, thing.colour), (SIZES, thing.size), (TEXTURES, thing.texture))
+        cells[thing.cell, :4] = [1 + known.index(value) for known, value in values]
     cells[:, 4:] = GROUNDS.index(scene.ground), PATTERNS.index(scene.pattern)
     third = (2 * np.arange(side) + 1) * 3 // (2 * side)
     return cells[(third[:, None] * 3 + third).ravel()]

@@ -1,6 +1,6 @@
-"""The caption English of the scenes world, as it is written: sentence forms, reference captions, claims, vocabulary.
+"""The English of the scenes, as captions are written in it: sentence forms, references, claims, vocabulary.
 
-`reading` is the other direction, from any text to the claims defined here.
+`reading` goes the other way, from any text to the claims of this module.
 """
 
 import dataclasses
@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from balcap_jax.data.scenes.world import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, Scene, SceneObject
+from balcap_jax.data.scenes.world import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, Scene
 
+Subject = tuple[str, str]  # (colour, shape); the colour is "" where the text names none
 # A text is the sequence of these tokens: words, and single marks.
 TOKEN = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*|[^\sA-Za-z]")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,7 +21,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 OPENINGS = ("there are {count} shapes.", "{count} shapes appear.", "we see {count} shapes.")
 PLACED = ("the {place} holds {noun}.", "{noun} occupies the {place}.", "{noun} is at the {place}.")
 UNPLACED = "there is {noun}."
-RELATION = "the {first} is {relation} the {second}."
+RELATION = "the {first} is {relation} the {second}"  # `first` and `second` are such as "red star".
 BACKGROUNDS = (
     "the background is {ground} and {pattern}.",
     "a {pattern} {ground} background lies behind.",
@@ -38,9 +39,9 @@ REMARKS = (
     "I hope this caption helps!",
 )
 REMARK_TAILS = ("which adds depth to the image", "which is lovely", "giving a cosy mood")
-# Scenes of at most this many objects get one relation sentence; larger ones are long enough without.
+# A scene of at most this many objects gets one relation sentence; the caption of a larger one is long enough.
 RELATION_OBJECTS = 3
-# The form with "is at the" costs a word more, which would lift six objects above 64 words.
+# The form with "is at the" takes one word more, with which six objects would take more than 64 words.
 LONG_FORM_OBJECTS = 3
 
 
@@ -62,66 +63,52 @@ def pick(options: Iterable, rng: np.random.Generator):
     return options[int(rng.random() * len(options))]
 
 
-def stated_relation(scene: Scene) -> tuple[SceneObject, str, SceneObject] | None:
-    """The one relation that references state: the first object against the last, for small scenes only."""
+def stated_relation(scene: Scene) -> tuple[Subject, str, Subject] | None:
+    """The one relation that references state: the first object against the last, in small scenes alone."""
     if len(scene.objects) > RELATION_OBJECTS:
         return None
     first, last = scene.objects[0], scene.objects[-1]
     # Reading order: either the first is in a higher row, or they share the row and the first is further left.
-    return first, "above" if first.row < last.row else "left of", last
-
-
-def relation_sentence(first: SceneObject, relation: str, second: SceneObject) -> str:
-    return RELATION.format(
-        first=f"{first.colour} {first.shape}", relation=relation, second=f"{second.colour} {second.shape}"
-    )
+    return first.subject, "above" if first.row < last.row else "left of", last.subject
 
 
 def reference_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Several sentences that state every unit of `reference_units`: count, objects in reading order, background.
+    """Sentences that state every unit of `reference_units`: count, objects in reading order, relation, background.
 
-    At most 64 whitespace words (six textured objects); the mean over sampled scenes is about 46.
+    At most 64 words between spaces (six textured objects); the mean over sampled scenes is about 46.
     """
     sentences = [pick(OPENINGS, rng).format(count=NUMBERS[len(scene.objects)])]
     forms = PLACED if len(scene.objects) <= LONG_FORM_OBJECTS else PLACED[:2]
-    for one in scene.objects:
-        noun = noun_phrase(one.shape, one.colour, one.size, one.texture)
-        sentences.append(pick(forms, rng).format(noun=noun, place=one.place))
-    related = stated_relation(scene)
-    if related:
+    for thing in scene.objects:
+        noun = noun_phrase(thing.shape, thing.colour, thing.size, thing.texture)
+        sentences.append(pick(forms, rng).format(noun=noun, place=thing.place))
+    if related := stated_relation(scene):
         first, relation, second = related
         if rng.random() < 0.5:
             first, relation, second = second, INVERSE[relation], first
-        sentences.append(relation_sentence(first, relation, second))
+        sentences.append(relation_text(first, relation, second) + ".")
     sentences.append(pick(BACKGROUNDS, rng).format(ground=scene.ground, pattern=scene.pattern))
-    return " ".join(sentence(one) for one in sentences)
+    return " ".join(sentence(text) for text in sentences)
 
 
 def reference_units(scene: Scene) -> list[str]:
     """The atomic facts that every reference caption of the scene states, in plain English (recall asks for these)."""
-    units = [count_text(len(scene.objects))]
-    for one in scene.objects:
-        subject = (one.colour, one.shape)
-        units.append(object_text(subject))
-        units.append(attribute_text(subject, "size", one.size))
-        if one.texture != "plain":
-            units.append(attribute_text(subject, "texture", one.texture))
-        units.append(attribute_text(subject, "place", one.place))
-    related = stated_relation(scene)
-    if related:
-        first, relation, second = related
-        units.append(relation_text((first.colour, first.shape), relation, (second.colour, second.shape)))
+    units = [f"there are {NUMBERS[len(scene.objects)]} shapes"]
+    for thing in scene.objects:
+        units.append(object_text(thing.subject))
+        for kind in ("size", "texture", "place"):
+            if getattr(thing, kind) != "plain":
+                units.append(attribute_text(thing.subject, kind, getattr(thing, kind)))
+    if related := stated_relation(scene):
+        units.append(relation_text(*related))
     units += [f"the background is {scene.ground}", f"the background is {scene.pattern}"]
     return units
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Claims
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- claims ----------------------------------------------------------------------------------------------------------
 
-Subject = tuple[str, str]  # (colour, shape); colour "" when the text names none
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# Kinds of which a subject has exactly one value, so that two different values contradict each other.
+# A subject has exactly one value of these kinds, so that two different values contradict each other.
 SINGLE_VALUED = frozenset({"size", "texture", "place", "count", "ground", "pattern"})
 
 
@@ -161,11 +148,7 @@ def attribute_text(subject: Subject, kind: str, value: str) -> str:
 
 
 def relation_text(first: Subject, relation: str, second: Subject) -> str:
-    return f"the {subject_text(first)} is {relation} the {subject_text(second)}"
-
-
-def count_text(count: int) -> str:
-    return f"there are {NUMBERS[count]} shapes"
+    return RELATION.format(first=subject_text(first), relation=relation, second=subject_text(second))
 
 
 @functools.lru_cache(maxsize=8192)
@@ -185,9 +168,7 @@ def relation_claim(first: Subject, relation: str, second: Subject) -> Claim:
     return Claim("relation", (first, second), relation, relation_text(first, relation, second))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vocabulary
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- vocabulary ------------------------------------------------------------------------------------------------------
 
 
 def vocabulary() -> list[str]:
@@ -197,23 +178,8 @@ def vocabulary() -> list[str]:
     slots = [*SHAPES, *COLOURS, *SIZES, "striped", "dotted", *PLACES, *GROUNDS, *PATTERNS, *NUMBERS[2:7], *INVERSE]
     words = set(TOKEN.findall(text)) | set(TOKEN.findall(" ".join(slots))) | {"an", ","}
     # Words that a sentence may begin with, also when a fault has dropped its article.
-    starts = [
-        "a",
-        "an",
-        "background",
-        *SHAPES,
-        *SIZES,
-        "striped",
-        "dotted",
-        *COLOURS,
-        *GROUNDS,
-        *PATTERNS,
-        *NUMBERS[2:7],
-        "top",
-        "middle",
-        "bottom",
-        "centre",
-    ]
+    starts = ["a", "an", "background", "striped", "dotted", "top", "middle", "bottom", "centre", *NUMBERS[2:7]]
+    starts += [*SHAPES, *SIZES, *COLOURS, *GROUNDS, *PATTERNS]
     starts += [TOKEN.match(form)[0] for form in (*OPENINGS, *REMARKS, UNPLACED, RELATION) if form[0] != "{"]
     # The pronoun is never lower-case; every other start also is, by the lower-case fault.
     words |= {sentence(word) for word in starts} | {word.lower() for word in starts} - {"i"}

@@ -4,21 +4,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from balcap_jax.data.scenes.world import (
-    COLOURS,
-    GROUNDS,
-    MAX_OBJECTS,
-    MIN_OBJECTS,
-    PATTERNS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Scene,
-    SceneObject,
-)
+from balcap_jax.data.scenes import world
+from balcap_jax.data.scenes.world import Scene, SceneObject
 
 CATEGORIES = ("colour", "shape", "size", "texture", "place", "count", "background", "relation")
+# (attribute, question before "at the top left?", choices)
+_ATTRIBUTES = (
+    ("colour", "What colour is the object", world.COLOURS),
+    ("shape", "What shape is the object", world.SHAPES),
+    ("size", "How big is the object", world.SIZES),
+    ("texture", "What texture has the object", world.TEXTURES),
+)
 MAX_CHOICES = 4  # CaptionQA's usual number; shorter where the world knows fewer values
 
 
@@ -26,27 +22,27 @@ def questions(scene: Scene, rng: np.random.Generator, count: int = 5) -> list[di
     """Draws up to `count` different questions, of as many different categories as there are.
 
     Each is {"question": str, "choices": [str, ...] in random order, "answer": str (one of the choices, and the only
-    true one), "category": [str], "query": {...}}; `query` says the same as the question in a form that needs no
-    parsing: "ask" with the "place", "object" or "value" it is about. A scene has at least 12 questions.
+    true one), "category": [str], "query": {...}}. `query` says the same as the question in a form that needs no
+    parsing: "ask" with the "place", "object" or "value" that it is about. A scene has at least 12 questions.
     """
     by_category: dict[str, list[dict]] = {category: [] for category in CATEGORIES}
-    for one in _all_questions(scene):
-        by_category[one["category"][0]].append(one)
+    for question in _all_questions(scene):
+        by_category[question["category"][0]].append(question)
     for candidates in by_category.values():
         rng.shuffle(candidates)
-    drawn: list[dict] = []
-    while len(drawn) < count and any(by_category.values()):
+    chosen: list[dict] = []
+    while len(chosen) < count and any(by_category.values()):
         for category in rng.permutation(CATEGORIES):
-            if by_category[category] and len(drawn) < count:
-                drawn.append(_draw_choices(by_category[category].pop(), rng))
-    return drawn
+            if by_category[category] and len(chosen) < count:
+                chosen.append(_draw_choices(by_category[category].pop(), rng))
+    return chosen
 
 
 def _draw_choices(question: dict, rng: np.random.Generator) -> dict:
     """Keeps the answer and at most MAX_CHOICES - 1 of the wrong choices, shuffled."""
     wrong = [choice for choice in question["choices"] if choice != question["answer"]]
-    kept = [wrong[i] for i in rng.permutation(len(wrong))[: MAX_CHOICES - 1]] + [question["answer"]]
-    return {**question, "choices": [kept[i] for i in rng.permutation(len(kept))]}
+    choices = [wrong[i] for i in rng.permutation(len(wrong))[: MAX_CHOICES - 1]] + [question["answer"]]
+    return {**question, "choices": [choices[i] for i in rng.permutation(len(choices))]}
 
 
 def _question(category: str, text: str, choices: Sequence, answer, **query) -> dict:
@@ -60,27 +56,25 @@ def _question(category: str, text: str, choices: Sequence, answer, **query) -> d
 
 
 def _all_questions(scene: Scene) -> Iterator[dict]:
-    """Every question of the scene, with every choice that its kind of question knows."""
+    """Every question of the scene, each with all choices of its category."""
     for thing in scene.objects:
         where = f"at the {thing.place}"
         # Places name one object each, and so do colour and shape together (`world.sample_scene` guarantees it).
-        yield _question("colour", f"What colour is the object {where}?", COLOURS, thing.colour, place=thing.place)
-        yield _question("shape", f"What shape is the object {where}?", SHAPES, thing.shape, place=thing.place)
-        yield _question("size", f"How big is the object {where}?", SIZES, thing.size, place=thing.place)
-        yield _question("texture", f"What texture has the object {where}?", TEXTURES, thing.texture, place=thing.place)
-        yield _question("place", f"Where is {_name(thing)}?", PLACES, thing.place, object=_kind(thing))
+        for attribute, text, choices in _ATTRIBUTES:
+            yield _question(attribute, f"{text} {where}?", choices, getattr(thing, attribute), place=thing.place)
+        yield _question("place", f"Where is {_name(thing)}?", world.PLACES, thing.place, object=_kind(thing))
 
-    numbers = range(MIN_OBJECTS, MAX_OBJECTS + 1)
+    numbers = range(world.MIN_OBJECTS, world.MAX_OBJECTS + 1)
     yield _question("count", "How many objects are in the picture?", numbers, len(scene.objects), value="object")
     for field in ("colour", "shape"):
         values = [getattr(thing, field) for thing in scene.objects]
         for value in sorted(set(values)):
             noun = f"{value} objects" if field == "colour" else "crosses" if value == "cross" else f"{value}s"
             text = f"How many {noun} are in the picture?"
-            yield _question("count", text, range(1, MAX_OBJECTS + 1), values.count(value), value=value)
+            yield _question("count", text, range(1, world.MAX_OBJECTS + 1), values.count(value), value=value)
 
-    yield _question("background", "What colour is the background?", GROUNDS, scene.ground, value="ground")
-    yield _question("background", "What pattern has the background?", PATTERNS, scene.pattern, value="pattern")
+    yield _question("background", "What colour is the background?", world.GROUNDS, scene.ground, value="ground")
+    yield _question("background", "What pattern has the background?", world.PATTERNS, scene.pattern, value="pattern")
 
     for first in scene.objects:
         for second in scene.objects:

@@ -1,10 +1,10 @@
 """Reads any text in the caption English of the scenes world: sentences, atomic claims, slips of language.
 
-The oracle judge is built on this and knows nothing of how a text was made.
+The oracle judge is built on this module and knows nothing of how a text was made.
 
-Reading works on one letter per word: each word is mapped to its word class, a sentence becomes a short string of
-classes, and one compiled regular expression over that string says whether the sentence is grammatical. Claims are
-gathered by a separate scan that does not ask for grammar, so a broken sentence still states what it states.
+The reader maps each word to the letter of its class, so that a sentence becomes a short string. One regular expression
+over that string says whether the sentence is grammatical. A separate scan gathers the claims. It does not ask for
+grammar, so a broken sentence still states what it states.
 """
 
 import dataclasses
@@ -12,26 +12,14 @@ import functools
 import itertools
 import re
 
-from balcap_jax.data.scenes.language import (
-    NUMBERS,
-    REMARK_TAILS,
-    REMARKS,
-    SINGLE_VALUED,
-    TOKEN,
-    Claim,
-    Subject,
-    attribute_claim,
-    object_claim,
-    relation_claim,
-)
+from balcap_jax.data.scenes import language
+from balcap_jax.data.scenes.language import SINGLE_VALUED, TOKEN, Claim, Subject
 from balcap_jax.data.scenes.world import COLOURS, GROUNDS, PATTERNS, PLACES, SHAPES, SIZES, TEXTURES
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One sentence: word classes, grammar, loose scan
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- one sentence: word classes, grammar, loose scan -----------------------------------------------------------------
 
 _STOPS = frozenset(".!?;")
-# A longer run of words without a stop is cut: no sentence of the language is longer, and this bounds the work on one.
+# A longer run of words without a stop is cut: no sentence of the language is longer, and the work stays bounded.
 _LONGEST_SENTENCE = 24
 _LONGEST_TEXT = 100  # characters of raw text kept in a claim
 
@@ -41,7 +29,8 @@ _CLASS_OF = {
     "behind": "B", "it": "y", "to": "f", "of": "f", ",": ",", "above": "R", "below": "R", "centre": "p",
 }  # fmt: skip
 for _words, _class in (
-    (SIZES, "z"), (COLOURS, "c"), (TEXTURES, "x"), (SHAPES, "s"), (GROUNDS, "g"), (PATTERNS, "q"), (NUMBERS, "n"),
+    (SIZES, "z"), (COLOURS, "c"), (TEXTURES, "x"), (SHAPES, "s"), (GROUNDS, "g"), (PATTERNS, "q"),
+    (language.NUMBERS, "n"),
 ):  # fmt: skip
     _CLASS_OF.update(dict.fromkeys(_words, _class))
 
@@ -50,8 +39,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(TOKEN.findall(text.lower()))
 
 
-_REMARK_FORMS = frozenset(_words(text)[:-1] for text in REMARKS)
-_TAIL_FORMS = frozenset(_words(text) for text in REMARK_TAILS)
+_REMARK_FORMS = frozenset(_words(text)[:-1] for text in language.REMARKS)
+_TAIL_FORMS = frozenset(_words(text) for text in language.REMARK_TAILS)
 for _form in (*_REMARK_FORMS, *_TAIL_FORMS):
     for _word in _form:
         _CLASS_OF.setdefault(_word, "m")  # a word that only remarks use
@@ -76,7 +65,7 @@ _GRAMMAR = re.compile(
 
 @dataclasses.dataclass(slots=True)
 class _Mention:
-    """A noun of a sentence with what the sentence says of it; `shape` "" for an attribute without a noun."""
+    """A noun of a sentence with what the sentence says of it; `shape` is "" for an attribute without a noun."""
 
     shape: str = ""
     colours: list[str] = dataclasses.field(default_factory=list)
@@ -86,7 +75,7 @@ class _Mention:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Reading:
-    """What one sentence says, before it is tied to the sentences around it (cached per sentence)."""
+    """What one sentence says by itself, whatever the sentences around it say. Cached per sentence."""
 
     mentions: tuple[_Mention, ...]
     relations: tuple[tuple[int, str, int], ...]  # (mention, relation, mention); mention -1 is the object before
@@ -121,49 +110,43 @@ def _classify(words: tuple[str, ...]) -> tuple[str, list[str]]:
 
 
 def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[Claim], bool]:
-    """Gathers what a word string says, grammatical or not. Returns mentions, relations, plain claims, all_used."""
+    """Gathers what a word string says, grammatical or not.
+
+    Returns:
+      (mentions, relations, plain claims, whether every word of a known class is part of one).
+    """
     mentions: list[_Mention] = []
     relations, claims = [], []
-    waiting: list[tuple[str, str]] = []  # attributes of this clause that came before any noun
+    waiting: list[tuple[str, str]] = []  # attributes of this clause before its first noun
     clause_has_noun, pending_relation, clean = False, None, True
     kinds = {"z": "size", "x": "texture", "p": "place", "q": "texture"}
     about_background = "b" in classes or not any(letter in "scpzx" for letter in classes)
-    run: list[int] = []  # adjectives directly before the coming noun
+    run: list[int] = []  # adjectives directly before the next noun
     article = ""
-    for at, letter in enumerate(classes + ","):  # the comma closes the last clause
+    for at, letter in enumerate(classes + ","):  # The comma closes the last clause.
         if letter in "zcx" or (letter in "gq" and not about_background):
             run.append(at)
             continue
         if letter == "s":
-            mention = _Mention(shape=values[at], definite=article == "t")
-            for i in run:
-                if classes[i] in "cg":
-                    mention.colours.append(values[i])
-                else:
-                    mention.attributes.append((kinds[classes[i]], values[i]))
-            mention.attributes += waiting
-            mentions.append(mention)
+            mentions.append(_Mention(shape=values[at], definite=article == "t"))
+            clause_has_noun = True
+        attributes = mentions[-1].attributes if clause_has_noun else waiting
+        for i in run:  # Adjectives are about the noun that they precede, else about the noun before or the next one.
+            if classes[i] not in "cg":
+                attributes.append((kinds[classes[i]], values[i]))
+            elif clause_has_noun:
+                mentions[-1].colours.append(values[i])
+            else:
+                clean = False
+        run = []
+        if letter == "s":
+            attributes += waiting
+            waiting, article = [], ""
             if pending_relation is not None:
                 relations.append((*pending_relation, len(mentions) - 1))
                 pending_relation = None
-            run, waiting, clause_has_noun, article = [], [], True, ""
-            continue
-        for i in run:  # adjectives without a noun behind them: about the noun before, or one still to come
-            if classes[i] in "cg":
-                if clause_has_noun:
-                    mentions[-1].colours.append(values[i])
-                else:
-                    clean = False
-            elif clause_has_noun:
-                mentions[-1].attributes.append((kinds[classes[i]], values[i]))
-            else:
-                waiting.append((kinds[classes[i]], values[i]))
-        run = []
-        if letter == "p":
-            if clause_has_noun:
-                mentions[-1].attributes.append(("place", values[at]))
-            else:
-                waiting.append(("place", values[at]))
+        elif letter == "p":
+            attributes.append(("place", values[at]))
         elif letter == "R":
             pending_relation = (len(mentions) - 1, values[at])
         elif letter == "n":
@@ -175,7 +158,7 @@ def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[C
             kind = "ground" if letter == "g" else "pattern"
             claims.append(Claim(kind, None, values[at], f"the background is {values[at]}"))
         elif letter == ",":
-            if waiting:  # a clause of attributes only: about the noun before, here or in an earlier sentence
+            if waiting:  # A clause of attributes alone is about the noun before, here or in an earlier sentence.
                 if not mentions:
                     mentions.append(_Mention())
                 mentions[-1].attributes += waiting
@@ -189,9 +172,8 @@ def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[C
 def _read_sentence(words: tuple[str, ...]) -> _Reading:
     """Reads one sentence given as lower-case words without its stop."""
     if words in _REMARK_FORMS:
-        return _Reading((), (), (), " ".join(words), ("remark",), False)
-    findings = []
-    remark = ""
+        return _Reading((), (), (), " ".join(words), (), False)
+    findings, remark = [], ""
     if "," in words:
         comma = len(words) - 1 - words[::-1].index(",")
         if words[comma + 1 :] in _TAIL_FORMS:
@@ -199,27 +181,22 @@ def _read_sentence(words: tuple[str, ...]) -> _Reading:
     classes, values = _classify(words)
     if not remark and "m" in classes:  # a distorted remark
         remark = " ".join(word for word in words if word != ",")[:_LONGEST_TEXT]
-    if remark:
-        findings.append("remark")
     if not _GRAMMAR.fullmatch(classes):
         findings.append("broken" if _VERBS.intersection(classes) else "fragment")
     for word, following in itertools.pairwise(words):
         if word in ("a", "an") and (word == "an") != (following[0] in "aeiou"):
             findings.append("article")
     mentions, relations, claims, clean = _scan(classes, values)
-    says_something = mentions or claims or remark
-    unreadable = not says_something or not clean or "?" in classes
+    unreadable = not (mentions or claims or remark) or not clean or "?" in classes
     return _Reading(tuple(mentions), tuple(relations), tuple(claims), remark, tuple(findings), unreadable)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole caption
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- a whole caption -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A slip of language: its name (the oracle's table says what it costs) and the sentence it was found in."""
+    """A slip of language: its name (the oracle's table says what it costs) and the number of its sentence."""
 
     name: str
     sentence: int
@@ -227,10 +204,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """A caption as read.
+    """What a caption says.
 
-    `sentences` are the raw texts; `claims` are unique, in order of appearance; `findings` are slips of language;
-    `stated` maps (kind, subject) to every value the caption gives it, for the kinds that allow only one.
+    `sentences` are the raw texts. `claims` are unique, in order of appearance. `findings` are slips of language.
+    `stated` maps (kind, subject) to every value that the caption gives it, for the kinds that allow one only.
     """
 
     sentences: tuple[str, ...]
@@ -250,7 +227,7 @@ class Parsed:
 
 
 def _split(caption: str) -> list[tuple[list[str], str]]:
-    """Sentences as (tokens in their own case, closing mark); over-long runs are cut, with the mark "run-on"."""
+    """Sentences as (tokens in their own case, closing mark). A run of words that is too long is cut: "run-on"."""
     sentences, current = [], []
     for token in TOKEN.findall(caption):
         if token in _STOPS:
@@ -270,7 +247,7 @@ def _split(caption: str) -> list[tuple[list[str], str]]:
 def parse(caption: str) -> Parsed:
     """Reads any text; never raises, and takes time linear in its length.
 
-    Text that this English does not explain becomes one "unparsable" claim per sentence (or per run of 24 words).
+    A sentence (or a run of 24 words) that is not of this English becomes one "unparsable" claim.
     """
     reader = _CaptionReader()
     before = "."
@@ -281,7 +258,7 @@ def parse(caption: str) -> Parsed:
 
 
 class _CaptionReader:
-    """Ties sentences together: which object "the star" is, what was said before, and in which order."""
+    """Ties sentences together: which object "the star" is, what earlier sentences state, and in which order."""
 
     def __init__(self):
         self.sentences: list[str] = []
@@ -300,6 +277,7 @@ class _CaptionReader:
         self.remarks: list[int] = []
 
     def find(self, name: str) -> None:
+        """Notes a slip of language in the sentence that was added last."""
         self.findings.append(Finding(name, len(self.sentences) - 1))
 
     def add(self, tokens: list[str], before: str, stop: str) -> None:
@@ -318,14 +296,13 @@ class _CaptionReader:
         if before not in (";", "run-on") and not tokens[0][0].isupper():
             self.find("lower-case start")
         for name in reading.findings:
-            if name != "remark":
-                self.find(name)
+            self.find(name)
         if reading.remark:
             self.remarks.append(here)
             self.claim(Claim("remark", None, reading.remark, reading.remark))
         if words in self.seen_sentences:
             self.find("repeated sentence")
-            return  # adds no claim, and its repeated parts are not counted a second time
+            return  # It adds no claim, and its repeated parts do not count a second time.
         self.seen_sentences.add(words)
 
         repeated = 0
@@ -344,7 +321,7 @@ class _CaptionReader:
             if ends[0] is None or ends[1] is None:
                 unreadable = True
                 continue
-            repeated += self.claim(relation_claim(ends[0], relation, ends[1]))
+            repeated += self.claim(language.relation_claim(ends[0], relation, ends[1]))
             self.relations += 1
             if self.relations > 2:
                 self.find("extra relation")
@@ -359,7 +336,7 @@ class _CaptionReader:
         return self.subjects[-1] if self.subjects else None
 
     def claim(self, claim: Claim) -> bool:
-        """Records a claim; True when it had been made before."""
+        """Records a claim. Returns whether an earlier part of the caption makes it."""
         if claim in self.claims:
             return True
         self.claims[claim] = None
@@ -371,7 +348,7 @@ class _CaptionReader:
         return False
 
     def mention(self, mention: _Mention, in_relation: bool) -> tuple[Subject | None, int]:
-        """Records what is said of one noun. Returns its subject (None when there is none) and the repeated claims."""
+        """Records a mention. Returns its subject, None where there is none, and how many claims repeat."""
         repeated = 0
         known = self.colours_of_shape.get(mention.shape, ())
         if not mention.shape:
@@ -385,22 +362,26 @@ class _CaptionReader:
         else:
             subject = ("", mention.shape)
         if mention.shape:
-            for colour in mention.colours[1:]:  # "a red green star" claims a red star and a green star
-                self.claim(object_claim((colour, mention.shape)))
+            for colour in mention.colours[1:]:  # "A red green star" claims a red star and a green star.
+                self.claim(language.object_claim((colour, mention.shape)))
                 self.find("contradiction")
-            new = not self.claim(object_claim(subject))
-            if new:
-                self.introduce(subject)
+            if not self.claim(language.object_claim(subject)):
+                self.subjects.append(subject)
+                self.objects.append(len(self.sentences) - 1)
+                if subject[0]:
+                    self.colours_of_shape.setdefault(subject[1], []).append(subject[0])
+                else:
+                    self.find("vague object")
             elif in_relation:
-                pass  # relations name objects that are known already
+                pass  # Relations name objects that are known already.
             elif not mention.definite:
                 repeated += 1
             else:
-                self.find("choppy")  # a sentence of its own for what belongs to the object's sentence
+                self.find("choppy")  # What this sentence states belongs into the object's own sentence.
                 if subject != self.latest():
-                    self.find("order jump")  # back to an object that was already left
+                    self.find("order jump")  # Back to an earlier object.
         for kind, value in mention.attributes:
-            repeated += self.claim(attribute_claim(kind, subject, value))
+            repeated += self.claim(language.attribute_claim(kind, subject, value))
             if kind == "place" and subject not in self.placed:
                 self.placed.add(subject)
                 cell = PLACES.index(value)
@@ -408,14 +389,6 @@ class _CaptionReader:
                     self.find("order jump")
                 self.last_cell = cell
         return subject, repeated
-
-    def introduce(self, subject: Subject) -> None:
-        self.subjects.append(subject)
-        self.objects.append(len(self.sentences) - 1)
-        if subject[0]:
-            self.colours_of_shape.setdefault(subject[1], []).append(subject[0])
-        else:
-            self.find("vague object")
 
     def finish(self) -> Parsed:
         last = len(self.sentences) - 1

@@ -1,7 +1,7 @@
 """Draws a scene graph: one anti-aliased RGB picture per scene, the same bytes for the same graph.
 
-Everything is measured in pixels of the default 96 x 96 picture (a 32-pixel cell) and scaled to the size asked for, so
-the proportions, and with them what a vision tower can tell apart, do not depend on the resolution.
+All lengths are in pixels of the default 96 x 96 picture (a 32-pixel cell) and are scaled to the size of the picture.
+So the proportions do not depend on the resolution, and neither does what a vision tower can tell apart.
 """
 
 import functools
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from balcap_jax.data.scenes.world import Scene, SceneObject
 
-# Far apart from each other and from every ground, also after the mixing that stripes and dots do.
+# The colours are far apart from each other and from every ground, also where stripes and dots mix them.
 COLOUR_RGB = {
     "red": (214, 28, 44),
     "green": (30, 150, 62),
@@ -27,7 +27,7 @@ GROUND_RGB = {
     "black": (26, 26, 30),
     "brown": (104, 70, 46),
 }
-SUPERSAMPLE = 3  # drawn three times larger and averaged down: PIL itself draws hard edges
+SUPERSAMPLE = 3  # A picture is drawn three times larger and averaged down: PIL itself draws hard edges.
 CELL = 32.0  # pixels of a cell at the default size
 RADIUS = {"small": 8.4, "large": 13.4}
 # How far the centre may move at jitter 1. With the largest reach of a tilted shape (1.08 of its radius) this keeps
@@ -119,7 +119,7 @@ def _mix(first, second, share: float) -> tuple[int, int, int]:
 
 
 def _regular(count: int, radii: tuple[float, ...], rise: float = 0.0) -> tuple[tuple[float, float], ...]:
-    """Corners at equal angles from the top, their radii taken in turn; `rise` moves the whole downwards."""
+    """Corners at equal angles from the top, with the radii in turn; `rise` moves all of them downwards."""
     angles = [2 * math.pi * i / count for i in range(count)]
     return tuple(
         (radii[i % len(radii)] * math.sin(a), rise - radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)
@@ -181,5 +181,5 @@ def _background(scene: Scene, size: int) -> np.ndarray:
 
 
 def _relief(ground: str) -> float:
-    """Grey levels by which grid lines and speckles differ from their ground: darker on light grounds, else lighter."""
+    """Grey levels by which grid lines and speckles differ from their ground: they are darker on light grounds."""
     return -38.0 if ground in ("grey", "white") else 40.0

@@ -1,7 +1,6 @@
 """A word-level tokenizer for the closed vocabulary of the scenes, as a transformers fast tokenizer."""
 
 import functools
-import os
 from collections.abc import Iterable
 
 import tokenizers
@@ -18,21 +17,28 @@ _SPACE = "\u2581"
 def build_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
     """Builds the tokenizer whose tokens are the words and punctuation marks of `texts`, sorted, after the special ones.
 
-    `decode(encode(text)) == text` for every text without leading spaces made of known words; a space is part of the
-    word that follows it, and the first word of a text is the same token as elsewhere. Unknown words become `<unk>`. No
-    special token is added by encoding. The ids of `<pad> <bos> <eos> <unk> <image>` are 0 to 4.
+    `decode(encode(text)) == text` for every text of known words that does not begin with a space. A space is part of
+    the word that follows it, and the first word of a text is the same token as elsewhere. Unknown words become `<unk>`.
+    Encoding adds no special token. The ids of `<pad> <bos> <eos> <unk> <image>` are 0 to 4.
     """
     backend = _backend({})
     split = backend.pre_tokenizer.pre_tokenize_str
     words = {token for text in texts for token, _ in split(backend.normalizer.normalize_str(text))}
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(words.difference(SPECIAL_TOKENS))])}
+    return fast_tokenizer(_backend(vocabulary), [IMAGE])
+
+
+def fast_tokenizer(
+    backend: tokenizers.Tokenizer, extra_special_tokens: list[str]
+) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of transformers around one that holds SPECIAL_TOKENS and the extra ones."""
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_backend(vocabulary),
+        tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,
-        extra_special_tokens=[IMAGE],
+        extra_special_tokens=extra_special_tokens,
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
@@ -64,12 +70,3 @@ def scenes_tokenizer() -> transformers.PreTrainedTokenizerFast:
     # Marks come without a space before them, as they do in captions.
     words = " ".join(token for token in tokens if token.isalnum())
     return build_tokenizer([PROMPT, words + "".join(token for token in tokens if not token.isalnum())])
-
-
-def save(tokenizer: transformers.PreTrainedTokenizerFast, directory: str | os.PathLike) -> None:
-    tokenizer.save_pretrained(directory)
-
-
-def load(directory: str | os.PathLike) -> transformers.PreTrainedTokenizerFast:
-    """Loads what `save` wrote; `AutoTokenizer.from_pretrained` does the same. Never looks on the network."""
-    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -1,7 +1,7 @@
 """The miniature world: scene graphs of a few objects on a 3 x 3 grid, sampled from a seed.
 
-A scene is the ground truth that everything else is derived from: the picture (`render`), the reference caption and the
-faulty captions (`language`, `faults`), the questions (`questions`) and every judgement of the oracle.
+A scene is the ground truth of all else: of the picture (`render`), of the reference caption and the faulty captions
+(`language`, `faults`), of the questions (`questions`) and of every judgement of the oracle.
 """
 
 import dataclasses
@@ -38,6 +38,11 @@ class SceneObject:
     tilt: float = 0.0
 
     @property
+    def subject(self) -> tuple[str, str]:
+        """What names it in its scene."""
+        return self.colour, self.shape
+
+    @property
     def place(self) -> str:
         return PLACES[self.cell]
 
@@ -65,7 +70,7 @@ class Scene:
     @classmethod
     def from_json(cls, text: str) -> "Scene":
         fields = json.loads(text)
-        fields["objects"] = tuple(SceneObject(**one) for one in fields["objects"])
+        fields["objects"] = tuple(SceneObject(**thing) for thing in fields["objects"])
         return cls(**fields)
 
 
@@ -74,7 +79,7 @@ def sample_scene(seed: int) -> Scene:
     rng = np.random.default_rng([0x5CE9E5, seed])
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     cells = np.sort(rng.choice(len(PLACES), size=count, replace=False))
-    # No two objects of a scene share both shape and colour, so that "the red star" always names one object.
+    # No two objects of a scene share both shape and colour, so that "the red star" names one object only.
     kinds = rng.choice(len(SHAPES) * len(COLOURS), size=count, replace=False)
     objects = []
     for cell, kind in zip(cells, kinds, strict=True):

@@ -5,7 +5,6 @@ Servers differ in how they take a JSON schema (or not at all), and which setting
 
 import asyncio
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from balcap_jax.judges.chat.types import Ask, ChatSettings
 
 _CONNECT_SECONDS = 10.0
-
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # Else one line per request, where logging is on.
 
 
 def make_http(settings: "ChatSettings", key: str) -> httpx2.AsyncClient:

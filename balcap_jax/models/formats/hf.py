@@ -31,6 +31,7 @@ import numpy as np
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object
+from balcap_jax.cli.process import errors_only
 from balcap_jax.config.schema import FIELDS
 from balcap_jax.models import fields as model_fields
 from balcap_jax.models.formats.orbax import is_stacked
@@ -216,10 +217,10 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
         _check_layers(config)
         # Published files leave out what is the default; transformers knows the defaults.
         # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
-        from transformers import AutoConfig, logging
+        from transformers import AutoConfig
 
-        logging.set_verbosity_error()  # What it warns of odd fields would stand beside the one line.
-        complete = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        with errors_only("transformers"):  # What it warns of odd fields would stand beside the one line.
+            complete = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
         fields = family.fields_from_hf(complete)
     except Exception as error:  # of odd values transformers raises whatever comes up
         raise UserError(

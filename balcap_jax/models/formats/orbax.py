@@ -21,7 +21,6 @@ import tensorstore as ts
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object
-from balcap_jax.cli.process import quieten_orbax
 
 # A chunk is compressed, checked and buffered as a whole, several at a time.
 _CHUNK_BYTES = 64 * 2**20
@@ -43,7 +42,6 @@ def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]
 
     Every element must be written before the directory is read.
     """
-    quieten_orbax()
     placeholders = {path: np.zeros(1, dtype) for path, (_, dtype) in specs.items()}
     # Of several processes the one that calls this writes alone: Orbax must not wait for the others.
     me = jax.process_index()
@@ -173,7 +171,6 @@ def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) ->
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
     """What goes wrong with the files below `directory` becomes one UserError, without tracebacks beside it."""
-    quieten_orbax()
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
