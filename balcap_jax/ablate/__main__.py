@@ -30,6 +30,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from balcap_jax import rewards
 from balcap_jax.ablate import plot
 from balcap_jax.ablate.table import BASE, claims_markdown, markdown, points, rows
 from balcap_jax.ablate.variants import FULL, VARIANTS
@@ -87,6 +88,7 @@ def plan(
     def make(variant: str, seed: int, recipe: str, more: Mapping[str, str]) -> Run:
         given = {**overrides, "seed": str(seed), **more}
         config = configuration.load(recipe, given)
+        rewards.check_settings(config)
         arguments = (f"--config={recipe}", *(f"--config.{name}={value}" for name, value in given.items()))
         return Run(variant, seed, config, arguments, out)
 
