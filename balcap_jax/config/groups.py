@@ -34,20 +34,18 @@ def _path(text: str) -> str:
     return text
 
 
-def _regex(text: str) -> str:
+def _regex_problems(text: str) -> Iterator[str]:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"is no regular expression: {error}, got {text!r}") from error
-    return text
+        yield f"is no regular expression: {error}, got {text!r}"
 
 
 T = TypeVar("T")
 Resumable = Annotated[T, "resumable"]
 """May change when a run is resumed: it changes neither what is learnt nor how it is evaluated."""
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-PathText = Annotated[Text, AfterValidator(_path), "path"]
-Regex = Annotated[Text, AfterValidator(_regex)]
+Path = Annotated[Text, AfterValidator(_path), "path"]
 Dtype = Literal["float32", "bfloat16"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Steps = Annotated[int, Field(ge=0, le=STEPS)]
@@ -85,8 +83,7 @@ class Model(Group):
     """The sizes are those of the random initialisation; a saved model brings its own, all but RUN_FIELDS."""
 
     family: Literal["llava", "qwen2_5_vl"] = Field("llava", description="architecture of the policy")
-    path: PathText = ""
-    """directory of a saved model; empty = random initialisation with the sizes below"""
+    path: Path = Field("", description="directory of a saved model; empty = random initialisation with the sizes below")
     image_size: Pixels = Field(96, description="height and width of the square input image, pixels")
     patch_size: Pixels = Field(16, description="height and width of a vision patch, pixels; divides image_size")
     vision_width: Size = Field(128, description="features of a vision token")
@@ -153,14 +150,18 @@ class Model(Group):
 class Lora(Group):
     rank: int = Field(0, ge=0, le=4096, description="rank of the adapters; 0 = all parameters are trained")
     alpha: float = Field(32.0, ge=1e-3, le=1e5, description="adapters are scaled by alpha / rank")
-    targets: Regex = "^decoder/layers/(q|k|v|o|gate|up|down)$"
+    targets: Text = "^decoder/layers/(q|k|v|o|gate|up|down)$"
     """regex searched in the paths of dense layers that get an adapter"""
     base_dtype: Dtype = Field("bfloat16", description="type of the frozen parameters")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for problem in _regex_problems(self.targets) if self.rank else ():
+            yield "lora.targets", problem
 
 
 class Data(Group):
     name: Literal["scenes", "photos", "sharegpt4v"] = Field("scenes", description="data set to train and evaluate on")
-    data_dir: PathText = _DATA_DIR
+    data_dir: Path = _DATA_DIR
     """where data sets are built and read; of photos: their folder, or a JSONL file; ~ is expanded"""
     train_size: Images = Field(4096, description="training images to build")
     validation_size: Images = Field(64, description="validation images to build")
@@ -172,7 +173,7 @@ class Data(Group):
     test_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for the test split")
     max_pixels: int = Field(1_048_576, ge=0, le=6 * WIDE)
     """pixels that a picture is shrunk to when it is read; 0 = as it is"""
-    manual_dir: PathText = Field("", description="folder of the JSON and the image roots (sharegpt4v)")
+    manual_dir: Path = Field("", description="folder of the JSON and the image roots (sharegpt4v)")
     annotations: Text = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
     """name of the JSON there (sharegpt4v)"""
     prompt: Text = Field("", description="prompt for every image; empty = each sample's own")
@@ -192,7 +193,7 @@ class Stage(Group):
     learning_rate: float = Field(ge=0, le=10, description="peak AdamW learning rate")
     warmup_steps: Steps = Field(description="updates of linear warm-up; the first has 1 / warmup_steps of the rate")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after warm-up")
-    freeze: Regex = Field("", description="regex searched in parameter paths; matches are not trained; empty = none")
+    freeze: Text = Field("", description="regex searched in parameter paths; matches are not trained; empty = none")
     eval_every: Steps = Field(0, description="updates between evaluations on held-out images; 0 = ends only")
 
 
@@ -202,10 +203,8 @@ class Stages(Group):
     """vision pretraining"""
     align: Stage = Stage(steps=400, batch_size=16, learning_rate=2e-3, warmup_steps=20)
     """alignment (references as targets)"""
-    sft: Stage = Stage(steps=400, batch_size=32, learning_rate=1e-3, warmup_steps=20)
-    """supervised"""
-    rl: Stage = Stage(steps=100, batch_size=16, learning_rate=1e-4, warmup_steps=5)
-    """reinforcement"""
+    sft: Stage = Field(Stage(steps=400, batch_size=32, learning_rate=1e-3, warmup_steps=20), description="supervised")
+    rl: Stage = Field(Stage(steps=100, batch_size=16, learning_rate=1e-4, warmup_steps=5), description="reinforcement")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -228,6 +227,8 @@ class Stages(Group):
                     f"config fields 'stages.{name}.steps' ({steps}) and 'stages.{name}.warmup_steps' ({warmup}) do not "
                     "fit: the cosine schedule needs more steps than its warm-up; raise the one or lower the other"
                 )
+            for problem in _regex_problems(stage.freeze):
+                yield f"stages.{name}.freeze", problem
         if len(set(self.names)) < len(self.names):
             yield "stages.order", f"names a stage twice, got {self.order!r}"
 
@@ -289,7 +290,7 @@ class Judge(Group):
     max_failure_rate: Share = Field(0.2, description="share of failed calls above which the run stops")
     failure_window: SomeSteps = Field(20, description="steps over which it is measured, at most those of rl")
     # of the policy only, beside max_tokens
-    path: PathText = Field("", description="model directory of the judge, of ours or of Hugging Face")
+    path: Path = Field("", description="model directory of the judge, of ours or of Hugging Face")
     scoring: Literal["generate", "yes_no"] = "generate"
     """written JSON answers, or probabilities of yes and no and of marks, one forward pass each"""
     dtype: Dtype = Field("bfloat16", description="compute and storage type of the judge")
@@ -314,7 +315,7 @@ class Judge(Group):
     timeout: Resumable[Seconds] = Field(60.0, description="seconds of one request")
     retries: Resumable[int] = Field(4, ge=0, le=100)
     """requests after a first that failed; asked to wait (429) counts as none"""
-    cache_dir: Resumable[PathText] = "~/.cache/balcap_jax/judge"
+    cache_dir: Resumable[Path] = "~/.cache/balcap_jax/judge"
     """where answers are kept, on a disk of this machine; empty = nowhere"""
     cache_gb: Resumable[float] = Field(2.0, ge=0.001, le=1e6)
     """size above which answers not used for longest go, GB"""
@@ -375,8 +376,7 @@ class Optim(Group):
     b2: float = Field(0.95, ge=0, le=0.99999, description="AdamW second-moment decay")
     eps: float = Field(1e-8, ge=1e-20, le=1, description="AdamW denominator epsilon")
     weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW decoupled weight decay")
-    clip_norm: float = Field(1.0, ge=1e-6, le=1e9)
-    """gradients are scaled down to this global norm"""
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e9, description="gradients are scaled down to this global norm")
     mu_dtype: Dtype = Field("float32", description="type of AdamW's first moments")
     frozen_dtype: Dtype = "float32"
     """type that parameters which a stage freezes are kept in; with LoRA it is lora.base_dtype"""
@@ -395,7 +395,7 @@ class Mesh(Group):
             if size == 0:
                 yield f"mesh.{axis}", f"must be >= 1, or -1 for all devices left, got {size}"
         if sum(size == -1 for _, size in self) > 1:
-            raise ValueError(f"only one of the config fields 'mesh.*' may be -1, got {dict(self)}")
+            raise ValueError(f"only one of the config fields 'mesh.*' may be -1, got {dict(sorted(self))}")
 
 
 class Checkpoint(Group):

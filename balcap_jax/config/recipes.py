@@ -216,13 +216,17 @@ def _parse(kind: str, text: str) -> Any:
         inside = text.strip().removeprefix("(").removesuffix(")").removesuffix(",")
         entries = tuple(_parse(kind.removesuffix("s"), part) for part in inside.split(",")) if inside else ()
         return text if any(isinstance(entry, str) for entry in entries) else entries
-    if kind in ("int", "float"):
-        with contextlib.suppress(ValueError):
-            return int(text, 0)
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(text)
-            return value if kind == "float" else int(value) if value.is_integer() else text  # 1e3 steps
-    return text
+    if kind == "str":
+        return text
+    value = None
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        value = int(value) if value.is_integer() else value  # 1e3 steps
+    with contextlib.suppress(ValueError):
+        value = int(text, 0)
+    if kind == "float":
+        return float(value) if json_text.is_number(value) else text
+    return value if isinstance(value, int) else text
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
