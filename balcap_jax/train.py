@@ -82,6 +82,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
     # =================================================================================================== set-up
     workdir = resolved(workdir).absolute()
     clock = PhaseClock()
+    rewards.check_settings(config)
     order = configuration.stage_order(config)
     steps = {name: config.stages[name].steps for name in order}
     total = sum(steps.values())
@@ -520,6 +521,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = sys.argv[1:] if argv is None else list(argv)
     config, args = configuration.parse_command_line(arguments, parser)
+    rewards.check_settings(config)
     if args.estimate_judge:
         asked = rewards.resolve(config.rewards.name).asks
         print(cost.estimate(config, configuration.stage_order(config), asked), flush=True)

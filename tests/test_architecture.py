@@ -37,10 +37,7 @@ EXCEPTIONS = {
     ("aot.memory", "training.stages"),
     ("aot.print_sharding", "train_step"),
     ("aot.print_sharding", "training.job"),
-    ("config.checks", "rewards"),
     ("evals.engine", "rewards.words"),
-    ("judges.chat_judge", "config.judge"),
-    ("models.fields", "config.recipes"),
 }
 CIRCLES = {"judges.chat.endpoint", "judges.chat.probe"}
 LONG = ["train"]

@@ -30,6 +30,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from balcap_jax import rewards
 from balcap_jax.ablate import plot
 from balcap_jax.ablate.table import BASE, claims_markdown, markdown, points, rows
 from balcap_jax.ablate.variants import FULL, VARIANTS
@@ -86,8 +87,10 @@ def plan(
 
     def make(variant: str, seed: int, recipe: str, more: Mapping[str, str]) -> Run:
         fields = {**overrides, "seed": str(seed), **more}
+        config = configuration.load(recipe, fields)
+        rewards.check_settings(config)
         arguments = (f"--config={recipe}", *(f"--config.{name}={value}" for name, value in fields.items()))
-        return Run(variant, seed, configuration.load(recipe, fields), arguments, out)
+        return Run(variant, seed, config, arguments, out)
 
     order = configuration.stage_order(configuration.load(recipe, overrides))
     if order[-1] != LAST:

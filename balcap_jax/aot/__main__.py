@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_environment()
     import jax
 
+    from balcap_jax import rewards
     from balcap_jax.aot import memory, print_sharding
     from balcap_jax.cli.arguments import CommandParser
     from balcap_jax.config import recipes as configuration
@@ -148,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
     parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there as well")
     config, args = configuration.parse_command_line(given, parser)
+    rewards.check_settings(config)
 
     if args.slices < 1:
         raise UserError(f"--slices must be at least 1, got {args.slices}")

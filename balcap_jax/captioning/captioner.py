@@ -27,17 +27,16 @@ from balcap_jax.models.prompting import PromptTooLong
 from balcap_jax.rollout import Rollout, Sampling, example_keys, make_rollout
 
 DEFAULT_PROMPT = "Describe this image in detail."  # of models that name none
-_SCHEMA = {field.name: field for field in FIELDS}
 _RANGES = {
-    "temperature": _SCHEMA["rollout.eval_temperature"],
-    "top_p": _SCHEMA["rollout.top_p"],
-    "top_k": _SCHEMA["rollout.top_k"],
-    "max_tokens": _SCHEMA["rollout.max_tokens"],
-    "samples": _SCHEMA["rollout.group_size"],
-    "prompt_tokens": _SCHEMA["model.prompt_tokens"],
-    "batch_size": dataclasses.replace(_SCHEMA["rollout.group_size"], low=1, high=4096),
-    "threads": dataclasses.replace(_SCHEMA["rollout.group_size"], low=1, high=1024),
-    "seed": dataclasses.replace(_SCHEMA["seed"], low=0, high=2**32 - 1),
+    "temperature": FIELDS["rollout.eval_temperature"],
+    "top_p": FIELDS["rollout.top_p"],
+    "top_k": FIELDS["rollout.top_k"],
+    "max_tokens": FIELDS["rollout.max_tokens"],
+    "samples": FIELDS["rollout.group_size"],
+    "prompt_tokens": FIELDS["model.prompt_tokens"],
+    "batch_size": dataclasses.replace(FIELDS["rollout.group_size"], low=1, high=4096),
+    "threads": dataclasses.replace(FIELDS["rollout.group_size"], low=1, high=1024),
+    "seed": dataclasses.replace(FIELDS["seed"], low=0, high=2**32 - 1),
 }
 
 

@@ -10,12 +10,15 @@ from balcap_jax.cli.arguments import CommandParser
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config.recipes import add_arguments, leaves, parse_command_line
-from balcap_jax.config.schema import FIELDS, TYPE_NAMES
+from balcap_jax.config.schema import FIELDS
+
+_TYPES = {"ints": "int, ..", "floats": "float, .."}
 
 
 def table(width: int = 160) -> str:
     """All fields as aligned text: name, type, default, range, meaning (wrapped at `width` characters)."""
-    rows = [(f.name, TYPE_NAMES.get(f.kind, f.kind), _show(f.default), f.range_text, f.meaning) for f in FIELDS]
+    fields = FIELDS.values()
+    rows = [(f.name, _TYPES.get(f.kind, f.kind), _show(f.default), f.range_text, f.meaning) for f in fields]
     header = ("field", "type", "default", "range", "meaning")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
     indent = sum(widths) + 2 * len(widths)
@@ -55,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
         raise UserError("overrides need a recipe: --config=FILE.py")
     config, _ = parse_command_line(arguments, parser)
+    from balcap_jax import rewards  # Here: the table needs no jax.
+
+    rewards.check_settings(config)
     values = dict(leaves(config))
-    lines = []
-    for field in FIELDS:
-        value = values[field.name]
-        changed = f"    (default {_show(field.default)})" if value != field.default else ""
-        lines.append(f"{field.name} = {_show(value)}{changed}")
-    print("\n".join(lines))
+    for name, field in FIELDS.items():
+        changed = f"    (default {_show(field.default)})" if values[name] != field.default else ""
+        print(f"{name} = {_show(values[name])}{changed}")
 
 
 if __name__ == "__main__":

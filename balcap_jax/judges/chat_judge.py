@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.config.judge import parse_endpoints
+from balcap_jax.config.schema import parse_endpoints
 from balcap_jax.judges import prompts
 from balcap_jax.judges.chat.cache import AnswerFile
 from balcap_jax.judges.chat.client import ChatClient

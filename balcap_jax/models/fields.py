@@ -6,14 +6,9 @@ from typing import Any
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
-from balcap_jax.config import recipes as configuration
-from balcap_jax.config.schema import FIELDS
+from balcap_jax.config.schema import Model, validated
 
-DEFAULTS = {
-    field.name.removeprefix("model."): field.default
-    for field in FIELDS
-    if field.name.startswith("model.") and field.name != "model.path"
-}
+DEFAULTS = Model().model_dump(exclude={"path"})
 
 LATER = ("attention",)
 """Fields that models of earlier versions do not name; they were what the default is."""
@@ -41,10 +36,8 @@ def check(fields: Mapping[str, Any], what: str, remedy: str) -> None:
         raise UserError(f"{what}: the field {groups[0]!r} is an object, not one value; {remedy}")
     if huge := [name for name, value in fields.items() if type(value) is int and not json_text.is_number(value)]:
         raise UserError(f"{what}: the field {huge[0]!r} is an integer that no float holds; {remedy}")
-    config = configuration.default_config()
-    config.model.update({name: fields.get(name, default) for name, default in DEFAULTS.items()})
     try:
-        configuration.check(config)
+        validated(Model, {name: fields.get(name, default) for name, default in DEFAULTS.items()}, "model.")
     except UserError as error:
         raise UserError(f"{what}: {error}; {remedy}") from error
     epsilon = fields.get("vision_norm_eps", 1.0)

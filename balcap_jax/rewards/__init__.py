@@ -95,6 +95,26 @@ def objectives(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*names, "length")
 
 
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Checks a whole configuration's weights, judge and data set against its reward, before anything is built.
+
+    Raises:
+      UserError: they do not fit, or `objectives` fails.
+    """
+    settings, data = config["rewards"], config["data"]["name"]
+    names = objectives(settings)
+    if len(settings["weights"]) != len(names):
+        raise UserError(
+            f"config field 'rewards.weights' needs {len(names)} numbers for {settings['name']} ({', '.join(names)}), "
+            f"got {settings['weights']}"
+        )
+    if data != "scenes" and config["judge"]["name"] == "oracle" and resolve(settings["name"]).asks:
+        raise UserError(
+            f"config field 'judge.name' is oracle, which knows the scenes only: with data.name {data!r} set it to "
+            "remote, or rewards.name to lexical, which needs no judge"
+        )
+
+
 def build(config: Mapping[str, Any], judge: Judge, seed: int = 0, tried_on: Samples | None = None) -> RewardFn:
     """The reward function of the config group `rewards`; one of the user's own is tried out on `tried_on` at once.
 
@@ -139,4 +159,5 @@ def check(config: Mapping[str, Any], judge: Judge, fields: Collection[str], data
             )
 
 
-__all__ = ["RewardFn", "Samples", "Scores", "build", "check", "count_words", "measure", "objectives", "resolve"]
+__all__ = ["RewardFn", "Samples", "Scores", "build", "check", "check_settings", "count_words", "measure"]
+__all__ += ["objectives", "resolve"]

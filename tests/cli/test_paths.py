@@ -61,7 +61,7 @@ def test_a_url_is_refused_wherever_a_path_is_given(tmp_path, monkeypatch, given)
     for use in (resolved, lambda path: Checkpointer(path), place):
         with pytest.raises((UserError, argparse.ArgumentTypeError), match=" is a URL, and "):
             use(given)
-    for field in recipes.FIELDS:
+    for field in recipes.FIELDS.values():
         if field.is_path:
             changed = recipes.default_config()
             group, name = field.name.split(".")

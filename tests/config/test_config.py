@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from balcap_jax import rewards
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import __main__ as config
 from balcap_jax.config import recipes as config_lib
@@ -67,10 +68,10 @@ def test_defaults_pass_and_are_the_documented_ones():
 
 
 def test_every_field_has_a_meaning_a_default_of_its_type_and_stands_in_the_table():
-    names = [field.name for field in config_lib.FIELDS]
+    names = [field.name for field in config_lib.FIELDS.values()]
     assert len(set(names)) == len(names)
     types = {"int": int, "float": float, "bool": bool, "str": str, "ints": tuple, "floats": tuple}
-    for field in config_lib.FIELDS:
+    for field in config_lib.FIELDS.values():
         assert type(field.default) is types[field.kind], field.name
         assert len(field.meaning) > 8, field.name
     rows = config.table(width=200).splitlines()
@@ -184,7 +185,7 @@ def test_ends_of_closed_ranges_are_allowed(name, value):
 
 def test_every_number_has_bounds_within_what_fp32_and_int32_hold():
     largest = {"int": 2**31 - 1, "float": 1e12}
-    for field in config_lib.FIELDS:
+    for field in config_lib.FIELDS.values():
         kind = field.kind.removesuffix("s")
         if kind in largest:
             assert -1024 <= field.low < field.high <= largest[kind], field.name
@@ -244,13 +245,25 @@ def test_one_sample_in_a_group_is_fine_without_rl():
         ({"model__kv_heads": 3}, ["model.heads", "model.kv_heads"]),
         ({"model__head_size": 15}, ["model.head_size", "even"]),
         ({"model__feature_layer": -5}, ["model.feature_layer", "[-4, -1]"]),
+        ({"log__profile": "0:3"}, ["'log.profile' must be first:last", "1 <= first <= last, got '0:3'"]),
+        ({"log__profile": "5:4"}, ["log.profile", "got '5:4'"]),
+        ({"log__profile": "5"}, ["log.profile", "got '5'"]),
         ({"model__prompt_tokens": 36}, ["model.prompt_tokens", "36 image tokens"]),
     ],
 )
 def test_fields_that_contradict_each_other(fields, parts):
-    message = error_of(config_lib.check, changed(**fields))
+    def check(config):
+        config_lib.check(config)
+        rewards.check_settings(config)
+
+    message = error_of(check, changed(**fields))
     for part in parts:
         assert part in message
+
+
+def test_a_window_of_the_profiler():
+    config_lib.check(changed(log__profile="1:1"))
+    config_lib.check(changed(log__profile="10:12"))
 
 
 def test_sizes_of_a_saved_model_are_not_checked():
@@ -503,6 +516,32 @@ def test_two_recipes_of_the_same_name_do_not_mix(write_recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.py"]  # no byte code is left behind
 
 
+def test_a_recipe_imports_what_lies_beside_it_and_no_other_recipe_gets_that(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    path = list(sys.path)
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "beside.py").write_text(f"SEED = {seed}\n")
+        (folder / "json.py").write_text("raise ValueError('this is not the json of Python')\n")
+        lines = ["import json", "import beside", "from balcap_jax.config import default_config", "def get_config():"]
+        lines += ["    config = default_config()", "    config.seed = beside.SEED", "    return config"]
+        (folder / "recipe.py").write_text("\n".join(lines) + "\n")
+        assert config_lib.load(str(folder / "recipe.py")).seed == seed
+        assert sorted(entry.name for entry in folder.iterdir()) == ["beside.py", "json.py", "recipe.py"]
+    assert "beside" not in sys.modules
+    assert sys.path == path
+
+
+def test_a_copy_of_a_published_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("qwen25vl_3b.py", "vlm.py"):
+        (tmp_path / name).write_text((ROOT / "configs" / name).read_text())
+    copied = config_lib.load("qwen25vl_3b.py:lora")
+    assert copied == config_lib.load(f"{ROOT}/configs/qwen25vl_3b.py:lora")
+    assert not (tmp_path / "__pycache__").exists()
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -543,6 +582,11 @@ def test_bad_command_line(write_recipe, argv, parts):
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "balcap_jax.config", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+
+
+def test_configurations_need_neither_jax_nor_rewards():
+    code = "import balcap_jax.config, sys; assert not {'jax', 'balcap_jax.rewards'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
 def test_command_prints_the_table():

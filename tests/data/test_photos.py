@@ -203,7 +203,7 @@ def test_settings_that_do_not_fit(changes, problem):
     if changes.get("rewards.name") == "balcap":
         lexical = {}
     with pytest.raises(UserError, match=problem):
-        configuration.load("configs/forkme.py", lexical | changes)
+        rewards.check_settings(configuration.load("configs/forkme.py", lexical | changes))
 
 
 def test_lines_of_one_picture_are_joined_however_they_spell_it(folder):

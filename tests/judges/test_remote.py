@@ -12,7 +12,7 @@ from misbehaving import JudgeServer, Reply, blocks_of, kind_of, right_answer, te
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes as configuration
-from balcap_jax.config.judge import parse_endpoints
+from balcap_jax.config.schema import parse_endpoints
 from balcap_jax.judges import chat_judge, prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer

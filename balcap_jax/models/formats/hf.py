@@ -254,7 +254,7 @@ def read_processors(directory: Path) -> dict[Path, dict[str, Any]]:
 
 def _check_layers(config: Mapping[str, Any]) -> None:
     """Raises ValueError for numbers of layers out of range: transformers would make a list of that length."""
-    (schema,) = (field for field in FIELDS if field.name == "model.layers")
+    schema = FIELDS["model.layers"]
     groups = [config, *(value for value in config.values() if isinstance(value, dict))]
     for name in ("num_hidden_layers", "depth"):
         for layers in (group[name] for group in groups if name in group):
