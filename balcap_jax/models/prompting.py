@@ -13,6 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models.policy import Prompt
 
+# Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
 # For tokenizers without chat words: the image and the instruction alone.
 PLAIN_TEMPLATE = "{image} {prompt}"
 # The image in a template, with the words that frame it: what the chat templates leave out of a prompt of text alone.
@@ -88,7 +92,7 @@ class PromptProcessor:
         return tokens, mask
 
     def without_image(self, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
-        """Prompts of text alone, for a policy in `policy.WithoutImage`; `images` [B, 0] holds nothing.
+        """Prompts of text alone, for a policy whose tower does not run; `images` [B, 0] holds nothing.
 
         Raises:
           PromptTooLong: a prompt needs more than P tokens.
@@ -170,18 +174,18 @@ def image_word(tokenizer: PreTrainedTokenizerBase, *words: str) -> str:
     raise UserError(f"the tokenizer has no word for an image token ({' or '.join(words)}); add one as a special token")
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's end token, which target texts end in, and those of the checkpoint."""
-    return tuple(dict.fromkeys((tokenizer.eos_token_id, *model.get("end_tokens", ()))))
+def special_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any], image_word: str, vocab: int
+) -> dict[str, Any]:
+    """The fields `image_token`, `pad_token`, `end_tokens` and `forbidden` of a policy with `vocab` embeddings.
 
-
-def forbidden_tokens(
-    tokenizer: PreTrainedTokenizerBase, image_token: int, vocab: int, ends: Sequence[int]
-) -> tuple[int, ...]:
-    """Ids that no response may hold: special tokens but the end tokens, and rows of the embedding without a word.
-
-    Checkpoints pad their embedding beyond the tokenizer's words (Qwen2.5-VL: 151,936 rows for 151,665 words).
+    A response ends in the tokenizer's end token, as target texts do, or in one of the checkpoint's (`model`'s
+    "end_tokens"). It may hold neither other special tokens nor rows of the embedding without a word: checkpoints pad
+    their embedding beyond the tokenizer's words (Qwen2.5-VL: 151,936 rows for 151,665 words).
     """
+    image, pad = tokenizer.convert_tokens_to_ids(image_word), tokenizer.pad_token_id
+    ends = tuple(dict.fromkeys((tokenizer.eos_token_id, *model.get("end_tokens", ()))))
     added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    special = {image_token, tokenizer.pad_token_id, *tokenizer.all_special_ids, *added}
-    return tuple(sorted((special | set(range(len(tokenizer), vocab))) - set(ends)))
+    special = {image, pad, *tokenizer.all_special_ids, *added}
+    forbidden = tuple(sorted((special | set(range(len(tokenizer), vocab))) - set(ends)))
+    return {"image_token": image, "pad_token": pad, "end_tokens": ends, "forbidden": forbidden}
