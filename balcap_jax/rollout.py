@@ -147,11 +147,7 @@ def sample(
 
     ends = jnp.array(policy.end_tokens, jnp.int32)
     shape = (batch, group, sampling.max_tokens)
-    buffers = (
-        jnp.full(shape, policy.pad_token, jnp.int32),
-        jnp.zeros(shape, bool),
-        jnp.zeros(shape, jnp.float32),
-    )
+    buffers = (jnp.full(shape, policy.pad_token, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     # A copy per branch rather than a broadcast, so that the first draw costs the same as any other.
     first_logits = jnp.repeat(logits[:, None], group, axis=1)
     start = jnp.zeros((), jnp.int32)

@@ -147,16 +147,9 @@ def _kernel(heads: int, queries: int, keys: int, offset: int, interpret: bool):
 
     library = _library()
     rows, columns = _block(queries), _block(keys)
-    sizes = library.BlockSizes(
-        block_q=rows,
-        block_kv=columns,
-        block_kv_compute=columns,
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
-        block_kv_dkv_compute=columns,
-        block_q_dq=rows,
-        block_kv_dq=columns,
-    )
+    of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows)
+    of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    sizes = library.BlockSizes(**of_queries, **dict.fromkeys(of_keys, columns))
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset) for _ in range(heads)])
     with jax.ensure_compile_time_eval():  # Its tables are constants, not values of the program being traced.
         return library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

@@ -1,4 +1,4 @@
-"""What the processors of all families share: instructions to token rows of length P, target texts, text again."""
+"""The common part of all families' processors: instructions and targets to token rows, and back to text."""
 
 import dataclasses
 import functools
@@ -35,10 +35,10 @@ class PromptTooLong(UserError):
 
 
 class PromptProcessor:
-    """Base of a family's processor, which is a frozen dataclass with (at least) these fields.
+    """Base of a family's processor, a frozen dataclass with (at least) these fields that prepares its own images.
 
-    `prompt_tokens` is P; shorter prompts are padded on the right, longer ones are refused, since cutting one would cut
-    image tokens. `template` holds `{image}`, where the image tokens go, and `{prompt}`, where the instruction goes;
+    `prompt_tokens` is P. Shorter prompts get padding on the right; longer ones are an error, since a cut would remove
+    image tokens. `template` holds `{image}`, the place of the image tokens, and `{prompt}`, that of the instruction.
     `image_token` is the word of one image token. `end_tokens` are those of the policy.
     """
 
@@ -48,8 +48,18 @@ class PromptProcessor:
     template: str
     end_tokens: tuple[int, ...]
 
+    def __call__(
+        self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None
+    ) -> Prompt:
+        """The Prompt of B images, arrays uint8 [height, width, 3] of any size; `ids` names the samples in errors.
+
+        Raises:
+          UserError: `encode_prompts` refuses a prompt, or `prepare_images` an image.
+        """
+        return self.with_prepared(self.prepare_images(images, ids), prompts, ids)
+
     def encode_responses(self, responses: Sequence[Sequence[str]], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Target texts [B][G] to tokens [B, G, R] ending in the end token, and their mask; longer ones are cut."""
+        """Target texts [B][G] to tokens [B, G, R] with the end token, cut at R, and their mask."""
         shape = (len(responses), len(responses[0]), max_tokens)
         tokens = np.full(shape, self.tokenizer.pad_token_id, np.int32)
         mask = np.zeros(shape, bool)
@@ -62,14 +72,14 @@ class PromptProcessor:
         return tokens, mask
 
     def decode(self, tokens: np.ndarray) -> list[str]:
-        """Tokens [..., R] to a flat list of texts, each up to its first end token, special tokens dropped."""
+        """Tokens [..., R] to a flat list of texts, each up to its first end token, without special tokens."""
         rows = np.asarray(tokens).reshape(-1, tokens.shape[-1])
-        going = ~np.isin(rows, self.end_tokens).cumsum(-1, dtype=bool)
-        texts = [row[keep].tolist() for row, keep in zip(rows, going, strict=True)]
+        before_end = ~np.isin(rows, self.end_tokens).cumsum(-1, dtype=bool)
+        texts = [row[mask].tolist() for row, mask in zip(rows, before_end, strict=True)]
         return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
     def without_special_tokens(self, text: str) -> str:
-        """Text of a data set must not be able to bring image placeholders, ends or padding along."""
+        """Drops special words, so that texts of a data set cannot add image placeholders, ends or padding."""
         for token in self._special_words:
             text = text.replace(token, " ")
         return text
@@ -141,10 +151,10 @@ class PromptProcessor:
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with its `{name}`s filled in; unlike `str.format` it looks into no value, and formats none.
+    """Fills the `{name}`s of a template; unlike `str.format` it looks into no value, and formats none.
 
     Raises:
-      UserError: it holds braces for anything else.
+      UserError: the template holds braces for anything else.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -158,7 +168,7 @@ def fill(template: str, **values: str) -> str:
 
 
 def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
-    """What errors call the samples of a batch."""
+    """The names of a batch's samples in errors."""
     return ids or [f"sample {i}" for i in range(count)]
 
 

@@ -1,10 +1,11 @@
 """A model on disk: `model.json` (family and sizes), `params/` (Orbax) and the tokenizer's own files.
 
 A model that came from a Hugging Face checkpoint has that checkpoint's other small files beside them (config.json, the
-processor's, generation_config.json ...), and `hf_names.json` with what its tensors were called, for the way back.
+processor's, generation_config.json ...), and `hf_names.json` with the names of its tensors, for the way back.
 """
 
 import contextlib
+import itertools
 import os
 import reprlib
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -63,7 +65,7 @@ def save(
 ) -> Path:
     """Writes a model directory that `load` reads; an existing one is replaced only once the new one is complete.
 
-    `source` is the directory that the model was loaded from, if any: what it carries for export is carried on.
+    `source` is the directory that the model came from, if any: the new directory carries on what it holds for export.
 
     Raises:
       UserError: the model cannot be written, or `source` is gone.
@@ -84,7 +86,7 @@ def save(
 
 @contextlib.contextmanager
 def written_aside(path: Path, what: str) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place when the block ends well, and is deleted when it does not.
+    """A new directory beside `path`, which replaces it if the block succeeds and vanishes if it fails.
 
     Raises:
       UserError: `what` cannot be written there.
@@ -112,10 +114,7 @@ def write_fields(directory: Path, fields: Mapping[str, Any]) -> None:
 
 
 def carry_files(source: Path, directory: Path) -> None:
-    """Copies `carried_files(source)`.
-
-    Files that are there already are replaced, so that a tokenizer keeps the files that it came with.
-    """
+    """Copies `carried_files(source)` over those in `directory`, so that a tokenizer keeps its original files."""
     for path in carried_files(source):
         shutil.copyfile(path, directory / path.name)
 
@@ -124,10 +123,10 @@ def carried_files(source: Path) -> list[Path]:
     """The small files of a checkpoint or model: configuration, tokenizer, processor, chat template, generation.
 
     Raises:
-      UserError: one of them is torn: who gets it with the model could not load that.
+      UserError: one of them is torn, so that the model could not be loaded with it.
     """
     ours = {MODEL, NAMES, safetensors.INDEX}
-    found = []
+    carried = []
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _CARRIED and path.name not in ours and ".index." not in path.name:
             remedy = "download it again, or delete it where it is not needed"
@@ -135,12 +134,12 @@ def carried_files(source: Path) -> list[Path]:
                 read_json_object(path, remedy)
             elif path.suffix == ".json":
                 read_json(path, remedy)
-            found.append(path)
-    return found
+            carried.append(path)
+    return carried
 
 
 def source_names(directory: Path) -> dict[str, str]:
-    """{tensor's name in the modules of transformers: its name in the checkpoint that the model came from, or is}."""
+    """{tensor's name in transformers' modules: its name in the checkpoint that `directory` is or came from}."""
     if not (directory / MODEL).is_file():
         return {name: tensor.name for name, tensor in open_checkpoint(directory).tensors.items()}
     path = directory / NAMES
@@ -259,7 +258,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         if file.suffix in _CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"the tokenizer at {path} cannot be read: {file.name} is no regular file; copy it there")
     try:
-        # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
+        # The import is here because it imports torch wherever that is installed: most commands can spare that second.
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -287,7 +286,7 @@ def read_fields(path_or_name: str | os.PathLike) -> dict[str, Any]:
             f"Face checkpoint"
         ) from error
     model_fields.check(fields, str(path / MODEL), _CONVERT_AGAIN)
-    # Models that were saved before there was a choice do not name one.
+    # Models from before there was a choice do not name one.
     return {name: DEFAULTS[name] for name in model_fields.LATER if name in DEFAULTS} | fields
 
 
@@ -308,25 +307,23 @@ def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
 
 def flat_shapes(like: Params) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(like)
-    return {jax.tree_util.keystr(where, simple=True, separator="/"): leaf.shape for where, leaf in leaves}
+    return {path: leaf.shape for path, leaf in flatten_dict(like, sep="/").items()}
 
 
 def _restore(path: Path, like: Params, shardings: Any, dtype: np.dtype | None) -> Params:
     """The parameters of a model directory."""
     directory = path / PARAMS
     stored = open_params(directory, like)
-
-    def wanted(where, leaf, place=None):
-        name = jax.tree_util.keystr(where, simple=True, separator="/")
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or stored[name].dtype.numpy_dtype, sharding=place)
-
-    trees = (like,) if shardings is None else (like, shardings)
-    return orbax.restore(directory, jax.tree_util.tree_map_with_path(wanted, *trees))
+    places = {} if shardings is None else flatten_dict(shardings, sep="/")
+    needed = {
+        name: jax.ShapeDtypeStruct(shape, dtype or stored[name].dtype.numpy_dtype, sharding=places.get(name))
+        for name, shape in flat_shapes(like).items()
+    }
+    return orbax.restore(directory, unflatten_dict(needed, sep="/"))
 
 
 def open_params(directory: Path, like: Params) -> dict[str, Any]:
-    """`arrays.open_all` of parameters that must have the paths and shapes of `like`.
+    """`orbax.open_all` of parameters that must have the paths and shapes of `like`.
 
     Raises:
       UserError: they cannot be read, or are those of another model.
@@ -352,22 +349,19 @@ def _read_checkpoint(checkpoint: hf.Checkpoint, like: Params, shardings: Any, dt
     """The parameters of a Hugging Face checkpoint, one after the other."""
     shapes = flat_shapes(like)
     pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
-    placed = None if shardings is None else dict(zip(shapes, jax.tree.leaves(shardings), strict=True))
-    found: dict[str, Any] = {}
-
-    def finish(name: str, array: np.ndarray) -> Any:
-        if placed is None:
-            return jax.numpy.asarray(array)
-        return jax.make_array_from_callback(array.shape, placed[name], lambda index: array[index])
-
-    for name, layers in hf.by_parameter(hf.read_arrays(checkpoint, pieces)):
+    places = None if shardings is None else flatten_dict(shardings, sep="/")
+    arrays: dict[str, Any] = {}
+    for name, entries in itertools.groupby(hf.read_arrays(checkpoint, pieces), key=lambda entry: entry[0]):
         stack = None
-        for layer, array in layers:
+        for _, layer, array in entries:
             if layer is None:
                 stack = array.astype(dtype or array.dtype)
                 continue
             if stack is None:
                 stack = np.empty(shapes[name], dtype or array.dtype)
             stack[layer] = array
-        found[name] = finish(name, stack)
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in shapes])
+        if places is None:
+            arrays[name] = jax.numpy.asarray(stack)
+        else:
+            arrays[name] = jax.make_array_from_callback(stack.shape, places[name], stack.__getitem__)
+    return unflatten_dict(arrays, sep="/")

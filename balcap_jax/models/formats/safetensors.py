@@ -21,7 +21,7 @@ from balcap_jax.cli.files import read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes of the types of tensors that may only be passed over.
+# Bytes of the types that only tensors beside the model may have.
 _OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8}
 # By bytes of a number: the bits besides the sign, and infinity, beyond which NaN is too.
 _MAGNITUDES = {
@@ -29,7 +29,7 @@ _MAGNITUDES = {
     np.dtype(np.float16): (np.uint16(0x7FFF), 0x7C00),
     np.dtype(ml_dtypes.bfloat16): (np.uint16(0x7FFF), 0x7F80),
 }
-_CHECKED = 2**18  # numbers at once, which stay in the cache
+_CHECKED = 2**18  # numbers at once, few enough for the cache
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
         """The tensor, or one of `parts` equal pieces of its first axis; only that piece is read."""
         shape = (self.shape[0] // parts, *self.shape[1:]) if parts > 1 else self.shape
-        size = math.prod(shape) * self.dtype.itemsize
+        size = self.size // parts
         try:
             data = np.fromfile(self.file, np.uint8, size, offset=self.start + part * size)
         except OSError as error:

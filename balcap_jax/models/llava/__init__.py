@@ -59,9 +59,7 @@ def build(
       UserError: a tokenizer without a word for an image token.
     """
     tower = VisionConfig.of(
-        model,
-        norm_eps=model.get("vision_norm_eps") or model["norm_eps"],
-        keep_unused=model.get("keep_unused", False),
+        model, norm_eps=model.get("vision_norm_eps") or model["norm_eps"], keep_unused=model.get("keep_unused", False)
     )
     # Published checkpoints round V up, to 32064 for LLaVA's 32002 tokens; the rows beyond stand for nothing.
     vocab = model.get("vocab") or len(tokenizer)

@@ -1,0 +1,91 @@
+"""Configurations of Hugging Face checkpoints: the parts that all families share, from there and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the decoder in a complete config.json of any family. Raises ValueError or KeyError."""
+    text = config["text_config"]
+    require(text["rope_parameters"], rope_type="default")
+    require_sizes(text, "hidden_size", "num_attention_heads")
+    return {
+        "width": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": text["num_key_value_heads"],
+        "head_size": text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        "mlp": text["intermediate_size"],
+        "rope_theta": float(text["rope_parameters"]["rope_theta"]),
+        "norm_eps": text["rms_norm_eps"],
+        "tied_embeddings": bool(config["tie_word_embeddings"]),
+        "vocab": text["vocab_size"],
+    }
+
+
+def require(config: Mapping[str, Any], **wanted: Any) -> None:
+    """Raises ValueError naming the first entry of a configuration that has another value (a tuple lists several)."""
+    for key, value in wanted.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if config.get(key) not in allowed:
+            raise ValueError(f"{key} is {config.get(key)!r}, only {' or '.join(map(repr, allowed))} is built")
+
+
+def require_sizes(config: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError naming the first entry that is no whole number above 0."""
+    for name in names:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{name} is {config.get(name)!r}, it must be a whole number above 0")
+
+
+def require_processor(processor: Mapping[str, Any], *, kind: str, mean: np.ndarray, std: np.ndarray) -> None:
+    """Raises ValueError unless an image processor does what ours do; what its file leaves out it does by default.
+
+    `kind` begins the name of its class; `mean` and `std` [3] are those of the pixels.
+    """
+    named = processor.get("image_processor_type", kind)
+    if not isinstance(named, str) or not named.startswith(kind):
+        raise ValueError(f"image_processor_type is {named!r}, only {kind} is built")
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(processor, **{step: (True, None)})
+    require(processor, resample=(3, None), do_pad=(False, None))  # 3: bicubic
+    for key, wanted in (("rescale_factor", 1 / 255), ("image_mean", mean), ("image_std", std)):
+        value = processor.get(key, wanted)
+        try:
+            same = np.shape(value) == np.shape(wanted) and np.allclose(value, wanted, 1e-5, 0)
+        except (TypeError, ValueError):  # no numbers
+            same = False
+        if not same:
+            raise ValueError(f"{key} is {value!r}, only {', '.join(f'{x:.6g}' for x in np.ravel(wanted))} is built")
+
+
+def text_config(fields: Mapping[str, Any], ids: Mapping[str, int], **rope: Any) -> dict[str, Any]:
+    """The part `text_config` that all families share; `rope` are further rotary parameters."""
+    # transformers 5 reads `rope_parameters`, 4 the older names: without them it takes a theta of 10000.
+    older = {"rope_scaling": {"rope_type": "default", "type": "default", **rope}} if rope else {}
+    return {
+        "hidden_act": "silu",
+        "vocab_size": ids["vocab"],
+        "hidden_size": fields["width"],
+        "num_hidden_layers": fields["layers"],
+        "num_attention_heads": fields["heads"],
+        "num_key_value_heads": fields["kv_heads"],
+        "intermediate_size": fields["mlp"],
+        "rms_norm_eps": fields["norm_eps"],
+        "rope_theta": fields["rope_theta"],
+        **older,
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"], **rope},
+        "tie_word_embeddings": fields["tied_embeddings"],
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["pad"],
+    }
+
+
+def processor_settings(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+    """What `require_processor` asks for, as an image processor's file says it."""
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    pixels = {"image_mean": mean.tolist(), "image_std": std.tolist()}
+    return {**steps, "resample": 3, "rescale_factor": 1 / 255, **pixels}
