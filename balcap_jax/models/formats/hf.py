@@ -5,7 +5,8 @@ checks run over the same rows: they must use every tensor of the checkpoint and 
 Arrays pass one layer at a time.
 
 A family (`models/<family>/hf.py`) is a module with
-    MODEL_TYPE, ARCHITECTURE      what config.json calls it
+    MODEL_TYPE, ARCHITECTURE      its names in config.json
+    IMAGE_TOKEN                   the field of config.json with the id of image tokens
     TABLE                         the rows; names are those of the modules of transformers 5
     RENAMES                       (prefix in checkpoints, prefix in the modules), the first that fits; where several
                                   belong to one module prefix, the first is the one of published checkpoints

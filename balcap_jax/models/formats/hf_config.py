@@ -5,6 +5,17 @@ from typing import Any
 
 import numpy as np
 
+# Our fields of the decoder and those of `text_config`.
+_DECODER_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "vocab": "vocab_size",
+}
+
 
 def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the decoder in a complete config.json of any family. Raises ValueError or KeyError."""
@@ -12,16 +23,10 @@ def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     require(text["rope_parameters"], rope_type="default")
     require_sizes(text, "hidden_size", "num_attention_heads")
     return {
-        "width": text["hidden_size"],
-        "layers": text["num_hidden_layers"],
-        "heads": text["num_attention_heads"],
-        "kv_heads": text["num_key_value_heads"],
+        **{name: text[theirs] for name, theirs in _DECODER_FIELDS.items()},
         "head_size": text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        "mlp": text["intermediate_size"],
         "rope_theta": float(text["rope_parameters"]["rope_theta"]),
-        "norm_eps": text["rms_norm_eps"],
         "tied_embeddings": bool(config["tie_word_embeddings"]),
-        "vocab": text["vocab_size"],
     }
 
 
@@ -63,17 +68,12 @@ def require_processor(processor: Mapping[str, Any], *, kind: str, mean: np.ndarr
 
 def text_config(fields: Mapping[str, Any], ids: Mapping[str, int], **rope: Any) -> dict[str, Any]:
     """The part `text_config` that all families share; `rope` are further rotary parameters."""
+    sizes = {**fields, "vocab": ids["vocab"]}
     # transformers 5 reads `rope_parameters`, 4 the older names: without them it takes a theta of 10000.
     older = {"rope_scaling": {"rope_type": "default", "type": "default", **rope}} if rope else {}
     return {
         "hidden_act": "silu",
-        "vocab_size": ids["vocab"],
-        "hidden_size": fields["width"],
-        "num_hidden_layers": fields["layers"],
-        "num_attention_heads": fields["heads"],
-        "num_key_value_heads": fields["kv_heads"],
-        "intermediate_size": fields["mlp"],
-        "rms_norm_eps": fields["norm_eps"],
+        **{theirs: sizes[name] for name, theirs in _DECODER_FIELDS.items()},
         "rope_theta": fields["rope_theta"],
         **older,
         "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"], **rope},
@@ -85,7 +85,7 @@ def text_config(fields: Mapping[str, Any], ids: Mapping[str, int], **rope: Any) 
 
 
 def processor_settings(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
-    """What `require_processor` asks for, as an image processor's file says it."""
+    """The settings that `require_processor` requires, as in an image processor's file."""
     steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
     pixels = {"image_mean": mean.tolist(), "image_std": std.tolist()}
     return {**steps, "resample": 3, "rescale_factor": 1 / 255, **pixels}

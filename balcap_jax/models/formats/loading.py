@@ -78,9 +78,10 @@ def save(
         processor.tokenizer.save_pretrained(aside)
         if source:
             carry_files(source, aside)
-            write_names(aside, source_names(source))
+            if names := source_names(source):
+                write_json(aside / NAMES, names)
         fields = {name: value for name, value in dict(model).items() if name != "path"}
-        write_fields(aside, fields | {"template": processor.template})
+        write_json(aside / MODEL, fields | {"template": processor.template})
     return path
 
 
@@ -109,8 +110,8 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
         raise UserError(f"cannot write {what} to {path}: {reason}; {remedy}") from error
 
 
-def write_fields(directory: Path, fields: Mapping[str, Any]) -> None:
-    (directory / MODEL).write_text(json_text.dumps(fields, indent=2) + "\n")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json_text.dumps(content, indent=2) + "\n")
 
 
 def carry_files(source: Path, directory: Path) -> None:
@@ -153,11 +154,6 @@ def source_names(directory: Path) -> dict[str, str]:
     if twice := [name for name in written if written.count(name) > 1]:
         raise UserError(f"{path} gives the name {twice[0]} to two tensors; convert the checkpoint again")
     return names
-
-
-def write_names(directory: Path, names: Mapping[str, str]) -> None:
-    if names:
-        (directory / NAMES).write_text(json_text.dumps(names, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -297,7 +293,7 @@ def open_checkpoint(directory: Path) -> hf.Checkpoint:
 
 def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
     """Raises UserError when config.json and the tokenizer disagree on which token stands for the image."""
-    wanted = checkpoint.family.image_token(checkpoint.config)
+    wanted = checkpoint.config[checkpoint.family.IMAGE_TOKEN]
     if wanted != policy.image_token:
         raise UserError(
             f"{checkpoint.directory / hf.CONFIG} calls token {wanted} the image's, the tokenizer's is "

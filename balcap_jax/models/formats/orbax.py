@@ -9,7 +9,6 @@ accept.
 import atexit
 import contextlib
 import functools
-import logging
 import math
 import re
 import shutil
@@ -42,11 +41,6 @@ def is_stacked(path: str) -> bool:
     return "layers/" in path
 
 
-def size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Bytes of an array."""
-    return math.prod(shape) * dtype.itemsize
-
-
 def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, ts.TensorStore]:
     """Makes the arrays {path: (shape, dtype)} below `directory`; write each with `arrays[path][...].write(x).result()`.
 
@@ -60,7 +54,7 @@ def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]
         primary_host=me, active_processes={me} if jax.process_count() > 1 else None, barrier_sync_key_prefix="alone"
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, multiprocessing_options=alone)
-    with _without_merge_warning(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(for_tensorstore(directory), flax.traverse_util.unflatten_dict(placeholders, sep="/"))
     return {path: _open(directory, path, _metadata(path, *spec)) for path, spec in specs.items()}
 
@@ -89,21 +83,6 @@ def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, A
         "dimension_separator": ".",
         "fill_value": None,
     }
-
-
-@contextlib.contextmanager
-def _without_merge_warning() -> Iterator[None]:
-    """Drops Orbax's warning that it finds no OCDBT parts to merge, which comes even with `use_ocdbt=False`."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
 
 
 # ------------------------------------------------------------------------------------------------- reading

@@ -11,6 +11,7 @@ from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 
 MODEL_TYPE = "llava"
 ARCHITECTURE = "LlavaForConditionalGeneration"
+IMAGE_TOKEN = "image_token_index"
 
 # Checkpoints of transformers 4 carry the first name of each kind; those that transformers 5 writes have the second for
 # the tower. Names of the modules themselves stay as they are.
@@ -23,6 +24,16 @@ RENAMES = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
 )
 
+# Our fields of the tower and those of `vision_config`.
+_TOWER_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_layers": "num_hidden_layers",
+    "vision_heads": "num_attention_heads",
+    "vision_mlp": "intermediate_size",
+    "vision_norm_eps": "layer_norm_eps",
+}
 _TOWER = "model.vision_tower"
 _PROJECTOR = "model.multi_modal_projector"
 # The sizes of a CLIP processor whose file names none.
@@ -86,13 +97,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     image_tokens = (tower["image_size"] // tower["patch_size"]) ** 2
     return {
         "family": "llava",
-        "image_size": tower["image_size"],
-        "patch_size": tower["patch_size"],
-        "vision_width": tower["hidden_size"],
-        "vision_layers": tower["num_hidden_layers"],
-        "vision_heads": tower["num_attention_heads"],
-        "vision_mlp": tower["intermediate_size"],
-        "vision_norm_eps": tower["layer_norm_eps"],
+        **{name: tower[theirs] for name, theirs in _TOWER_FIELDS.items()},
         "feature_layer": config["vision_feature_layer"],
         "keep_unused": True,
         **hf_config.decoder_fields(config),
@@ -133,11 +138,6 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     }
 
 
-def image_token(config: Mapping[str, Any]) -> int:
-    """The id that config.json gives image tokens."""
-    return config["image_token_index"]
-
-
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
     """config.json of a model that came from no checkpoint; `ids` as in `formats.hf`.
 
@@ -146,10 +146,12 @@ def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str,
     layer, layers = fields["feature_layer"], fields["vision_layers"]
     if not fields.get("keep_unused"):
         layer, layers = -1, layers + 1 + layer if layer < 0 else layer
+    tower = {**fields, "vision_layers": layers}
+    tower["vision_norm_eps"] = fields.get("vision_norm_eps") or fields["norm_eps"]
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "image_token_index": ids["image"],
+        IMAGE_TOKEN: ids["image"],
         "image_seq_length": (fields["image_size"] // fields["patch_size"]) ** 2,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": fields["tied_embeddings"],
@@ -158,13 +160,7 @@ def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str,
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_act": "quick_gelu",
-            "image_size": fields["image_size"],
-            "patch_size": fields["patch_size"],
-            "hidden_size": fields["vision_width"],
-            "num_hidden_layers": layers,
-            "num_attention_heads": fields["vision_heads"],
-            "intermediate_size": fields["vision_mlp"],
-            "layer_norm_eps": fields.get("vision_norm_eps") or fields["norm_eps"],
+            **{theirs: tower[name] for name, theirs in _TOWER_FIELDS.items()},
         },
         "text_config": {"model_type": "llama", "head_dim": fields["head_size"], **hf_config.text_config(fields, ids)},
     }

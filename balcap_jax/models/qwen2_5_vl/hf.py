@@ -15,6 +15,7 @@ from balcap_jax.models.qwen2_5_vl.windows import MERGE
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+IMAGE_TOKEN = "image_token_id"
 
 # Published checkpoints, and those that transformers 5 writes, carry the names of transformers 4.
 RENAMES = (
@@ -24,6 +25,16 @@ RENAMES = (
     ("model.", "model.language_model."),
 )
 
+# Our fields of the tower and those of `vision_config`.
+_TOWER_FIELDS = {
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_layers": "depth",
+    "vision_heads": "num_heads",
+    "vision_mlp": "intermediate_size",
+    "window_size": "window_size",
+    "full_attention_layers": "fullatt_block_indexes",
+}
 _TOWER = "model.visual"
 _BLOCK = f"{_TOWER}.blocks.{{}}"
 _INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
@@ -66,13 +77,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     hf_config.require(tower, out_hidden_size=language["width"])
     return {
         "family": "qwen2_5_vl",
-        "patch_size": tower["patch_size"],
-        "vision_width": tower["hidden_size"],
-        "vision_layers": tower["depth"],
-        "vision_heads": tower["num_heads"],
-        "vision_mlp": tower["intermediate_size"],
-        "window_size": tower["window_size"],
-        "full_attention_layers": list(tower["fullatt_block_indexes"]),
+        **{name: tower[theirs] for name, theirs in _TOWER_FIELDS.items()},
         **language,
         "mrope_section": list(text["rope_parameters"]["mrope_section"]),
         "qkv_bias": True,
@@ -129,33 +134,22 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return (image_processor,)
 
 
-def image_token(config: Mapping[str, Any]) -> int:
-    """The id that config.json gives image tokens."""
-    return config["image_token_id"]
-
-
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
     """config.json of a model that came from no checkpoint; `ids` as in `formats.hf`."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "image_token_id": ids["image"],
+        IMAGE_TOKEN: ids["image"],
         # transformers 4 looks for images behind this token alone.
         "vision_start_token_id": ids["before_image"],
         "tie_word_embeddings": fields["tied_embeddings"],
         "vision_config": {
             "model_type": "qwen2_5_vl",
             "hidden_act": "silu",
-            "depth": fields["vision_layers"],
-            "hidden_size": fields["vision_width"],
-            "intermediate_size": fields["vision_mlp"],
-            "num_heads": fields["vision_heads"],
+            **{theirs: fields[name] for name, theirs in _TOWER_FIELDS.items()},
             "out_hidden_size": fields["width"],
-            "patch_size": fields["patch_size"],
             "spatial_merge_size": MERGE,
             "temporal_patch_size": FRAMES,
-            "window_size": fields["window_size"],
-            "fullatt_block_indexes": list(fields["full_attention_layers"]),
         },
         "text_config": {
             "model_type": "qwen2_5_vl_text",
