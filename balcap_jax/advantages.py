@@ -10,7 +10,7 @@ For prompt i, sample j, objective k, with means and standard deviations over the
     RLOO          A(i,j)   = (R(i,j) - mean_j R(i,.)) n / (n - 1),  n valid members
 
 The "c" of BalCapRL's c-GDPO stands for continuous rewards (fractions and judge scores in place of GDPO's 0/1 rewards).
-The arithmetic is GDPO's, so the two names are one computation here. What continuous rewards change is the weight of
+The arithmetic is GDPO's, so the two names are one computation here. Continuous rewards only change the weight of
 `eps_group`: it is a noise gate, and a column whose spread is well below it contributes almost nothing.
 
 GDPO: arXiv 2601.05242. BalCapRL: arXiv 2605.07394. Dr.GRPO: arXiv 2503.20783. RLOO: arXiv 2402.14740.
@@ -91,8 +91,8 @@ def compute(
 
     Missing values. In the GDPO family an entry that is missing leaves only its own column's mean and standard deviation
     and contributes 0; a member counts in the batch step if any objective of non-zero weight has a score. The other
-    estimators need the weighted sum of rewards, and a sum with a term left out is a lower reward that nobody gave:
-    a member that misses any objective of non-zero weight is left out of its group and gets advantage 0.
+    estimators need the weighted sum of rewards, and a sum without one of its terms is a lower reward that nobody gave:
+    a member that misses any objective of non-zero weight leaves its group and gets advantage 0.
 
     A column with fewer than two valid members, or without spread, contributes exactly 0.
 

@@ -267,9 +267,8 @@ def decode(
         return block.apply({"params": weights}, x, attended, method="output"), (k, v)
 
     x, (keys, values) = jax.lax.scan(layer, x[:, :, None], (params["layers"], prefix.keys, prefix.values, *branch))
-    branch = Branch(
-        *map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0, t, 0)), branch, (keys, values))
-    )
+    at = (0, 0, 0, 0, t, 0)
+    branch = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), branch, Branch(keys, values))
     return _final_norm(config, params, x[:, :, 0]), branch
 
 

@@ -60,16 +60,11 @@ class PromptProcessor:
 
     def encode_responses(self, responses: Sequence[Sequence[str]], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Target texts [B][G] to tokens [B, G, R] with the end token, cut at R, and their mask."""
+        texts = [self.without_special_tokens(text) for group in responses for text in group]
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        tokens, mask = self._padded([[*row, self.tokenizer.eos_token_id][:max_tokens] for row in rows], max_tokens)
         shape = (len(responses), len(responses[0]), max_tokens)
-        tokens = np.full(shape, self.tokenizer.pad_token_id, np.int32)
-        mask = np.zeros(shape, bool)
-        for row, group in enumerate(responses):
-            for column, text in enumerate(group):
-                ids = self.tokenizer.encode(self.without_special_tokens(text), add_special_tokens=False)
-                ids = [*ids, self.tokenizer.eos_token_id][:max_tokens]
-                tokens[row, column, : len(ids)] = ids
-                mask[row, column, : len(ids)] = True
-        return tokens, mask
+        return tokens.reshape(shape), mask.reshape(shape)
 
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Tokens [..., R] to a flat list of texts, each up to its first end token, without special tokens."""
@@ -93,13 +88,8 @@ class PromptProcessor:
           PromptTooLong: a prompt needs more than P tokens.
           UserError: it is no Unicode text, or does not hold as many image tokens as it should.
         """
-        tokens = np.full((len(prompts), self.prompt_tokens), self.tokenizer.pad_token_id, np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for row, (name, instruction, count) in enumerate(zip(ids, prompts, image_tokens, strict=True)):
-            encoded = self._encode(instruction, count, name)
-            tokens[row, : len(encoded)] = encoded
-            mask[row, : len(encoded)] = True
-        return tokens, mask
+        encoded = [self._encode(*prompt) for prompt in zip(prompts, image_tokens, ids, strict=True)]
+        return self._padded(encoded, self.prompt_tokens)
 
     def without_image(self, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
         """Prompts of text alone, for a policy whose tower does not run; `images` [B, 0] holds nothing.
@@ -124,6 +114,13 @@ class PromptProcessor:
         added = self.tokenizer.added_tokens_decoder.items()
         added = (token.content for i, token in added if token.special or i in self.end_tokens)
         return tuple(dict.fromkeys([self.image_token, *self.tokenizer.all_special_tokens, *added]))
+
+    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of rows to an int32 array [rows, length] and its mask."""
+        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int32)
+        mask = np.arange(length) < np.array([len(row) for row in rows], int)[:, None]
+        tokens[mask] = [token for row in rows for token in row]
+        return tokens, mask
 
     def _encode(self, instruction: str, image_tokens: int, name: str) -> list[int]:
         try:

@@ -6,7 +6,7 @@ All processes run the same command. The environment says which of them this one 
     BALCAP_DISTRIBUTED=1                                                      JAX finds out: TPU, Slurm, Kubernetes, MPI
     neither                                                                   one process
 
-Everything that crosses between processes is a program on the devices, launched by all of them in the same order. Host
+Only programs on the devices exchange data between processes, and all processes launch them in the same order. Host
 values (sizes, signals, judged captions) go the same way, through `all_gather`.
 """
 
@@ -54,10 +54,10 @@ _GO_ON = "the same command, started again in all processes, goes on from the new
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Joins the processes for the block, and lets them leave together.
+    """Joins the processes for the block; they leave together.
 
-    With several processes an error ends this process at once, with one line that says so: waiting for the others in
-    good order would hang, since they may be in the middle of a step or gone.
+    With several processes an error ends this process at once, with one line that says so. An orderly wait for the
+    others would hang, since they may be in the middle of a step or gone.
 
     Raises:
       UserError: the environment is wrong, a process cannot be reached, or the all-reduce over all devices is wrong.

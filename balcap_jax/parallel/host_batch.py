@@ -30,6 +30,7 @@ class Rows:
             held[rows] |= device.process_index == me
         self.held = np.flatnonzero(held)
         self._owned = [np.flatnonzero(owner == process) for process in range(processes)]
+        self._order = np.argsort(np.concatenate(self._owned))  # of gathered rows
         self.own = np.searchsorted(self.held, self._owned[me])
 
     def put(self, tree: Any) -> Any:
@@ -68,17 +69,15 @@ class Rows:
         if len(self._owned) == 1:
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        by_process = distributed.all_gather(leaves)
-        order = np.argsort(np.concatenate(self._owned))
-        whole = [np.concatenate(parts)[order] for parts in zip(*by_process, strict=True)]
-        return jax.tree.unflatten(structure, whole)
+        by_leaf = zip(*distributed.all_gather(leaves), strict=True)
+        return jax.tree.unflatten(structure, [np.concatenate(parts)[self._order] for parts in by_leaf])
 
     def gather_list(self, items: Sequence[Any]) -> list[Any]:
         """The same for a list of o objects, such as records with text: all B of them in the batch's order."""
         if len(self._owned) == 1:
             return list(items)
         gathered = [item for part in distributed.all_gather(list(items)) for item in part]
-        return [gathered[place] for place in np.argsort(np.concatenate(self._owned))]
+        return [gathered[place] for place in self._order]
 
 
 def take(columns: Mapping[str, Any], indices: np.ndarray) -> dict[str, Any]:

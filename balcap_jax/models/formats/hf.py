@@ -55,14 +55,14 @@ _NAMED = 3  # tensors that an error names; it counts the others
 
 
 class Form(NamedTuple):
-    """A layout: `to_ours(array, shape)` and its inverse `to_hf(array)`, both only transposing and reshaping."""
+    """A layout: `to_ours(array, shape)` and its inverse `to_hf(array)`; both only transpose and reshape."""
 
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
     to_hf: Callable[[np.ndarray], np.ndarray]
 
 
 def linear(inputs: int = 1) -> Form:
-    """[out, in] of torch's Linear to a Dense kernel whose first `inputs` axes are read: [in, out] or [N, H, D]."""
+    """[out, in] of torch's Linear to a Dense kernel that contracts its first `inputs` axes: [in, out] or [N, H, D]."""
     return Form(
         lambda array, shape: array.T.reshape(shape),
         lambda array: array.reshape(math.prod(array.shape[:inputs]), -1).T,
@@ -86,10 +86,10 @@ def patches(*order: int, split: Callable[[Shape], Shape]) -> Form:
 class Row:
     """One parameter and its tensor.
 
-    `name`: the tensor; `{}` stands for the layer. Rows of one name and different paths share out the layers in the
-    order of the rows. `part` (i, n): the parameter is piece i of the tensor's first axis cut in n.
-    `fill`: (value, path of a parameter of the same shape) for a tensor that transformers wants and we do without.
-    `repeats`: the tensor that this one may be a copy of in a checkpoint whose model lacks the parameter.
+    `name`: the tensor; `{}` stands for the layer. Rows of one name and different paths divide the layers in order.
+    `part` (i, n): the parameter is piece i of the tensor's first axis cut in n.
+    `fill`: (value, path of a parameter of the same shape) for a tensor that transformers needs and we do not.
+    `repeats`: the tensor that this one may copy in a checkpoint whose model lacks the parameter.
     """
 
     name: str
@@ -126,7 +126,7 @@ def decoder_rows(name: str) -> tuple[Row, ...]:
 
 
 class Piece(NamedTuple):
-    """Layer `layer` of parameter `path` (the whole of it if None), of `shape`, is a part of a tensor by `row`."""
+    """A part of a tensor, by `row`: layer `layer` of parameter `path` (all of it if None), of `shape`."""
 
     row: Row
     path: str
@@ -198,7 +198,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[ModuleType, dict[str, Any], dict[str, Any]]:
-    """(family, config group `model`, complete config) of a checkpoint directory; weights are not looked at.
+    """(family, config group `model`, complete config) of a checkpoint directory, without a look at its weights.
 
     Raises:
       UserError: config.json is missing, torn, or describes a model that no family can be.
@@ -240,7 +240,7 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
 
 
 def read_processors(directory: Path) -> dict[Path, dict[str, Any]]:
-    """{file: settings of the image processor that are set} of the files that are there."""
+    """{file: settings of the image processor that are not null} of the files that exist."""
     processors = {}
     for path in (directory / name for name in PROCESSORS if (directory / name).exists()):
         content = read_json_object(path, _DOWNLOAD_AGAIN)
@@ -264,7 +264,7 @@ def _check_layers(config: Mapping[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an exception that tells most: validators of transformers put the field and the cause on two."""
+    """The most telling line of an exception: validators of transformers put the field and the cause on two lines."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return ": ".join(line.rstrip(":") for line in lines[:2]) or type(error).__name__
 
@@ -293,7 +293,7 @@ def is_constant(name: str, shape: Shape) -> bool:
 
 
 def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
-    """The name with the first prefix that fits exchanged."""
+    """The name with its first matching prefix replaced."""
     for old, new in renames:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -304,11 +304,11 @@ def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
 
 
 def check(checkpoint: Checkpoint, shapes: Shapes, *, cast: bool) -> dict[str, list[Piece]]:
-    """The plan of a checkpoint for parameters of `shapes`, checked against its tensors before a number is read.
+    """The plan of a checkpoint for parameters of `shapes`, checked against its tensors' headers.
 
     Raises:
-      UserError: tensors that are missing, too many, of another shape, or, unless they will be `cast`, layers of one
-        parameter that differ in type. Names them and their files.
+      UserError: tensors that are missing, too many, of another shape, or, without `cast`, layers of one parameter that
+        differ in type. It names them and their files.
     """
     tensors, directory = checkpoint.tensors, checkpoint.directory
     pieces = plan(checkpoint.family.TABLE, shapes)
@@ -389,12 +389,12 @@ def new_tensors(
     names: Mapping[str, str],
     dtype: np.dtype | None = None,
 ) -> list[NewTensor]:
-    """The tensors of a checkpoint of our parameters, each made only when it is written.
+    """The tensors of a checkpoint of our parameters; each array is made at the time of its write.
 
     Args:
       shapes, dtypes: {parameter: shape, type}.
       read: gives (parameter, layer or None)'s array.
-      names: {name in the module: name to write} of the source, in its order; {} takes those of published checkpoints.
+      names: {name in the module: name to write} of the source, in its order; {} means those of published checkpoints.
       dtype: writes this type instead of the parameters' own.
     """
     pieces = plan(family.TABLE, shapes)
@@ -420,7 +420,7 @@ def new_tensors(
 
 
 def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[str, Any]) -> None:
-    """Raises UserError unless `names` has a name for every tensor, and only such as stand for that tensor in a file."""
+    """Raises UserError unless `names` has a name for every tensor, and only names of that tensor in a file."""
     copies = copies_in(family, names, pieces)
     beyond = [name for name in names if name not in pieces and name not in copies]
     other = [written for name, written in names.items() if rename(written, family.RENAMES) != name]
@@ -437,5 +437,5 @@ def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[s
 
 def _assemble(pieces: list[Piece], read: Callable[[str, int | None], np.ndarray], dtype: np.dtype) -> np.ndarray:
     arrays = [piece.row.form.to_hf(read(piece.path, piece.layer)) for piece in pieces]
-    with np.errstate(over="ignore"):  # Who writes it refuses infinity.
+    with np.errstate(over="ignore"):  # `write_directory` refuses infinity.
         return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).astype(dtype, copy=False)

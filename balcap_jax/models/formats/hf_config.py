@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
+
 # Our fields of the decoder and those of `text_config`.
 _DECODER_FIELDS = {
     "width": "hidden_size",
@@ -31,7 +33,7 @@ def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require(config: Mapping[str, Any], **wanted: Any) -> None:
-    """Raises ValueError naming the first entry of a configuration that has another value (a tuple lists several)."""
+    """Raises ValueError that names the first entry with another value; a tuple lists several allowed ones."""
     for key, value in wanted.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if config.get(key) not in allowed:
@@ -39,31 +41,31 @@ def require(config: Mapping[str, Any], **wanted: Any) -> None:
 
 
 def require_sizes(config: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError naming the first entry that is no whole number above 0."""
+    """Raises ValueError that names the first entry that is no whole number above 0."""
     for name in names:
         if type(config.get(name)) is not int or config[name] < 1:
             raise ValueError(f"{name} is {config.get(name)!r}, it must be a whole number above 0")
 
 
 def require_processor(processor: Mapping[str, Any], *, kind: str, mean: np.ndarray, std: np.ndarray) -> None:
-    """Raises ValueError unless an image processor does what ours do; what its file leaves out it does by default.
+    """Raises ValueError unless an image processor does what ours do; missing settings have the right defaults.
 
-    `kind` begins the name of its class; `mean` and `std` [3] are those of the pixels.
+    The name of its class must begin with `kind`. `mean` and `std` [3] are those of the pixels.
     """
-    named = processor.get("image_processor_type", kind)
-    if not isinstance(named, str) or not named.startswith(kind):
-        raise ValueError(f"image_processor_type is {named!r}, only {kind} is built")
+    name = processor.get("image_processor_type", kind)
+    if not isinstance(name, str) or not name.startswith(kind):
+        raise ValueError(f"image_processor_type is {name!r}, only {kind} is built")
     for step in ("do_resize", "do_rescale", "do_normalize"):
         require(processor, **{step: (True, None)})
     require(processor, resample=(3, None), do_pad=(False, None))  # 3: bicubic
-    for key, wanted in (("rescale_factor", 1 / 255), ("image_mean", mean), ("image_std", std)):
-        value = processor.get(key, wanted)
+    for key, expected in (("rescale_factor", 1 / 255), ("image_mean", mean), ("image_std", std)):
+        value = processor.get(key, expected)
         try:
-            same = np.shape(value) == np.shape(wanted) and np.allclose(value, wanted, 1e-5, 0)
+            same = np.shape(value) == np.shape(expected) and np.allclose(value, expected, 1e-5, 0)
         except (TypeError, ValueError):  # no numbers
             same = False
         if not same:
-            raise ValueError(f"{key} is {value!r}, only {', '.join(f'{x:.6g}' for x in np.ravel(wanted))} is built")
+            raise ValueError(f"{key} is {value!r}, only {', '.join(f'{x:.6g}' for x in np.ravel(expected))} is built")
 
 
 def text_config(fields: Mapping[str, Any], ids: Mapping[str, int], **rope: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def save(
     *,
     source: str | os.PathLike = "",
 ) -> Path:
-    """Writes a model directory that `load` reads; an existing one is replaced only once the new one is complete.
+    """Writes a model directory that `load` reads; it replaces an existing one only once it is complete.
 
     `source` is the directory that the model came from, if any: the new directory carries on what it holds for export.
 
@@ -166,8 +166,8 @@ def load(
 
     Args:
       path_or_name: the directory.
-      mesh: places every parameter straight onto it, by `sharding.PARAMETER_AXES`; the host holds one at a time.
-      param_dtype: type of the parameters; None = as they are stored.
+      mesh: the devices for every parameter, by `sharding.PARAMETER_AXES`; the host holds one parameter at a time.
+      param_dtype: type of the parameters; None = that on the disk.
       overrides: fields of the config group `model` to change, for example dtype="bfloat16" or prompt_tokens=64.
 
     Returns:
@@ -203,9 +203,9 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
       UserError: a field is missing, or the tokenizer cannot be read or does not fit.
     """
     tokenizer = read_tokenizer(path)
-    for what, word in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
-        if word is None:
-            raise UserError(f"the tokenizer at {path} names no {what} token; copy its files there again")
+    for kind, token in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if token is None:
+            raise UserError(f"the tokenizer at {path} names no {kind} token; copy its files there again")
     words = len(tokenizer)
     vocab = fields.get("vocab") or words
     if words > vocab:
@@ -226,7 +226,7 @@ def _end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
     transformers looks for `eos_token_id` in the same files. Checkpoints and our models alike carry them.
 
     Raises:
-      UserError: one of the files is torn, or what it names are not ids below `vocab`.
+      UserError: one of the files is torn, or does not name ids below `vocab`.
     """
     for path in (directory / GENERATION, directory / hf.CONFIG):
         content = read_json_object(path, _COPY_AGAIN) if path.is_file() else {}
@@ -258,7 +258,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        _ = tokenizer.all_special_ids  # A damaged one looks for its unknown word for ever.
+        _ = tokenizer.all_special_ids  # A damaged tokenizer searches its unknown word for ever.
         return tokenizer
     except Exception as error:  # tokenizers raises nothing more special
         reason = shown(error, str) or type(error).__name__
@@ -293,10 +293,10 @@ def open_checkpoint(directory: Path) -> hf.Checkpoint:
 
 def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
     """Raises UserError when config.json and the tokenizer disagree on which token stands for the image."""
-    wanted = checkpoint.config[checkpoint.family.IMAGE_TOKEN]
-    if wanted != policy.image_token:
+    image_token = checkpoint.config[checkpoint.family.IMAGE_TOKEN]
+    if image_token != policy.image_token:
         raise UserError(
-            f"{checkpoint.directory / hf.CONFIG} calls token {wanted} the image's, the tokenizer's is "
+            f"{checkpoint.directory / hf.CONFIG} calls token {image_token} the image's, the tokenizer's is "
             f"{policy.image_token}; put the tokenizer there that belongs to it"
         )
 
@@ -350,12 +350,9 @@ def _read_checkpoint(checkpoint: hf.Checkpoint, like: Params, shardings: Any, dt
     for name, entries in itertools.groupby(hf.read_arrays(checkpoint, pieces), key=lambda entry: entry[0]):
         stack = None
         for _, layer, array in entries:
-            if layer is None:
-                stack = array.astype(dtype or array.dtype)
-                continue
             if stack is None:
                 stack = np.empty(shapes[name], dtype or array.dtype)
-            stack[layer] = array
+            stack[... if layer is None else layer] = array
         if places is None:
             arrays[name] = jax.numpy.asarray(stack)
         else:

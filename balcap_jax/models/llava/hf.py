@@ -38,7 +38,6 @@ _TOWER = "model.vision_tower"
 _PROJECTOR = "model.multi_modal_projector"
 # The sizes of a CLIP processor whose file names none.
 _CLIP_SIZES = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-_INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
 
 
 def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -102,12 +101,12 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "keep_unused": True,
         **hf_config.decoder_fields(config),
         "template": VICUNA_TEMPLATE,
-        "prompt_tokens": image_tokens + _INSTRUCTION_TOKENS,
+        "prompt_tokens": image_tokens + hf_config.INSTRUCTION_TOKENS,
     }
 
 
 def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """No field: CLIP's image processor is built as it is. Raises ValueError for one that does something else."""
+    """{}, as CLIP's image processor has no free setting. Raises ValueError for one that does something else."""
     hf_config.require_processor(processor, kind="CLIPImageProcessor", mean=PIXEL_MEAN, std=PIXEL_STD)
     side = fields["image_size"]
     processor = _CLIP_SIZES | dict(processor)
@@ -141,7 +140,7 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
     """config.json of a model that came from no checkpoint; `ids` as in `formats.hf`.
 
-    Layers behind `feature_layer` that have no parameters are left out: the features are then those of the last one.
+    It leaves out layers behind `feature_layer` that have no parameters: the features are then those of the last layer.
     """
     layer, layers = fields["feature_layer"], fields["vision_layers"]
     if not fields.get("keep_unused"):

@@ -37,7 +37,6 @@ _TOWER_FIELDS = {
 }
 _TOWER = "model.visual"
 _BLOCK = f"{_TOWER}.blocks.{{}}"
-_INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
 _MIN_IMAGE_TOKENS, _IMAGE_TOKENS = DEFAULTS["min_image_tokens"], DEFAULTS["max_image_tokens"]
 
 
@@ -47,17 +46,16 @@ def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[0], 3, side, side, shape[2]
 
 
-def _qkv() -> tuple[Row, ...]:
-    """Queries, keys and values are one matrix there and three here."""
-    rows = [(row, (i, 3)) for i, x in enumerate("qkv") for row in dense(f"{_BLOCK}.attn.qkv", f"vision/layers/{x}")]
-    return tuple(dataclasses.replace(row, part=part) for row, part in rows)
-
-
 TABLE = (
     # [width, channel, frame, row, column]
     Row(f"{_TOWER}.patch_embed.proj.weight", "vision/patch/kernel", patches(2, 1, 3, 4, 0, split=_split_patch)),
     Row(f"{_BLOCK}.norm1.weight", "vision/layers/attention_norm/scale", VECTOR),
-    *_qkv(),
+    # Queries, keys and values are one matrix there and three here.
+    *(
+        dataclasses.replace(row, part=(i, 3))
+        for i, x in enumerate("qkv")
+        for row in dense(f"{_BLOCK}.attn.qkv", f"vision/layers/{x}")
+    ),
     *dense(f"{_BLOCK}.attn.proj", "vision/layers/o", inputs=2),
     Row(f"{_BLOCK}.norm2.weight", "vision/layers/mlp_norm/scale", VECTOR),
     *(row for x in ("gate", "up", "down") for row in dense(f"{_BLOCK}.mlp.{x}_proj", f"vision/layers/{x}")),
@@ -82,7 +80,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "mrope_section": list(text["rope_parameters"]["mrope_section"]),
         "qkv_bias": True,
         "template": CHATML_TEMPLATE,
-        "prompt_tokens": _IMAGE_TOKENS + _INSTRUCTION_TOKENS,
+        "prompt_tokens": _IMAGE_TOKENS + hf_config.INSTRUCTION_TOKENS,
     }
 
 
@@ -113,7 +111,7 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
             f"max_pixels, {bounds['max_pixels']}, is less than the {least} tokens of {token} pixels of min_pixels"
         )
     most = min(most, max(least, _IMAGE_TOKENS))
-    return {"min_image_tokens": least, "max_image_tokens": most, "prompt_tokens": most + _INSTRUCTION_TOKENS}
+    return {"min_image_tokens": least, "max_image_tokens": most, "prompt_tokens": most + hf_config.INSTRUCTION_TOKENS}
 
 
 def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
