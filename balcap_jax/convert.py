@@ -77,7 +77,7 @@ def from_hf(
     loading.check_image_token(checkpoint, policy)
     shapes = loading.flat_shapes(jax.eval_shape(policy.init, jax.random.key(0)))
     pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
-    types = hf.types(checkpoint, pieces)
+    types = {piece.path: checkpoint.tensors[name].dtype for name, parts in pieces.items() for piece in parts}
     if dtype is not None:
         types = dict.fromkeys(types, DTYPES[dtype])
     total = sum(math.prod(shape) * types[path].itemsize for path, shape in shapes.items())

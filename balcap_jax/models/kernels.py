@@ -124,9 +124,8 @@ def _splash(
 
     def attend(q, k, v, q_segments, k_segments):
         kernel = _kernel(q.shape[2], q.shape[3], k.shape[3], offset, sharding.platform() != "tpu")
-        segment_ids = _library().SegmentIds(q_segments, k_segments)
-        over_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        return jax.vmap(over_group)(q, k, v, segment_ids)
+        over_group = jax.vmap(kernel, in_axes=(0, 0, 0, None, None))
+        return jax.vmap(over_group)(q, k, v, q_segments, k_segments)
 
     # The partitioner cannot split a kernel, so each device gets its part explicitly.
     arrays = (q, k, v, q_segments, k_segments)
@@ -134,25 +133,20 @@ def _splash(
     return split(*arrays).swapaxes(2, 3)
 
 
-def _library():
-    # The import is here because it takes a second, and other machines have no use for it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-
-    return splash_attention_kernel
-
-
 @functools.cache
 def _kernel(heads: int, queries: int, keys: int, offset: int, interpret: bool):
+    # The imports are here because they take a second, and other machines have no use for them.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    library = _library()
     rows, columns = _block(queries), _block(keys)
     of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows)
     of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
     sizes = library.BlockSizes(**of_queries, **dict.fromkeys(of_keys, columns))
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset) for _ in range(heads)])
     with jax.ensure_compile_time_eval():  # Its tables are constants, not values of the program being traced.
-        return library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        kernel = library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return lambda q, k, v, q_segments, k_segments: kernel(q, k, v, library.SegmentIds(q_segments, k_segments))
 
 
 def _block(length: int) -> int:

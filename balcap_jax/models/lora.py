@@ -97,12 +97,10 @@ def dense_layers(params: Params) -> tuple[list[str], list[str]]:
     dense, others = [], []
     for path in flax.traverse_util.flatten_dict(params, sep="/"):
         layer, _, leaf = path.rpartition("/")
-        if layer.startswith("vision/patch"):
+        if leaf == "scale" or layer.startswith("vision/patch"):
             others.append(layer)
         elif leaf == "kernel":
             dense.append(layer)
-        elif leaf == "scale":
-            others.append(layer)
         elif leaf not in ("bias", *ADAPTERS):
             others.append(path)
     return dense, others

@@ -114,13 +114,9 @@ class VisionLanguagePolicy:
             values = decoder.logits(self.decoder, output, hidden)
             return constrain(values, "output_rows", *(None,) * (values.ndim - 2), "output_vocab")
 
+        chunk = self.logits_chunk * batch_parts()
         return chunked_log_probs(
-            hidden,
-            logits,
-            responses,
-            chunk=self.logits_chunk * batch_parts(),
-            temperature=temperature,
-            forbidden=self._forbidden,
+            hidden, logits, responses, chunk=chunk, temperature=temperature, forbidden=self._forbidden
         )
 
     @property

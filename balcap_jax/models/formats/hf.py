@@ -182,8 +182,7 @@ def _some(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint directory: its tensors by their names in the modules of transformers, and its configuration."""
 
     directory: Path
@@ -348,11 +347,6 @@ def copies_in(family: ModuleType, names: Iterable[str], pieces: Mapping[str, Any
     """{tensor: the one that it repeats} of those `names` that no parameter stands for; see `Row.repeats`."""
     repeats = {row.name: row.repeats for row in family.TABLE if row.repeats}
     return {name: repeats[name] for name in names if name in repeats and name not in pieces}
-
-
-def types(checkpoint: Checkpoint, pieces: Mapping[str, list[Piece]]) -> dict[str, np.dtype]:
-    """{parameter: type} as the checkpoint holds them."""
-    return {piece.path: checkpoint.tensors[name].dtype for name, parts in pieces.items() for piece in parts}
 
 
 def read_arrays(

@@ -72,16 +72,11 @@ class Qwen25VLProcessor(PromptProcessor):
         """One image, without the B axis."""
         c = self.vision
         picture = self._narrow_enough(Image.fromarray(image).convert("RGB"), name)
-        factor = MERGE * c.patch_size
-        rows, columns = grid_of(
-            picture.height,
-            picture.width,
-            factor=factor,
-            min_tokens=self.min_image_tokens,
-            max_tokens=c.max_image_tokens,
-        )
+        factor, most = MERGE * c.patch_size, c.max_image_tokens
+        height, width = picture.height, picture.width
+        rows, columns = grid_of(height, width, factor=factor, min_tokens=self.min_image_tokens, max_tokens=most)
         resized = picture.resize((columns * factor, rows * factor), Image.Resampling.BICUBIC)
-        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=c.max_image_tokens)
+        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=most)
         patches = np.where(
             where.mask[..., None], patches_of(np.asarray(resized), c.patch_size)[where.slot], np.uint8(0)
         )
