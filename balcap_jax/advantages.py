@@ -10,7 +10,7 @@ For prompt i, sample j, objective k, with means and standard deviations over the
     RLOO          A(i,j)   = (R(i,j) - mean_j R(i,.)) n / (n - 1),  n valid members
 
 The "c" of BalCapRL's c-GDPO stands for continuous rewards (fractions and judge scores in place of GDPO's 0/1 rewards).
-The arithmetic is GDPO's, so the two names are one computation here. What continuous rewards change is the weight of
+The arithmetic is GDPO's, so the two names are one computation here. Continuous rewards only change the weight of
 `eps_group`: it is a noise gate, and a column whose spread is well below it contributes almost nothing.
 
 GDPO: arXiv 2601.05242. BalCapRL: arXiv 2605.07394. Dr.GRPO: arXiv 2503.20783. RLOO: arXiv 2402.14740.
@@ -31,11 +31,16 @@ class Advantages(NamedTuple):
     """`combined` [B, G]; `per_objective` [B, G, K] before weights and batch step; `stats` {name: (sum, count)}.
 
     Without the batch step `combined = sum_k weights[k] * per_objective[..., k]` for every estimator.
+
+    `contributes` [B, G] bool: the members that have an advantage, 0 or not. All others have advantage 0, because they
+    are excluded or because a score is missing. The loss leaves them out of its denominator: a judge that failed must
+    not scale the members that it did score.
     """
 
     combined: jax.Array
     per_objective: jax.Array
     stats: dict[str, tuple[jax.Array, jax.Array]]
+    contributes: jax.Array
 
 
 def length_gate(generated, reference, low: float, high: float) -> jax.Array:
@@ -52,6 +57,7 @@ def length_gate(generated, reference, low: float, high: float) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("estimator", "batch_norm", "ddof", "names"))
+@jax.named_scope("advantages")
 def compute(
     rewards,
     *,
@@ -66,11 +72,11 @@ def compute(
     ddof: int = 1,
     names: tuple[str, ...] | None = None,
 ) -> Advantages:
-    """Advantages of every sample in its group; the same numbers however B is sharded, and no gradient through them.
+    """Advantages of every sample in its group. They do not depend on the sharding of B and pass no gradient.
 
     Args:
       rewards: [B, G, K], used as float32.
-      weights: [K]; multiply normalised advantages (GDPO family) or rewards (the others).
+      weights: [K]; they multiply normalised advantages (GDPO family) or rewards (the others).
       valid: [B, G, K] bool; False = the judge gave no score. Such an entry may hold anything, NaN included. A
         non-finite reward that claims to be valid is treated as missing too, and counted in the stats.
       gate: [B, G, K] in {0, 1}; multiplies the raw reward, so that a gated member stays in its group with reward 0.
@@ -85,8 +91,8 @@ def compute(
 
     Missing values. In the GDPO family an entry that is missing leaves only its own column's mean and standard deviation
     and contributes 0; a member counts in the batch step if any objective of non-zero weight has a score. The other
-    estimators need the weighted sum of rewards, and a sum with a term left out is a lower reward that nobody gave:
-    a member that misses any objective of non-zero weight is left out of its group and gets advantage 0.
+    estimators need the weighted sum of rewards, and a sum without one of its terms is a lower reward that nobody gave:
+    a member that misses any objective of non-zero weight leaves its group and gets advantage 0.
 
     A column with fewer than two valid members, or without spread, contributes exactly 0.
 
@@ -96,18 +102,23 @@ def compute(
     rewards, weights = jnp.asarray(rewards, jnp.float32), jnp.asarray(weights, jnp.float32)
     _check(rewards, weights, valid, gate, member_valid, estimator, batch_norm, ddof, names)
     B, G, K = rewards.shape
-    taking_part = jnp.ones((B, G), bool) if member_valid is None else jnp.asarray(member_valid, bool)
-    members = counted(rewards, weights=weights, valid=valid, member_valid=member_valid, estimator=estimator)
-    scored = taking_part[..., None] & (jnp.ones((B, G, K), bool) if valid is None else jnp.asarray(valid, bool))
-    valid = scored & jnp.isfinite(rewards)
+    member_mask = jnp.ones((B, G), bool) if member_valid is None else jnp.asarray(member_valid, bool)
+    has_score = jnp.ones((B, G, K), bool) if valid is None else jnp.asarray(valid, bool)
+    is_usable = jnp.isfinite(rewards) & has_score
+    # An objective of weight 0 is only watched: its score makes no member count, and its failure leaves none out.
+    weighted = weights != 0
+    contributes = (is_usable & weighted).any(-1) if estimator in GDPO_FAMILY else (is_usable | ~weighted).all(-1)
+    contributes = contributes & member_mask
+    has_score = member_mask[..., None] & has_score
+    valid = has_score & jnp.isfinite(rewards)
     gate = jnp.ones((B, G, K), jnp.float32) if gate is None else jnp.asarray(gate, jnp.float32)
-    used = valid if estimator in GDPO_FAMILY else valid & members[..., None]
+    in_statistics = valid if estimator in GDPO_FAMILY else valid & contributes[..., None]
 
-    centred, std, count = _centre(rewards * gate, used, ddof)
+    centred, std, count = _centre(rewards * gate, in_statistics, ddof)
     if estimator in GDPO_FAMILY:
         per_objective = _divide(centred, std + eps_group)
     elif estimator == "grpo":
-        total_std = _std(_weighted_sum(centred, weights), members, ddof)
+        total_std = _std(_weighted_sum(centred, weights), contributes, ddof)
         per_objective = _divide(centred, total_std[..., None] + eps_group)
     elif estimator == "rloo":
         per_objective = centred * _divide(count, count - 1)
@@ -117,31 +128,18 @@ def compute(
     combined = _weighted_sum(per_objective, weights)
     # Eq 6 subtracts the batch mean. Every column is centred within its group, so this mean is 0 in exact arithmetic;
     # subtracting its fp32 residue would only move groups without a signal off their exact 0.
-    batch_std = _std(combined.reshape(1, B * G), members.reshape(1, B * G), ddof)
-    stats = _stats(per_objective, weights, taking_part, scored, valid, gate, std, count, batch_std, names)
+    batch_std = _std(combined.reshape(1, B * G), contributes.reshape(1, B * G), ddof)
+    stats = _stats(per_objective, weights, member_mask, has_score, valid, gate, std, count, batch_std, names)
     if estimator in GDPO_FAMILY and batch_norm == "sequence":
         combined = _divide(combined, batch_std + eps_batch)
-    combined = jnp.where(members, combined, 0.0)
-    return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats))
-
-
-def counted(rewards, *, weights, valid=None, member_valid=None, estimator: str = "c_gdpo") -> jax.Array:
-    """[B, G] bool: the members that `compute` gives an advantage, 0 or not; arguments as there.
-
-    All others have advantage 0 because they take no part or because a score is missing. The loss leaves them out of its
-    denominator: a judge that failed must not scale the members that it did score.
-    """
-    valid = jnp.isfinite(rewards) & (True if valid is None else jnp.asarray(valid, bool))
-    weighted = jnp.asarray(weights, jnp.float32) != 0
-    # An objective of weight 0 is only watched: its score makes no member count, and its failure leaves none out.
-    members = (valid & weighted).any(-1) if estimator in GDPO_FAMILY else (valid | ~weighted).all(-1)
-    return members if member_valid is None else members & jnp.asarray(member_valid, bool)
+    combined = jnp.where(contributes, combined, 0.0)
+    return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats, contributes))
 
 
 def _centre(rewards, valid, ddof):
     """Deviations from the group mean [B, G, K] (0 where not valid), their std and the valid count, both [B, 1, K]."""
-    # Shift by the first valid value: in fp32 the mean of eight times 0.3 is not 0.3, and a small eps would turn the
-    # residue of a constant column into an advantage. After the shift a constant column is exactly 0.
+    # The shift is by the first valid value: in fp32 the mean of eight times 0.3 is not 0.3, and a small eps would turn
+    # the residue of a constant column into an advantage. After the shift a constant column is exactly 0.
     first = jnp.take_along_axis(rewards, jnp.argmax(valid, axis=1, keepdims=True), axis=1)
     # where() before any arithmetic that mixes members: NaN * 0 is NaN.
     shifted = jnp.where(valid, rewards - first, 0.0)
@@ -165,26 +163,24 @@ def _divide(numerator, denominator):
 
 
 def _weighted_sum(values, weights):
-    """[..., K] and [K] -> [...]. Multiply and add: a dot would run in bfloat16 passes on a TPU by default."""
+    """[..., K] and [K] -> [...]. It multiplies and adds: a dot would run in bfloat16 passes on a TPU by default."""
     return (values * weights).sum(-1)
 
 
-def _stats(per_objective, weights, taking_part, scored, valid, gate, std, count, batch_std, names):
+def _stats(per_objective, weights, member_mask, has_score, valid, gate, std, count, batch_std, names):
     """(sum, count) pairs: add the pairs of several batches or shards, then divide."""
     objective_names = names or tuple(str(k) for k in range(per_objective.shape[-1]))
     usable = count[:, 0] >= 2  # [B, K]
     gated = valid & (gate == 0)
     fully_gated = valid.any(1) & (gated == valid).all(1)  # [B, K]
     share = jnp.abs(weights * per_objective)
+    members = jnp.broadcast_to(member_mask[..., None], valid.shape)
     columns = {
         # Groups in which an objective gives no signal, of those with at least two scores.
         "advantage/zero_std_frac": (usable & (std[:, 0] == 0), usable),
-        # Members that take part without a usable score, and scores that are NaN or infinite: a bug in the reward.
-        "advantage/invalid_frac": (
-            taking_part[..., None] & ~valid,
-            jnp.broadcast_to(taking_part[..., None], valid.shape),
-        ),
-        "advantage/nonfinite_frac": (scored & ~valid, scored),
+        # Members without a usable score, and scores that are NaN or infinite: a bug in the reward.
+        "advantage/invalid_frac": (members & ~valid, members),
+        "advantage/nonfinite_frac": (has_score & ~valid, has_score),
         "gate/gated_frac": (gated, valid),
         # Share of the objective in sum |w_k A_k|: what really steers the update, whatever the weights say.
         "advantage/share": (share, jnp.broadcast_to(share.sum(-1, keepdims=True), share.shape)),
@@ -194,11 +190,9 @@ def _stats(per_objective, weights, taking_part, scored, valid, gate, std, count,
         sums = [jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32) for x in pair]
         stats |= {f"{key}/{name}": (sums[0][k], sums[1][k]) for k, name in enumerate(objective_names)}
     # Groups with an objective whose every member is out of band: nothing there pulls the length back.
-    has_scores = valid.any((1, 2))
-    stats["gate/fully_gated_frac"] = (
-        fully_gated.any(-1).sum(dtype=jnp.float32),
-        has_scores.sum(dtype=jnp.float32),
-    )
+    group_has_score = valid.any((1, 2))
+    pair = fully_gated.any(-1), group_has_score
+    stats["gate/fully_gated_frac"] = tuple(mask.sum(dtype=jnp.float32) for mask in pair)
     # Already over the whole global batch, so it counts once: pairs of several batches add up to their mean deviation.
     stats["advantage/pre_norm_std"] = (batch_std[0, 0], jnp.float32(1))
     return stats

@@ -8,6 +8,7 @@ memory of its largest tensor and no more.
 """
 
 import itertools
+import math
 import os
 import string
 import sys
@@ -72,10 +73,10 @@ def from_hf(
     loading.check_image_token(checkpoint, policy)
     shapes = loading.flat_shapes(jax.eval_shape(policy.init, jax.random.key(0)))
     pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
-    types = hf.types(checkpoint, pieces)
+    types = {piece.path: checkpoint.tensors[name].dtype for name, parts in pieces.items() for piece in parts}
     if dtype is not None:
         types = dict.fromkeys(types, DTYPES[dtype])
-    total = sum(orbax.size(shapes[path], types[path]) for path in shapes)
+    total = sum(math.prod(shape) * types[path].itemsize for path, shape in shapes.items())
     with loading.written_aside(out, "the model") as aside, _progress(total, progress) as report:
         stores = orbax.create(aside / loading.PARAMS, {path: (shapes[path], types[path]) for path in shapes})
         for path, layer, array in hf.read_arrays(checkpoint, pieces):
@@ -87,8 +88,9 @@ def from_hf(
             place.write(array).result()
             report(array.nbytes)
         loading.carry_files(source, aside)
-        loading.write_names(aside, {name: tensor.name for name, tensor in checkpoint.tensors.items()})
-        loading.write_fields(aside, fields)
+        names = {name: tensor.name for name, tensor in checkpoint.tensors.items()}
+        loading.write_json(aside / loading.NAMES, names)
+        loading.write_json(aside / loading.MODEL, fields)
     return out
 
 
@@ -172,9 +174,9 @@ def _write_config(directory: Path, fields: Mapping[str, Any], policy: Policy, pr
         ids["before_image"] = next((a for a, b in itertools.pairwise(prompt) if b == policy.image_token), None)
         config = loading.CHECKPOINTS[fields["family"]].config_to_hf(fields, ids)
         config |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 4 knows the second alone.
-        _write_json(directory / loading.GENERATION, generation)
+        loading.write_json(directory / loading.GENERATION, generation)
         _write_tokenizer(directory, processor)
-    _write_json(path, config)
+    loading.write_json(path, config)
 
 
 def _write_tokenizer(directory: Path, processor: PromptProcessor) -> None:
@@ -186,7 +188,7 @@ def _write_tokenizer(directory: Path, processor: PromptProcessor) -> None:
     config["additional_special_tokens"] = config.get("extra_special_tokens", [])
     config["extra_special_tokens"] = {"image_token": processor.image_token}
     config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 gives token types too, which no model takes.
-    _write_json(path, config)
+    loading.write_json(path, config)
     (directory / "chat_template.jinja").write_text(_chat_template(processor))
 
 
@@ -207,7 +209,7 @@ def _write_processor(directory: Path, fields: Mapping[str, Any]) -> None:
             files[hf.PROCESSORS[0]] = settings
     for name, content in files.items():
         if not (directory / name).exists():
-            _write_json(directory / name, content)
+            loading.write_json(directory / name, content)
 
 
 def _needs_5(directory: Path) -> bool:
@@ -218,10 +220,6 @@ def _needs_5(directory: Path) -> bool:
     settings = read_json_object(tokenizer, _DOWNLOAD_AGAIN) if tokenizer.exists() else {}
     has_new_rope = "rope_parameters" in text and "rope_theta" not in text
     return has_new_rope or settings.get("tokenizer_class") == "TokenizersBackend"
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json_text.dumps(content, indent=2) + "\n")
 
 
 def _existing(path: str | os.PathLike, holds: str) -> Path:

@@ -1,7 +1,7 @@
-"""The policy loss: token weights, clipped surrogate, KL, and log-probs that never hold more than a chunk of logits.
+"""The policy loss: token weights, clipped surrogate, KL, and log-probs in chunks that bound the logits in memory.
 
-The loss is `sum(token_weights * per_token_loss)`. The weights are computed once over the whole global batch, so the sum
-over any split of it (micro-batches, devices) is the exact loss and its gradients simply add up.
+The loss is `sum(token_weights * per_token_loss)`. The weights come from the whole global batch at once, so the sum over
+any split of it (micro-batches, devices) is the exact loss and its gradients simply add up.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def kl_k3(log_probs, ref_log_probs, clamp: float = 20.0) -> jax.Array:
 
 
 def sampling_logits(logits, temperature=1.0, forbidden=None) -> jax.Array:
-    """Logits [..., V] of the sampling distribution in fp32: over temperature, `forbidden` [V] ids at probability 0.
+    """Logits [..., V] of the sampling distribution in fp32: divided by temperature, `forbidden` [V] ids impossible.
 
     The sampler and the loss both call this; otherwise the ratio of an on-policy step is not 1.
     """
@@ -89,12 +89,12 @@ def chunked_log_probs(
     Args:
       hidden: [..., D], any float type.
       head: kernel [D, V], or a function [..., D] -> [..., V]. A kernel is multiplied in hidden's type with fp32 sums,
-        and its gradient is summed over chunks in fp32. A function looks after both itself.
+        and the sum of its gradient over chunks is in fp32. A function looks after both itself.
       targets: [...] int token ids.
       chunk: most tokens with logits at a time, over all devices. Every chunk holds the whole leading axis, so that a
         sharded batch stays where it is; a leading axis longer than `chunk` is flattened with the others.
       temperature: > 0.
-      forbidden: [V] bool, ids that can't be sampled, or None.
+      forbidden: [V] bool, ids of probability 0, or None.
 
     Returns [...] float32. A forbidden target has a log-prob near FORBIDDEN_LOGIT and a finite gradient.
     Raises ValueError for a chunk below 1 or shapes that do not fit.
@@ -110,7 +110,7 @@ def chunked_log_probs(
         def head(hidden):
             return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    # Chunks are cut along the positions of each row, not along rows: cutting a sharded axis would put whole chunks on
+    # Chunks divide the positions of each row, not the rows: a cut through a sharded axis would put whole chunks on
     # single devices, one after the other.
     rows = targets.shape[0] if targets.ndim > 1 and targets.shape[0] <= chunk else 1
     positions = targets.size // rows

@@ -22,7 +22,7 @@ _BLOCK = 256  # tokens of a block in `categorical`; near the square root of a la
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `greedy` ignores the other three."""
+    """The sampling of responses. `top_k` 0 and `top_p` 1 mean no truncation; `greedy` ignores the other three."""
 
     group_size: int
     max_tokens: int
@@ -36,8 +36,8 @@ class Rollout(NamedTuple):
     """G responses per prompt.
 
     tokens [B, G, R] int32, padding after the end token; mask [B, G, R] bool, end token included.
-    policy_log_probs [B, G, R]: under the temperature alone, which is what the trainer recomputes; the surrogate's
-    ratio is taken against these. Both are 0 outside the mask, and equal when nothing is truncated.
+    policy_log_probs [B, G, R]: under the temperature alone, without top-k and top-p, as the trainer recomputes them.
+    They are the denominator of the surrogate's ratio, and 0 outside the mask.
     lengths [B, G] int32 tokens, end token included; truncated [B, G] bool, no end token within R.
     image_embeds [B, I, D]: so that a frozen vision tower need not run again in the update.
     """
@@ -51,7 +51,7 @@ class Rollout(NamedTuple):
 
 
 def example_keys(ids: Sequence[str]) -> np.ndarray:
-    """Stable 32-bit keys [B] of example ids: a sample depends on what is captioned, not on where in the batch it is."""
+    """Stable 32-bit keys [B] of example ids: a sample depends on its example, not on the place in the batch."""
     return np.array([zlib.crc32(name.encode()) for name in ids], np.uint32)
 
 
@@ -59,10 +59,10 @@ def example_keys(ids: Sequence[str]) -> np.ndarray:
 def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
     """The compiled rollout: `rollout(params, prompt, keys [B] uint32, seed uint32, step uint32) -> Rollout`.
 
-    The same program for the same arguments, so that an evaluation that draws as training does is not traced again. The
-    last 16 are kept, with what they have compiled when they are called, and without parameters.
+    The same arguments give the same program, so that an evaluation that samples as training does needs no new trace.
+    The cache holds the last 16, with what they have compiled when they are called, and without parameters.
 
-    Sample g of an example draws from a key made of (seed, step, example key, g) only, so it is the same on any mesh,
+    Sample g of an example depends on a key made of (seed, step, example key, g) only, so it is the same on any mesh,
     in any batch and at any batch size.
     """
 
@@ -70,9 +70,9 @@ def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
         mesh: Mesh | None, params: Params, prompt: Prompt, keys: jax.Array, seed: jax.Array, step: jax.Array
     ) -> Rollout:
         base = jax.random.fold_in(jax.random.key(seed), step)
-        of_prompt = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
+        prompt_keys = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
         members = jnp.arange(sampling.group_size)
-        branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(of_prompt)
+        branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(prompt_keys)
         return sample(policy, params, prompt, branch_keys, sampling, mesh)
 
     return RolloutProgram(rollout)
@@ -96,16 +96,16 @@ def compile_rollout(
 ) -> Callable[..., Rollout]:
     """The rollout compiled for arguments like these, to be called with parameters as they are trained.
 
-    Before each rollout the decoder's are brought to the layout of sampling and to `dtype`, the compute type, where they
-    are not already; that copy lives as long as the rollout.
+    Each rollout first brings the decoder's parameters to the layout of sampling and to `dtype`, the compute type, where
+    they are not already. That copy lives as long as the rollout.
     """
     program, mesh = make_rollout(policy, sampling), sharding.mesh_of(params)
     relay = sharding.make_relay(mesh, params, dtype) if mesh is not None else None
     if relay is None:
         return program.lower(params, *inputs).compile()
     relay = relay.lower({"decoder": params["decoder"]}).compile()
-    sampled = sharding.abstract(relay.out_info, sharding.sampling_shardings(mesh, relay.out_info))
-    compiled = program.lower({**params, **sampled}, *inputs).compile()
+    relayed = sharding.abstract(relay.out_info, sharding.sampling_shardings(mesh, relay.out_info))
+    compiled = program.lower({**params, **relayed}, *inputs).compile()
 
     def rollout(params: Params, *inputs: Any) -> Rollout:
         return compiled({**params, **relay({"decoder": params["decoder"]})}, *inputs)
@@ -123,6 +123,7 @@ def sample(
         prefix, logits = policy.prefill(params, prompt, image_embeds)
         branch = policy.empty_branch(batch, group, sampling.max_tokens)
 
+    @jax.named_scope("sample")
     def draw(logits: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         if sampling.greedy:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -134,7 +135,7 @@ def sample(
         return tokens, _log_prob(scaled, tokens)
 
     def record(buffers, t, tokens, log_probs, done):
-        """Writes index t of the branches that are still going; returns which of them have ended now."""
+        """Writes index t of the unfinished branches; returns (buffers, tokens [B, G], done [B, G])."""
         out_tokens, mask, policy_log_probs = buffers
         tokens = jnp.where(done, policy.pad_token, tokens)
         buffers = (
@@ -146,15 +147,11 @@ def sample(
 
     ends = jnp.array(policy.end_tokens, jnp.int32)
     shape = (batch, group, sampling.max_tokens)
-    buffers = (
-        jnp.full(shape, policy.pad_token, jnp.int32),
-        jnp.zeros(shape, bool),
-        jnp.zeros(shape, jnp.float32),
-    )
+    buffers = (jnp.full(shape, policy.pad_token, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     # A copy per branch rather than a broadcast, so that the first draw costs the same as any other.
-    first = jnp.repeat(logits[:, None], group, axis=1)
+    first_logits = jnp.repeat(logits[:, None], group, axis=1)
     start = jnp.zeros((), jnp.int32)
-    buffers, tokens, done = record(buffers, start, *draw(first, start), jnp.zeros((batch, group), bool))
+    buffers, tokens, done = record(buffers, start, *draw(first_logits, start), jnp.zeros((batch, group), bool))
 
     def unfinished(carry):
         t, _, _, done, _ = carry
@@ -174,11 +171,11 @@ def sample(
 
 
 def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws from softmax(logits [..., V]) with the PRNG keys [...]; int32 [...].
+    """A sample int32 [...] of softmax(logits [..., V]) for each of the PRNG keys [...].
 
-    By inversion in two steps, first a block of tokens and then a token of it, with a uniform number for each: two
-    random numbers per draw, where the Gumbel maximum of `jax.random.categorical` takes V, and the second restores the
-    resolution that fp32 sums over a large V would lose. A token of probability 0 is never drawn.
+    Inversion in two steps draws first a block of tokens and then a token of it, with a uniform number for each. That
+    takes two random numbers, where the Gumbel maximum of `jax.random.categorical` takes V. The second step restores the
+    resolution that fp32 sums over a large V would lose. No sample has probability 0.
     """
     vocab = logits.shape[-1]
     blocks = -(-vocab // _BLOCK)
@@ -195,35 +192,34 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _invert(mass: jax.Array, draw: jax.Array) -> jax.Array:
-    """The index [...] at which the running sum of `mass` [..., N] passes the share `draw` [...] of the whole."""
-    total = jnp.cumsum(mass, axis=-1)
-    passed = total > draw[..., None] * total[..., -1:]
+    """The index [...] at which the running sum of `mass` [..., N] passes the share `draw` [...] of the total."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    passed = cumulative > draw[..., None] * cumulative[..., -1:]
     # Rounding may let a sum pass at an entry without mass, or nowhere: then the largest entry.
-    chosen = jnp.argmax(passed & (mass > 0), axis=-1)
-    return jnp.where(
-        jnp.take_along_axis(mass, chosen[..., None], axis=-1)[..., 0] > 0, chosen, jnp.argmax(mass, axis=-1)
-    )
+    index = jnp.argmax(passed & (mass > 0), axis=-1)
+    has_mass = jnp.take_along_axis(mass, index[..., None], axis=-1)[..., 0] > 0
+    return jnp.where(has_mass, index, jnp.argmax(mass, axis=-1))
 
 
 def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
     """Keeps the `top_k` likeliest tokens (0: all), then the smallest set of them that holds mass `top_p`.
 
-    The token that crosses `top_p` is kept (nucleus sampling, Holtzman et al., arXiv 1904.09751). Ties at the border
-    are kept. Others become -inf.
+    The set includes the token that crosses `top_p` (nucleus sampling, Holtzman et al., arXiv 1904.09751) and ties at
+    the border. All other logits become -inf.
     """
     if top_k:
-        border = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < border, -jnp.inf, logits)
+        lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
     if top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
         inside = jnp.cumsum(probs, axis=-1) - probs < top_p
-        border = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < border, -jnp.inf, logits)
+        lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
 
 
 def _log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Log-probability [...] of `tokens` [...] under softmax of `logits` [..., V]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    token_logits = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return token_logits - jax.nn.logsumexp(logits, axis=-1)

@@ -1,7 +1,7 @@
 """THE compiled step: rewards in, gates, per-objective advantages, loss, gradients, update; one jit, donated state.
 
-SFT is the same step with another loss. Everything the method says about an update is here, in `advantages` and in
-`losses`; `train.py` only feeds it.
+SFT is the same step with another loss. This file, `advantages` and `losses` hold all that the method says about an
+update; `train.py` only feeds it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Mean(NamedTuple):
 
 
 class Max(NamedTuple):
-    """The largest value seen, -inf when nothing was: for drift-like metrics, where a mean would hide one outlier."""
+    """The largest value, -inf of none: for drift-like metrics, where a mean would hide one outlier."""
 
     value: Any
 
@@ -37,11 +37,11 @@ Metrics = dict[str, Mean | Max]
 
 
 def finalise(metrics: Metrics) -> dict[str, float]:
-    """Host floats of `metrics`, fetched in one explicit transfer; NaN where nothing was counted (null in the JSON)."""
+    """Host floats of `metrics`, in one explicit transfer; NaN for a mean over nothing (null in the JSON)."""
     values = {}
     for name, metric in jax.device_get(metrics).items():
         if isinstance(metric, Mean):
-            # The division is done in double, so that the value does not depend on where it was computed.
+            # The division is in double precision, so that the value does not depend on where it happens.
             total, count = float(metric.total), float(metric.count)
             values[name] = total / count if count else math.nan
         else:
@@ -118,6 +118,11 @@ class RLObjective:
     log_ratio_clamp: float = 20.0
     temperature: float = 1.0
 
+    def surrogate(self, log_probs, old_log_probs, advantages) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`losses.clipped_surrogate` with these settings."""
+        clips = self.clip_low, self.clip_high, self.log_ratio_clamp
+        return losses.clipped_surrogate(log_probs, old_log_probs, advantages, *clips)
+
 
 # ------------------------------------------------------------------------------------------------- parameters
 
@@ -129,7 +134,7 @@ def split(params: Params, freeze: str) -> tuple[Mapping[str, Any], Mapping[str, 
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     frozen = {path for path in flat if freeze and re.search(freeze, path)}
-    return {p: a for p, a in flat.items() if p not in frozen}, {p: flat[p] for p in frozen}
+    return {path: x for path, x in flat.items() if path not in frozen}, {path: flat[path] for path in frozen}
 
 
 def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
@@ -142,7 +147,7 @@ def trained(params: Params, freeze: str) -> Params:
 
 
 def vision_is_frozen(params: Params, freeze: str) -> bool:
-    """Whether no parameter behind `policy.encode` is trained, so that its output may be reused."""
+    """Whether training leaves every parameter of `policy.encode` alone, so that its output may be reused."""
     trainable, _ = split(params, freeze)
     return all(path.startswith("decoder/") for path in trainable)
 
@@ -178,17 +183,13 @@ def make_rl_step(
         gate = jnp.where(gated, in_band[..., None], 1.0)
 
         # 2. Per-objective advantages, normalised within the group before they are combined (c-GDPO).
-        member_valid = ~batch.truncated if objective.exclude_truncated else jnp.ones_like(batch.truncated)
-        scores = {
-            "weights": jnp.asarray(objective.weights),
-            "valid": batch.valid,
-            "member_valid": member_valid,
-            "estimator": objective.estimator,
-        }
         advantage = advantages.compute(
             batch.rewards,
-            **scores,
+            weights=jnp.asarray(objective.weights),
+            valid=batch.valid,
             gate=gate,
+            member_valid=~batch.truncated if objective.exclude_truncated else jnp.ones_like(batch.truncated),
+            estimator=objective.estimator,
             batch_norm=objective.batch_norm,
             eps_group=objective.eps_group,
             eps_batch=objective.eps_batch,
@@ -197,59 +198,46 @@ def make_rl_step(
         )
 
         # 3. Clipped surrogate on shared-prefix log-probabilities, plus an optional KL term to the reference.
-        scored = advantages.counted(batch.rewards, **scores)
-        weights = losses.token_weights(batch.mask, scored, objective.normaliser, objective.max_tokens)
+        weights = losses.token_weights(batch.mask, advantage.contributes, objective.normaliser, objective.max_tokens)
         reuse = vision_is_frozen(state.params, freeze)
         if objective.kl_coef:
             at_start = flax.traverse_util.flatten_dict(reference, sep="/")
             anchor = join(at_start, split(state.params, freeze)[1])
 
-        def loss_fn(params: Params, part) -> tuple[jax.Array, dict[str, jax.Array]]:
-            batch, combined, weights = part
-            image_embeds = batch.image_embeds if reuse else policy.encode(params, batch.prompt.images)
-            log_probs = policy.log_probs(
-                params, batch.prompt, image_embeds, batch.responses, temperature=objective.temperature
-            )
-            surrogate, _, _ = losses.clipped_surrogate(
-                log_probs,
-                batch.old_log_probs,
-                combined,
-                objective.clip_low,
-                objective.clip_high,
-                objective.log_ratio_clamp,
-            )
-            saved = {"log_probs": log_probs}
-            if objective.kl_coef:
-                # A frozen vision side is the reference's too.
-                embeds = batch.image_embeds if reuse else policy.encode(anchor, batch.prompt.images)
-                anchor_log_probs = policy.log_probs(
-                    anchor, batch.prompt, embeds, batch.responses, temperature=objective.temperature
-                )
-                saved["kl"] = losses.kl_k3(log_probs, jax.lax.stop_gradient(anchor_log_probs))
-                surrogate = surrogate + objective.kl_coef * saved["kl"]
-            return jnp.sum(weights * surrogate), saved
+        def loss_fn(params: Params, micro_batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            batch, combined, weights = micro_batch
 
-        part = (batch, advantage.combined, weights)
-        loss, saved, gradient = accumulate(loss_fn, state.params, part, freeze, micro_batches)
+            def log_probs_of(params: Params) -> jax.Array:
+                # A frozen vision side is the reference's too.
+                embeds = batch.image_embeds if reuse else policy.encode(params, batch.prompt.images)
+                return policy.log_probs(
+                    params, batch.prompt, embeds, batch.responses, temperature=objective.temperature
+                )
+
+            log_probs = log_probs_of(params)
+            surrogate, _, _ = objective.surrogate(log_probs, batch.old_log_probs, combined)
+            aux = {"log_probs": log_probs}
+            if objective.kl_coef:
+                aux["kl"] = losses.kl_k3(log_probs, jax.lax.stop_gradient(log_probs_of(anchor)))
+                surrogate = surrogate + objective.kl_coef * aux["kl"]
+            return jnp.sum(weights * surrogate), aux
+
+        whole = (batch, advantage.combined, weights)
+        loss, aux, gradient = accumulate(loss_fn, state.params, whole, freeze, micro_batches)
         state, update_metrics = apply_gradients(optimizer, state, gradient, freeze)
-        metrics = _rl_metrics(objective, batch, advantage, in_band, scored, saved)
+        metrics = _rl_metrics(objective, batch, advantage, in_band, aux)
         return state, {"loss": as_mean(loss), **metrics, **update_metrics}
 
     return CompiledStep(step)
 
 
-def _rl_metrics(objective, batch: RLBatch, advantage, in_band, scored, saved) -> Metrics:
-    """(sum, count) metrics of a rollout batch; entropy is estimated by -log p of the sampled tokens."""
-    mask = batch.mask & scored[..., None]
-    _, ratio, clipped = losses.clipped_surrogate(
-        saved["log_probs"],
-        batch.old_log_probs,
-        advantage.combined,
-        objective.clip_low,
-        objective.clip_high,
-        objective.log_ratio_clamp,
-    )
-    drift = jnp.where(batch.mask, jnp.abs(saved["log_probs"] - batch.old_log_probs), 0.0)
+@jax.named_scope("metrics")
+def _rl_metrics(objective, batch: RLBatch, advantage: advantages.Advantages, in_band, aux) -> Metrics:
+    """(sum, count) metrics of a rollout batch; -log p of the sampled tokens estimates the entropy."""
+    mask = batch.mask & advantage.contributes[..., None]
+    log_probs = aux["log_probs"]
+    _, ratio, clipped = objective.surrogate(log_probs, batch.old_log_probs, advantage.combined)
+    drift = jnp.where(batch.mask, jnp.abs(log_probs - batch.old_log_probs), 0.0)
     metrics = {name: Mean(*pair) for name, pair in advantage.stats.items()}
     for k, name in enumerate(objective.names):
         valid = batch.valid[..., k]
@@ -264,8 +252,8 @@ def _rl_metrics(objective, batch: RLBatch, advantage, in_band, scored, saved) ->
         "length/tokens_mean": masked_mean(batch.mask.sum(-1), every),
         "length/ratio_mean": masked_mean(batch.words / jnp.maximum(batch.reference_words, 1)[:, None], every),
         "length/truncated_frac": masked_mean(batch.truncated, every),
-        "entropy": masked_mean(-saved["log_probs"], batch.mask),
-        "kl": masked_mean(saved["kl"], mask) if "kl" in saved else Mean(jnp.zeros(()), jnp.zeros(())),
+        "entropy": masked_mean(-log_probs, batch.mask),
+        "kl": masked_mean(aux["kl"], mask) if "kl" in aux else Mean(jnp.zeros(()), jnp.zeros(())),
         "ratio/mean": masked_mean(ratio, mask),
         "ratio/clipped_frac": masked_mean(clipped, mask),
         "drift/max_abs_logp": Max(drift.max()),
@@ -276,11 +264,7 @@ def _rl_metrics(objective, batch: RLBatch, advantage, in_band, scored, saved) ->
 
 
 def make_sft_step(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    *,
-    freeze: str = "",
-    micro_batches: int = 1,
+    policy: Policy, optimizer: optax.GradientTransformation, *, freeze: str = "", micro_batches: int = 1
 ) -> "CompiledStep":
     """The compiled SFT update `step(state, batch: SFTBatch) -> (state, metrics)`: mean cross-entropy of target tokens.
 
@@ -291,8 +275,8 @@ def make_sft_step(
         every = jnp.ones(batch.mask.shape[:2], bool)
         weights = losses.token_weights(batch.mask, every, "token", batch.mask.shape[-1])
 
-        def loss_fn(params: Params, part) -> tuple[jax.Array, dict[str, jax.Array]]:
-            batch, weights = part
+        def loss_fn(params: Params, micro_batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            batch, weights = micro_batch
             image_embeds = policy.encode(params, batch.prompt.images)
             log_probs = policy.log_probs(params, batch.prompt, image_embeds, batch.responses)
             return -jnp.sum(weights * log_probs), {}
@@ -312,15 +296,15 @@ def make_sft_step(
 
 
 class CompiledStep:
-    """jit of `step(state, batch, ...) -> (state, metrics)` that consumes the state and returns it where it was.
+    """jit of `step(state, batch, ...) -> (state, metrics)` that consumes the state and keeps its shardings.
 
-    Left to itself, the compiler may hand a small replicated parameter back split over `fsdp`, and a program that was
-    compiled ahead would refuse that state at the next update.
+    Left to itself, the compiler may return a small replicated parameter split over `fsdp`. A program that was compiled
+    ahead would refuse that state at the next update.
     """
 
     def __init__(self, step: Callable[..., tuple[TrainState, Metrics]]):
         self._step = step
-        self._by_place: dict[tuple, Any] = {}
+        self._by_shardings: dict[tuple, Any] = {}
 
     def __call__(self, state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
         return self._jit(state)(state, *inputs)
@@ -329,65 +313,70 @@ class CompiledStep:
         return self._jit(state).lower(state, *inputs)
 
     def _jit(self, state: TrainState):
-        places = jax.tree.map(lambda x: x.sharding, state)
-        key = tuple(jax.tree.leaves(places))
-        if key not in self._by_place:
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        key = tuple(jax.tree.leaves(shardings))
+        if key not in self._by_shardings:
             mesh = sharding.mesh_of(state.params)
 
             def step(*inputs):
                 with sharding.layout(mesh, sharding.TRAINING):
                     return self._step(*inputs)
 
-            self._by_place[key] = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return self._by_place[key]
+            self._by_shardings[key] = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return self._by_shardings[key]
 
 
+@jax.named_scope("gradient")
 def accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
-    """Sums loss and gradient of `loss_fn(params, part)` over equal parts of `batch` along B.
+    """Sums loss and gradient of `loss_fn(params, micro_batch) -> (loss, aux)` over equal parts of `batch` along B.
 
-    Returns the loss, the arrays that loss_fn saved (joined again along B), and the flat gradient of the trainable
-    parameters in fp32.
+    Returns the loss, the arrays `aux` (joined again along B), and the flat gradient of the trainable parameters in
+    fp32.
     """
     trainable, frozen = split(params, freeze)
-    differentiate = jax.value_and_grad(lambda t, part: loss_fn(join(t, frozen), part), has_aux=True)
+    loss_fn = jax.named_scope("loss")(loss_fn)
+    differentiate = jax.value_and_grad(lambda x, micro_batch: loss_fn(join(x, frozen), micro_batch), has_aux=True)
     if micro_batches == 1:
-        (loss, saved), gradient = differentiate(trainable, batch)
-        return loss, saved, sharding.constrain_tree(gradient)
+        (loss, aux), gradient = differentiate(trainable, batch)
+        return loss, aux, sharding.constrain_tree(gradient)
 
     def cut(x):
         if x.shape[0] % micro_batches:
             raise ValueError(f"batch of {x.shape[0]} prompts does not divide into {micro_batches} micro-batches")
-        # Every micro_batches-th row, not neighbouring rows: B lies over the devices, and each of them has its share of
-        # every part. Neighbouring rows would be a few devices' own, and the others would wait.
+        # Every micro_batches-th row, not neighbouring rows: B is split over the devices, and each of them has its share
+        # of every micro-batch. Neighbouring rows would be on few devices, and the others would wait.
         return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(carry, part):
-        loss, gradient = carry
-        (part_loss, saved), part_gradient = differentiate(trainable, part)
-        gradient = jax.tree.map(jnp.add, gradient, sharding.constrain_tree(part_gradient))
-        return (loss + part_loss, sharding.constrain_tree(gradient)), saved
+    def add(total, micro_batch):
+        loss, gradient = total
+        (micro_loss, aux), micro_gradient = differentiate(trainable, micro_batch)
+        gradient = jax.tree.map(jnp.add, gradient, sharding.constrain_tree(micro_gradient))
+        return (loss + micro_loss, sharding.constrain_tree(gradient)), aux
 
     zero = (jnp.zeros(()), sharding.constrain_tree(jax.tree.map(jnp.zeros_like, trainable)))
-    (loss, gradient), saved = jax.lax.scan(add, zero, jax.tree.map(cut, batch))
-    return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), saved), gradient
+    (loss, gradient), aux = jax.lax.scan(add, zero, jax.tree.map(cut, batch))
+    return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), aux), gradient
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, gradient: Mapping[str, jax.Array], freeze: str
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step; an update whose gradient is not finite is skipped and counted."""
+    """One optimiser step; it skips and counts an update whose gradient is not finite."""
     trainable, frozen = split(state.params, freeze)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
-    stepped = optax.apply_updates(trainable, updates)
-    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    trainable = jax.tree.map(keep, stepped, trainable)
-    opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+    updated = optax.apply_updates(trainable, updates)
+
+    def if_finite(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old)
+
+    trainable = jax.tree.map(if_finite, updated, trainable)
+    opt_state = jax.tree.map(if_finite, opt_state, state.opt_state)
     nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
     state = TrainState(state.step + 1, join(trainable, frozen), opt_state, nonfinite)
-    metrics = {"grad_norm": as_mean(norm), "nonfinite": Max(nonfinite)}
-    return state, metrics
+    return state, {"grad_norm": as_mean(norm), "nonfinite": Max(nonfinite)}
 
 
 def as_mean(value: jax.Array) -> Mean:

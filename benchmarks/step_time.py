@@ -36,7 +36,7 @@ from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import make_dataset
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava import Llava
 from balcap_jax.models.llava.vision import VisionConfig
 from balcap_jax.models.policy import Params, Prompt
 from balcap_jax.parallel import sharding

@@ -10,8 +10,8 @@ from tiny_llava import BOS, EOS, IMAGE, PAD
 
 from balcap_jax.models.formats import hf
 from balcap_jax.models.formats.loading import flat_shapes
+from balcap_jax.models.llava import Llava
 from balcap_jax.models.llava.hf import TABLE
-from balcap_jax.models.llava.modeling import Llava
 from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.policy import Params
 

@@ -8,7 +8,7 @@ import transformers
 from tiny_qwen import EOS, IMAGE, PAD
 
 from balcap_jax.models.policy import Params
-from balcap_jax.models.qwen2_5_vl.modeling import Qwen25VL
+from balcap_jax.models.qwen2_5_vl import Qwen25VL
 from balcap_jax.models.qwen2_5_vl.vision import FRAMES, PIXEL_MEAN, PIXEL_STD
 
 VIDEO, VISION_START, VISION_END = 38, 39, 40

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava import Llava
 from balcap_jax.models.llava.vision import VisionConfig
 from balcap_jax.models.policy import Params, Prompt
 

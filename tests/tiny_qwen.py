@@ -11,7 +11,7 @@ import numpy as np
 
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.policy import Params
-from balcap_jax.models.qwen2_5_vl.modeling import Qwen25VL
+from balcap_jax.models.qwen2_5_vl import Qwen25VL
 from balcap_jax.models.qwen2_5_vl.vision import QwenImages, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import plan
 

@@ -271,7 +271,7 @@ def model_flops(
     come from the rollout, takes nothing in `rl`. `repeated` counts the prompt once per sample instead of once.
     """
     config, policy = job.config, job.policy
-    sizes = (policy.policy if isinstance(policy, lora.Adapted) else policy).decoder
+    sizes = policy.decoder
     trainable, frozen = train_step.split(params, freeze_of(config, stage))
 
     def per_token(flat: dict[str, Any], where: Callable[[str], bool]) -> float:

@@ -41,8 +41,7 @@ from balcap_jax.judges.schema import (
     RubricVerdict,
     Usage,
 )
-from balcap_jax.models.decoder import Branch, Prefix
-from balcap_jax.models.policy import Params, Policy, Prompt, VisionLanguagePolicy
+from balcap_jax.models.policy import Params, Policy, Prompt, Wrapped
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
 from balcap_jax.parallel import sharding
 from balcap_jax.rollout import Sampling, compile_rollout
@@ -445,37 +444,11 @@ def _sentences(line: str) -> list[str]:
     return [*parts, line[start:].strip()]
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutImage:
-    """A policy that is asked prompts of text alone (`PromptProcessor.without_image`): its vision tower does not run."""
-
-    policy: VisionLanguagePolicy
-
-    @property
-    def vocab(self) -> int:
-        return self.policy.vocab
-
-    @property
-    def pad_token(self) -> int:
-        return self.policy.pad_token
-
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        return self.policy.end_tokens
+class WithoutImage(Wrapped):
+    """A policy for prompts of text alone (`PromptProcessor.without_image`): its vision tower does not run."""
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """[B, 1, D] zeros, which no token of such a prompt takes."""
         del params
         config = self.policy.decoder
         return jnp.zeros((images.shape[0], 1, config.width), jnp.dtype(config.dtype))
-
-    def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
-        return self.policy.prefill(params, prompt, image_embeds)
-
-    def empty_branch(self, batch: int, group: int, length: int) -> Branch:
-        return self.policy.empty_branch(batch, group, length)
-
-    def decode(
-        self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
-    ) -> tuple[Branch, jax.Array]:
-        return self.policy.decode(params, prefix, branch, tokens, t)

@@ -1,13 +1,13 @@
 """The language decoder of every family (Llama and Qwen2 shape), with the prompt shared by the G samples of a group.
 
-Linen modules hold one layer; the functions below scan it over the stacked layer parameters. A prompt is run once:
+A Linen module holds one layer; the functions below scan it over the stacked layer parameters. A prompt runs once:
 `prefill` keeps its keys and values as the un-repeated `Prefix`, `decode` extends the per-sample `Branch` in place, and
 `forward` runs prompt and responses side by side for the update. All three use the same layer and the same attention.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,22 @@ from balcap_jax.parallel.sharding import constrain
 Params = dict[str, Any]
 
 
+class Sizes:
+    """Base of a configuration whose fields are fields of the config group `model`, PREFIXED ones with "vision_"."""
+
+    PREFIXED: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any], **known: Any) -> Self:
+        """The sizes of `model`, `known` ones in place of its own. Raises KeyError for a field that it lacks."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in known]
+        values = {name: model[f"vision_{name}" if name in cls.PREFIXED else name] for name in names}
+        # Lists come from JSON; a configuration must be hashable.
+        return cls(**known, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+
+
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Sizes):
     """Sizes of the decoder.
 
     `mrope_section` empty means ordinary rotary positions; else three counts of frequencies (temporal, height, width)
@@ -96,6 +110,7 @@ class Block(nn.Module):
         self.up = nn.Dense(c.mlp, use_bias=False, dtype=dtype)
         self.down = nn.Dense(c.width, use_bias=False, dtype=dtype, kernel_init=residual)
 
+    @jax.named_scope("attention")
     def qkv(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., S, D] -> q [..., S, N, H], k and v [..., M, S, H] (head-major, as the caches keep them)."""
         # Dense layers see [tokens, D]: on CPU the weight gradient of a matmul with one token axis is 1.5x faster than
@@ -103,23 +118,25 @@ class Block(nn.Module):
         h = self.attention_norm(constrain(x, "rows")).reshape(-1, x.shape[-1])
 
         def project(dense: nn.Module) -> jax.Array:
-            # First where the weight is, then where the sequences are: told the latter alone, the weight would travel.
+            # First where the weight is, then where the sequences are: with the latter alone, XLA would move the weight.
             y = constrain(dense(h), "rows", "heads", "head_size").reshape(*x.shape[:-1], -1, self.config.head_size)
             return constrain(y, "batch", *(None,) * (x.ndim - 2), "heads")
 
         q, k, v = project(self.q), project(self.k), project(self.v)
         return rotate(q, rope), rotate(k, rope).swapaxes(-3, -2), v.swapaxes(-3, -2)
 
-    def output(self, x: jax.Array, read: jax.Array) -> jax.Array:
+    def output(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """x [..., S, D] and attention output [..., S, N, H] -> the layer's output [..., S, D]."""
         shape = x.shape
-        read = constrain(read, "rows", *(None,) * (x.ndim - 2), "heads", "head_size")
-        x = constrain(x + self.o(read.reshape(-1, *read.shape[-2:])).reshape(shape), "rows")
-        h = self.mlp_norm(x).reshape(-1, shape[-1])
-        return constrain(x + self.down(nn.silu(self.gate(h)) * self.up(h)).reshape(shape), "rows")
+        with jax.named_scope("attention"):
+            attended = constrain(attended, "rows", *(None,) * (x.ndim - 2), "heads", "head_size")
+            x = constrain(x + self.o(attended.reshape(-1, *attended.shape[-2:])).reshape(shape), "rows")
+        with jax.named_scope("mlp"):
+            h = self.mlp_norm(x).reshape(-1, shape[-1])
+            return constrain(x + self.down(nn.silu(self.gate(h)) * self.up(h)).reshape(shape), "rows")
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Only for initialisation: touches every parameter once."""
+        """Touches every parameter once, for the initialisation alone."""
         q, _, _ = self.qkv(x, rope)
         return self.output(x, q)
 
@@ -165,16 +182,18 @@ def init(config: DecoderConfig, rng: jax.Array) -> Params:
     return params
 
 
+@jax.named_scope("embed")
 def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """tokens [...] -> [..., D] in the compute dtype."""
     return constrain(params["embed"].astype(jnp.dtype(config.dtype))[tokens], "rows")
 
 
+@jax.named_scope("logits")
 def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Normed hidden states [..., D] -> logits [..., V] in fp32.
 
-    Tied embeddings are contracted as they lie, [V, D]: a transposed copy of them, and one of their gradient, would be
-    the largest arrays of a small model's update.
+    The product takes tied embeddings as they are stored, [V, D]: a transposed copy of them, and one of their gradient,
+    would be the largest arrays of a small model's update.
     """
     if config.tied_embeddings:
         kernel, spec = params["embed"], "...d,vd->...v"
@@ -185,7 +204,7 @@ def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Arra
 
 
 def split_output(params: Params) -> Params:
-    """The output projection with its vocabulary split over the devices that the hidden states will be sent to."""
+    """The output projection, its vocabulary split over the devices that will receive the hidden states."""
     if "head" in params:
         return {"head": constrain(params["head"], None, "output_vocab")}
     return {"embed": constrain(params["embed"], "output_vocab")}
@@ -212,8 +231,8 @@ def prefill(
 
     def layer(x, weights):
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
-        read = kernels.causal(config.attention, q, k, v, mask)
-        return block.apply({"params": weights}, x, read, method="output"), (k, v)
+        attended = kernels.causal(config.attention, q, k, v, mask)
+        return block.apply({"params": weights}, x, attended, method="output"), (k, v)
 
     x, (keys, values) = jax.lax.scan(layer, x, params["layers"])
     last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1)[:, 0]
@@ -232,8 +251,8 @@ def decode(
 ) -> tuple[jax.Array, Branch]:
     """Runs response token `t` of every sample: x [B, G, D] -> normed hidden [B, G, D], and the extended branch.
 
-    The layer scan only reads the cache; what all layers have to add to it is written in one go after it, in place.
-    A cache that were written inside the scan would be copied at each layer, or out of the scan at each token.
+    The layer scan only reads the cache. One write after the scan adds the keys and values of all layers, in place.
+    A write inside the scan would copy the cache at each layer, or out of the scan at each token.
     """
     block = Block(config)
     rope = _response_rope(config, prefix.next_position, t[None])
@@ -242,21 +261,21 @@ def decode(
     def layer(x, inputs):
         weights, prefix_k, prefix_v, branch_k, branch_v = inputs
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
-        read = attention.prefix_and_branch(q, prefix_k, prefix_v, prefix.mask, branch_k, branch_v, earlier, own=(k, v))
-        return block.apply({"params": weights}, x, read, method="output"), (k, v)
+        attended = attention.prefix_and_branch(
+            q, prefix_k, prefix_v, prefix.mask, branch_k, branch_v, earlier, self_kv=(k, v)
+        )
+        return block.apply({"params": weights}, x, attended, method="output"), (k, v)
 
     x, (keys, values) = jax.lax.scan(layer, x[:, :, None], (params["layers"], prefix.keys, prefix.values, *branch))
     at = (0, 0, 0, 0, t, 0)
-    branch = Branch(
-        *(jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(branch, (keys, values), strict=True))
-    )
+    branch = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), branch, Branch(keys, values))
     return _final_norm(config, params, x[:, :, 0]), branch
 
 
 def forward(
     config: DecoderConfig, params: Params, x: jax.Array, mask: jax.Array, positions: jax.Array, responses: jax.Array
 ) -> jax.Array:
-    """Runs prompts and their responses side by side, each prompt once.
+    """Runs prompts and their responses side by side; each prompt runs once.
 
     Args:
       x: [B, P, D] prompt embeddings; mask: [B, P]; positions: [B, P] or [B, P, 3].
@@ -275,10 +294,10 @@ def forward(
         x, y = carry
         variables = {"params": weights}
         q, k, v = block.apply(variables, x, rope, method="qkv")
-        own_q, own_k, own_v = block.apply(variables, y, response_rope, method="qkv")
-        read = kernels.over_prompt(config.attention, own_q, k, v, mask, own_k, own_v)
+        branch_q, branch_k, branch_v = block.apply(variables, y, response_rope, method="qkv")
+        attended = kernels.over_prompt(config.attention, branch_q, k, v, mask, branch_k, branch_v)
         x = block.apply(variables, x, kernels.causal(config.attention, q, k, v, mask), method="output")
-        return (x, block.apply(variables, y, read, method="output")), None
+        return (x, block.apply(variables, y, attended, method="output")), None
 
     (x, y), _ = jax.lax.scan(remat(layer, config.remat), (x, responses), params["layers"])
     last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1)

@@ -1,8 +1,8 @@
 """Attention by library kernels where whole sequences meet, in prefill and update, with `attention` as the reference.
 
-A kernel returns one softmax and not its normaliser, so the prompt's keys stand before the branch's own in one array
-here, per layer and only while it runs: a few MB, where the logits that a kernel never writes down are hundreds. The
-token-by-token decoding keeps the two-part form of `attention`, which reads the prompt's keys once for all G branches.
+A kernel returns one softmax and not its denominator, so one array holds the prompt's keys and then the branch's own.
+It exists per layer and only while that runs: a few MB, where the logits that a kernel never stores take hundreds.
+Token-by-token decoding keeps the two-part form of `attention`, which reads the prompt's keys once for all G branches.
 """
 
 import functools
@@ -15,14 +15,14 @@ from balcap_jax.models import attention
 from balcap_jax.parallel import sharding
 
 KINDS = ("auto", "einsum", "dot_product", "splash")
-LANES = 128  # The kernel's blocks are multiples of it, and so are the sequences that it is given.
+LANES = 128  # The kernel's blocks and its sequences are multiples of it.
 
 
 def resolve(kind: str, head_size: int, dtype: str) -> str:
-    """What `auto` means on the devices that the program is for: splash on TPU, cuDNN's kernel on GPU, else einsum.
+    """The kernel that `auto` means on the program's devices: splash on TPU, cuDNN's on GPU, else einsum.
 
     Raises:
-      UserError: splash is asked for on a TPU and the heads' size is none that it takes.
+      UserError: `kind` is splash, and on a TPU it does not take heads of this size.
     """
     platform = sharding.platform()
     if kind == "auto":
@@ -38,7 +38,7 @@ def resolve(kind: str, head_size: int, dtype: str) -> str:
 
 
 def causal(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attention.causal` by the kernel `kind`. What padding queries read differs; no real token sees it.
+    """`attention.causal` by the kernel `kind`. The outputs of padding queries differ; no real token sees them.
 
     q [B, P, N, H]; k, v [B, M, P, H]; mask [B, P] bool -> [B, P, N, H].
     """
@@ -81,18 +81,20 @@ def over_prompt(
 
     if kind == "dot_product":
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (joined(prefix_k, branch_k), joined(prefix_v, branch_v)))
-        over_prefix = jnp.broadcast_to(prefix_mask[:, None, None], (batch, group, length, prefix_mask.shape[1]))
-        over_branch = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, group, length, length))
-        allowed = jnp.concatenate([over_prefix, over_branch], -1).reshape(batch * group, length, -1)
+        sees_prefix = jnp.broadcast_to(prefix_mask[:, None, None], (batch, group, length, prefix_mask.shape[1]))
+        sees_branch = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, group, length, length))
+        allowed = jnp.concatenate([sees_prefix, sees_branch], -1).reshape(batch * group, length, -1)
         return _dot_product(q.reshape(-1, *q.shape[2:]), k, v, allowed).reshape(q.shape)
     prefix_k, prefix_v, branch_k, branch_v = (_padded(x, -2) for x in (prefix_k, prefix_v, branch_k, branch_v))
-    here = _padded(prefix_mask, 1)
-    every = jnp.ones((batch, branch_k.shape[-2]), here.dtype)
-    segments = jnp.concatenate([here, every], axis=1)
+    prefix_segments = _padded(prefix_mask, 1)
+    branch_segments = jnp.ones((batch, branch_k.shape[-2]), prefix_segments.dtype)
+    segments = jnp.concatenate([prefix_segments, branch_segments], axis=1)
     k, v = joined(prefix_k, branch_k), joined(prefix_v, branch_v)
-    return _splash(_padded(q, 2), k, v, every, segments, offset=here.shape[1])[:, :, :length]
+    offset = prefix_segments.shape[1]
+    return _splash(_padded(q, 2), k, v, branch_segments, segments, offset=offset)[:, :, :length]
 
 
+@jax.named_scope("attention")
 def _dot_product(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
     """q [B, T, N, H]; k, v [B, M, S, H]; allowed [B, T, S]."""
     cudnn = sharding.platform() in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16)
@@ -103,13 +105,14 @@ def _dot_product(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -
 
 
 def _padded(x: jax.Array, axis: int) -> jax.Array:
-    """`x` with `axis` filled up to a multiple of LANES; a mask becomes int32 segments, 1 for what is real."""
+    """Pads `axis` of `x` to a multiple of LANES; a mask becomes int32 segments, 1 for real tokens."""
     x = x.astype(jnp.int32) if x.dtype == bool else x
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % LANES)
     return jnp.pad(x, padding)
 
 
+@jax.named_scope("attention")
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, offset: int
 ) -> jax.Array:
@@ -121,45 +124,29 @@ def _splash(
 
     def attend(q, k, v, q_segments, k_segments):
         kernel = _kernel(q.shape[2], q.shape[3], k.shape[3], offset, sharding.platform() != "tpu")
-        segment_ids = _library().SegmentIds(q_segments, k_segments)
-        of_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        return jax.vmap(of_group)(q, k, v, segment_ids)
+        over_group = jax.vmap(kernel, in_axes=(0, 0, 0, None, None))
+        return jax.vmap(over_group)(q, k, v, q_segments, k_segments)
 
-    # A kernel is no operation that the partitioner could split, so its part is named for each device.
-    split = sharding.shard_mapped(
-        attend,
-        (q, k, v, q_segments, k_segments),
-        (("batch", None, "heads"),) * 3 + (("batch",),) * 2,
-    )
-    return split(q, k, v, q_segments, k_segments).swapaxes(2, 3)
-
-
-def _library():
-    # Imported where it is used: it takes a second, and other machines have no use for it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-
-    return splash_attention_kernel
+    # The partitioner cannot split a kernel, so each device gets its part explicitly.
+    arrays = (q, k, v, q_segments, k_segments)
+    split = sharding.shard_mapped(attend, arrays, (("batch", None, "heads"),) * 3 + (("batch",),) * 2)
+    return split(*arrays).swapaxes(2, 3)
 
 
 @functools.cache
 def _kernel(heads: int, queries: int, keys: int, offset: int, interpret: bool):
+    # The imports are here because they take a second, and other machines have no use for them.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    library = _library()
     rows, columns = _block(queries), _block(keys)
-    sizes = library.BlockSizes(
-        block_q=rows,
-        block_kv=columns,
-        block_kv_compute=columns,
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
-        block_kv_dkv_compute=columns,
-        block_q_dq=rows,
-        block_kv_dq=columns,
-    )
+    of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows)
+    of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    sizes = library.BlockSizes(**of_queries, **dict.fromkeys(of_keys, columns))
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset) for _ in range(heads)])
     with jax.ensure_compile_time_eval():  # Its tables are constants, not values of the program being traced.
-        return library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        kernel = library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return lambda q, k, v, q_segments, k_segments: kernel(q, k, v, library.SegmentIds(q_segments, k_segments))
 
 
 def _block(length: int) -> int:

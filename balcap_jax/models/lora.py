@@ -5,16 +5,15 @@ Adapters are entries of the parameter tree next to the kernel that they add to:
     decoder/layers/q/kernel [L, D, N, H]    lora_a [L, D, r]    lora_b [L, r, N * H]
 
 so that sharding, checkpoints and the freezing of parameters by path treat them like any other array. A layer gives
-y + scale * (x a) b, with scale = alpha / rank. Models know nothing of it: `Adapted` runs any policy's own functions and
-adds the term to each dense layer that holds adapters.
+y + scale * (x a) b, with scale = alpha / rank. Models know nothing of adapters: `Adapted` runs any policy's own
+functions and adds the term to each dense layer that holds adapters.
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
 import re
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.models.decoder import Branch, Prefix
-from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.models.policy import Params, Wrapped
 
 ADAPTERS = ("lora_a", "lora_b")
 FREEZE_BASE = r"^(?!.*/lora_[ab]$)"
@@ -35,10 +33,11 @@ FREEZE_BASE = r"^(?!.*/lora_[ab]$)"
 
 
 def add(params: Params, rank: int, targets: str, rng: jax.Array) -> Params:
-    """Adds adapters of `rank` to the dense layers whose path, such as "decoder/layers/q", `targets` is found in.
+    """Adds adapters of `rank` to the dense layers whose path, such as "decoder/layers/q", matches `targets`.
 
-    lora_a is uniform in +-1 / sqrt(in) (what peft's Kaiming initialisation amounts to) and lora_b is 0, both fp32, so
-    that the adapted policy starts as the base. An adapter's values depend on `rng` and its path alone.
+    `targets` is a regular expression that is searched for in the path. lora_a is uniform in +-1 / sqrt(in) (what peft's
+    Kaiming initialisation amounts to) and lora_b is 0, both fp32, so that the adapted policy starts as the base. An
+    adapter's values depend on `rng` and its path alone.
 
     Raises:
       UserError: `targets` is no regular expression, matches no dense layer, or matches something else too.
@@ -49,14 +48,14 @@ def add(params: Params, rank: int, targets: str, rng: jax.Array) -> Params:
         pattern = re.compile(targets)
     except re.error as error:
         raise UserError(f"config field 'lora.targets' is no regular expression: {error}, got {targets!r}") from error
-    chosen = [path for path in dense if pattern.search(path)]
-    beside = [path for path in others if pattern.search(path)]
-    if beside or not chosen:
-        problem = f"matches {beside[0]}, which is no dense layer" if beside else "matches no dense layer"
+    targeted = [path for path in dense if pattern.search(path)]
+    not_dense = [path for path in others if pattern.search(path)]
+    if not_dense or not targeted:
+        problem = f"matches {not_dense[0]}, which is no dense layer" if not_dense else "matches no dense layer"
         raise UserError(
             f"config field 'lora.targets' ({targets!r}) {problem}; the dense layers are {', '.join(sorted(dense))}"
         )
-    for path in chosen:
+    for path in targeted:
         kernel = flat[f"{path}/kernel"]
         stack, size_in, size_out = _sizes(path, kernel.shape)
         key, bound = jax.random.fold_in(rng, zlib.crc32(path.encode())), size_in**-0.5
@@ -68,7 +67,7 @@ def add(params: Params, rank: int, targets: str, rng: jax.Array) -> Params:
 def merge(params: Params, scale: float) -> Params:
     """kernel + scale * lora_a lora_b for every adapted layer, summed in fp32 and cast back to the kernel's type.
 
-    The result holds no adapters and is a tree of the policy without `Adapted`; without adapters it is `params`.
+    The result holds no adapters: it is a tree of the policy without `Adapted`. Without adapters it equals `params`.
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     merged = {path: leaf for path, leaf in flat.items() if not path.endswith(ADAPTERS)}
@@ -98,12 +97,10 @@ def dense_layers(params: Params) -> tuple[list[str], list[str]]:
     dense, others = [], []
     for path in flax.traverse_util.flatten_dict(params, sep="/"):
         layer, _, leaf = path.rpartition("/")
-        if layer.startswith("vision/patch"):
+        if leaf == "scale" or layer.startswith("vision/patch"):
             others.append(layer)
         elif leaf == "kernel":
             dense.append(layer)
-        elif leaf == "scale":
-            others.append(layer)
         elif leaf not in ("bias", *ADAPTERS):
             others.append(path)
     return dense, others
@@ -112,90 +109,54 @@ def dense_layers(params: Params) -> tuple[list[str], list[str]]:
 def _sizes(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
     """(the layer axis if the kernel is stacked, input features, output features) of a dense kernel."""
     stack, kernel = (shape[:1], shape[1:]) if "layers/" in path else ((), shape)
-    # The projection out of attention reads [N, H] and gives [D]; every other layer reads one axis.
-    read = len(kernel) - 1 if path.endswith("/o") else 1
-    return stack, math.prod(kernel[:read]), math.prod(kernel[read:])
+    # The projection out of attention contracts [N, H] to [D]; every other layer contracts one axis.
+    contracted = len(kernel) - 1 if path.endswith("/o") else 1
+    return stack, math.prod(kernel[:contracted]), math.prod(kernel[contracted:])
 
 
 @jax.jit
 def _merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    def one(kernel, a, b):
+    def merge_layer(kernel, a, b):
         delta = jnp.matmul(a, b, precision="highest").reshape(kernel.shape)
         return (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
 
     # Layer by layer: the fp32 sum of a whole stack would be a second model.
-    return one(kernel, a, b) if a.ndim == 2 else jax.lax.map(lambda layer: one(*layer), (kernel, a, b))
+    return merge_layer(kernel, a, b) if a.ndim == 2 else jax.lax.map(lambda x: merge_layer(*x), (kernel, a, b))
 
 
 # ------------------------------------------------------------------------------------------------- the policy
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class Adapted(Wrapped):
     """A policy (see `models.policy.Policy`) whose dense layers add their adapters' term, where they hold adapters.
 
     On parameters without adapters it is `policy`. Rollouts and updates both run it, rather than merged weights: merged
     into bf16 the sampler would be another distribution than the one that is trained.
     """
 
-    policy: Policy
     scale: float
 
-    @property
-    def vocab(self) -> int:
-        return self.policy.vocab
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if not callable(value):
+            return value
 
-    @property
-    def pad_token(self) -> int:
-        return self.policy.pad_token
+        @functools.wraps(value)
+        def with_adapters(*args: Any, **kwargs: Any) -> Any:
+            with nn.intercept_methods(self._add_term):
+                return value(*args, **kwargs)
 
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        return self.policy.end_tokens
+        return with_adapters
 
-    def init(self, rng: jax.Array) -> Params:
-        return self.policy.init(rng)
-
-    def features(self, params: Params, images: Any) -> jax.Array:
-        with self._adapters():
-            return self.policy.features(params, images)
-
-    def encode(self, params: Params, images: Any) -> jax.Array:
-        with self._adapters():
-            return self.policy.encode(params, images)
-
-    def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
-        with self._adapters():
-            return self.policy.prefill(params, prompt, image_embeds)
-
-    def empty_branch(self, batch: int, group: int, length: int) -> Branch:
-        return self.policy.empty_branch(batch, group, length)
-
-    def decode(
-        self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
-    ) -> tuple[Branch, jax.Array]:
-        with self._adapters():
-            return self.policy.decode(params, prefix, branch, tokens, t)
-
-    def log_probs(
-        self, params: Params, prompt: Prompt, image_embeds: jax.Array, responses: jax.Array, *, temperature: float = 1.0
-    ) -> jax.Array:
-        with self._adapters():
-            return self.policy.log_probs(params, prompt, image_embeds, responses, temperature=temperature)
-
-    @contextlib.contextmanager
-    def _adapters(self) -> Iterator[None]:
-        def add_term(call, args, kwargs, context):
-            y = call(*args, **kwargs)
-            layer = context.module
-            is_dense = isinstance(layer, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__"
-            if not is_dense or not layer.has_variable("params", "lora_a"):
-                return y
-            a, b = (layer.get_variable("params", name).astype(y.dtype) for name in ADAPTERS)
-            # The contracted axes are the last ones, as in every kernel that `_sizes` can split.
-            read = len(layer.axis) if isinstance(getattr(layer, "axis", None), tuple) else 1
-            x = args[0].astype(y.dtype).reshape(*args[0].shape[: args[0].ndim - read], a.shape[0])
-            return y + self.scale * ((x @ a) @ b).reshape(y.shape)
-
-        with nn.intercept_methods(add_term):
-            yield
+    def _add_term(self, call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        layer = context.module
+        is_dense = isinstance(layer, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__"
+        if not is_dense or not layer.has_variable("params", "lora_a"):
+            return y
+        a, b = (layer.get_variable("params", name).astype(y.dtype) for name in ADAPTERS)
+        # The contracted axes are the last ones, as in every kernel that `_sizes` can split.
+        contracted = len(layer.axis) if isinstance(getattr(layer, "axis", None), tuple) else 1
+        x = args[0].astype(y.dtype).reshape(*args[0].shape[: args[0].ndim - contracted], a.shape[0])
+        return y + self.scale * ((x @ a) @ b).reshape(y.shape)

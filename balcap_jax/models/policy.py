@@ -1,17 +1,17 @@
 """What a policy is: pure functions over a parameter pytree, the same for every model family."""
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from balcap_jax.losses import chunked_log_probs, sampling_logits
 from balcap_jax.models import decoder
-from balcap_jax.models.decoder import Branch, DecoderConfig, Prefix
+from balcap_jax.models.decoder import Branch, DecoderConfig, Params, Prefix
 from balcap_jax.parallel.sharding import batch_parts, constrain
-
-Params = dict[str, Any]
 
 
 class Prompt(NamedTuple):
@@ -32,8 +32,8 @@ class Policy(Protocol):
     """A frozen, hashable object; every method is pure and may be called under jit.
 
     `vocab` is V. A response ends with the first of its tokens that is in `end_tokens`; `pad_token` fills what is behind
-    it. Logits of tokens that a response may never hold (vision, padding, beginning of sequence) are masked by the
-    policy itself, in sampling and in `log_probs` alike, so that both see one distribution.
+    it. The policy itself masks the logits of tokens that a response may never hold (vision, padding, beginning of
+    sequence). It does so in sampling and in `log_probs` alike, so that both see one distribution.
     """
 
     vocab: int
@@ -41,9 +41,6 @@ class Policy(Protocol):
     end_tokens: tuple[int, ...]
 
     def init(self, rng: jax.Array) -> Params: ...
-
-    def features(self, params: Params, images: Any) -> jax.Array:
-        """`Prompt.images` -> the vision tower's features [B, I, width] in raster order, before the projector."""
 
     def encode(self, params: Params, images: Any) -> jax.Array:
         """`Prompt.images` -> image embeddings [B, I, D]; once per image."""
@@ -60,36 +57,33 @@ class Policy(Protocol):
         """Response tokens [B, G] at index t -> the extended branch and logits [B, G, V] (fp32) of index t + 1."""
 
     def log_probs(
-        self,
-        params: Params,
-        prompt: Prompt,
-        image_embeds: jax.Array,
-        responses: jax.Array,
-        *,
-        temperature: float = 1.0,
+        self, params: Params, prompt: Prompt, image_embeds: jax.Array, responses: jax.Array, *, temperature: float = 1.0
     ) -> jax.Array:
         """Log-probabilities [B, G, R] (fp32) of `responses` [B, G, R]; no array holds more than a chunk of logits."""
 
 
+@dataclasses.dataclass(frozen=True)
 class VisionLanguagePolicy:
-    """Base of a family's policy, which is a frozen dataclass with (at least) these fields: all that follows the tower.
+    """Base of a family's policy: all that follows the tower. `Policy` describes the methods.
 
-    `image_token` marks the placeholders of a prompt, of which there are at most I. `forbidden` are ids that no response
-    may hold. `logits_chunk` is the number of tokens per device whose logits exist at once in `log_probs`. The methods
-    are described in `Policy`.
+    `vision` is the configuration of the family's tower. `image_token` marks the placeholders of a prompt, at most I.
+    `forbidden` are ids that no response may hold. `logits_chunk` is the number of tokens per device whose logits exist
+    at once in `log_probs`.
     """
 
+    vision: Any
     decoder: DecoderConfig
     image_token: int
     pad_token: int
     end_tokens: tuple[int, ...]
-    forbidden: tuple[int, ...]
-    logits_chunk: int
+    forbidden: tuple[int, ...] = ()
+    logits_chunk: int = 512
 
     @property
     def vocab(self) -> int:
         return self.decoder.vocab
 
+    @jax.named_scope("prefill")
     def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
         x = self._prompt_embeddings(params, prompt, image_embeds)
         hidden, prefix = decoder.prefill(self.decoder, params["decoder"], x, prompt.mask, prompt.positions)
@@ -98,6 +92,7 @@ class VisionLanguagePolicy:
     def empty_branch(self, batch: int, group: int, length: int) -> Branch:
         return decoder.empty_branch(self.decoder, batch, group, length)
 
+    @jax.named_scope("decode")
     def decode(
         self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
     ) -> tuple[Branch, jax.Array]:
@@ -105,6 +100,7 @@ class VisionLanguagePolicy:
         hidden, branch = decoder.decode(self.decoder, params["decoder"], prefix, branch, x, t)
         return branch, self._logits(params, hidden)
 
+    @jax.named_scope("log_probs")
     def log_probs(
         self, params: Params, prompt: Prompt, image_embeds: jax.Array, responses: jax.Array, *, temperature: float = 1.0
     ) -> jax.Array:
@@ -115,16 +111,12 @@ class VisionLanguagePolicy:
 
         def logits(hidden: jax.Array) -> jax.Array:
             hidden = constrain(hidden, "output_rows")
-            found = decoder.logits(self.decoder, output, hidden)
-            return constrain(found, "output_rows", *(None,) * (found.ndim - 2), "output_vocab")
+            values = decoder.logits(self.decoder, output, hidden)
+            return constrain(values, "output_rows", *(None,) * (values.ndim - 2), "output_vocab")
 
+        chunk = self.logits_chunk * batch_parts()
         return chunked_log_probs(
-            hidden,
-            logits,
-            responses,
-            chunk=self.logits_chunk * batch_parts(),
-            temperature=temperature,
-            forbidden=self._forbidden,
+            hidden, logits, responses, chunk=chunk, temperature=temperature, forbidden=self._forbidden
         )
 
     @property
@@ -136,14 +128,45 @@ class VisionLanguagePolicy:
 
     def _logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         logits = decoder.logits(self.decoder, params["decoder"], hidden)
-        # First where the weight is, then where the sequences are: told the latter alone, the weight would travel.
+        # First where the weight is, then where the sequences are: with the latter alone, XLA would move the weight.
         logits = constrain(constrain(logits, "rows", *(None,) * (logits.ndim - 2), "vocab"), "batch")
         return sampling_logits(logits, forbidden=self._forbidden)
 
     def _prompt_embeddings(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> jax.Array:
-        """Token embeddings with the image's embeddings, in order, in the places of the image tokens. [B, P, D]"""
+        """Token embeddings [B, P, D], with the image's embeddings, in order, in the places of the image tokens."""
         text = decoder.embed(self.decoder, params["decoder"], prompt.tokens)
         is_image = prompt.tokens == self.image_token
         index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_embeds.shape[1] - 1)
         placed = jnp.take_along_axis(image_embeds.astype(text.dtype), index[..., None], axis=1)
         return jnp.where(is_image[..., None], placed, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """A policy that hands on every attribute that its class does not define to `policy`."""
+
+    policy: Policy
+
+    def __getattr__(self, name: str) -> Any:
+        # `pickle` and `copy` ask an object without fields for its special methods: handing on would never end.
+        if name == "policy" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.policy, name)
+
+
+class Projector(nn.Module):
+    """Two layers with GELU between, to the decoder's `width`: the projector of LLaVA-1.5, the merger of Qwen2.5-VL.
+
+    Features [..., F] -> [..., hidden] -> image embeddings [..., width].
+    """
+
+    hidden: int
+    width: int
+    dtype: str
+
+    @nn.compact
+    @jax.named_scope("projector")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.dtype)
+        x = nn.gelu(nn.Dense(self.hidden, dtype=dtype, name="first")(x), approximate=False)
+        return nn.Dense(self.width, dtype=dtype, name="second")(x)

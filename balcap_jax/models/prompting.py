@@ -1,4 +1,4 @@
-"""What the processors of all families share: instructions to token rows of length P, target texts, text again."""
+"""The common part of all families' processors: instructions and targets to token rows, and back to text."""
 
 import dataclasses
 import functools
@@ -12,6 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models.policy import Prompt
+
+# Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 # For tokenizers without chat words: the image and the instruction alone.
 PLAIN_TEMPLATE = "{image} {prompt}"
@@ -31,10 +35,10 @@ class PromptTooLong(UserError):
 
 
 class PromptProcessor:
-    """Base of a family's processor, which is a frozen dataclass with (at least) these fields.
+    """Base of a family's processor, a frozen dataclass with (at least) these fields that prepares its own images.
 
-    `prompt_tokens` is P; shorter prompts are padded on the right, longer ones are refused, since cutting one would cut
-    image tokens. `template` holds `{image}`, where the image tokens go, and `{prompt}`, where the instruction goes;
+    `prompt_tokens` is P. Shorter prompts get padding on the right; longer ones are an error, since a cut would remove
+    image tokens. `template` holds `{image}`, the place of the image tokens, and `{prompt}`, that of the instruction.
     `image_token` is the word of one image token. `end_tokens` are those of the policy.
     """
 
@@ -44,28 +48,33 @@ class PromptProcessor:
     template: str
     end_tokens: tuple[int, ...]
 
+    def __call__(
+        self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None
+    ) -> Prompt:
+        """The Prompt of B images, arrays uint8 [height, width, 3] of any size; `ids` names the samples in errors.
+
+        Raises:
+          UserError: `encode_prompts` refuses a prompt, or `prepare_images` an image.
+        """
+        return self.with_prepared(self.prepare_images(images, ids), prompts, ids)
+
     def encode_responses(self, responses: Sequence[Sequence[str]], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Target texts [B][G] to tokens [B, G, R] ending in the end token, and their mask; longer ones are cut."""
+        """Target texts [B][G] to tokens [B, G, R] with the end token, cut at R, and their mask."""
+        texts = [self.without_special_tokens(text) for group in responses for text in group]
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        tokens, mask = self._padded([[*row, self.tokenizer.eos_token_id][:max_tokens] for row in rows], max_tokens)
         shape = (len(responses), len(responses[0]), max_tokens)
-        tokens = np.full(shape, self.tokenizer.pad_token_id, np.int32)
-        mask = np.zeros(shape, bool)
-        for row, group in enumerate(responses):
-            for column, text in enumerate(group):
-                ids = self.tokenizer.encode(self.without_special_tokens(text), add_special_tokens=False)
-                ids = [*ids, self.tokenizer.eos_token_id][:max_tokens]
-                tokens[row, column, : len(ids)] = ids
-                mask[row, column, : len(ids)] = True
-        return tokens, mask
+        return tokens.reshape(shape), mask.reshape(shape)
 
     def decode(self, tokens: np.ndarray) -> list[str]:
-        """Tokens [..., R] to a flat list of texts, each up to its first end token, special tokens dropped."""
+        """Tokens [..., R] to a flat list of texts, each up to its first end token, without special tokens."""
         rows = np.asarray(tokens).reshape(-1, tokens.shape[-1])
-        going = ~np.isin(rows, self.end_tokens).cumsum(-1, dtype=bool)
-        texts = [row[keep].tolist() for row, keep in zip(rows, going, strict=True)]
+        before_end = ~np.isin(rows, self.end_tokens).cumsum(-1, dtype=bool)
+        texts = [row[mask].tolist() for row, mask in zip(rows, before_end, strict=True)]
         return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
     def without_special_tokens(self, text: str) -> str:
-        """Text of a data set must not be able to bring image placeholders, ends or padding along."""
+        """Drops special words, so that texts of a data set cannot add image placeholders, ends or padding."""
         for token in self._special_words:
             text = text.replace(token, " ")
         return text
@@ -79,16 +88,11 @@ class PromptProcessor:
           PromptTooLong: a prompt needs more than P tokens.
           UserError: it is no Unicode text, or does not hold as many image tokens as it should.
         """
-        tokens = np.full((len(prompts), self.prompt_tokens), self.tokenizer.pad_token_id, np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for row, (name, instruction, count) in enumerate(zip(ids, prompts, image_tokens, strict=True)):
-            encoded = self._encode(instruction, count, name)
-            tokens[row, : len(encoded)] = encoded
-            mask[row, : len(encoded)] = True
-        return tokens, mask
+        encoded = [self._encode(*prompt) for prompt in zip(prompts, image_tokens, ids, strict=True)]
+        return self._padded(encoded, self.prompt_tokens)
 
     def without_image(self, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
-        """Prompts of text alone, for a policy in `policy.WithoutImage`; `images` [B, 0] holds nothing.
+        """Prompts of text alone, for a policy whose tower does not run; `images` [B, 0] holds nothing.
 
         Raises:
           PromptTooLong: a prompt needs more than P tokens.
@@ -110,6 +114,13 @@ class PromptProcessor:
         added = self.tokenizer.added_tokens_decoder.items()
         added = (token.content for i, token in added if token.special or i in self.end_tokens)
         return tuple(dict.fromkeys([self.image_token, *self.tokenizer.all_special_tokens, *added]))
+
+    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of rows to an int32 array [rows, length] and its mask."""
+        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int32)
+        mask = np.arange(length) < np.array([len(row) for row in rows], int)[:, None]
+        tokens[mask] = [token for row in rows for token in row]
+        return tokens, mask
 
     def _encode(self, instruction: str, image_tokens: int, name: str) -> list[int]:
         try:
@@ -137,10 +148,10 @@ class PromptProcessor:
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with its `{name}`s filled in; unlike `str.format` it looks into no value, and formats none.
+    """Fills the `{name}`s of a template; unlike `str.format` it looks into no value, and formats none.
 
     Raises:
-      UserError: it holds braces for anything else.
+      UserError: the template holds braces for anything else.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -154,7 +165,7 @@ def fill(template: str, **values: str) -> str:
 
 
 def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
-    """What errors call the samples of a batch."""
+    """The names of a batch's samples in errors."""
     return ids or [f"sample {i}" for i in range(count)]
 
 
@@ -170,18 +181,18 @@ def image_word(tokenizer: PreTrainedTokenizerBase, *words: str) -> str:
     raise UserError(f"the tokenizer has no word for an image token ({' or '.join(words)}); add one as a special token")
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's end token, which target texts end in, and those of the checkpoint."""
-    return tuple(dict.fromkeys((tokenizer.eos_token_id, *model.get("end_tokens", ()))))
+def special_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any], image_word: str, vocab: int
+) -> dict[str, Any]:
+    """The fields `image_token`, `pad_token`, `end_tokens` and `forbidden` of a policy with `vocab` embeddings.
 
-
-def forbidden_tokens(
-    tokenizer: PreTrainedTokenizerBase, image_token: int, vocab: int, ends: Sequence[int]
-) -> tuple[int, ...]:
-    """Ids that no response may hold: special tokens but the end tokens, and rows of the embedding without a word.
-
-    Checkpoints pad their embedding beyond the tokenizer's words (Qwen2.5-VL: 151,936 rows for 151,665 words).
+    A response ends in the tokenizer's end token, as target texts do, or in one of the checkpoint's (`model`'s
+    "end_tokens"). It may hold neither other special tokens nor rows of the embedding without a word: checkpoints pad
+    their embedding beyond the tokenizer's words (Qwen2.5-VL: 151,936 rows for 151,665 words).
     """
+    image, pad = tokenizer.convert_tokens_to_ids(image_word), tokenizer.pad_token_id
+    ends = tuple(dict.fromkeys((tokenizer.eos_token_id, *model.get("end_tokens", ()))))
     added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    special = {image_token, tokenizer.pad_token_id, *tokenizer.all_special_ids, *added}
-    return tuple(sorted((special | set(range(len(tokenizer), vocab))) - set(ends)))
+    special = {image, pad, *tokenizer.all_special_ids, *added}
+    forbidden = tuple(sorted((special | set(range(len(tokenizer), vocab))) - set(ends)))
+    return {"image_token": image, "pad_token": pad, "end_tokens": ends, "forbidden": forbidden}

@@ -1,7 +1,7 @@
 """Sizes of the published models, as fields of the config group `model`.
 
-What their `config.json` says (tested); here so that a recipe is whole before its checkpoint is on the disk, and so that
-programs for it can be compiled without one.
+They equal those of the models' `config.json` (tested). So a recipe is complete without its checkpoint, and its programs
+can be compiled before the checkpoint is on the disk.
 """
 
 LLAVA_15_7B = {

@@ -6,7 +6,7 @@ All processes run the same command. The environment says which of them this one 
     BALCAP_DISTRIBUTED=1                                                      JAX finds out: TPU, Slurm, Kubernetes, MPI
     neither                                                                   one process
 
-Everything that crosses between processes is a program on the devices, launched by all of them in the same order. Host
+Only programs on the devices exchange data between processes, and all processes launch them in the same order. Host
 values (sizes, signals, judged captions) go the same way, through `all_gather`.
 """
 
@@ -33,16 +33,16 @@ from balcap_jax.cli.process import on_abort
 _EXPLICIT = ("BALCAP_COORDINATOR", "BALCAP_PROCESS_COUNT", "BALCAP_PROCESS_ID")
 _DETECT = "BALCAP_DISTRIBUTED"
 
-# Of a gathered array this much at a time is whole on every device.
+# The most of a gathered array that is whole on every device at a time.
 _PIECE_BYTES = 256 * 2**20
 
-# A process that has not been heard of for this long is taken for dead, and JAX ends all others: within a minute, which
-# its own 100 s would not be, but not for a host that stands still for some seconds.
+# JAX takes a process that has been silent for this long for dead, and ends all others. That is within a minute, unlike
+# JAX's own 100 s, and longer than a host may stand still.
 HEARTBEAT_SECONDS = 30
 JOIN_SECONDS = 300
-# The coordinator lives in process 0: without it JAX ends the others before they have said why they stop.
+# The coordinator lives in process 0: when it ends, JAX ends the others, before they have printed their reason.
 _LAST_WORDS_SECONDS = 2.0
-# How the end of another process shows in the errors of collectives.
+# Signs of the end of another process in the errors of collectives.
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection reset", "Connection closed", "Socket closed", "NCCL")
 _TOGETHER = (
     "start all processes at about the same time, each with its own BALCAP_PROCESS_ID and all with the same "
@@ -53,10 +53,10 @@ _GO_ON = "the same command, started again in all processes, goes on from the new
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Joins the processes for the block, and lets them leave together.
+    """Joins the processes for the block; they leave together.
 
-    With several processes an error ends this process at once, with one line that says so: waiting for the others in
-    good order would hang, since they may be in the middle of a step or gone.
+    With several processes an error ends this process at once, with one line that says so. An orderly wait for the
+    others would hang, since they may be in the middle of a step or gone.
 
     Raises:
       UserError: the environment is wrong, a process cannot be reached, or the all-reduce over all devices is wrong.
@@ -86,7 +86,7 @@ def initialize() -> None:
     if arguments.get("process_id") == 0:
         check_port(arguments["coordinator_address"])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its SIGTERM handler would be replaced by the run's own, which agrees on the last step through `largest`.
+    # The run's own SIGTERM handler, which agrees on the last step through `largest`, would replace JAX's.
     jax.config.update("jax_enable_preemption_service", False)
     on_abort(_line_of_abort)
     if arguments:
@@ -117,7 +117,7 @@ def initialize() -> None:
 
 
 def read_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of jax.distributed.initialize, empty where JAX shall find out; None for a single process.
+    """Arguments of jax.distributed.initialize, empty where JAX shall detect them; None for a single process.
 
     Raises:
       UserError: some of the three variables are missing, or a value makes no sense.
@@ -141,7 +141,7 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def check_port(address: str) -> None:
-    """Raises UserError when the port of host:port, on this host, is taken: JAX would end with a segmentation fault."""
+    """Raises UserError when the port of host:port is taken on this host: JAX would end in a segmentation fault."""
     port = int(address.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
@@ -158,16 +158,16 @@ def check_all_reduce() -> None:
     """Adds up one number per device over all of them and prints this process's start-up line.
 
     Raises:
-      UserError: the sum is wrong: some devices do not take part.
+      UserError: the sum is wrong, so some devices do not take part.
     """
     devices = np.array(jax.devices())
-    spread = NamedSharding(Mesh(devices, ("devices",)), PartitionSpec("devices"))
+    split = NamedSharding(Mesh(devices, ("devices",)), PartitionSpec("devices"))
     numbers = np.arange(1, devices.size + 1, dtype=np.int32)
-    placed = jax.make_array_from_callback(numbers.shape, spread, lambda index: numbers[index])
-    everywhere = NamedSharding(spread.mesh, PartitionSpec())
+    placed = jax.make_array_from_callback(numbers.shape, split, lambda index: numbers[index])
+    everywhere = NamedSharding(split.mesh, PartitionSpec())
     start = time.perf_counter()
     total = int(jax.jit(jnp.sum, out_shardings=everywhere)(placed))
-    seconds = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     if total != numbers.sum():
         raise UserError(
             f"the all-reduce over {devices.size} devices gave {total}, not {numbers.sum()}; check the interconnect"
@@ -175,7 +175,7 @@ def check_all_reduce() -> None:
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     print(
         f"{_name()} on {socket.gethostname()}: {jax.local_device_count()} local of {devices.size} devices, {kinds}; "
-        f"all-reduce {seconds:.2f} s",
+        f"all-reduce {elapsed:.2f} s",
         flush=True,
     )
 
@@ -203,7 +203,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Process 0's `value` in all processes: what is read from a disk must not depend on who reads it, and when."""
+    """Process 0's `value` in all processes: what a disk holds must not depend on the reader and the time."""
     return all_gather(value if is_first() else None)[0]
 
 
@@ -221,7 +221,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """A block that process 0 has left before the others enter: it makes what they find."""
+    """A block that process 0 leaves before the others enter: it makes what they find."""
     if not is_first():
         barrier()
     yield
@@ -238,7 +238,7 @@ def check_same(what: str, value: Any) -> None:
 
 
 def _example(value: Any, other: Any) -> str:
-    """What the first difference of two texts of one line per field is."""
+    """The first difference of two values; texts have one line per field."""
     if not (isinstance(value, str) and isinstance(other, str)):
         return f" ({value} and {other})"
     lines, others = value.splitlines(), other.splitlines()
@@ -247,15 +247,18 @@ def _example(value: Any, other: Any) -> str:
 
 
 def _gather_array(x: np.ndarray) -> np.ndarray:
-    """Arrays [...] of one shape and type to [processes, ...], bit for bit."""
+    """Arrays [...] of one shape and type to [processes, ...], bit for bit.
+
+    `multihost_utils.process_allgather` fetches the result by an implicit transfer, which the training loop forbids.
+    """
     processes = jax.process_count()
     by_process = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
     mesh = Mesh(np.array(by_process), ("process", "local"))
     copies = [jax.device_put(x[None], device) for device in by_process[jax.process_index()]]
-    spread = NamedSharding(mesh, PartitionSpec("process"))
-    gathered = jax.make_array_from_single_device_arrays((processes, *x.shape), spread, copies)
-    together = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(gathered)
-    return jax.device_get(together.addressable_data(0))
+    split = NamedSharding(mesh, PartitionSpec("process"))
+    by_row = jax.make_array_from_single_device_arrays((processes, *x.shape), split, copies)
+    gathered = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(by_row)
+    return jax.device_get(gathered.addressable_data(0))
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -266,7 +269,7 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 class _Whole:
-    """An array of several processes that comes to process 0, all taking part, when NumPy asks for it."""
+    """An array of several processes that process 0 gathers, with all of them, when NumPy asks for it."""
 
     def __init__(self, path: str, array: jax.Array):
         self.path, self._array = path, array
@@ -281,7 +284,7 @@ class _Whole:
 def write_whole(tree: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Any]) -> None:
     """Calls `write(tree)` in process 0, with leaves that NumPy can read although no process holds them whole.
 
-    Each leaf is gathered when it is read, so that the host holds one at a time.
+    The processes gather each leaf when NumPy reads it, so that the host holds one at a time.
     """
     if jax.process_count() == 1:
         write(tree)
@@ -298,11 +301,11 @@ def write_whole(tree: Mapping[str, Any], write: Callable[[Mapping[str, Any]], An
 
 
 def _pieces(x: jax.Array) -> Iterator[jax.Array]:
-    """A global array in parts along its first axis, each whole on every device and no longer than it must be there."""
+    """A global array in parts along its first axis; each is whole on every device, for as short as possible."""
     everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
     gather = jax.jit(lambda x, start, stop: x[start:stop], static_argnums=(1, 2), out_shardings=everywhere)
     rows = x.shape[0] if x.ndim else 1
-    # An axis that is split over devices is gathered as a whole anyway.
+    # A gather takes an axis that is split over devices as a whole anyway.
     split = bool(x.sharding.spec) and x.sharding.spec[0] is not None
     step = rows if split else max(1, rows * _PIECE_BYTES // max(x.nbytes, 1))
     for start in range(0, rows, step):
@@ -317,7 +320,7 @@ def _name() -> str:
 
 
 def _stop(error: BaseException) -> None:
-    """Ends this process with one line. Leaving in good order would wait for processes that may be gone."""
+    """Ends this process with one line. An orderly end would wait for processes that may be gone."""
     text = " ".join(str(error).split())
     status = 1
     if isinstance(error, UserError):
@@ -341,8 +344,7 @@ def _stop(error: BaseException) -> None:
 def _line_of_abort() -> str:
     """The line after JAX's own end of a process whose peer is dead: a log of many lines and abort().
 
-    (JAX's runtime client takes a callback for lost heartbeats instead, but calling it fails: std::bad_cast, jax
-    0.10.2.)
+    JAX's runtime client takes a callback for lost heartbeats instead, but its call fails: std::bad_cast, jax 0.10.2.
     """
     if _joined:
         return f"error: this process stops, because another one has ended or cannot be reached (see above); {_GO_ON}\n"

@@ -1,4 +1,4 @@
-"""Which rows of a global batch a process reads, holds on its devices and judges, and the way of rows between hosts."""
+"""The rows of a global batch that a process reads, holds and judges, and their exchange between hosts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class Rows:
     held: [b] indices into the batch, ascending. Where the `tensor` axis of the mesh spans processes, several of them
       hold the same rows.
     own: [o] positions in `held` of the rows that this process judges. Every row has one owner, the first process that
-      holds it, and the others are told what it found: a judge that is asked twice need not answer the same, and copies
-      of one array that differ between devices would let the parameters drift apart unseen.
+      holds it, which sends its scores to the others. A judge need not give the same answer twice, and copies of one
+      array that differ between devices would let the parameters drift apart unseen.
     """
 
     def __init__(self, mesh: Mesh, size: int):
@@ -30,6 +30,7 @@ class Rows:
             held[rows] |= device.process_index == me
         self.held = np.flatnonzero(held)
         self._owned = [np.flatnonzero(owner == process) for process in range(processes)]
+        self._order = np.argsort(np.concatenate(self._owned))  # of gathered rows
         self.own = np.searchsorted(self.held, self._owned[me])
 
     def put(self, tree: Any) -> Any:
@@ -43,7 +44,7 @@ class Rows:
 
             return jax.make_array_from_callback((self.size, *leaf.shape[1:]), self._sharding, rows_of_device)
 
-        with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.
+        with jax.transfer_guard_host_to_device("allow"):  # JAX counts this as an implicit transfer.
             return jax.tree.map(place, tree)
 
     def fetch(self, tree: Any) -> Any:
@@ -68,23 +69,15 @@ class Rows:
         if len(self._owned) == 1:
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        by_process = distributed.all_gather(leaves)
-        whole = []
-        for parts in zip(*by_process, strict=True):
-            joined = np.empty((self.size, *parts[0].shape[1:]), parts[0].dtype)
-            for rows, part in zip(self._owned, parts, strict=True):
-                joined[rows] = part
-            whole.append(joined)
-        return jax.tree.unflatten(structure, whole)
+        by_leaf = zip(*distributed.all_gather(leaves), strict=True)
+        return jax.tree.unflatten(structure, [np.concatenate(parts)[self._order] for parts in by_leaf])
 
     def gather_list(self, items: Sequence[Any]) -> list[Any]:
         """The same for a list of o objects, such as records with text: all B of them in the batch's order."""
         if len(self._owned) == 1:
             return list(items)
-        found = {}
-        for rows, part in zip(self._owned, distributed.all_gather(list(items)), strict=True):
-            found |= zip(rows.tolist(), part, strict=True)
-        return [found[row] for row in range(self.size)]
+        gathered = [item for part in distributed.all_gather(list(items)) for item in part]
+        return [gathered[place] for place in self._order]
 
 
 def take(columns: Mapping[str, Any], indices: np.ndarray) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Where arrays live: the device mesh, and tables from parameter paths over logical axes to mesh axes.
 
-Parameters lie in one layout while training (split over `fsdp`, gathered layer by layer) and in another while sampling:
-there each device keeps its part of every matrix and the few tokens of a decoding step travel instead, so that no weight
-is gathered inside the decoding loop. `relay` goes from the one to the other, once per rollout.
+Flax's logical axis rules (`with_logical_constraint`) cannot do this: an axis that does not divide must stay whole here,
+and there are two layouts.
+
+Training splits parameters over `fsdp` and gathers them layer by layer. In sampling each device keeps its part of every
+matrix, and the few tokens of a decoding step move instead, so that the decoding loop gathers no weight. `make_relay`
+goes from the one layout to the other, once per rollout.
 """
 
 import contextlib
@@ -27,8 +30,8 @@ BATCH_AXES = ("replica", "data", "fsdp")
 Table = Mapping[str, tuple[str, ...]]
 
 # Logical axis -> mesh axes. `rows` is the batch axis of activations that meet a weight, `batch` that of those that meet
-# each other (attention, sampling); a logical axis without an entry is not split. In training the output projection is
-# the one weight that stays where it is and lets the hidden states come: at 152,000 words it is nine times their size.
+# each other (attention, sampling). A logical axis without an entry is not split. In training the output
+# projection is the one weight that stays, and the hidden states move: at 152,000 words it is nine times their size.
 TRAINING: Table = {
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -49,7 +52,7 @@ SAMPLING: Table = {
 }
 
 # (parameter path, logical axes); every parameter matches exactly one row (tested).
-# A leading None of stacked layers is the layer axis: it is scanned over, so it is never split.
+# The leading None of stacked layers is the layer axis, which the scan runs over: it is never split.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"^decoder/embed$", ("vocab", "embed")),
     (r"^decoder/head$", ("embed", "vocab")),
@@ -59,7 +62,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(gate|up)/kernel$", (None, "embed", "mlp")),
     (r"layers/(gate|up)/bias$", (None, "mlp")),
     (r"layers/down/kernel$", (None, "mlp", "embed")),
-    # Adapters (`lora`), split as the side of the kernel that they stand at; their rank never is.
+    # Adapters (`lora`): split as the kernel's axis that they share, but never along their rank.
     (r"layers/([qkv]|gate|up)/lora_a$", (None, "embed", None)),
     (r"layers/o/lora_a$", (None, "heads", None)),
     (r"layers/down/lora_a$", (None, "mlp", None)),
@@ -100,17 +103,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     check_jaxlib(devices)
-    wanted = {axis: int(sizes[axis]) for axis in AXES}
-    open_axes = [axis for axis, size in wanted.items() if size == -1]
-    fixed = math.prod(size for size in wanted.values() if size != -1)
+    shape = {axis: int(sizes[axis]) for axis in AXES}
+    open_axes = [axis for axis, size in shape.items() if size == -1]
+    fixed = math.prod(size for size in shape.values() if size != -1)
     if len(open_axes) > 1:
         raise UserError(f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1; only one size may be left open")
     if open_axes and len(devices) % fixed == 0:
-        wanted[open_axes[0]] = len(devices) // fixed
-    if math.prod(wanted.values()) != len(devices):
-        shown = " x ".join(f"{axis} {size}" for axis, size in wanted.items())
+        shape[open_axes[0]] = len(devices) // fixed
+    if math.prod(shape.values()) != len(devices):
+        shown = " x ".join(f"{axis} {size}" for axis, size in shape.items())
         raise UserError(f"the mesh ({shown}) does not fit {len(devices)} devices; change the mesh.* sizes")
-    return Mesh(np.array(devices).reshape(tuple(wanted.values())), AXES)
+    return Mesh(np.array(devices).reshape(tuple(shape.values())), AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -154,7 +157,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
       UserError: a split axis does not divide its parameter's size.
     """
 
-    def one(path, leaf) -> NamedSharding:
+    def place(path, leaf) -> NamedSharding:
         name = _name(path)
         if not leaf.shape:
             return replicated(mesh)
@@ -168,7 +171,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
                 )
         return _sharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 # ------------------------------------------------------------------------------------------------- sampling
@@ -177,37 +180,34 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 def sampling_shardings(mesh: Mesh, decoder: Any) -> Any:
     """Shardings of {"decoder": parameters} while sampling; an axis that does not divide is whole on every device."""
 
-    def one(path, leaf) -> NamedSharding:
+    def place(path, leaf) -> NamedSharding:
         spec = _spec(SAMPLING, logical_axes(_name(path)))
         return _sharding(mesh, _dividing(mesh, leaf.shape, spec))
 
-    return jax.tree_util.tree_map_with_path(one, decoder)
+    return jax.tree_util.tree_map_with_path(place, decoder)
 
 
 def make_relay(mesh: Mesh, params: Any, dtype: str) -> Callable[[Any], Any] | None:
-    """The jitted function from {"decoder": parameters} as trained to those that are sampled from, in the compute type.
+    """The jitted function from {"decoder": parameters} in training's layout to sampling's, in the compute type.
 
-    None where it would only copy them. The decoder casts its weights to the compute type anyway, so samples do not
-    change by it. The vision side runs once per picture and keeps the layout of training.
+    None where it would only copy them. The decoder casts its weights to the compute type anyway, so the cast does not
+    change samples. The vision side runs once per picture and keeps the layout of training.
     """
-    decoder, wanted = {"decoder": params["decoder"]}, jnp.dtype(dtype)
-    placed = sampling_shardings(mesh, decoder)
-    leaves, here, there = (jax.tree.leaves(tree) for tree in (decoder, tree_shardings(mesh, decoder), placed))
-    if all(
-        leaf.dtype == wanted and old.is_equivalent_to(new, leaf.ndim)
-        for leaf, old, new in zip(leaves, here, there, strict=True)
-    ):
+    decoder = {"decoder": params["decoder"]}
+    training, sampling = tree_shardings(mesh, decoder), sampling_shardings(mesh, decoder)
+
+    def stays(leaf, old: NamedSharding, new: NamedSharding) -> bool:
+        return leaf.dtype == jnp.dtype(dtype) and old.is_equivalent_to(new, leaf.ndim)
+
+    if all(jax.tree.leaves(jax.tree.map(stays, decoder, training, sampling))):
         return None
-    return jax.jit(lambda decoder: jax.tree.map(lambda leaf: leaf.astype(wanted), decoder), out_shardings=placed)
+    return jax.jit(lambda decoder: jax.tree.map(lambda leaf: leaf.astype(dtype), decoder), out_shardings=sampling)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
     """`tree` without its numbers, placed by `shardings`."""
 
-    def place(leaf, where):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)
 
 
 # ------------------------------------------------------------------------------------------------- activations
@@ -217,7 +217,7 @@ _layout: contextvars.ContextVar[tuple[Mesh, Table] | None] = contextvars.Context
 
 @contextlib.contextmanager
 def layout(mesh: Mesh | None, table: Table) -> Iterator[None]:
-    """While a program is traced in this block it is for `mesh`, and `constrain` splits activations by `table`."""
+    """Programs traced in this block are for `mesh`, and `constrain` splits their activations by `table`."""
     token = _layout.set(None if mesh is None else (mesh, table))
     try:
         yield
@@ -228,7 +228,7 @@ def layout(mesh: Mesh | None, table: Table) -> Iterator[None]:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` with its leading axes split by the logical names `axes`, where a layout is set; axes not named are whole.
 
-    Left alone, the partitioner may decide to gather activations where weights were meant to travel, or the reverse.
+    Left alone, the partitioner may gather activations where weights should move, or the reverse.
     """
     if (current := _several()) is None:
         return x
@@ -254,14 +254,13 @@ def shard_mapped(
         for size, name in zip(array.shape, names, strict=False)
         if name and size % _parts(mesh, table.get(name, ()))
     }
-    specs = [
-        _sharding(mesh, _spec(table, tuple(None if name in whole else name for name in names))).spec for names in axes
-    ]
+    axes = [tuple(None if name in whole else name for name in names) for names in axes]
+    specs = [_sharding(mesh, _spec(table, names)).spec for names in axes]
     return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
 
 
 def platform() -> str:
-    """What the program that is being traced is for: "cpu", "gpu" or "tpu", which need not be this machine's."""
+    """The platform of the program under trace: "cpu", "gpu" or "tpu", which need not be this machine's."""
     return current[0].devices.flat[0].platform if (current := _layout.get()) else jax.default_backend()
 
 

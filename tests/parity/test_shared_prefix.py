@@ -93,7 +93,6 @@ def test_on_policy_ratio_is_one(temperature):
     again = jax.jit(lambda params: our_log_probs(policy, params, prompt, out.tokens, temperature))(params)
     ratio = jnp.exp(jnp.where(out.mask, again - out.policy_log_probs, 0.0))
     assert float(jnp.max(jnp.abs(ratio - 1))) < 1e-5
-    np.testing.assert_array_equal(out.log_probs, out.policy_log_probs)
 
 
 def test_greedy_follows_the_repeated_path_token_for_token():

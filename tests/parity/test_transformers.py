@@ -8,7 +8,7 @@ from tiny_llava import BOS, EOS, PAD, V, make_policy
 
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava import Llava
 from balcap_jax.models.policy import Prompt
 
 torch = pytest.importorskip("torch", reason="the reference implementations need torch, of the [dev] extra")

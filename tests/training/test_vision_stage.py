@@ -8,7 +8,7 @@ import optax
 from balcap_jax import train_step
 from balcap_jax.data.scenes import labels, world
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava import Llava
 from balcap_jax.models.llava.vision import VisionConfig
 from balcap_jax.training.vision_stage import VisionBatch, make_vision_step
 

@@ -1,11 +1,12 @@
 """Hugging Face checkpoints to our parameters and back, driven by one table of rows per family.
 
 A row says which tensor of a transformers module a parameter is, and how its numbers lie. Import, export and the
-checks run over the same rows: every tensor of the checkpoint must be used exactly once, every parameter set exactly
-once. Arrays pass one layer at a time.
+checks run over the same rows: they must use every tensor of the checkpoint and set every parameter exactly once.
+Arrays pass one layer at a time.
 
 A family (`models/<family>/hf.py`) is a module with
-    MODEL_TYPE, ARCHITECTURE      what config.json calls it
+    MODEL_TYPE, ARCHITECTURE      its names in config.json
+    IMAGE_TOKEN                   the field of config.json with the id of image tokens
     TABLE                         the rows; names are those of the modules of transformers 5
     RENAMES                       (prefix in checkpoints, prefix in the modules), the first that fits; where several
                                   belong to one module prefix, the first is the one of published checkpoints
@@ -13,13 +14,12 @@ A family (`models/<family>/hf.py`) is a module with
     fields_from_processor(processor, fields)
                                   those of its fields that the image processor's file sets otherwise
     config_to_hf(fields, ids)     and back, for models that came from no checkpoint; `ids` holds vocab, image,
-                                  before_image (what stands before the image in a prompt), bos, eos and pad
+                                  before_image (the token before the image in a prompt), bos, eos and pad
     processor_to_hf(fields)       the same for the files of the processor
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ Shapes = Mapping[str, Shape]
 
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Where the settings of the image processor are; transformers 5 nests them in the second."""
+"""The files with the settings of the image processor; transformers 5 nests them in the second."""
 
 # Buffers of the modules of these families and of the towers and decoders in them, by the end of their names.
 _CONSTANT = re.compile(r"(^|\.)(position_ids|(original_)?inv_freq|(cos|sin)_cached|causal_mask|masked_bias)$")
@@ -56,14 +56,14 @@ _NAMED = 3  # tensors that an error names; it counts the others
 
 
 class Form(NamedTuple):
-    """A layout: `to_ours(array, shape)` and its inverse `to_hf(array)`, both only transposing and reshaping."""
+    """A layout: `to_ours(array, shape)` and its inverse `to_hf(array)`; both only transpose and reshape."""
 
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
     to_hf: Callable[[np.ndarray], np.ndarray]
 
 
 def linear(inputs: int = 1) -> Form:
-    """[out, in] of torch's Linear to a Dense kernel whose first `inputs` axes are read: [in, out] or [N, H, D]."""
+    """[out, in] of torch's Linear to a Dense kernel that contracts its first `inputs` axes: [in, out] or [N, H, D]."""
     return Form(
         lambda array, shape: array.T.reshape(shape),
         lambda array: array.reshape(math.prod(array.shape[:inputs]), -1).T,
@@ -87,10 +87,10 @@ def patches(*order: int, split: Callable[[Shape], Shape]) -> Form:
 class Row:
     """One parameter and its tensor.
 
-    `name`: the tensor; `{}` stands for the layer. Rows of one name and different paths share out the layers in the
-    order of the rows. `part` (i, n): the parameter is piece i of the tensor's first axis cut in n.
-    `fill`: (value, path of a parameter of the same shape) for a tensor that transformers wants and we do without.
-    `repeats`: the tensor that this one may be a copy of in a checkpoint whose model lacks the parameter.
+    `name`: the tensor; `{}` stands for the layer. Rows of one name and different paths divide the layers in order.
+    `part` (i, n): the parameter is piece i of the tensor's first axis cut in n.
+    `fill`: (value, path of a parameter of the same shape) for a tensor that transformers needs and we do not.
+    `repeats`: the tensor that this one may copy in a checkpoint whose model lacks the parameter.
     """
 
     name: str
@@ -127,7 +127,7 @@ def decoder_rows(name: str) -> tuple[Row, ...]:
 
 
 class Piece(NamedTuple):
-    """Layer `layer` of parameter `path` (the whole of it if None), of `shape`, is a part of a tensor by `row`."""
+    """A part of a tensor, by `row`: layer `layer` of parameter `path` (all of it if None), of `shape`."""
 
     row: Row
     path: str
@@ -149,24 +149,26 @@ def plan(table: Sequence[Row], shapes: Shapes) -> dict[str, list[Piece]]:
       UserError: a parameter that no row or several rows set, or a tensor that is not set whole.
     """
     tensors: dict[str, list[Piece]] = {}
-    taken: dict[tuple, int] = {}
-    seen: dict[str, int] = dict.fromkeys(shapes, 0)
+    next_layer: dict[tuple, int] = {}
+    rows_of: dict[str, int] = dict.fromkeys(shapes, 0)
     for row in table:
         if row.path not in shapes:
             continue
-        seen[row.path] += 1
+        rows_of[row.path] += 1
         shape = shapes[row.path]
         if not is_stacked(row.path):
             tensors.setdefault(row.name, []).append(Piece(row, row.path, None, shape))
             continue
         key = (row.name, row.part)
-        first = taken.get(key, 0)
-        taken[key] = first + shape[0]
+        first = next_layer.get(key, 0)
+        next_layer[key] = first + shape[0]
         for layer in range(shape[0]):
             tensors.setdefault(row.name.format(first + layer), []).append(Piece(row, row.path, layer, shape[1:]))
-    wrong = [path for path, count in seen.items() if count != 1]
+    wrong = [path for path, count in rows_of.items() if count != 1]
     if wrong:
-        raise UserError(f"{seen[wrong[0]]} rows of the family's table set the parameter {_some(wrong)}, it must be one")
+        raise UserError(
+            f"{rows_of[wrong[0]]} rows of the family's table set the parameter {_some(wrong)}, it must be one"
+        )
     for name, pieces in tensors.items():
         if sorted(piece.row.part for piece in pieces) != [(i, len(pieces)) for i in range(len(pieces))]:
             raise UserError(f"the family's table does not set tensor {name} exactly once: {pieces}")
@@ -181,8 +183,7 @@ def _some(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint directory: its tensors by their names in the modules of transformers, and its configuration."""
 
     directory: Path
@@ -197,7 +198,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[ModuleType, dict[str, Any], dict[str, Any]]:
-    """(family, config group `model`, complete config) of a checkpoint directory; weights are not looked at.
+    """(family, config group `model`, complete config) of a checkpoint directory, without a look at its weights.
 
     Raises:
       UserError: config.json is missing, torn, or describes a model that no family can be.
@@ -215,11 +216,11 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
     processors = read_processors(directory)
     try:
         _check_layers(config)
-        # Published files leave out what is the default; transformers knows the defaults.
-        # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
+        # Published files leave out what is the default; transformers knows the defaults. The import is here because it
+        # imports torch wherever that is installed: most commands can spare that second.
         from transformers import AutoConfig
 
-        with errors_only("transformers"):  # What it warns of odd fields would stand beside the one line.
+        with errors_only("transformers"):  # Its warnings of odd fields would stand beside the one line.
             complete = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
         fields = family.fields_from_hf(complete)
     except Exception as error:  # of odd values transformers raises whatever comes up
@@ -239,17 +240,17 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
 
 
 def read_processors(directory: Path) -> dict[Path, dict[str, Any]]:
-    """{file: settings of the image processor that are set} of the files that are there."""
-    found = {}
-    for path in (directory / name for name in PROCESSORS):
-        if path.exists():
-            content = read_json_object(path, _DOWNLOAD_AGAIN)
-            settings = content if path.name == PROCESSORS[0] else content.get("image_processor")
-            if settings is not None and not isinstance(settings, dict):
-                raise UserError(f"{path} has no settings of an image processor; {_DOWNLOAD_AGAIN}")
-            if settings is not None:
-                found[path] = {name: value for name, value in settings.items() if value is not None}
-    return found
+    """{file: settings of the image processor that are not null} of the files that exist."""
+    processors = {}
+    for path in (directory / name for name in PROCESSORS if (directory / name).exists()):
+        content = read_json_object(path, _DOWNLOAD_AGAIN)
+        settings = content if path.name == PROCESSORS[0] else content.get("image_processor")
+        if settings is None:
+            continue
+        if not isinstance(settings, dict):
+            raise UserError(f"{path} has no settings of an image processor; {_DOWNLOAD_AGAIN}")
+        processors[path] = {name: value for name, value in settings.items() if value is not None}
+    return processors
 
 
 def _check_layers(config: Mapping[str, Any]) -> None:
@@ -263,7 +264,7 @@ def _check_layers(config: Mapping[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an exception that tells most: validators of transformers put the field and the cause on two."""
+    """The most telling line of an exception: validators of transformers put the field and the cause on two lines."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return ": ".join(line.rstrip(":") for line in lines[:2]) or type(error).__name__
 
@@ -272,7 +273,7 @@ def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoi
     """Reads a checkpoint's configuration and the headers of its shards.
 
     Raises:
-      UserError: see `read_fields` and `safetensors_files.read_directory`.
+      UserError: see `read_fields` and `safetensors.read_directory`.
     """
     family, fields, config = read_fields(directory, families)
     tensors: dict[str, Tensor] = {}
@@ -287,63 +288,27 @@ def open_checkpoint(directory: Path, families: Sequence[ModuleType]) -> Checkpoi
 
 
 def is_constant(name: str, shape: Shape) -> bool:
-    """Whether a tensor is one that modules compute: older versions of transformers saved them, newer read none."""
+    """Whether modules compute this tensor: older versions of transformers saved such tensors, newer ones read none."""
     return bool(_CONSTANT.search(name) or (len(shape) == 4 and _TRIANGLE.search(name)))
 
 
 def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
-    """The name with the first prefix that fits exchanged."""
+    """The name with its first matching prefix replaced."""
     for old, new in renames:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
 
 
-def require(config: Mapping[str, Any], **wanted: Any) -> None:
-    """Raises ValueError naming the first entry of a configuration that has another value (a tuple lists several)."""
-    for key, value in wanted.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        if config.get(key) not in allowed:
-            raise ValueError(f"{key} is {config.get(key)!r}, only {' or '.join(map(repr, allowed))} is built")
-
-
-def require_sizes(config: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError naming the first entry that is no whole number above 0."""
-    for name in names:
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise ValueError(f"{name} is {config.get(name)!r}, it must be a whole number above 0")
-
-
-def require_processing(processor: Mapping[str, Any], *, kind: str, mean: np.ndarray, std: np.ndarray) -> None:
-    """Raises ValueError unless an image processor does what ours do; what its file leaves out it does by default.
-
-    `kind` begins the name of its class; `mean` and `std` [3] are those of the pixels.
-    """
-    named = processor.get("image_processor_type", kind)
-    if not isinstance(named, str) or not named.startswith(kind):
-        raise ValueError(f"image_processor_type is {named!r}, only {kind} is built")
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        require(processor, **{step: (True, None)})
-    require(processor, resample=(3, None), do_pad=(False, None))  # 3: bicubic
-    for key, wanted in (("rescale_factor", 1 / 255), ("image_mean", mean), ("image_std", std)):
-        value = processor.get(key)
-        try:
-            same = value is None or (np.shape(value) == np.shape(wanted) and np.allclose(value, wanted, 1e-5, 0))
-        except (TypeError, ValueError):  # no numbers
-            same = False
-        if not same:
-            raise ValueError(f"{key} is {value!r}, only {', '.join(f'{x:.6g}' for x in np.ravel(wanted))} is built")
-
-
 # ------------------------------------------------------------------------------------------------- import
 
 
 def check(checkpoint: Checkpoint, shapes: Shapes, *, cast: bool) -> dict[str, list[Piece]]:
-    """The plan of a checkpoint for parameters of `shapes`, checked against its tensors before a number is read.
+    """The plan of a checkpoint for parameters of `shapes`, checked against its tensors' headers.
 
     Raises:
-      UserError: tensors that are missing, too many, of another shape, or, unless they will be `cast`, layers of one
-        parameter that differ in type. Names them and their files.
+      UserError: tensors that are missing, too many, of another shape, or, without `cast`, layers of one parameter that
+        differ in type. It names them and their files.
     """
     tensors, directory = checkpoint.tensors, checkpoint.directory
     pieces = plan(checkpoint.family.TABLE, shapes)
@@ -385,11 +350,6 @@ def copies_in(family: ModuleType, names: Iterable[str], pieces: Mapping[str, Any
     return {name: repeats[name] for name in names if name in repeats and name not in pieces}
 
 
-def types(checkpoint: Checkpoint, pieces: Mapping[str, list[Piece]]) -> dict[str, np.dtype]:
-    """{parameter: type} as the checkpoint holds them."""
-    return {piece.path: checkpoint.tensors[name].dtype for name, parts in pieces.items() for piece in parts}
-
-
 def read_arrays(
     checkpoint: Checkpoint, pieces: Mapping[str, list[Piece]]
 ) -> Iterator[tuple[str, int | None, np.ndarray]]:
@@ -401,14 +361,6 @@ def read_arrays(
     for path, entries in by_path.items():
         for tensor, piece in entries:
             yield path, piece.layer, piece.row.form.to_ours(tensor.read(*piece.row.part), piece.shape)
-
-
-def by_parameter(
-    entries: Iterator[tuple[str, int | None, np.ndarray]],
-) -> Iterator[tuple[str, Iterator[tuple[int | None, np.ndarray]]]]:
-    """What `read_arrays` yields, grouped: (parameter, its (layer, array)s, to be taken before the next parameter)."""
-    for path, group in itertools.groupby(entries, key=lambda entry: entry[0]):
-        yield path, ((layer, array) for _, layer, array in group)
 
 
 # ------------------------------------------------------------------------------------------------- export
@@ -423,20 +375,6 @@ def exported_names(family: ModuleType, names: Sequence[str], source: Mapping[str
     return {name: source.get(name) or rename(name, list(published.items())) for name in names}
 
 
-def rope_to_hf(theta: float, **more: Any) -> dict[str, Any]:
-    """The rotary fields of a config.json: those of transformers 5, and the older ones, without which 4 takes 10000."""
-    older = {"rope_scaling": {"rope_type": "default", "type": "default", **more}} if more else {}
-    parameters = {"rope_type": "default", "rope_theta": theta, **more}
-    return {"rope_theta": theta, **older, "rope_parameters": parameters}
-
-
-def processing_to_hf(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
-    """What `require_processing` asks for, as an image processor's file says it."""
-    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-    pixels = {"image_mean": mean.tolist(), "image_std": std.tolist()}
-    return {**steps, "resample": 3, "rescale_factor": 1 / 255, **pixels}
-
-
 def new_tensors(
     family: ModuleType,
     shapes: Shapes,
@@ -446,20 +384,19 @@ def new_tensors(
     names: Mapping[str, str],
     dtype: np.dtype | None = None,
 ) -> list[NewTensor]:
-    """The tensors of a checkpoint of our parameters, each made only when it is written.
+    """The tensors of a checkpoint of our parameters; each array is made at the time of its write.
 
     Args:
       shapes, dtypes: {parameter: shape, type}.
       read: gives (parameter, layer or None)'s array.
-      names: {name in the module: name to write} of the source, in its order; {} takes those of published checkpoints.
+      names: {name in the module: name to write} of the source, in its order; {} means those of published checkpoints.
       dtype: writes this type instead of the parameters' own.
     """
     pieces = plan(family.TABLE, shapes)
     if names:
         _check_names(family, names, pieces)
-    fills = {
-        row.name: row for row in family.TABLE if row.fill and row.path not in shapes and row.fill[1] in shapes
-    }  # only tensors without layers are filled in
+    # A fill stands for a tensor without layers.
+    fills = {r.name: r.fill for r in family.TABLE if r.fill and r.path not in shapes and r.fill[1] in shapes}
     for name, of in copies_in(family, names, pieces).items():
         pieces[name] = pieces[of]
     written = exported_names(family, [*pieces, *fills], names)
@@ -467,7 +404,7 @@ def new_tensors(
     tensors = []
     for name in sorted(written, key=lambda name: order.get(name, len(order))):
         if name in fills:
-            value, like = fills[name].fill
+            value, like = fills[name]
             shape, own = shapes[like], dtypes[like]
             produce = functools.partial(np.full, shape, value, dtype or own)
         else:
@@ -478,7 +415,7 @@ def new_tensors(
 
 
 def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[str, Any]) -> None:
-    """Raises UserError unless `names` has a name for every tensor, and only such as stand for that tensor in a file."""
+    """Raises UserError unless `names` has a name for every tensor, and only names of that tensor in a file."""
     copies = copies_in(family, names, pieces)
     beyond = [name for name in names if name not in pieces and name not in copies]
     other = [written for name, written in names.items() if rename(written, family.RENAMES) != name]
@@ -495,5 +432,5 @@ def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[s
 
 def _assemble(pieces: list[Piece], read: Callable[[str, int | None], np.ndarray], dtype: np.dtype) -> np.ndarray:
     arrays = [piece.row.form.to_hf(read(piece.path, piece.layer)) for piece in pieces]
-    with np.errstate(over="ignore"):  # Who writes it refuses infinity.
+    with np.errstate(over="ignore"):  # `write_directory` refuses infinity.
         return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).astype(dtype, copy=False)

@@ -1,10 +1,11 @@
 """A model on disk: `model.json` (family and sizes), `params/` (Orbax) and the tokenizer's own files.
 
 A model that came from a Hugging Face checkpoint has that checkpoint's other small files beside them (config.json, the
-processor's, generation_config.json ...), and `hf_names.json` with what its tensors were called, for the way back.
+processor's, generation_config.json ...), and `hf_names.json` with the names of its tensors, for the way back.
 """
 
 import contextlib
+import itertools
 import os
 import reprlib
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -61,9 +63,9 @@ def save(
     *,
     source: str | os.PathLike = "",
 ) -> Path:
-    """Writes a model directory that `load` reads; an existing one is replaced only once the new one is complete.
+    """Writes a model directory that `load` reads; it replaces an existing one only once it is complete.
 
-    `source` is the directory that the model was loaded from, if any: what it carries for export is carried on.
+    `source` is the directory that the model came from, if any: the new directory carries on what it holds for export.
 
     Raises:
       UserError: the model cannot be written, or `source` is gone.
@@ -76,15 +78,16 @@ def save(
         processor.tokenizer.save_pretrained(aside)
         if source:
             carry_files(source, aside)
-            write_names(aside, source_names(source))
+            if names := source_names(source):
+                write_json(aside / NAMES, names)
         fields = {name: value for name, value in dict(model).items() if name != "path"}
-        write_fields(aside, fields | {"template": processor.template})
+        write_json(aside / MODEL, fields | {"template": processor.template})
     return path
 
 
 @contextlib.contextmanager
 def written_aside(path: Path, what: str) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place when the block ends well, and is deleted when it does not.
+    """A new directory beside `path`, which replaces it if the block succeeds and vanishes if it fails.
 
     Raises:
       UserError: `what` cannot be written there.
@@ -107,15 +110,12 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
         raise UserError(f"cannot write {what} to {path}: {reason}; {remedy}") from error
 
 
-def write_fields(directory: Path, fields: Mapping[str, Any]) -> None:
-    (directory / MODEL).write_text(json_text.dumps(fields, indent=2) + "\n")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json_text.dumps(content, indent=2) + "\n")
 
 
 def carry_files(source: Path, directory: Path) -> None:
-    """Copies `carried_files(source)`.
-
-    Files that are there already are replaced, so that a tokenizer keeps the files that it came with.
-    """
+    """Copies `carried_files(source)` over those in `directory`, so that a tokenizer keeps its original files."""
     for path in carried_files(source):
         shutil.copyfile(path, directory / path.name)
 
@@ -124,10 +124,10 @@ def carried_files(source: Path) -> list[Path]:
     """The small files of a checkpoint or model: configuration, tokenizer, processor, chat template, generation.
 
     Raises:
-      UserError: one of them is torn: who gets it with the model could not load that.
+      UserError: one of them is torn, so that the model could not be loaded with it.
     """
     ours = {MODEL, NAMES, safetensors.INDEX}
-    found = []
+    carried = []
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _CARRIED and path.name not in ours and ".index." not in path.name:
             remedy = "download it again, or delete it where it is not needed"
@@ -135,12 +135,12 @@ def carried_files(source: Path) -> list[Path]:
                 read_json_object(path, remedy)
             elif path.suffix == ".json":
                 read_json(path, remedy)
-            found.append(path)
-    return found
+            carried.append(path)
+    return carried
 
 
 def source_names(directory: Path) -> dict[str, str]:
-    """{tensor's name in the modules of transformers: its name in the checkpoint that the model came from, or is}."""
+    """{tensor's name in transformers' modules: its name in the checkpoint that `directory` is or came from}."""
     if not (directory / MODEL).is_file():
         return {name: tensor.name for name, tensor in open_checkpoint(directory).tensors.items()}
     path = directory / NAMES
@@ -156,11 +156,6 @@ def source_names(directory: Path) -> dict[str, str]:
     return names
 
 
-def write_names(directory: Path, names: Mapping[str, str]) -> None:
-    if names:
-        (directory / NAMES).write_text(json_text.dumps(names, indent=2) + "\n")
-
-
 # ------------------------------------------------------------------------------------------------- reading
 
 
@@ -171,8 +166,8 @@ def load(
 
     Args:
       path_or_name: the directory.
-      mesh: places every parameter straight onto it, by `sharding.PARAMETER_AXES`; the host holds one at a time.
-      param_dtype: type of the parameters; None = as they are stored.
+      mesh: the devices for every parameter, by `sharding.PARAMETER_AXES`; the host holds one parameter at a time.
+      param_dtype: type of the parameters; None = that on the disk.
       overrides: fields of the config group `model` to change, for example dtype="bfloat16" or prompt_tokens=64.
 
     Returns:
@@ -208,9 +203,9 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
       UserError: a field is missing, or the tokenizer cannot be read or does not fit.
     """
     tokenizer = read_tokenizer(path)
-    for what, word in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
-        if word is None:
-            raise UserError(f"the tokenizer at {path} names no {what} token; copy its files there again")
+    for kind, token in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if token is None:
+            raise UserError(f"the tokenizer at {path} names no {kind} token; copy its files there again")
     words = len(tokenizer)
     vocab = fields.get("vocab") or words
     if words > vocab:
@@ -231,7 +226,7 @@ def _end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
     transformers looks for `eos_token_id` in the same files. Checkpoints and our models alike carry them.
 
     Raises:
-      UserError: one of the files is torn, or what it names are not ids below `vocab`.
+      UserError: one of the files is torn, or does not name ids below `vocab`.
     """
     for path in (directory / GENERATION, directory / hf.CONFIG):
         content = read_json_object(path, _COPY_AGAIN) if path.is_file() else {}
@@ -259,11 +254,11 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         if file.suffix in _CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"the tokenizer at {path} cannot be read: {file.name} is no regular file; copy it there")
     try:
-        # Imported here: with it comes torch wherever that is installed, a second that most commands can spare.
+        # The import is here because it imports torch wherever that is installed: most commands can spare that second.
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        _ = tokenizer.all_special_ids  # A damaged one looks for its unknown word for ever.
+        _ = tokenizer.all_special_ids  # A damaged tokenizer searches its unknown word for ever.
         return tokenizer
     except Exception as error:  # tokenizers raises nothing more special
         reason = shown(error, str) or type(error).__name__
@@ -287,7 +282,7 @@ def read_fields(path_or_name: str | os.PathLike) -> dict[str, Any]:
             f"Face checkpoint"
         ) from error
     model_fields.check(fields, str(path / MODEL), _CONVERT_AGAIN)
-    # Models that were saved before there was a choice do not name one.
+    # Models from before there was a choice do not name one.
     return {name: DEFAULTS[name] for name in model_fields.LATER if name in DEFAULTS} | fields
 
 
@@ -298,35 +293,33 @@ def open_checkpoint(directory: Path) -> hf.Checkpoint:
 
 def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
     """Raises UserError when config.json and the tokenizer disagree on which token stands for the image."""
-    wanted = checkpoint.family.image_token(checkpoint.config)
-    if wanted != policy.image_token:
+    image_token = checkpoint.config[checkpoint.family.IMAGE_TOKEN]
+    if image_token != policy.image_token:
         raise UserError(
-            f"{checkpoint.directory / hf.CONFIG} calls token {wanted} the image's, the tokenizer's is "
+            f"{checkpoint.directory / hf.CONFIG} calls token {image_token} the image's, the tokenizer's is "
             f"{policy.image_token}; put the tokenizer there that belongs to it"
         )
 
 
 def flat_shapes(like: Params) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(like)
-    return {jax.tree_util.keystr(where, simple=True, separator="/"): leaf.shape for where, leaf in leaves}
+    return {path: leaf.shape for path, leaf in flatten_dict(like, sep="/").items()}
 
 
 def _restore(path: Path, like: Params, shardings: Any, dtype: np.dtype | None) -> Params:
     """The parameters of a model directory."""
     directory = path / PARAMS
     stored = open_params(directory, like)
-
-    def wanted(where, leaf, place=None):
-        name = jax.tree_util.keystr(where, simple=True, separator="/")
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or stored[name].dtype.numpy_dtype, sharding=place)
-
-    trees = (like,) if shardings is None else (like, shardings)
-    return orbax.restore(directory, jax.tree_util.tree_map_with_path(wanted, *trees))
+    places = {} if shardings is None else flatten_dict(shardings, sep="/")
+    needed = {
+        name: jax.ShapeDtypeStruct(shape, dtype or stored[name].dtype.numpy_dtype, sharding=places.get(name))
+        for name, shape in flat_shapes(like).items()
+    }
+    return orbax.restore(directory, unflatten_dict(needed, sep="/"))
 
 
 def open_params(directory: Path, like: Params) -> dict[str, Any]:
-    """`arrays.open_all` of parameters that must have the paths and shapes of `like`.
+    """`orbax.open_all` of parameters that must have the paths and shapes of `like`.
 
     Raises:
       UserError: they cannot be read, or are those of another model.
@@ -352,22 +345,16 @@ def _read_checkpoint(checkpoint: hf.Checkpoint, like: Params, shardings: Any, dt
     """The parameters of a Hugging Face checkpoint, one after the other."""
     shapes = flat_shapes(like)
     pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
-    placed = None if shardings is None else dict(zip(shapes, jax.tree.leaves(shardings), strict=True))
-    found: dict[str, Any] = {}
-
-    def finish(name: str, array: np.ndarray) -> Any:
-        if placed is None:
-            return jax.numpy.asarray(array)
-        return jax.make_array_from_callback(array.shape, placed[name], lambda index: array[index])
-
-    for name, layers in hf.by_parameter(hf.read_arrays(checkpoint, pieces)):
+    places = None if shardings is None else flatten_dict(shardings, sep="/")
+    arrays: dict[str, Any] = {}
+    for name, entries in itertools.groupby(hf.read_arrays(checkpoint, pieces), key=lambda entry: entry[0]):
         stack = None
-        for layer, array in layers:
-            if layer is None:
-                stack = array.astype(dtype or array.dtype)
-                continue
+        for _, layer, array in entries:
             if stack is None:
                 stack = np.empty(shapes[name], dtype or array.dtype)
-            stack[layer] = array
-        found[name] = finish(name, stack)
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in shapes])
+            stack[... if layer is None else layer] = array
+        if places is None:
+            arrays[name] = jax.numpy.asarray(stack)
+        else:
+            arrays[name] = jax.make_array_from_callback(stack.shape, places[name], stack.__getitem__)
+    return unflatten_dict(arrays, sep="/")

@@ -1,9 +1,14 @@
-"""What Orbax and TensorStore say and leave when a disk fails: the reason in a few words, and nothing beside it."""
+"""Parameters on disk: a tree of arrays as Orbax writes it, which TensorStore reads and writes array by array.
+
+A conversion must not hold a whole model in memory, which Orbax's own `save` asks for. So `create` lets Orbax write the
+directory with placeholders, and replaces each by an array of the true shape that is written layer by layer. The other
+parts turn what a failing disk makes Orbax and TensorStore say and leave into one reason, and find a path that both
+accept.
+"""
 
 import atexit
 import contextlib
 import functools
-import logging
 import math
 import re
 import shutil
@@ -27,39 +32,58 @@ _CHUNK_BYTES = 64 * 2**20
 _COPY_AGAIN = "copy the model again, or convert or save it anew"
 
 
+# ------------------------------------------------------------------------------------------------- writing
+
+
 def is_stacked(path: str) -> bool:
     """Whether a parameter has a leading layer axis."""
     return "layers/" in path
 
 
-def size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Bytes of an array."""
-    return math.prod(shape) * dtype.itemsize
-
-
 def create(directory: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, ts.TensorStore]:
     """Makes the arrays {path: (shape, dtype)} below `directory`; write each with `arrays[path][...].write(x).result()`.
 
-    Every element must be written before the directory is read.
+    The caller must write every element before anyone reads the directory.
     """
     placeholders = {path: np.zeros(1, dtype) for path, (_, dtype) in specs.items()}
-    # Of several processes the one that calls this writes alone: Orbax must not wait for the others.
+    # Of several processes only the one that calls this writes: Orbax must not wait for the others.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me} if jax.process_count() > 1 else None, barrier_sync_key_prefix="alone"
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, multiprocessing_options=alone)
-    with _without_merge_warning(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(for_tensorstore(directory), flax.traverse_util.unflatten_dict(placeholders, sep="/"))
     return {path: _open(directory, path, _metadata(path, *spec)) for path, spec in specs.items()}
 
 
 def write_tree(directory: Path, params: Mapping[str, Any]) -> None:
-    """Writes a whole tree of arrays; one parameter at a time is brought to the host."""
+    """Writes a whole tree of arrays; the host holds one parameter at a time."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     arrays = create(directory, {path: (leaf.shape, np.dtype(leaf.dtype)) for path, leaf in flat.items()})
     for path, leaf in flat.items():
         arrays[path].write(np.asarray(leaf)).result()
+
+
+def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    chunk, axis = list(shape), 0
+    if is_stacked(path):
+        chunk[0], axis = 1, 1
+    if len(chunk) > axis:
+        row = math.prod(chunk) // max(chunk[axis], 1) * dtype.itemsize
+        chunk[axis] = max(1, min(chunk[axis], _CHUNK_BYTES // max(row, 1)))
+    return {
+        "shape": list(shape),
+        "chunks": chunk,
+        "dtype": "bfloat16" if dtype == jax.numpy.bfloat16 else dtype.str,
+        "compressor": None,
+        "order": "C",
+        "dimension_separator": ".",
+        "fill_value": None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def open_all(directory: Path) -> dict[str, ts.TensorStore]:
@@ -105,6 +129,44 @@ def restore(directory: Path, like: Any) -> Any:
         return tree
 
 
+@jax.jit
+def _are_finite(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.numpy.isfinite(leaf).all(), tree)
+
+
+def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) -> ts.TensorStore:
+    spec: dict[str, Any] = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(for_tensorstore(directory) / path.replace("/", "."))},
+        # Orbax takes a chunk that is not there for a damaged checkpoint, so TensorStore must write zeros too.
+        "store_data_equal_to_fill_value": True,
+    }
+    if metadata is None:
+        # By default TensorStore takes a chunk that is not there for zeros.
+        return ts.open(spec | {"fill_missing_data_reads": False}, open=True, read=True).result()
+    return ts.open(spec | {"metadata": metadata}, create=True, delete_existing=True).result()
+
+
+# ------------------------------------------------------------------------------------------------- disks that fail
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Turns failures with the files below `directory` into one UserError, without tracebacks beside it."""
+    quieten_orbax()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        # TensorStore: "STATUS: what: ... local file "name": ... cause [tensorstore_spec=...]"
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = re.sub(r"\s*\[(tensorstore_spec|source locations).*", "", text, flags=re.DOTALL)
+        reason = " ".join((text if isinstance(error, OSError) else text.rpartition(": ")[2]).split())
+        file = re.search(r'local file "(.*?)"', text)
+        if file and file[1] not in reason:
+            reason = f"{file[1]}: {reason}"
+        raise UserError(f"the parameters at {directory} cannot be read: {reason}; {_COPY_AGAIN}") from error
+
+
 def reason_of(error: BaseException) -> str:
     """The cause in a few words, out of TensorStore's "STATUS: what: file: ...: cause [details]" among others."""
     if "No space left" in str(error):
@@ -120,8 +182,8 @@ def reason_of(error: BaseException) -> str:
 def remove_unfinished(directory: Path, quiet: float = 0.1, patience: float = 3.0) -> None:
     """Deletes a directory that a failed save has left behind, as far as the disk lets it.
 
-    TensorStore's other writes go on after the first one has failed, and make their directories anew: it is deleted
-    until it has stayed away for `quiet` seconds, or `patience` seconds are over.
+    TensorStore's other writes go on after the first one has failed, and make their directories again. So this repeats
+    until the directory has stayed away for `quiet` seconds, or `patience` seconds are over.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -131,78 +193,13 @@ def remove_unfinished(directory: Path, quiet: float = 0.1, patience: float = 3.0
             return
 
 
-@jax.jit
-def _are_finite(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.numpy.isfinite(leaf).all(), tree)
-
-
-def _metadata(path: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    chunk = list(shape)
-    axis = 0
-    if is_stacked(path):
-        chunk[0], axis = 1, 1
-    if len(chunk) > axis:
-        row = math.prod(chunk) // max(chunk[axis], 1) * dtype.itemsize
-        chunk[axis] = max(1, min(chunk[axis], _CHUNK_BYTES // max(row, 1)))
-    return {
-        "shape": list(shape),
-        "chunks": chunk,
-        "dtype": "bfloat16" if dtype == jax.numpy.bfloat16 else dtype.str,
-        "compressor": None,
-        "order": "C",
-        "dimension_separator": ".",
-        "fill_value": None,
-    }
-
-
-def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) -> ts.TensorStore:
-    spec: dict[str, Any] = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(for_tensorstore(directory) / path.replace("/", "."))},
-        # Orbax takes a chunk that is not there for a damaged checkpoint, so zeros are written too.
-        "store_data_equal_to_fill_value": True,
-    }
-    if metadata is None:
-        # Unasked, TensorStore takes a chunk that is not there for zeros.
-        return ts.open(spec | {"fill_missing_data_reads": False}, open=True, read=True).result()
-    return ts.open(spec | {"metadata": metadata}, create=True, delete_existing=True).result()
-
-
-@contextlib.contextmanager
-def _reading(directory: Path) -> Iterator[None]:
-    """What goes wrong with the files below `directory` becomes one UserError, without tracebacks beside it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        # TensorStore: "STATUS: what: ... local file "name": ... cause [tensorstore_spec=...]"
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        text = re.sub(r"\s*\[(tensorstore_spec|source locations).*", "", text, flags=re.DOTALL)
-        reason = " ".join((text if isinstance(error, OSError) else text.rpartition(": ")[2]).split())
-        file = re.search(r'local file "(.*?)"', text)
-        if file and file[1] not in reason:
-            reason = f"{file[1]}: {reason}"
-        raise UserError(f"the parameters at {directory} cannot be read: {reason}; {_COPY_AGAIN}") from error
-
-
-@contextlib.contextmanager
-def _without_merge_warning() -> Iterator[None]:
-    """Orbax warns that it finds no OCDBT parts to merge, even where it was told to write none."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
+# ------------------------------------------------------------------------------------------------- paths
 
 
 def for_tensorstore(directory: Path) -> Path:
-    r"""An absolute path that leads to `directory`, of whose parent TensorStore takes every name.
+    r"""An absolute path to `directory` whose parents have names that TensorStore accepts.
 
-    It takes a\b for a/b, and refuses names that end in .__lock and those that are no UTF-8; a link goes around them.
+    TensorStore takes a\b for a/b, and refuses names that end in .__lock or are no UTF-8. A link avoids them.
     """
     directory = directory.absolute()
     return _reached(directory.parent) / directory.name

@@ -1,8 +1,8 @@
 """Reading and writing the safetensors files of a checkpoint directory, tensor by tensor, as NumPy arrays.
 
 A file is an 8-byte little-endian length, a JSON header of that length ({name: dtype, shape, data_offsets}) and the
-tensors' bytes (huggingface/safetensors, README "Format"). Tensors are read and written with plain file operations and
-not through a memory map, whose pages would count as resident memory and turn a file that is cut short into a bus error.
+tensors' bytes (huggingface/safetensors, README "Format"). Plain file operations read and write them: the pages of a
+memory map would count as resident memory, and turn a file that is cut short into a bus error.
 """
 
 import math
@@ -21,7 +21,7 @@ from balcap_jax.cli.files import read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes of the types of tensors that may only be passed over.
+# Bytes of the types that only tensors beside the model may have.
 _OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8}
 # By bytes of a number: the bits besides the sign, and infinity, beyond which NaN is too.
 _MAGNITUDES = {
@@ -29,7 +29,7 @@ _MAGNITUDES = {
     np.dtype(np.float16): (np.uint16(0x7FFF), 0x7C00),
     np.dtype(ml_dtypes.bfloat16): (np.uint16(0x7FFF), 0x7F80),
 }
-_CHECKED = 2**18  # numbers at once, which stay in the cache
+_CHECKED = 2**18  # numbers at once, few enough for the cache
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
         """The tensor, or one of `parts` equal pieces of its first axis; only that piece is read."""
         shape = (self.shape[0] // parts, *self.shape[1:]) if parts > 1 else self.shape
-        size = math.prod(shape) * self.dtype.itemsize
+        size = self.size // parts
         try:
             data = np.fromfile(self.file, np.uint8, size, offset=self.start + part * size)
         except OSError as error:
@@ -86,7 +86,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 class NewTensor(NamedTuple):
-    """A tensor to write; `produce` makes its array only when its turn has come."""
+    """A tensor to write; `produce` makes its array at the time of the write."""
 
     name: str
     dtype: np.dtype
@@ -102,14 +102,14 @@ class NewTensor(NamedTuple):
 
 
 def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint directory by name, in the order of its shards; only headers are read.
+    """Every tensor of a checkpoint directory by name, in the order of its shards, from their headers alone.
 
-    A file model.safetensors comes before an index of other shards, as in transformers. Tensors
-    that are `passed_over` may be of any type, and are not among them.
+    A file model.safetensors comes before an index of other shards, as in transformers. The result leaves out tensors
+    that are `passed_over`, which may be of any type.
 
     Raises:
       UserError: no weights, pickled weights only, a shard that is missing, cut short or no safetensors file, a tensor
-        of a type other than fp32, fp16 and bf16, one that is there twice, or that the index places elsewhere.
+        of a type other than fp32, fp16 and bf16, a name in two shards, or one that the index places elsewhere.
     """
     index = _read_index(directory)
     if WEIGHTS not in index.values() and (directory / WEIGHTS).is_file():
@@ -154,7 +154,7 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def _is_beside(file: Any) -> bool:
-    """Whether this can be the name of a file of the directory itself; one with a folder in it would lead elsewhere."""
+    """Whether this can name a file of the directory itself; a name with a folder in it would lead elsewhere."""
     plain = isinstance(file, str) and file not in ("", "..") and Path(file).name == file
     return plain and file.isprintable() and len(os.fsencode(file)) <= _LONGEST_NAME
 
@@ -196,8 +196,10 @@ def _read_header(path: Path, passed_over: PassedOver) -> list[Tensor]:
 
 
 def _check_places(path: Path, tensors: Sequence[Tensor], data: int, size: int) -> None:
-    """Raises UserError unless the tensors' bytes follow each other from `data` to the file's end, as the format asks:
-    of tensors that overlap one would be read as a part of the other."""
+    """Raises UserError unless the tensors' bytes follow each other from `data` to the file's end, as the format asks.
+
+    Of two tensors that overlap, one would hold a part of the other.
+    """
     end, before = data, "the header"
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.size)):
         if tensor.start != end:
@@ -241,7 +243,7 @@ def write_directory(
     """Writes tensors in their order, in shards of at most `shard_bytes` (a longer tensor has a shard of its own).
 
     One shard is called model.safetensors; several are numbered, with an index beside them, as transformers does.
-    `progress` is told the number of bytes after each tensor.
+    `progress` gets the number of bytes after each tensor.
     """
     shards: list[list[NewTensor]] = [[]]
     for tensor in tensors:
@@ -261,14 +263,14 @@ def write_directory(
 
 
 def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks who wrote it, and takes "pt"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires a writer, and accepts "pt"
     offset = 0
     for tensor in tensors:
         entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[tensor.name] = entry | {"data_offsets": [offset, offset + tensor.size]}
         offset += tensor.size
     text = json_text.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8, so that readers may map it
+    text += b" " * (-len(text) % 8)  # Data starts at a multiple of 8, so that readers may map it.
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:

@@ -1,72 +1,77 @@
-"""The LLaVA-1.5 family. `build` makes the policy and its processor from the config group `model`."""
+"""The LLaVA-1.5 family: CLIP vision tower, GELU projector, Llama decoder. Liu et al., arXiv 2310.03744."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.llava.modeling import Llava
+from balcap_jax.models.llava import vision
 from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.llava.vision import VisionConfig
-from balcap_jax.models.prompting import PLAIN_TEMPLATE, end_tokens, forbidden_tokens, image_word
+from balcap_jax.models.policy import Params, Projector, VisionLanguagePolicy
+from balcap_jax.models.prompting import PLAIN_TEMPLATE, image_word, special_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Llava(VisionLanguagePolicy):
+    """A policy (see `models.policy.Policy`) of this family; fields as in `VisionLanguagePolicy`."""
+
+    vision: VisionConfig
+
+    @property
+    def image_tokens(self) -> int:
+        """I: tokens of every image."""
+        return self.vision.image_tokens
+
+    def init(self, rng: jax.Array) -> Params:
+        tower, projector, language = jax.random.split(rng, 3)
+        features = jnp.zeros((1, 1, self.vision.width))
+        return {
+            "vision": vision.init(self.vision, tower),
+            "projector": self._projector.init(projector, features)["params"],
+            "decoder": decoder.init(self.decoder, language),
+        }
+
+    def features(self, params: Params, images: jax.Array) -> jax.Array:
+        """Images uint8 [B, S, S, 3] -> the vision tower's features [B, I, width], before the projector."""
+        return vision.encode(self.vision, params["vision"], images)
+
+    @jax.named_scope("encode")
+    def encode(self, params: Params, images: jax.Array) -> jax.Array:
+        return self._projector.apply({"params": params["projector"]}, self.features(params, images))
+
+    @property
+    def _projector(self) -> Projector:
+        return Projector(self.decoder.width, self.decoder.width, self.decoder.dtype)
 
 
 def build(
     model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str = PLAIN_TEMPLATE
 ) -> tuple[Llava, LlavaProcessor]:
-    """Builds policy and processor; `model` holds the fields of the config group `model`.
+    """Policy and processor of the fields `model` of the config group `model`.
 
     Raises:
       UserError: a tokenizer without a word for an image token.
     """
-    tower = VisionConfig(
-        image_size=model["image_size"],
-        patch_size=model["patch_size"],
-        width=model["vision_width"],
-        layers=model["vision_layers"],
-        heads=model["vision_heads"],
-        mlp=model["vision_mlp"],
-        feature_layer=model["feature_layer"],
-        norm_eps=model.get("vision_norm_eps") or model["norm_eps"],
-        dtype=model["dtype"],
-        keep_unused=model.get("keep_unused", False),
-        remat=model["remat"],
+    tower = VisionConfig.of(
+        model, norm_eps=model.get("vision_norm_eps") or model["norm_eps"], keep_unused=model.get("keep_unused", False)
     )
     # Published checkpoints round V up, to 32064 for LLaVA's 32002 tokens; the rows beyond stand for nothing.
     vocab = model.get("vocab") or len(tokenizer)
-    language = DecoderConfig(
-        vocab=vocab,
-        width=model["width"],
-        layers=model["layers"],
-        heads=model["heads"],
-        kv_heads=model["kv_heads"],
-        head_size=model["head_size"],
-        mlp=model["mlp"],
-        rope_theta=model["rope_theta"],
-        norm_eps=model["norm_eps"],
-        tied_embeddings=model["tied_embeddings"],
-        dtype=model["dtype"],
-        remat=model["remat"],
-        attention=model["attention"],
-    )
-    image_token = tokenizer.convert_tokens_to_ids(image_word(tokenizer, "<image>"))
-    ends = end_tokens(tokenizer, model)
-    policy = Llava(
-        vision=tower,
-        decoder=language,
-        image_token=image_token,
-        pad_token=tokenizer.pad_token_id,
-        end_tokens=ends,
-        forbidden=forbidden_tokens(tokenizer, image_token, vocab, ends),
-        logits_chunk=model["logits_chunk"],
-    )
+    language = DecoderConfig.of(model, vocab=vocab, qkv_bias=False, mrope_section=())
+    special = special_tokens(tokenizer, model, image_word(tokenizer, "<image>"), vocab)
+    policy = Llava(vision=tower, decoder=language, logits_chunk=model["logits_chunk"], **special)
     processor = LlavaProcessor(
         tokenizer=tokenizer,
         image_size=tower.image_size,
         image_tokens=tower.image_tokens,
         prompt_tokens=model["prompt_tokens"],
         template=template,
-        end_tokens=ends,
+        end_tokens=policy.end_tokens,
     )
     return policy, processor

@@ -1,30 +1,20 @@
-"""LLaVA-1.5 between Hugging Face checkpoints (`LlavaForConditionalGeneration`) and our parameters; see `models.hf`."""
+"""LLaVA-1.5 between Hugging Face checkpoints (`LlavaForConditionalGeneration`) and our parameters; see `formats.hf`."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from balcap_jax.models.formats.hf import (
-    MATRIX,
-    VECTOR,
-    Row,
-    decoder_rows,
-    dense,
-    patches,
-    processing_to_hf,
-    require,
-    require_processing,
-    require_sizes,
-    rope_to_hf,
-)
+from balcap_jax.models.formats import hf_config
+from balcap_jax.models.formats.hf import MATRIX, VECTOR, Row, decoder_rows, dense, patches
 from balcap_jax.models.llava.processing import VICUNA_TEMPLATE
-from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
+from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 
 MODEL_TYPE = "llava"
 ARCHITECTURE = "LlavaForConditionalGeneration"
+IMAGE_TOKEN = "image_token_index"
 
-# Checkpoints of transformers 4 carry the first name of each kind, those that transformers 5 writes the second for the
-# tower; names of the modules themselves are taken as they are.
+# Checkpoints of transformers 4 carry the first name of each kind; those that transformers 5 writes have the second for
+# the tower. Names of the modules themselves stay as they are.
 RENAMES = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -34,13 +24,20 @@ RENAMES = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
 )
 
+# Our fields of the tower and those of `vision_config`.
+_TOWER_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_layers": "num_hidden_layers",
+    "vision_heads": "num_attention_heads",
+    "vision_mlp": "intermediate_size",
+    "vision_norm_eps": "layer_norm_eps",
+}
 _TOWER = "model.vision_tower"
 _PROJECTOR = "model.multi_modal_projector"
-_CLIP_SIZES = {
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-}  # unless the file says others
-_INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
+# The sizes of a CLIP processor whose file names none.
+_CLIP_SIZES = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
 
 
 def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -78,12 +75,7 @@ TABLE = (
     *_tower_layers("vision/layers"),
     *_tower_layers("vision/unused/layers"),
     # No feature depends on the last norm; transformers builds it all the same.
-    Row(
-        f"{_TOWER}.post_layernorm.weight",
-        "vision/unused/norm/scale",
-        VECTOR,
-        fill=(1.0, "vision/patches/norm/scale"),
-    ),
+    Row(f"{_TOWER}.post_layernorm.weight", "vision/unused/norm/scale", VECTOR, fill=(1.0, "vision/patches/norm/scale")),
     Row(f"{_TOWER}.post_layernorm.bias", "vision/unused/norm/bias", VECTOR, fill=(0.0, "vision/patches/norm/bias")),
     *dense(f"{_PROJECTOR}.linear_1", "projector/first"),
     *dense(f"{_PROJECTOR}.linear_2", "projector/second"),
@@ -94,49 +86,34 @@ TABLE = (
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config group `model` of a complete config.json. Raises ValueError or KeyError for what we cannot build."""
     text, tower = config["text_config"], config["vision_config"]
-    require(config, projector_hidden_act="gelu", vision_feature_select_strategy="default")
-    require(config, multimodal_projector_bias=(True, None))
-    require(text, model_type="llama", hidden_act="silu", attention_bias=(False, None), mlp_bias=(False, None))
-    require(text["rope_parameters"], rope_type="default")
-    require(tower, model_type="clip_vision_model", hidden_act="quick_gelu", num_channels=(3, None))
-    require_sizes(tower, "image_size", "patch_size")
-    require_sizes(text, "hidden_size", "num_attention_heads")
+    hf_config.require(config, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+    hf_config.require(config, multimodal_projector_bias=(True, None))
+    hf_config.require(text, model_type="llama", hidden_act="silu", attention_bias=(False, None), mlp_bias=(False, None))
+    hf_config.require(tower, model_type="clip_vision_model", hidden_act="quick_gelu", num_channels=(3, None))
+    hf_config.require_sizes(tower, "image_size", "patch_size")
     if not isinstance(config["vision_feature_layer"], int):
         raise ValueError(f"vision_feature_layer is {config['vision_feature_layer']!r}, only one layer is built")
     image_tokens = (tower["image_size"] // tower["patch_size"]) ** 2
     return {
         "family": "llava",
-        "image_size": tower["image_size"],
-        "patch_size": tower["patch_size"],
-        "vision_width": tower["hidden_size"],
-        "vision_layers": tower["num_hidden_layers"],
-        "vision_heads": tower["num_attention_heads"],
-        "vision_mlp": tower["intermediate_size"],
-        "vision_norm_eps": tower["layer_norm_eps"],
+        **{name: tower[theirs] for name, theirs in _TOWER_FIELDS.items()},
         "feature_layer": config["vision_feature_layer"],
         "keep_unused": True,
-        "width": text["hidden_size"],
-        "layers": text["num_hidden_layers"],
-        "heads": text["num_attention_heads"],
-        "kv_heads": text["num_key_value_heads"],
-        "head_size": text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        "mlp": text["intermediate_size"],
-        "rope_theta": float(text["rope_parameters"]["rope_theta"]),
-        "norm_eps": text["rms_norm_eps"],
-        "tied_embeddings": bool(config["tie_word_embeddings"]),
-        "vocab": text["vocab_size"],
+        **hf_config.decoder_fields(config),
         "template": VICUNA_TEMPLATE,
-        "prompt_tokens": image_tokens + _INSTRUCTION_TOKENS,
+        "prompt_tokens": image_tokens + hf_config.INSTRUCTION_TOKENS,
     }
 
 
 def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """No field: CLIP's image processor is built as it is. Raises ValueError for one that does something else."""
-    require_processing(processor, kind="CLIPImageProcessor", mean=PIXEL_MEAN, std=PIXEL_STD)
+    """{}, as CLIP's image processor has no free setting. Raises ValueError for one that does something else."""
+    hf_config.require_processor(processor, kind="CLIPImageProcessor", mean=PIXEL_MEAN, std=PIXEL_STD)
     side = fields["image_size"]
     processor = _CLIP_SIZES | dict(processor)
-    require(processor, do_center_crop=(True, None), patch_size=(fields["patch_size"], None))
-    require(processor, size=({"shortest_edge": side}, side), crop_size=({"height": side, "width": side}, side))
+    hf_config.require(processor, do_center_crop=(True, None), patch_size=(fields["patch_size"], None))
+    hf_config.require(
+        processor, size=({"shortest_edge": side}, side), crop_size=({"height": side, "width": side}, side)
+    )
     return {}
 
 
@@ -146,7 +123,7 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
-        **processing_to_hf(PIXEL_MEAN, PIXEL_STD),
+        **hf_config.processor_settings(PIXEL_MEAN, PIXEL_STD),
         "do_center_crop": True,
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
@@ -160,23 +137,20 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     }
 
 
-def image_token(config: Mapping[str, Any]) -> int:
-    """The id that config.json gives image tokens."""
-    return config["image_token_index"]
-
-
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of a model that came from no checkpoint; `ids` as in `models.hf`.
+    """config.json of a model that came from no checkpoint; `ids` as in `formats.hf`.
 
-    Layers behind `feature_layer` that have no parameters are left out: the features are then those of the last one.
+    It leaves out layers behind `feature_layer` that have no parameters: the features are then those of the last layer.
     """
     layer, layers = fields["feature_layer"], fields["vision_layers"]
     if not fields.get("keep_unused"):
         layer, layers = -1, layers + 1 + layer if layer < 0 else layer
+    tower = {**fields, "vision_layers": layers}
+    tower["vision_norm_eps"] = fields.get("vision_norm_eps") or fields["norm_eps"]
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "image_token_index": ids["image"],
+        IMAGE_TOKEN: ids["image"],
         "image_seq_length": (fields["image_size"] // fields["patch_size"]) ** 2,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": fields["tied_embeddings"],
@@ -185,29 +159,7 @@ def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str,
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_act": "quick_gelu",
-            "image_size": fields["image_size"],
-            "patch_size": fields["patch_size"],
-            "hidden_size": fields["vision_width"],
-            "num_hidden_layers": layers,
-            "num_attention_heads": fields["vision_heads"],
-            "intermediate_size": fields["vision_mlp"],
-            "layer_norm_eps": fields.get("vision_norm_eps") or fields["norm_eps"],
+            **{theirs: tower[name] for name, theirs in _TOWER_FIELDS.items()},
         },
-        "text_config": {
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "vocab_size": ids["vocab"],
-            "hidden_size": fields["width"],
-            "num_hidden_layers": fields["layers"],
-            "num_attention_heads": fields["heads"],
-            "num_key_value_heads": fields["kv_heads"],
-            "head_dim": fields["head_size"],
-            "intermediate_size": fields["mlp"],
-            "rms_norm_eps": fields["norm_eps"],
-            **rope_to_hf(fields["rope_theta"]),
-            "tie_word_embeddings": fields["tied_embeddings"],
-            "bos_token_id": ids["bos"],
-            "eos_token_id": ids["eos"],
-            "pad_token_id": ids["pad"],
-        },
+        "text_config": {"model_type": "llama", "head_dim": fields["head_size"], **hf_config.text_config(fields, ids)},
     }

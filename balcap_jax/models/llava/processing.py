@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from balcap_jax.models.policy import Prompt
 from balcap_jax.models.prompting import PromptProcessor, names_of
 
-# What the chat template of LLaVA-1.5 (Vicuna) gives for one user message of an image and a text; `{image}` stands for
-# the image tokens, `{prompt}` for the instruction.
+# The output of LLaVA-1.5's chat template (Vicuna) for one user message of an image and a text; `{image}` stands for the
+# image tokens, `{prompt}` for the instruction.
 VICUNA_TEMPLATE = "USER: {image}\n{prompt} ASSISTANT:"
 
-# Images longer than this are cut before they are resized: all but their middle is cropped away in the end, and a strip
-# of 1 x 50,000 pixels would become 336 x 16,800,000 on the way.
+# The aspect that images are cut to before the resize: the final crop keeps only their middle anyway, and a strip of
+# 1 x 50,000 pixels would become 336 x 16,800,000 on the way.
 MAX_ASPECT = 64
 
 
@@ -31,35 +31,21 @@ class LlavaProcessor(PromptProcessor):
     template: str = VICUNA_TEMPLATE
     end_tokens: tuple[int, ...] = ()
 
-    def __call__(
-        self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None
-    ) -> Prompt:
-        """Builds the prompts of B images.
-
-        Args:
-          images: B arrays uint8 [height, width, 3] of any size.
-          prompts: B instructions; `ids` names the samples in errors.
-
-        Raises:
-          UserError: a prompt needs more than P tokens, or its number of image tokens is not I.
-        """
-        return self.with_prepared(self.prepare_images(images), prompts, ids)
-
     def with_prepared(self, images: np.ndarray, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
-        """The same for images that `prepare_images` has prepared."""
+        """`__call__` for the images that `prepare_images` gave."""
         tokens, mask = self.encode_prompts(prompts, [self.image_tokens] * len(prompts), names_of(ids, len(prompts)))
         return Prompt(tokens, mask, self.text_positions(mask), images)
 
     def prepare_images(self, images: Sequence[np.ndarray], ids: Sequence[str] | None = None) -> np.ndarray:
-        """What the policy's `encode` and `features` take of B images: uint8 [B, S, S, 3]."""
+        """The input of the policy's `encode` for B images: uint8 [B, S, S, 3]."""
         return np.stack([fit(image, self.image_size) for image in images])
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
     """CLIP's geometry: the shorter edge to `size` (bicubic), then a centre crop. uint8 [height, width, 3].
 
-    The pixels are those of transformers' `CLIPImageProcessorPil`, but beyond MAX_ASPECT, where the crop may lie one
-    pixel further along the longer edge.
+    The pixels equal those of transformers' `CLIPImageProcessorPil`. Beyond MAX_ASPECT the crop may lie one pixel
+    further along the longer edge.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -73,7 +59,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _middle(image: np.ndarray) -> np.ndarray:
-    """The image without as much of both its ends as leaves an aspect of MAX_ASPECT."""
+    """The middle of the image, cut at both ends to an aspect of MAX_ASPECT."""
     height, width = image.shape[:2]
     rows, columns = (max(0, a - MAX_ASPECT * b) // 2 for a, b in ((height, width), (width, height)))
     return image[rows : height - rows, columns : width - columns]

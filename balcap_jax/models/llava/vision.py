@@ -1,31 +1,28 @@
-"""CLIP's vision transformer and LLaVA's projector: uint8 pixels in, image embeddings of the decoder's width out."""
+"""CLIP's vision transformer: uint8 pixels in, patch features out."""
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from balcap_jax.models import decoder
+from balcap_jax.models.decoder import Params, Sizes
+from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.parallel.sharding import constrain
-
-Params = dict[str, Any]
-
-# Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
-PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Sizes):
     """Sizes of the tower. `feature_layer` counts hidden states as LLaVA does: -2 is the input of the last layer.
 
     `keep_unused` gives the layers behind `feature_layer` and the last norm a place in the parameters, though nothing
-    runs them: a converted checkpoint then goes back out with every tensor that it came with. `remat`: none | dots |
+    runs them: the export of a converted checkpoint then has every tensor that the import had. `remat`: none | dots |
     full.
     """
+
+    PREFIXED: ClassVar = ("width", "layers", "heads", "mlp")
 
     image_size: int
     patch_size: int
@@ -59,14 +56,16 @@ class VisionBlock(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         size = c.width // c.heads
-        h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="attention_norm")(x)
-        q, k, v = (nn.DenseGeneral((c.heads, size), dtype=dtype, name=name)(h) for name in ("q", "k", "v"))
-        logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * size**-0.5
-        read = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits).astype(dtype), v)
-        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(read)
-        h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="mlp_norm")(x)
-        h = nn.Dense(c.mlp, dtype=dtype, name="up")(h)
-        return x + nn.Dense(c.width, dtype=dtype, name="down")(h * nn.sigmoid(1.702 * h))
+        with jax.named_scope("attention"):
+            h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="attention_norm")(x)
+            q, k, v = (nn.DenseGeneral((c.heads, size), dtype=dtype, name=name)(h) for name in ("q", "k", "v"))
+            logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * size**-0.5
+            out = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits).astype(dtype), v)
+            x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(out)
+        with jax.named_scope("mlp"):
+            h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="mlp_norm")(x)
+            h = nn.Dense(c.mlp, dtype=dtype, name="up")(h)
+            return x + nn.Dense(c.width, dtype=dtype, name="down")(h * nn.sigmoid(1.702 * h))
 
 
 class Patches(nn.Module):
@@ -85,23 +84,10 @@ class Patches(nn.Module):
         x = nn.Dense(c.width, use_bias=False, dtype=dtype, name="patch")(grid.astype(dtype))
         token = self.param("class_token", nn.initializers.normal(c.width**-0.5), (c.width,))
         x = jnp.concatenate([jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width)), x], axis=1)
-        # As large as what a patch contributes: where a patch is must be as plain as what is on it, or a tower trained
-        # from scratch needs thousands of updates before it can tell places apart.
+        # As large as a patch's own contribution: its place must be as plain as its content, or a tower trained from
+        # scratch needs thousands of updates before it can tell places apart.
         positions = self.param("positions", nn.initializers.normal(1.0), (side * side + 1, c.width))
         return nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm")(x + positions.astype(dtype))
-
-
-class Projector(nn.Module):
-    """LLaVA-1.5's two-layer GELU projector to the decoder's width."""
-
-    width: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(self.dtype)
-        x = nn.gelu(nn.Dense(self.width, dtype=dtype, name="first")(x), approximate=False)
-        return nn.Dense(self.width, dtype=dtype, name="second")(x)
 
 
 def init(config: VisionConfig, rng: jax.Array) -> Params:
@@ -125,6 +111,7 @@ def init(config: VisionConfig, rng: jax.Array) -> Params:
     return params
 
 
+@jax.named_scope("vision_tower")
 def encode(config: VisionConfig, params: Params, images: jax.Array) -> jax.Array:
     """Image features of `feature_layer` without the class token: uint8 [B, S, S, 3] -> [B, I, width]."""
     x = Patches(config).apply({"params": params["patches"]}, images)

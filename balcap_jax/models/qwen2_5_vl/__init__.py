@@ -1,23 +1,62 @@
-"""The Qwen2.5-VL family. `build` makes the policy and its processor from the config group `model`."""
+"""The Qwen2.5-VL family: window-attention vision tower, merger, Qwen2 decoder with M-RoPE. arXiv 2502.13923."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.cli.errors import UserError
+from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.prompting import PLAIN_TEMPLATE, end_tokens, forbidden_tokens, has_word, image_word
-from balcap_jax.models.qwen2_5_vl.modeling import Qwen25VL
+from balcap_jax.models.policy import Params, VisionLanguagePolicy
+from balcap_jax.models.prompting import PLAIN_TEMPLATE, has_word, image_word, special_tokens
+from balcap_jax.models.qwen2_5_vl import vision
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE, Qwen25VLProcessor
-from balcap_jax.models.qwen2_5_vl.vision import VisionConfig
+from balcap_jax.models.qwen2_5_vl.vision import QwenImages, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import MERGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VL(VisionLanguagePolicy):
+    """A policy (see `models.policy.Policy`) of this family; fields as in `VisionLanguagePolicy`.
+
+    `Prompt.images` are `QwenImages`, `Prompt.positions` [B, P, 3]. Every image gives I rows. A prompt holds as many
+    placeholders as its image has tokens, and takes that many of the rows.
+    """
+
+    vision: VisionConfig
+
+    @property
+    def image_tokens(self) -> int:
+        """I: the most tokens of an image."""
+        return self.vision.max_image_tokens
+
+    def init(self, rng: jax.Array) -> Params:
+        tower, merger, language = jax.random.split(rng, 3)
+        return {
+            "vision": vision.init(self.vision, tower),
+            "merger": vision.init_merger(self.vision, self.decoder.width, merger),
+            "decoder": decoder.init(self.decoder, language),
+        }
+
+    def features(self, params: Params, images: QwenImages) -> jax.Array:
+        """-> the vision tower's features [B, I, 4 * width] in raster order, before the merger's layers."""
+        x = vision.encode(self.vision, params["vision"], images)
+        return vision.merged_features(self.vision, params["merger"], images, x)
+
+    @jax.named_scope("encode")
+    def encode(self, params: Params, images: QwenImages) -> jax.Array:
+        mlp = {name: params["merger"][name] for name in ("first", "second")}
+        merger = vision.merger(self.vision, self.decoder.width)
+        return merger.apply({"params": mlp}, self.features(params, images))
 
 
 def build(
     model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str = ""
 ) -> tuple[Qwen25VL, Qwen25VLProcessor]:
-    """Builds policy and processor; `model` holds the fields of the config group `model`.
+    """Policy and processor of the fields `model` of the config group `model`.
 
     Without a template the prompt is Qwen's ChatML, or the image and the instruction alone where the tokenizer has no
     chat words.
@@ -26,48 +65,15 @@ def build(
       UserError: sizes that do not fit together, or a tokenizer without a word for an image token.
     """
     _check(model)
-    tower = VisionConfig(
-        patch_size=model["patch_size"],
-        width=model["vision_width"],
-        layers=model["vision_layers"],
-        heads=model["vision_heads"],
-        mlp=model["vision_mlp"],
-        window_size=model["window_size"],
-        full_attention_layers=tuple(model["full_attention_layers"]),
-        max_image_tokens=model["max_image_tokens"],
-        max_aspect=model["max_aspect"],
-        dtype=model["dtype"],
-        remat=model["remat"],
-    )
+    tower = VisionConfig.of(model)
     # Published checkpoints round V up, to 151936 or 152064 for 151665 words; the rows beyond stand for nothing.
     vocab = model.get("vocab") or len(tokenizer)
-    language = DecoderConfig(
-        vocab=vocab,
-        width=model["width"],
-        layers=model["layers"],
-        heads=model["heads"],
-        kv_heads=model["kv_heads"],
-        head_size=model["head_size"],
-        mlp=model["mlp"],
-        rope_theta=model["rope_theta"],
-        mrope_section=tuple(model["mrope_section"]),
-        norm_eps=model["norm_eps"],
-        qkv_bias=model["qkv_bias"],
-        tied_embeddings=model["tied_embeddings"],
-        dtype=model["dtype"],
-        remat=model["remat"],
-        attention=model["attention"],
-    )
     word = image_word(tokenizer, "<|image_pad|>", "<image>")
-    image_token, ends = tokenizer.convert_tokens_to_ids(word), end_tokens(tokenizer, model)
     policy = Qwen25VL(
         vision=tower,
-        decoder=language,
-        image_token=image_token,
-        pad_token=tokenizer.pad_token_id,
-        end_tokens=ends,
-        forbidden=forbidden_tokens(tokenizer, image_token, vocab, ends),
+        decoder=DecoderConfig.of(model, vocab=vocab),
         logits_chunk=model["logits_chunk"],
+        **special_tokens(tokenizer, model, word, vocab),
     )
     processor = Qwen25VLProcessor(
         tokenizer=tokenizer,
@@ -77,7 +83,7 @@ def build(
         wide_images=model["wide_images"],
         image_token=word,
         template=template or (CHATML_TEMPLATE if has_word(tokenizer, "<|im_start|>") else PLAIN_TEMPLATE),
-        end_tokens=ends,
+        end_tokens=policy.end_tokens,
     )
     return policy, processor
 

@@ -1,29 +1,21 @@
-"""Qwen2.5-VL between Hugging Face checkpoints (`Qwen2_5_VLForConditionalGeneration`) and ours; see `models.hf`."""
+"""Qwen2.5-VL between Hugging Face checkpoints (`Qwen2_5_VLForConditionalGeneration`) and ours; see `formats.hf`."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax.models.fields import DEFAULTS
-from balcap_jax.models.formats.hf import (
-    VECTOR,
-    Row,
-    decoder_rows,
-    dense,
-    linear,
-    patches,
-    processing_to_hf,
-    require,
-    require_processing,
-    require_sizes,
-    rope_to_hf,
-)
+from balcap_jax.models.formats import hf_config
+from balcap_jax.models.formats.hf import VECTOR, Row, decoder_rows, dense, patches
+from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE
-from balcap_jax.models.qwen2_5_vl.vision import FRAMES, PIXEL_MEAN, PIXEL_STD
+from balcap_jax.models.qwen2_5_vl.vision import FRAMES
 from balcap_jax.models.qwen2_5_vl.windows import MERGE
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+IMAGE_TOKEN = "image_token_id"
 
 # Published checkpoints, and those that transformers 5 writes, carry the names of transformers 4.
 RENAMES = (
@@ -33,9 +25,18 @@ RENAMES = (
     ("model.", "model.language_model."),
 )
 
+# Our fields of the tower and those of `vision_config`.
+_TOWER_FIELDS = {
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_layers": "depth",
+    "vision_heads": "num_heads",
+    "vision_mlp": "intermediate_size",
+    "window_size": "window_size",
+    "full_attention_layers": "fullatt_block_indexes",
+}
 _TOWER = "model.visual"
 _BLOCK = f"{_TOWER}.blocks.{{}}"
-_INSTRUCTION_TOKENS = 128  # room for the instruction and the template's words in the default of prompt_tokens
 _MIN_IMAGE_TOKENS, _IMAGE_TOKENS = DEFAULTS["min_image_tokens"], DEFAULTS["max_image_tokens"]
 
 
@@ -45,20 +46,16 @@ def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[0], 3, side, side, shape[2]
 
 
-def _qkv() -> tuple[Row, ...]:
-    """Queries, keys and values are one matrix there and three here."""
-    rows = []
-    for part, x in enumerate("qkv"):
-        rows.append(Row(f"{_BLOCK}.attn.qkv.weight", f"vision/layers/{x}/kernel", linear(), part=(part, 3)))
-        rows.append(Row(f"{_BLOCK}.attn.qkv.bias", f"vision/layers/{x}/bias", VECTOR, part=(part, 3)))
-    return tuple(rows)
-
-
 TABLE = (
     # [width, channel, frame, row, column]
     Row(f"{_TOWER}.patch_embed.proj.weight", "vision/patch/kernel", patches(2, 1, 3, 4, 0, split=_split_patch)),
     Row(f"{_BLOCK}.norm1.weight", "vision/layers/attention_norm/scale", VECTOR),
-    *_qkv(),
+    # Queries, keys and values are one matrix there and three here.
+    *(
+        dataclasses.replace(row, part=(i, 3))
+        for i, x in enumerate("qkv")
+        for row in dense(f"{_BLOCK}.attn.qkv", f"vision/layers/{x}")
+    ),
     *dense(f"{_BLOCK}.attn.proj", "vision/layers/o", inputs=2),
     Row(f"{_BLOCK}.norm2.weight", "vision/layers/mlp_norm/scale", VECTOR),
     *(row for x in ("gate", "up", "down") for row in dense(f"{_BLOCK}.mlp.{x}_proj", f"vision/layers/{x}")),
@@ -72,34 +69,18 @@ TABLE = (
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config group `model` of a complete config.json. Raises ValueError or KeyError for what we cannot build."""
     text, tower = config["text_config"], config["vision_config"]
-    require_sizes(text, "hidden_size", "num_attention_heads")
-    require(text, hidden_act="silu", use_sliding_window=(False, None))
-    require(text["rope_parameters"], rope_type="default")
-    require(tower, hidden_act="silu", in_channels=3, spatial_merge_size=MERGE, temporal_patch_size=FRAMES)
-    require(tower, out_hidden_size=text["hidden_size"])
+    hf_config.require(text, hidden_act="silu", use_sliding_window=(False, None))
+    language = hf_config.decoder_fields(config)
+    hf_config.require(tower, hidden_act="silu", in_channels=3, spatial_merge_size=MERGE, temporal_patch_size=FRAMES)
+    hf_config.require(tower, out_hidden_size=language["width"])
     return {
         "family": "qwen2_5_vl",
-        "patch_size": tower["patch_size"],
-        "vision_width": tower["hidden_size"],
-        "vision_layers": tower["depth"],
-        "vision_heads": tower["num_heads"],
-        "vision_mlp": tower["intermediate_size"],
-        "window_size": tower["window_size"],
-        "full_attention_layers": list(tower["fullatt_block_indexes"]),
-        "width": text["hidden_size"],
-        "layers": text["num_hidden_layers"],
-        "heads": text["num_attention_heads"],
-        "kv_heads": text["num_key_value_heads"],
-        "head_size": text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        "mlp": text["intermediate_size"],
-        "rope_theta": float(text["rope_parameters"]["rope_theta"]),
+        **{name: tower[theirs] for name, theirs in _TOWER_FIELDS.items()},
+        **language,
         "mrope_section": list(text["rope_parameters"]["mrope_section"]),
-        "norm_eps": text["rms_norm_eps"],
         "qkv_bias": True,
-        "tied_embeddings": bool(config["tie_word_embeddings"]),
-        "vocab": text["vocab_size"],
         "template": CHATML_TEMPLATE,
-        "prompt_tokens": _IMAGE_TOKENS + _INSTRUCTION_TOKENS,
+        "prompt_tokens": _IMAGE_TOKENS + hf_config.INSTRUCTION_TOKENS,
     }
 
 
@@ -108,11 +89,11 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
 
     A maximum beyond our default (published: 16,384 tokens) stays at that: every prompt is padded to it.
     """
-    require_processing(processor, kind="Qwen2", mean=PIXEL_MEAN, std=PIXEL_STD)
+    hf_config.require_processor(processor, kind="Qwen2", mean=PIXEL_MEAN, std=PIXEL_STD)
     patch = fields["patch_size"]
     if patch != processor.get("patch_size", 14):
         raise ValueError(f"patch_size is {processor.get('patch_size', 14)!r}, only {patch} is built")
-    require(processor, merge_size=(MERGE, None), temporal_patch_size=(FRAMES, None))
+    hf_config.require(processor, merge_size=(MERGE, None), temporal_patch_size=(FRAMES, None))
     size = processor.get("size")
     if size is not None and not isinstance(size, dict):
         raise ValueError(f"size is {size!r}, only numbers of pixels as shortest_edge and longest_edge are built")
@@ -130,11 +111,7 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
             f"max_pixels, {bounds['max_pixels']}, is less than the {least} tokens of {token} pixels of min_pixels"
         )
     most = min(most, max(least, _IMAGE_TOKENS))
-    return {
-        "min_image_tokens": least,
-        "max_image_tokens": most,
-        "prompt_tokens": most + _INSTRUCTION_TOKENS,
-    }
+    return {"min_image_tokens": least, "max_image_tokens": most, "prompt_tokens": most + hf_config.INSTRUCTION_TOKENS}
 
 
 def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -144,7 +121,7 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     image_processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
-        **processing_to_hf(PIXEL_MEAN, PIXEL_STD),
+        **hf_config.processor_settings(PIXEL_MEAN, PIXEL_STD),
         "min_pixels": least,
         "max_pixels": most,
         "size": {"shortest_edge": least, "longest_edge": most},
@@ -155,48 +132,25 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return (image_processor,)
 
 
-def image_token(config: Mapping[str, Any]) -> int:
-    """The id that config.json gives image tokens."""
-    return config["image_token_id"]
-
-
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of a model that came from no checkpoint; `ids` as in `models.hf`."""
+    """config.json of a model that came from no checkpoint; `ids` as in `formats.hf`."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "image_token_id": ids["image"],
+        IMAGE_TOKEN: ids["image"],
         # transformers 4 looks for images behind this token alone.
         "vision_start_token_id": ids["before_image"],
         "tie_word_embeddings": fields["tied_embeddings"],
         "vision_config": {
             "model_type": "qwen2_5_vl",
             "hidden_act": "silu",
-            "depth": fields["vision_layers"],
-            "hidden_size": fields["vision_width"],
-            "intermediate_size": fields["vision_mlp"],
-            "num_heads": fields["vision_heads"],
+            **{theirs: fields[name] for name, theirs in _TOWER_FIELDS.items()},
             "out_hidden_size": fields["width"],
-            "patch_size": fields["patch_size"],
             "spatial_merge_size": MERGE,
             "temporal_patch_size": FRAMES,
-            "window_size": fields["window_size"],
-            "fullatt_block_indexes": list(fields["full_attention_layers"]),
         },
         "text_config": {
             "model_type": "qwen2_5_vl_text",
-            "hidden_act": "silu",
-            "vocab_size": ids["vocab"],
-            "hidden_size": fields["width"],
-            "num_hidden_layers": fields["layers"],
-            "num_attention_heads": fields["heads"],
-            "num_key_value_heads": fields["kv_heads"],
-            "intermediate_size": fields["mlp"],
-            "rms_norm_eps": fields["norm_eps"],
-            **rope_to_hf(fields["rope_theta"], mrope_section=list(fields["mrope_section"])),
-            "tie_word_embeddings": fields["tied_embeddings"],
-            "bos_token_id": ids["bos"],
-            "eos_token_id": ids["eos"],
-            "pad_token_id": ids["pad"],
+            **hf_config.text_config(fields, ids, mrope_section=list(fields["mrope_section"])),
         },
     }

@@ -15,7 +15,7 @@ from balcap_jax.models.prompting import PromptProcessor, names_of
 from balcap_jax.models.qwen2_5_vl.vision import PIXEL_MEAN, QwenImages, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import MERGE, grid_of, patches_of, plan
 
-# What the chat template of Qwen2.5-VL gives for one user message of an image and a text.
+# The output of Qwen2.5-VL's chat template for one user message of an image and a text.
 CHATML_TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -27,9 +27,9 @@ class Qwen25VLProcessor(PromptProcessor):
     """`processor(images, prompts)` gives a Prompt of NumPy arrays; `processor.decode(tokens)` gives text.
 
     An image is resized to as many merged tokens as its size asks for, at least `min_image_tokens` and at most I.
-    Images whose longest side is more than `vision.max_aspect` times the shortest are padded to that aspect
-    (`wide_images` "letterbox") or refused ("reject"); `counts["wide"]` says how many there were, `counts["images"]`
-    how many images in all.
+    Images whose longest side is more than `vision.max_aspect` times the shortest get padding to that aspect
+    (`wide_images` "letterbox") or an error ("reject"). `counts["wide"]` is their number, `counts["images"]` that of all
+    images.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,26 +47,12 @@ class Qwen25VLProcessor(PromptProcessor):
         """I: the most tokens of an image."""
         return self.vision.max_image_tokens
 
-    def __call__(
-        self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None
-    ) -> Prompt:
-        """Builds the prompts of B images.
-
-        Args:
-          images: B arrays uint8 [height, width, 3] of any size.
-          prompts: B instructions; `ids` names the samples in errors.
-
-        Raises:
-          UserError: a prompt needs more than P tokens, or an image is too wide and `wide_images` says to refuse it.
-        """
-        return self.with_prepared(self.prepare_images(images, ids), prompts, ids)
-
     def with_prepared(self, packed: QwenImages, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
-        """The same for images that `prepare_images` has prepared."""
+        """`__call__` for the images that `prepare_images` gave."""
         counts = packed.token_mask.sum(-1).tolist()
         tokens, mask = self.encode_prompts(prompts, counts, names_of(ids, len(prompts)))
         is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.image_token)
-        # The last patch of an image says how large its grid is.
+        # The last patch of an image gives the size of its grid.
         grids = packed.positions.max(axis=(1, 2)) // MERGE + 1
         return Prompt(tokens, mask, mrope_positions(is_image, mask, grids), packed)
 
@@ -75,23 +61,22 @@ class Qwen25VLProcessor(PromptProcessor):
         return np.repeat(super().text_positions(mask)[..., None], 3, axis=-1)
 
     def prepare_images(self, images: Sequence[np.ndarray], ids: Sequence[str] | None = None) -> QwenImages:
-        """What the policy's `encode` and `features` take of B images. Raises UserError as `__call__` does."""
+        """The input of the policy's `encode` for B images.
+
+        Raises:
+          UserError: an image is too wide and `wide_images` says to refuse it.
+        """
         return QwenImages(*map(np.stack, zip(*map(self._lay_out, images, names_of(ids, len(images))), strict=True)))
 
     def _lay_out(self, image: np.ndarray, name: str) -> QwenImages:
         """One image, without the B axis."""
         c = self.vision
         picture = self._narrow_enough(Image.fromarray(image).convert("RGB"), name)
-        factor = MERGE * c.patch_size
-        rows, columns = grid_of(
-            picture.height,
-            picture.width,
-            factor=factor,
-            min_tokens=self.min_image_tokens,
-            max_tokens=c.max_image_tokens,
-        )
+        factor, most = MERGE * c.patch_size, c.max_image_tokens
+        height, width = picture.height, picture.width
+        rows, columns = grid_of(height, width, factor=factor, min_tokens=self.min_image_tokens, max_tokens=most)
         resized = picture.resize((columns * factor, rows * factor), Image.Resampling.BICUBIC)
-        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=c.max_image_tokens)
+        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=most)
         patches = np.where(
             where.mask[..., None], patches_of(np.asarray(resized), c.patch_size)[where.slot], np.uint8(0)
         )
@@ -109,14 +94,14 @@ class Qwen25VLProcessor(PromptProcessor):
                 f"the image of {name} is {picture.width} x {picture.height} pixels, beyond the aspect of "
                 f"model.max_aspect = {limit:g}; leave it out, or set model.wide_images to letterbox"
             )
-        # Twice as long as any resized picture gets is enough: a strip's canvas would be its length squared.
+        # Twice the length of any resized picture is enough: a strip's canvas would be its length squared.
         longest = 2 * math.ceil(math.sqrt(self.image_tokens * limit)) * MERGE * self.vision.patch_size
         if long > longest:
             picture = picture.resize(
                 [max(1, round(side * longest / long)) for side in picture.size], Image.Resampling.BICUBIC
             )
             long = longest
-        # The pixels' mean is what normalisation makes 0 of.
+        # Normalisation maps the pixels' mean to 0.
         colour = tuple(round(255 * float(mean)) for mean in PIXEL_MEAN)
         size = tuple(max(length, math.ceil(long / limit)) for length in picture.size)
         padded = Image.new("RGB", size, colour)
@@ -127,8 +112,8 @@ class Qwen25VLProcessor(PromptProcessor):
 def mrope_positions(is_image: np.ndarray, mask: np.ndarray, grids: np.ndarray) -> np.ndarray:
     """Rotary positions (time, row, column) of prompts with one image each: int32 [B, P, 3], 0 on padding.
 
-    Text counts up by one on all three axes. The image's tokens stand at one time, rows and columns counting from where
-    the text stopped; the text behind it goes on after the largest of them (`get_rope_index` of transformers).
+    Text counts up by one on all three axes. The image's tokens share one time; their rows and columns count on from
+    the text before them. The text behind goes on after the largest of these (`get_rope_index` of transformers).
 
     Args:
       is_image, mask: [B, P] bool, padding on either side. grids: [B, 2], rows and columns of the images' tokens.

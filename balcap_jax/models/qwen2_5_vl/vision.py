@@ -1,7 +1,7 @@
 """The vision tower of Qwen2.5-VL over window-major slots (see `windows`), and the merger to the decoder's width."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,15 +10,12 @@ import numpy as np
 
 from balcap_jax.models import decoder
 from balcap_jax.models.attention import MASKED
-from balcap_jax.models.decoder import RMSNorm
+from balcap_jax.models.decoder import Params, RMSNorm, Sizes
+from balcap_jax.models.policy import Projector
+from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.qwen2_5_vl.windows import MERGE, windows_needed
 from balcap_jax.parallel.sharding import constrain
 
-Params = dict[str, Any]
-
-# Mean and standard deviation of CLIP's pre-processing (openai/CLIP, per RGB channel on a 0..1 scale).
-PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 # Fixed in the architecture, not part of published configurations.
 FRAMES = 2
 NORM_EPS = 1e-6
@@ -26,11 +23,13 @@ ROPE_THETA = 10000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Sizes):
     """Sizes of the tower. `full_attention_layers` (from 0) attend to the whole image, the others within windows.
 
     `window_size` is in pixels; `max_image_tokens` is I. `remat`: none | dots | full.
     """
+
+    PREFIXED: ClassVar = ("width", "layers", "heads", "mlp")
 
     patch_size: int
     width: int
@@ -82,7 +81,7 @@ class QwenImages(NamedTuple):
 class PatchEmbedding(nn.Module):
     """uint8 patches [..., 3 * patch * patch] -> [..., width].
 
-    The reference convolves FRAMES frames, which are one and the same for an image: so the kernel is summed over them.
+    The reference convolves FRAMES frames, which are the same for an image: hence the sum of the kernel over them.
     """
 
     config: VisionConfig
@@ -90,8 +89,8 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
         c = self.config
-        over_both = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
-        kernel = self.param("kernel", over_both, (FRAMES, c.patch_features, c.width))
+        initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
+        kernel = self.param("kernel", initializer, (FRAMES, c.patch_features, c.width))
         channels = patches.reshape(*patches.shape[:-1], 3, -1).astype(jnp.float32) / 255.0
         pixels = (channels - PIXEL_MEAN[:, None]) / PIXEL_STD[:, None]
         dtype = jnp.dtype(c.dtype)
@@ -112,34 +111,22 @@ class VisionBlock(nn.Module):
         dtype = jnp.dtype(c.dtype)
         heads = (c.heads, c.width // c.heads)
         shape, x = x.shape, x.reshape(-1, c.width)
-        h = RMSNorm(NORM_EPS, name="attention_norm")(x)
-        q, k, v = (
-            nn.DenseGeneral(heads, dtype=dtype, name=name)(h).reshape(*shape[:-1], *heads) for name in ("q", "k", "v")
-        )
-        read = attend(c, decoder.rotate(q, rope), decoder.rotate(k, rope), v, mask, is_full)
-        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(read.reshape(-1, *heads))
-        h = RMSNorm(NORM_EPS, name="mlp_norm")(x)
-        gate, up = (nn.Dense(c.mlp, dtype=dtype, name=name)(h) for name in ("gate", "up"))
-        return (x + nn.Dense(c.width, dtype=dtype, name="down")(nn.silu(gate) * up)).reshape(shape)
-
-
-class Merger(nn.Module):
-    """Features [..., 4 * width] of merged tokens -> embeddings [..., D]: two layers with GELU between."""
-
-    width: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(self.dtype)
-        x = nn.gelu(nn.Dense(x.shape[-1], dtype=dtype, name="first")(x), approximate=False)
-        return nn.Dense(self.width, dtype=dtype, name="second")(x)
+        with jax.named_scope("attention"):
+            h = RMSNorm(NORM_EPS, name="attention_norm")(x)
+            denses = [nn.DenseGeneral(heads, dtype=dtype, name=name) for name in ("q", "k", "v")]
+            q, k, v = (dense(h).reshape(*shape[:-1], *heads) for dense in denses)
+            out = attend(c, decoder.rotate(q, rope), decoder.rotate(k, rope), v, mask, is_full)
+            x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(out.reshape(-1, *heads))
+        with jax.named_scope("mlp"):
+            h = RMSNorm(NORM_EPS, name="mlp_norm")(x)
+            gate, up = (nn.Dense(c.mlp, dtype=dtype, name=name)(h) for name in ("gate", "up"))
+            return (x + nn.Dense(c.width, dtype=dtype, name="down")(nn.silu(gate) * up)).reshape(shape)
 
 
 def attend(
     config: VisionConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, is_full: jax.Array | bool
 ) -> jax.Array:
-    """Attention of q, k, v [B, W, S, N, H] within each window or, if `is_full`, over all of them; only one is run."""
+    """Attention of q, k, v [B, W, S, N, H] within each window or, if `is_full`, over all of them; only one runs."""
 
     def windowed(q, k, v, mask):
         logits = jnp.einsum("bwqnh,bwknh->bwnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -155,7 +142,7 @@ def attend(
     def either(q, k, v, mask, is_full):
         return jax.lax.cond(is_full, full, windowed, q, k, v, mask)
 
-    # What a conditional keeps for the backward pass it keeps for both branches: without this every window layer would
+    # A conditional keeps the residuals of both branches for the backward pass: without this every window layer would
     # hold room for the attention weights of a full one.
     either = jax.checkpoint(either) if config.remat == "none" else either
     return either(q, k, v, mask, is_full)
@@ -188,14 +175,20 @@ def init(config: VisionConfig, rng: jax.Array) -> Params:
     }
 
 
+def merger(config: VisionConfig, width: int) -> Projector:
+    """The merger's two layers, from features of MERGE^2 joined patches to the decoder's `width`."""
+    return Projector(MERGE**2 * config.width, width, config.dtype)
+
+
 def init_merger(config: VisionConfig, width: int, rng: jax.Array) -> Params:
     """Random parameters of the merger to the decoder's `width`: `norm` over patches, `first`, `second`."""
     merged = jnp.zeros((1, MERGE**2 * config.width))
-    return {"norm": {"scale": jnp.ones(config.width)}} | Merger(width, config.dtype).init(rng, merged)["params"]
+    return {"norm": {"scale": jnp.ones(config.width)}} | merger(config, width).init(rng, merged)["params"]
 
 
+@jax.named_scope("vision_tower")
 def encode(config: VisionConfig, params: Params, images: QwenImages) -> jax.Array:
-    """The tower's output [B, W, S, width], in slots; empty ones hold finite noise that no other slot has seen."""
+    """The tower's output [B, W, S, width], in slots; empty slots hold finite noise that no other slot has seen."""
     x = PatchEmbedding(config).apply({"params": params["patch"]}, images.patches)
     rope = rope_table(config, images.positions)
     block = VisionBlock(config)
@@ -208,12 +201,14 @@ def encode(config: VisionConfig, params: Params, images: QwenImages) -> jax.Arra
     return x
 
 
-def merged_features(config: VisionConfig, merger: Params, images: QwenImages, x: jax.Array) -> jax.Array:
+@jax.named_scope("merger")
+def merged_features(config: VisionConfig, params: Params, images: QwenImages, x: jax.Array) -> jax.Array:
     """The tower's output [B, W, S, width] -> features [B, I, 4 * width] in raster order: normed, four patches joined.
 
-    Only the I tokens are taken out of the slots, so that the merger's matrices and the decoder see no padding slots.
+    Only the I tokens leave the slots, so that the merger's matrices and the decoder see no padding slots. `params` are
+    the merger's.
     """
-    normed = RMSNorm(NORM_EPS).apply({"params": merger["norm"]}, x)
+    normed = RMSNorm(NORM_EPS).apply({"params": params["norm"]}, x)
     merged = normed.reshape(x.shape[0], -1, MERGE**2 * config.width)
-    taken = jnp.take_along_axis(merged, images.back[..., None], axis=1)
-    return jnp.where(images.token_mask[..., None], taken, 0)
+    tokens = jnp.take_along_axis(merged, images.back[..., None], axis=1)
+    return jnp.where(images.token_mask[..., None], tokens, 0)

@@ -1,10 +1,10 @@
 """The window-major layout of an image: one static shape for every size, planned on the host.
 
 The tower of Qwen2.5-VL attends within windows of m x m merged tokens (m^2 groups of MERGE x MERGE patches), in most of
-its layers. An image is laid out as W windows of S = (MERGE m)^2 patch slots, the MERGE^2 patches of a merged token side
-by side. W is what the worst allowed image needs; slots and windows beyond the image's own are masked. So window
-attention is dense attention along the S axis, full attention is the same over W * S, and no program depends on the
-size of an image.
+its layers. An image becomes W windows of S = (MERGE m)^2 patch slots, the MERGE^2 patches of a merged token side by
+side. The worst allowed image determines W; a mask covers slots and windows beyond the image's own. So window attention
+is dense attention along the S axis, full attention is the same over W * S, and no program depends on the size of an
+image.
 """
 
 import functools
@@ -20,7 +20,7 @@ MERGE = 2
 class Plan(NamedTuple):
     """Where the patches of an image of `rows` x `columns` merged tokens lie.
 
-    slot [W, S]: index of the patch in the order of `patches_of`, 0 where there is none; mask [W, S]: is there one.
+    slot [W, S]: index of the patch in the order of `patches_of`, 0 without one; mask [W, S]: True with one.
     positions [W, S, 2]: its row and column, in patches. back [I]: merged token (raster order) -> index among the
     W * m^2 merged slots; token_mask [I], True for the image's tokens.
     """
@@ -61,20 +61,19 @@ def plan(rows: int, columns: int, *, side: int, windows: int, tokens: int) -> Pl
     flat = token.reshape(-1)
     back = np.zeros(tokens, np.int32)
     back[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-    made = Plan(
-        slot, mask, np.where(mask[..., None], positions, 0).astype(np.int32), back, np.arange(tokens) < rows * columns
-    )
-    for array in made:
-        array.setflags(write=False)  # it is shared by every image of this size
-    return made
+    positions = np.where(mask[..., None], positions, 0).astype(np.int32)
+    layout = Plan(slot, mask, positions, back, np.arange(tokens) < rows * columns)
+    for array in layout:
+        array.setflags(write=False)  # Every image of this size shares it.
+    return layout
 
 
 @functools.lru_cache
 def windows_needed(tokens: int, max_aspect: float, side: int) -> int:
     """W: the most windows of `side` x `side` merged tokens that an image of at most `tokens` of them can need.
 
-    The sides of a grid are rounded from those of an image, whose aspect is at most `max_aspect`, by less than one: up,
-    down or to the nearest. Without the bound on the aspect, an image of one row would decide for all.
+    The sides of a grid differ from those of an image, whose aspect is at most `max_aspect`, by a rounding of less than
+    one. Without the bound on the aspect, an image of one row would decide for all.
     """
     grids = (
         (rows, columns)
@@ -86,11 +85,11 @@ def windows_needed(tokens: int, max_aspect: float, side: int) -> int:
 
 
 def grid_of(height: int, width: int, *, factor: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
-    """Rows and columns of merged tokens, each `factor` pixels a side, that an image is resized to.
+    """Rows and columns of merged tokens, each `factor` pixels a side, after the resize of an image.
 
     The rule of transformers' Qwen2-VL image processors (`smart_resize`) with min and max pixels of min_tokens and
-    max_tokens: each side to the nearest multiple, scaled first where the result is too large or too small. Where that
-    rule itself ends above its maximum (an image of one row, min_tokens near max_tokens), the image is shrunk further.
+    max_tokens: each side to the nearest multiple, scaled first where the result is too large or too small. That rule
+    itself may end above its maximum (an image of one row, min_tokens near max_tokens); then the image shrinks further.
     """
     rows, columns = round(height / factor), round(width / factor)
     if rows * columns < min_tokens:
