@@ -38,7 +38,6 @@ EXCEPTIONS = {
     ("aot.print_sharding", "train_step"),
     ("aot.print_sharding", "training.job"),
     ("config.checks", "rewards"),
-    ("evals.engine", "rewards.words"),
     ("evaluate", "caption"),
     ("judges.chat_judge", "config.judge"),
     ("models.fields", "config.recipes"),

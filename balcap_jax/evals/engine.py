@@ -25,10 +25,10 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_bytes, read_json, read_json_object, read_jsonl, write_text
 from balcap_jax.cli.json_text import is_number
 from balcap_jax.cli.progress import ProgressLine
+from balcap_jax.data.words import count_words
 from balcap_jax.judges.budget import Patience, Spending
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.schema import Failure
-from balcap_jax.rewards.words import count_words
 
 RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
 LARGEST = 2048 * 2048  # pixels of a picture that a judge is shown: hosted models shrink larger ones too

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
+from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import RewardFn, Samples, Scores
@@ -21,7 +22,6 @@ from balcap_jax.rewards.lexical import LexicalReward
 from balcap_jax.rewards.own import OwnReward
 from balcap_jax.rewards.rubicap import RubicapReward
 from balcap_jax.rewards.text import TextReward
-from balcap_jax.rewards.words import count_words
 
 REWARDS: dict[str, type] = {
     "balcap": BalCapReward,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Failure
 from balcap_jax.rewards.base import RewardFn, Samples, Scores
-from balcap_jax.rewards.words import count_words
 
 KINDS = ("none", "two_sided", "ramp", "ramp_reference")
 

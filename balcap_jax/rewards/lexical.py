@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from balcap_jax.data.words import words
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.base import Samples, Scores, collect
-from balcap_jax.rewards.words import words
 
 
 class LexicalReward:
