@@ -42,7 +42,7 @@ EXCEPTIONS = {
     ("judges.chat_judge", "config.judge"),
     ("models.fields", "config.recipes"),
 }
-CIRCLES = {"judges.chat.endpoint", "judges.chat.probe"}
+CIRCLES: set[str] = set()
 LONG = ["train"]
 
 
