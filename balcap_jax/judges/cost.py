@@ -1,4 +1,4 @@
-"""What judging costs: tokens and money by step and in total, and an estimate before a run begins."""
+"""Estimates what a run's judging costs, in calls, tokens and money, before the run begins."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,20 +6,18 @@ from typing import Any
 from balcap_jax.judges import prompts
 from balcap_jax.judges.budget import MILLION
 
-# ---- before a run ---------------------------------------------------------------------------------------------------
-
 _CHARACTERS_PER_TOKEN = 4
 _ASSERTION_TOKENS, _TOKENS_PER_ASSERTION = 50, 10  # of an assertion in the answer, and of the caption for each
 _LISTED = {"recall": 20, "rubric": 8}  # units of a reference, criteria of a rubric
-_LISTED_TOKENS, _VERDICT_TOKENS = 45, 35  # of one of these in its block, and of what is said of it
+_LISTED_TOKENS, _VERDICT_TOKENS = 45, 35  # of one of these in its block, and of the verdict on it
 _MARKS_TOKENS = 80
 _PIXELS_PER_TOKEN = 28 * 28
-_QUESTIONS = 5  # of a picture, where each of them is asked
+_QUESTIONS = 5  # of a picture, where each question is asked
 _QUESTION_TOKENS, _LETTER_TOKENS = 150, 10  # of a question with its options, and of the answer
 
 
 def captions_of(config: Mapping[str, Any], order: tuple[str, ...]) -> int:
-    """Captions that a run has judged: all samples of rl, and those of all evaluations."""
+    """The number of captions that a run judges: all samples of rl, and those of all evaluations."""
     rl = config["stages"]["rl"]
     trained = rl["steps"] * rl["batch_size"] * config["rollout"]["group_size"] if "rl" in order else 0
     evaluations = set()

@@ -117,7 +117,7 @@ def measure(reward: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn
     So runs of different rewards can be compared where that costs nothing. `fields` are those that examples have.
     """
     whole = isinstance(reward, BalCapReward) and reward.pointability
-    if whole or not getattr(judge, "is_exact", False) or "scene" not in fields:
+    if whole or not judge.is_exact or "scene" not in fields:
         return reward
     return Joined(BalCapReward(judge), reward)
 

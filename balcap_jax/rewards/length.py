@@ -1,4 +1,4 @@
-"""The linear length penalties that the gate is compared with, as one more objective beside those of any reward.
+"""The linear length penalties to which the gate is compared, as one more objective beside those of any reward.
 
 two_sided       max(0, 1 - |rho - 1|), rho = words of the caption over words of the reference
 ramp            1 up to `length_start` tokens, 0 from `length_end` on, linear in between (CapRL++)
