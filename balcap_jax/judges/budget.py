@@ -15,7 +15,7 @@ LEDGER = "judge.json"
 _COUNTS = ("calls", "cached", "tokens_in", "tokens_out")
 _NOTHING = dict.fromkeys((*_COUNTS, "cost"), 0)
 _SHOWN = 3  # reasons of failures that an error names
-_LOOKED_AT = 32  # questions; a share of fewer says little
+_CHECKED_CALLS = 32  # a share of fewer questions shows little
 MILLION = 1e6
 
 
@@ -33,6 +33,7 @@ class Spending:
         self._judge, self._config, self._path = judge, config, path
         self._counts = config["name"] != "oracle"
         self._seen = Usage()  # of this process, at the last update
+        self._checked = judge.usage()  # of this process, when `exhausted` looked last
         self._since = Usage()  # of all processes, since the last step
         self._failures: collections.deque[collections.Counter] = collections.deque(maxlen=window)
         self.totals: dict[str, float] = dict(_NOTHING)
@@ -82,6 +83,24 @@ class Spending:
         """ " (most often ...)": where and why calls of the last steps failed; "" where no reason is known."""
         return _most_often(sum(self._failures, collections.Counter()))
 
+    def exhausted(self) -> str:
+        """Which failures are too many, and why, in one line, else "": a dead judge makes a failure of all that is left.
+
+        The share of this process's questions that failed may be judge.max_failure_rate at most, each time at least 32
+        have been asked since the last look.
+        """
+        usage = self._judge.usage()
+        since = usage - self._checked
+        if since.calls < _CHECKED_CALLS:
+            return ""
+        self._checked, rate = usage, self._config["max_failure_rate"]
+        if since.failures.total() <= rate * since.calls:
+            return ""
+        return (
+            f"{since.failures.total()} of {since.calls} questions to the judge failed{_most_often(since.failures)}, "
+            f"more than judge.max_failure_rate = {rate:g} allows"
+        )
+
     def stop_text(self, step: int) -> str:
         return f"stopped at step {step}: {self.limit_text()}; the run is saved, raise it and run the same command again"
 
@@ -97,33 +116,6 @@ class Spending:
         if not all(_is_amount(ledger.get(name)) for name in _NOTHING):
             raise UserError(f"{self._path} is no ledger of a judge; {remedy}")
         return {name: ledger[name] for name in _NOTHING}
-
-
-class Patience:
-    """Whether a judge that is asked offline still answers: a dead one would make a failure of all that is left.
-
-    The share of questions that failed may be `judge.max_failure_rate` at most, each time at least 32 questions have
-    been asked since the last look.
-    """
-
-    def __init__(self, judge: Judge, config: Mapping[str, Any]):
-        self._judge, self._rate = judge, config["max_failure_rate"]
-        self._seen = judge.usage()
-
-    def exhausted(self) -> str:
-        """What failed and why, in one line, once too much has; else ""."""
-        now = self._judge.usage()
-        since = now - self._seen
-        calls, failures = since.calls, since.failures
-        if calls < _LOOKED_AT:
-            return ""
-        self._seen = now
-        if failures.total() <= self._rate * calls:
-            return ""
-        return (
-            f"{failures.total()} of {calls} questions to the judge failed{_most_often(failures)}, more than "
-            f"judge.max_failure_rate = {self._rate:g} allows"
-        )
 
 
 def _most_often(failures: collections.Counter) -> str:

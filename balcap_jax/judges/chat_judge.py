@@ -1,11 +1,11 @@
-"""The rewards' judge by language models behind a `Client`: questions become prompts, answers become verdicts.
+"""The rewards' judge by language models: questions become prompts, answers become verdicts.
 
 Each request holds one caption, so that whatever a caption does to its judge, it does to its own score alone.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
@@ -16,7 +16,7 @@ from balcap_jax.judges import prompts, schema
 from balcap_jax.judges.chat.cache import AnswerFile
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.forms import of_length
-from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings
+from balcap_jax.judges.chat.types import Ask, ChatSettings
 from balcap_jax.judges.schema import PLAIN, Failure, Judge, Mark, Usage
 
 
@@ -59,22 +59,10 @@ class _Rubric(pydantic.BaseModel):
     criteria: list[_Criterion]
 
 
-class Client(Protocol):
-    """Who answers: `chat.client.ChatClient` behind endpoints, or `mesh_judge.PolicyClient` on the mesh."""
-
-    model: str
-
-    def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]: ...
-
-    def usage(self) -> Usage: ...
-
-    def close(self) -> None: ...
-
-
 class RemoteJudge(Judge):
-    """A judge by prompts; `client` may be asked other questions too."""
+    """A judge by prompts. `client` is a ChatClient, or answers as one does, as `mesh_judge.PolicyClient`."""
 
-    def __init__(self, client: Client, max_tokens: int = 2048):
+    def __init__(self, client: ChatClient, max_tokens: int = 2048):
         self.client, self.max_tokens = client, max_tokens
 
     @property
@@ -92,12 +80,14 @@ class RemoteJudge(Judge):
         rendered = [self._render(question) for question in questions]
         is_empty = [not question.caption.strip() for question in questions]
         answers = iter(self.client.ask([ask for (ask, *_), empty in zip(rendered, is_empty, strict=True) if not empty]))
-        verdicts = []
-        for (_, verdict_of, verdict_on_nothing), empty in zip(rendered, is_empty, strict=True):
-            answer = None if empty else next(answers)
-            failed = isinstance(answer, Failure)
-            verdicts.append(verdict_on_nothing if empty else answer if failed else verdict_of(answer.value))
-        return verdicts
+
+        def verdict(verdict_of: Callable[[Any], Any], verdict_on_nothing: Any, empty: bool) -> Any:
+            if empty:
+                return verdict_on_nothing
+            answer = next(answers)
+            return answer if isinstance(answer, Failure) else verdict_of(answer.value)
+
+        return [verdict(*rest, empty) for (_, *rest), empty in zip(rendered, is_empty, strict=True)]
 
     precision = recall = linguistic = choice = rubric = mixed
 

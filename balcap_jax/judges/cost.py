@@ -42,21 +42,20 @@ def tokens_of(prompt: str, caption_tokens: int, image_tokens: int, most: int) ->
     more = {"recall": {"units": []}, "rubric": {"criteria": []}, "choice": {"question": "", "options": []}}
     texts = {"caption": ""} | more.get(prompt, {})
     fixed = sum(len(message["content"]) for message in prompts.render(prompt, **texts)) // _CHARACTERS_PER_TOKEN
+    length, listed = fixed + caption_tokens, _LISTED.get(prompt, 0)
     if prompt == "precision":
-        answer = _ASSERTION_TOKENS * -(-caption_tokens // _TOKENS_PER_ASSERTION)
-        return fixed + caption_tokens + image_tokens, min(answer, most)
-    if prompt in _LISTED:
-        listed = _LISTED[prompt]
-        return fixed + caption_tokens + listed * _LISTED_TOKENS, min(listed * _VERDICT_TOKENS, most)
-    if prompt == "choice":
-        return fixed + caption_tokens + _QUESTION_TOKENS, min(_LETTER_TOKENS, most)
-    return fixed + caption_tokens, min(_MARKS_TOKENS, most)
+        length, answer = length + image_tokens, _ASSERTION_TOKENS * -(-caption_tokens // _TOKENS_PER_ASSERTION)
+    elif prompt == "choice":
+        length, answer = length + _QUESTION_TOKENS, _LETTER_TOKENS
+    else:
+        length, answer = length + listed * _LISTED_TOKENS, listed * _VERDICT_TOKENS or _MARKS_TOKENS
+    return length, min(answer, most)
 
 
-def estimate(config: Mapping[str, Any], order: tuple[str, ...], asked: tuple[str, ...]) -> str:
-    """A table of calls, tokens and cost of the config's whole run, whose reward asks the prompts `asked`.
+def estimate(config: Mapping[str, Any], order: tuple[str, ...], methods: tuple[str, ...]) -> str:
+    """A table of calls, tokens and cost of the config's whole run, whose reward asks the judge's `methods`.
 
-    Captions are taken to be as long as they may be, and nothing to be in the cache.
+    It assumes captions of the greatest length, and an empty cache.
     """
     judge = config["judge"]
     if judge["name"] != "remote":
@@ -65,7 +64,7 @@ def estimate(config: Mapping[str, Any], order: tuple[str, ...], asked: tuple[str
     pixels = config["model"]["image_size"] ** 2 if config["data"]["name"] == "scenes" else config["data"]["max_pixels"]
     image_tokens = -(-pixels // _PIXELS_PER_TOKEN) + 8
     rows, sums = [], [0, 0, 0]
-    for prompt in asked:
+    for prompt in methods:
         each = tokens_of(prompt, length, image_tokens, judge["max_tokens"])
         calls = captions * ((config["rewards"]["draws"] or _QUESTIONS) if prompt == "choice" else 1)
         row = [calls, calls * each[0], calls * each[1]]

@@ -184,10 +184,6 @@ class Model:
             return jax.device_put(tree)
         return jax.device_put(tree, (sharding.replicated if whole else sharding.batch_sharding)(self._mesh))
 
-    def usage(self) -> Usage:
-        counts = collections.Counter({f"the judge on the mesh: {reason}": n for reason, n in self.failures.items()})
-        return Usage(self.calls, 0, self.tokens_in, self.tokens_out, counts)
-
 
 def _first_words(policy: Policy, mesh: Any, params: Params, prompt: Prompt, ids: jax.Array) -> jax.Array:
     """Log-probabilities [B, K] of words as the first of the answer; `ids` [K, n] are their spellings, -1 = none."""
@@ -198,14 +194,19 @@ def _first_words(policy: Policy, mesh: Any, params: Params, prompt: Prompt, ids:
     return jax.nn.logsumexp(of_spellings, axis=-1)
 
 
+def _usage(model: Model) -> Usage:
+    counts = collections.Counter({f"the judge on the mesh: {reason}": n for reason, n in model.failures.items()})
+    return Usage(model.calls, 0, model.tokens_in, model.tokens_out, counts)
+
+
 # --- written answers --------------------------------------------------------------------------------------------------
 
 
 class PolicyClient:
-    """The `chat_judge.Client` of the model on the mesh; an answer is parsed and checked as any other."""
+    """Asks the model on the mesh as a `ChatClient` asks endpoints; an answer is parsed and checked as any other."""
 
     def __init__(self, model: Model, name: str):
-        self._model, self.model, self.usage = model, name, model.usage
+        self._model, self.model = model, name
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]:
         """One Answer or Failure per question. An unusable answer is not asked for again: it would be the same."""
@@ -226,6 +227,9 @@ class PolicyClient:
             self._model.failures[str(error)] += 1
             return Failure(f"the judge on the mesh: {error}")
 
+    def usage(self) -> Usage:
+        return _usage(self._model)
+
     def close(self) -> None:
         pass
 
@@ -242,7 +246,7 @@ class YesNoJudge(Judge):
     """
 
     def __init__(self, model: Model, name: str):
-        self._model, self.usage = model, model.usage
+        self._model = model
         names = {
             "precision": ("verified", "pointable"),
             "recall": ("covered",),
@@ -315,6 +319,9 @@ class YesNoJudge(Judge):
 
         pairs = zip(questions, probabilities, strict=True)
         return [p if isinstance(p, Failure) else likeliest(question, p) for question, p in pairs]
+
+    def usage(self) -> Usage:
+        return _usage(self._model)
 
     def _yes(self, questions: Sequence[Question]) -> list[float | Failure]:
         """The probability of yes beside no."""

@@ -42,7 +42,7 @@ _CLOSING = 5.0  # seconds that requests under way are given to be cancelled
 _log = logging.getLogger(__name__)
 
 
-class ChatClient:
+class ChatClient(contextlib.AbstractContextManager):
     """Asks chat endpoints; see the module. Use one per process, from one thread at a time, and `close` it."""
 
     def __init__(self, settings: ChatSettings, cache: AnswerFile | None = None):
@@ -122,9 +122,6 @@ class ChatClient:
             self._loop = None
         if self.cache is not None:
             self.cache.close()
-
-    def __enter__(self) -> "ChatClient":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

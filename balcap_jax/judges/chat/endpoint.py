@@ -15,16 +15,7 @@ import httpx2
 
 from balcap_jax.judges.chat.forms import Form, response_format, wire_messages
 from balcap_jax.judges.chat.limits import Breaker, Pace
-from balcap_jax.judges.chat.replies import (
-    ERROR_BYTES,
-    CallError,
-    Reply,
-    error_of,
-    inflated,
-    is_success,
-    reply_of,
-    tokens_of,
-)
+from balcap_jax.judges.chat.replies import ERROR_BYTES, CallError, Reply, inflated, is_success, reply_of, tokens_of
 from balcap_jax.judges.chat.types import Ask, ChatSettings, picture_tokens
 
 ANSWER_BYTES = 1 << 20  # of the longest answer that is read
@@ -125,8 +116,6 @@ class Endpoint:
         body = {name: value for name, value in body.items() if name not in self.unknown}
         body |= response_format(form, ask.schema)
         status, headers, content = await self.request("POST", "/chat/completions", json.dumps(body).encode())
-        if not is_success(status):
-            raise error_of(self.url, status, headers, content)
         return reply_of(self.url, headers, content, _question_tokens(ask), self.key, status)
 
     async def request(

@@ -77,10 +77,12 @@ class Reply:
 
 
 def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, key: str, status: int = 200) -> Reply:
-    """The reply in the body of an answer without an error's status; `asked` is about the tokens of the question.
+    """The reply in the body of an answer; `asked` is about the tokens of the question.
 
     Raises CallError for an error in its place, and for what is no chat completion.
     """
+    if not is_success(status):
+        raise error_of(url, status, headers, content)
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
