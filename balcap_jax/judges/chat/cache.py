@@ -1,4 +1,4 @@
-"""Answers of judges kept on disk, so that no question is paid for twice: a resumed run asks none of them again.
+"""Keeps answers of judges on disk, so that no question is paid for twice: a resumed run asks none of them again.
 
 One SQLite file that several processes of a machine may use at once. It must lie on a disk of that machine: SQLite's
 write-ahead log needs shared memory, which network disks do not give.

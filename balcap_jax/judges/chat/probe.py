@@ -5,7 +5,6 @@ and a picture where pictures are asked about. What is refused (HTTP 400, 422) is
 """
 
 import asyncio
-import functools
 import json
 import re
 from typing import Annotated
@@ -98,31 +97,41 @@ async def _detect(endpoint: Endpoint, model: str, sees: bool, patient: bool) -> 
     """The first of FORMS that the server takes and keeps to, with nothing left out of it that it takes.
 
     Raises:
-      CallError: it is down, refuses the key, does not know the model, takes no picture, or says nothing.
+      CallError: it is down, refuses the key, does not know the model, takes no picture, or gives empty answers.
     """
-    ask = functools.partial(_ask, endpoint, model, data_url(_PICTURE) if sees else "", patient)
-    if False in endpoint.forms:  # With a picture most servers take the same.
+    picture = data_url(_PICTURE) if sees else ""
+
+    async def refused(form: Form) -> CallError | None:
+        """The error of a question in this form, None = it has an answer. Raises CallError where no form would help."""
         try:
-            await ask(endpoint.forms[False])
+            await _ask(endpoint, model, picture, patient, form)
         except CallError as error:
-            _raise_if_final(error)
-        else:
-            return endpoint.forms[False]
+            if error.kind == "endpoint" or error.asks_to_wait:
+                raise
+            return error
+        return None
+
+    # With a picture most servers take the same.
+    if False in endpoint.forms and await refused(endpoint.forms[False]) is None:
+        return endpoint.forms[False]
     error = CallError(endpoint.url, "no answer")
     # In the end the system role is left out whatever the error: some servers answer 500 to what they do not take.
     for base in (frozenset(), SYSTEM):
         for name in FORMS:
             schema = frozenset() if name == "plain" else SCHEMA
             for left_out in dict.fromkeys((base, base | schema, base | SYSTEM, SYSTEM | schema)):
-                try:
-                    await ask(Form(name, left_out))
-                except CallError as caught:
-                    error = caught
-                    _raise_if_final(error)
+                form = Form(name, left_out)
+                if last := await refused(form):
+                    error = last
                     if error.status not in _REFUSED:
                         break  # It takes the form and does not keep to it, or does not say what it refuses.
-                else:
-                    return await _restored(ask, Form(name, left_out))
+                    continue
+                # All schema keywords were left out at once: those go back that the server takes.
+                for part in sorted(SCHEMA & left_out):
+                    fuller = Form(name, form.left_out - {part})
+                    if await refused(fuller) is None:
+                        form = fuller
+                return form
         if error.kind != "server":
             break
     if sees and False in endpoint.forms and error.kind != "server":
@@ -130,24 +139,6 @@ async def _detect(endpoint: Endpoint, model: str, sees: bool, patient: bool) -> 
         detail = f"{error.reason} {error.detail}"
         raise CallError(endpoint.url, "takes no pictures", "endpoint", detail=detail, remedy=remedy) from error
     raise error
-
-
-async def _restored(ask: functools.partial, form: Form) -> Form:
-    """The form with each kind of schema keyword put back that the server takes: all were left out at once."""
-    for part in sorted(SCHEMA & form.left_out):
-        fuller = Form(form.name, form.left_out - {part})
-        try:
-            await ask(fuller)
-        except CallError as error:
-            _raise_if_final(error)
-        else:
-            form = fuller
-    return form
-
-
-def _raise_if_final(error: CallError) -> None:
-    if error.kind == "endpoint" or error.asks_to_wait:
-        raise error
 
 
 async def _ask(endpoint: Endpoint, model: str, picture: str, patient: bool, form: Form) -> None:
@@ -164,7 +155,7 @@ async def _ask(endpoint: Endpoint, model: str, picture: str, patient: bool, form
             if error.status in _REFUSED:
                 _learn(endpoint, error.detail)
                 if (len(endpoint.unknown), endpoint.tokens_field) != known:
-                    continue  # It said which setting it does not take.
+                    continue  # Its error named a setting that it does not take.
                 if max_tokens > _FEW_TOKENS and re.search(r"context|too (large|long|many)|exceed", error.detail):
                     max_tokens = _FEW_TOKENS
                     continue
