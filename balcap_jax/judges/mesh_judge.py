@@ -74,7 +74,7 @@ class Model:
         def run(bucket: int, prompt: Prompt, policy: Policy) -> list[str | Failure]:
             keys = np.zeros(self._batch, np.uint32)
             scalar = np.zeros((), np.uint32)
-            inputs = (*self._put((prompt, keys)), *self._put((scalar, scalar), whole=True))
+            inputs = (*self._put((prompt, keys)), *self._put((scalar, scalar), replicated=True))
             key = ("answer", bucket, policy, max_tokens)
             if key not in self._programs:
                 sampling = Sampling(1, max_tokens, greedy=True)
@@ -97,7 +97,7 @@ class Model:
         ids = self.word_ids(words)
 
         def run(bucket: int, prompt: Prompt, policy: Policy) -> list[np.ndarray | Failure]:
-            inputs = (self._put(prompt), self._put(ids, whole=True))
+            inputs = (self._put(prompt), self._put(ids, replicated=True))
             key = ("words", bucket, policy, ids.shape)
             if key not in self._programs:
                 program = jax.jit(functools.partial(_first_words, policy, self._mesh))
@@ -178,11 +178,11 @@ class Model:
     def _of_length(self, bucket: int) -> PromptProcessor:
         return dataclasses.replace(self._processor, prompt_tokens=bucket)
 
-    def _put(self, tree: Any, *, whole: bool = False) -> Any:
-        """Onto the devices by an explicit transfer; `whole`: the same on each."""
+    def _put(self, tree: Any, *, replicated: bool = False) -> Any:
+        """Puts arrays onto the devices by an explicit transfer: split along the batch, or `replicated`."""
         if self._mesh is None:
             return jax.device_put(tree)
-        return jax.device_put(tree, (sharding.replicated if whole else sharding.batch_sharding)(self._mesh))
+        return jax.device_put(tree, (sharding.replicated if replicated else sharding.batch_sharding)(self._mesh))
 
 
 def _first_words(policy: Policy, mesh: Any, params: Params, prompt: Prompt, ids: jax.Array) -> jax.Array:
@@ -335,8 +335,8 @@ class YesNoJudge(Judge):
 
         `variable` is the prompt's name of a text.
         """
-        asked = [(caption, text) for caption, texts in lists if caption.strip() for text in texts]
-        rendered = [prompts.render(prompt, caption=caption, **{variable: text}) for caption, text in asked]
+        pairs = [(caption, text) for caption, texts in lists if caption.strip() for text in texts]
+        rendered = [prompts.render(prompt, caption=caption, **{variable: text}) for caption, text in pairs]
         answers = iter(self._yes([Question(messages) for messages in rendered]))
         flags: list[list[bool] | Failure] = []
         for caption, texts in lists:

@@ -108,7 +108,7 @@ class _Judge:
         value = getattr(self._judge, name)
         if name not in _METHODS:
             return value
-        return lambda asked: [_ANSWERS[each.method](each) for each in asked] if self.stands_in else value(asked)
+        return lambda batch: [_ANSWERS[each.method](each) for each in batch] if self.stands_in else value(batch)
 
 
 def _is_list(value: Any, length: int) -> bool:
