@@ -150,12 +150,11 @@ def recaption(
             named = {_key(item.names): item for item in reversed(items)}  # ShareGPT4V names some pictures twice.
             pending = [item for key, item in reversed(named.items()) if key not in done]
             new = len(lines.entries)
-            patience = budget.Patience(client, judge)
             with ProgressLine(sources.kind, len(named), len(named) - len(pending)) as progress:
                 for start in range(0, len(pending), judge.concurrency):
                     batch = pending[start : start + judge.concurrency]
                     results = writer(batch)
-                    if reason := patience.exhausted():
+                    if reason := spending.exhausted():
                         raise UserError(f"{reason}; {out} has what was written before, the same command goes on")
                     added: dict[AppendedLines, list[dict[str, Any]]] = {}
                     for item, result in zip(batch, results, strict=True):

@@ -23,11 +23,11 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_json_object, read_jsonl, write_text
 from balcap_jax.cli.json_text import is_number
 from balcap_jax.cli.progress import ProgressLine
-from balcap_jax.judges.budget import Patience, Spending
+from balcap_jax.data.words import count_words
+from balcap_jax.judges.budget import Spending
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.types import Ask
 from balcap_jax.judges.schema import Failure
-from balcap_jax.rewards.words import count_words
 
 RESAMPLES, SEED, COVERAGE = 1000, 0, 0.95  # of the bootstrap
 NO_CAPTION = "no caption"
@@ -177,12 +177,11 @@ def evaluate(
         pending = [item for item in items if item.id not in done]
         if pending:  # A stop must not leave figures beside judgements that are none of theirs.
             (out / "results.json").unlink(missing_ok=True)
-        patience = Patience(client, judge) if client else None
         with ProgressLine("judgements", len(items), len(items) - len(pending), "items") as progress:
             for start in range(0, len(pending), batch):
                 part = pending[start : start + batch]
                 judged = _lines(metric, part, client, judgements)
-                if patience and (reason := patience.exhausted()):
+                if spending and (reason := spending.exhausted()):
                     raise UserError(f"{reason}; {out} has what was judged before, the same command goes on")
                 lines.append(judged)
                 progress.advance(len(part))

@@ -1,4 +1,4 @@
-"""Judges: who says whether an assertion holds, a unit is covered and a caption reads well."""
+"""Judges decide whether an assertion holds, a unit is covered and a caption reads well."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from balcap_jax.judges.schema import Judge
 def build(config: Mapping[str, Any], seed: int, asks: Collection[str] = ()) -> Judge:
     """The judge of the config group `judge`, whose limits all processes of the run share. Close it in the end.
 
-    asks: methods that will be called, so that an endpoint that takes no pictures is found at the start.
+    asks: methods that will be called, so that an endpoint that takes no pictures is an error at the start.
 
     Raises:
       UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model; or the model of a

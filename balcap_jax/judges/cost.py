@@ -1,4 +1,4 @@
-"""What judging costs: tokens and money by step and in total, and an estimate before a run begins."""
+"""Estimates what a run's judging costs, in calls, tokens and money, before the run begins."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,20 +6,18 @@ from typing import Any
 from balcap_jax.judges import prompts
 from balcap_jax.judges.budget import MILLION
 
-# ---- before a run ---------------------------------------------------------------------------------------------------
-
 _CHARACTERS_PER_TOKEN = 4
 _ASSERTION_TOKENS, _TOKENS_PER_ASSERTION = 50, 10  # of an assertion in the answer, and of the caption for each
 _LISTED = {"recall": 20, "rubric": 8}  # units of a reference, criteria of a rubric
-_LISTED_TOKENS, _VERDICT_TOKENS = 45, 35  # of one of these in its block, and of what is said of it
+_LISTED_TOKENS, _VERDICT_TOKENS = 45, 35  # of one of these in its block, and of the verdict on it
 _MARKS_TOKENS = 80
 _PIXELS_PER_TOKEN = 28 * 28
-_QUESTIONS = 5  # of a picture, where each of them is asked
+_QUESTIONS = 5  # of a picture, where each question is asked
 _QUESTION_TOKENS, _LETTER_TOKENS = 150, 10  # of a question with its options, and of the answer
 
 
 def captions_of(config: Mapping[str, Any], order: tuple[str, ...]) -> int:
-    """Captions that a run has judged: all samples of rl, and those of all evaluations."""
+    """The number of captions that a run judges: all samples of rl, and those of all evaluations."""
     rl = config["stages"]["rl"]
     trained = rl["steps"] * rl["batch_size"] * config["rollout"]["group_size"] if "rl" in order else 0
     evaluations = set()
@@ -44,21 +42,20 @@ def tokens_of(prompt: str, caption_tokens: int, image_tokens: int, most: int) ->
     more = {"recall": {"units": []}, "rubric": {"criteria": []}, "choice": {"question": "", "options": []}}
     texts = {"caption": ""} | more.get(prompt, {})
     fixed = sum(len(message["content"]) for message in prompts.render(prompt, **texts)) // _CHARACTERS_PER_TOKEN
+    length, listed = fixed + caption_tokens, _LISTED.get(prompt, 0)
     if prompt == "precision":
-        answer = _ASSERTION_TOKENS * -(-caption_tokens // _TOKENS_PER_ASSERTION)
-        return fixed + caption_tokens + image_tokens, min(answer, most)
-    if prompt in _LISTED:
-        listed = _LISTED[prompt]
-        return fixed + caption_tokens + listed * _LISTED_TOKENS, min(listed * _VERDICT_TOKENS, most)
-    if prompt == "choice":
-        return fixed + caption_tokens + _QUESTION_TOKENS, min(_LETTER_TOKENS, most)
-    return fixed + caption_tokens, min(_MARKS_TOKENS, most)
+        length, answer = length + image_tokens, _ASSERTION_TOKENS * -(-caption_tokens // _TOKENS_PER_ASSERTION)
+    elif prompt == "choice":
+        length, answer = length + _QUESTION_TOKENS, _LETTER_TOKENS
+    else:
+        length, answer = length + listed * _LISTED_TOKENS, listed * _VERDICT_TOKENS or _MARKS_TOKENS
+    return length, min(answer, most)
 
 
-def estimate(config: Mapping[str, Any], order: tuple[str, ...], asked: tuple[str, ...]) -> str:
-    """A table of calls, tokens and cost of the config's whole run, whose reward asks the prompts `asked`.
+def estimate(config: Mapping[str, Any], order: tuple[str, ...], methods: tuple[str, ...]) -> str:
+    """A table of calls, tokens and cost of the config's whole run, whose reward asks the judge's `methods`.
 
-    Captions are taken to be as long as they may be, and nothing to be in the cache.
+    It assumes captions of the greatest length, and an empty cache.
     """
     judge = config["judge"]
     if judge["name"] != "remote":
@@ -67,7 +64,7 @@ def estimate(config: Mapping[str, Any], order: tuple[str, ...], asked: tuple[str
     pixels = config["model"]["image_size"] ** 2 if config["data"]["name"] == "scenes" else config["data"]["max_pixels"]
     image_tokens = -(-pixels // _PIXELS_PER_TOKEN) + 8
     rows, sums = [], [0, 0, 0]
-    for prompt in asked:
+    for prompt in methods:
         each = tokens_of(prompt, length, image_tokens, judge["max_tokens"])
         calls = captions * ((config["rewards"]["draws"] or _QUESTIONS) if prompt == "choice" else 1)
         row = [calls, calls * each[0], calls * each[1]]

@@ -1,6 +1,7 @@
-"""What in a caption speaks to its judge instead of describing a picture: found by rule, shown in a caption's detail.
+"""Finds by rule what in a caption speaks to its judge instead of describing a picture; a caption's detail shows it.
 
-A flag changes no score. It says where to look: judges are told that captions are data, and some obey them all the same.
+A flag changes no score. It shows where to look: judges are told that captions are data, and some obey them all the
+same.
 """
 
 import re
@@ -55,7 +56,7 @@ _FLAGS = {
 
 
 def suspicious(caption: str) -> list[str]:
-    """Names of what was found, a subset of "instruction", "asks for a score", "ready-made answer", "delimiter"."""
+    """The names of the flags in `_FLAGS` that a caption raises."""
     # Letters of another width and invisible ones between letters read the same to a model.
     plain = "".join(c for c in unicodedata.normalize("NFKC", caption) if unicodedata.category(c) != "Cf")
     return [name for name, patterns in _FLAGS.items() if any(pattern.search(plain) for pattern in patterns)]

@@ -1,8 +1,9 @@
 """A frozen vision-language model as judge, on the devices that train: for pods without a network.
 
 `Model` holds the weights and the compiled programs: greedy answers by our own rollout, and the probability of given
-words as the first word of an answer, one forward pass. `PolicyClient` answers what `remote.RemoteJudge` asks, in JSON,
-by the same prompts, schemas and parser. `YesNoJudge` asks statement by statement for yes or no, and parses nothing.
+words as the first word of an answer, one forward pass. `PolicyClient` answers what `chat_judge.RemoteJudge` asks, in
+JSON, by the same prompts, schemas and parser. `YesNoJudge` asks statement by statement for yes or no, and parses
+nothing.
 
 Each process holds the whole judge on its own devices and judges its own captions: no process waits for another's
 questions. Prompts are padded to a few lengths (`judge.prompt_buckets`), so that each is one compiled program.
@@ -12,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,25 +23,11 @@ import numpy as np
 from balcap_jax import models
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
-from balcap_jax.judges import prompts
+from balcap_jax.judges import prompts, schema
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.chat.types import Answer, Ask
 from balcap_jax.judges.chat_judge import RemoteJudge
-from balcap_jax.judges.schema import (
-    Assertion,
-    ChoiceQuestion,
-    ChoiceVerdict,
-    Failure,
-    LinguisticQuestion,
-    LinguisticVerdict,
-    PrecisionQuestion,
-    PrecisionVerdict,
-    RecallQuestion,
-    RecallVerdict,
-    RubricQuestion,
-    RubricVerdict,
-    Usage,
-)
+from balcap_jax.judges.schema import ChoiceVerdict, Failure, Judge, LinguisticVerdict, PrecisionVerdict, Usage
 from balcap_jax.models.policy import Params, Policy, Prompt, Wrapped
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
 from balcap_jax.parallel import sharding
@@ -49,14 +36,14 @@ from balcap_jax.rollout import Sampling, compile_rollout
 YES_NO = ("yes", "no")
 MARKS = ("one", "two", "three", "four", "five")
 LETTERS = tuple("ABCDEFGHI")
-HALF = 0.5  # probability from which yes is the answer
+HALF = 0.5  # the probability from which yes is the answer
 _ASPECTS = ("clarity", "fluency", "coherency")
 _SPELLINGS = 6  # of a word, at most: with and without a space, and in three cases
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A rendered prompt, with the picture that it is about, uint8 [height, width, 3], or None."""
+    """A rendered prompt, and the picture that it is about, uint8 [height, width, 3], or None."""
 
     messages: tuple[Mapping[str, str], ...]
     image: np.ndarray | None = None
@@ -68,13 +55,12 @@ class Model:
     def __init__(
         self, policy: Policy, params: Params, processor: PromptProcessor, *, buckets: Sequence[int], batch_size: int
     ):
-        """`buckets`: prompt lengths, ascending. `batch_size` is rounded up to what the devices divide."""
+        """`buckets`: prompt lengths, ascending. `batch_size` is rounded up to a multiple of the batch's shards."""
         self._policy, self._params, self._processor = policy, params, processor
         self._buckets = tuple(buckets)
-        mesh = sharding.mesh_of(params)
-        self._mesh = mesh
-        parts = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
-        self._batch = -(-batch_size // parts) * parts
+        self._mesh = mesh = sharding.mesh_of(params)
+        shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
+        self._batch = -(-batch_size // shards) * shards
         self._programs: dict[Any, Callable] = {}
         self.calls = self.tokens_in = self.tokens_out = 0
         self.failures: collections.Counter[str] = collections.Counter()
@@ -87,11 +73,12 @@ class Model:
         def run(bucket: int, prompt: Prompt, policy: Policy) -> list[str | Failure]:
             keys = np.zeros(self._batch, np.uint32)
             scalar = np.zeros((), np.uint32)
-            inputs = (*self._put((prompt, keys)), *self._put((scalar, scalar), whole=True))
+            inputs = (*self._put((prompt, keys)), *self._put((scalar, scalar), replicated=True))
             key = ("answer", bucket, policy, max_tokens)
             if key not in self._programs:
                 sampling = Sampling(1, max_tokens, greedy=True)
-                self._programs[key] = compile_rollout(policy, sampling, self._dtype, self._params, *inputs)
+                dtype = self._policy.decoder.dtype
+                self._programs[key] = compile_rollout(policy, sampling, dtype, self._params, *inputs)
             out = jax.device_get(self._programs[key](self._params, *inputs)._replace(image_embeds=None))
             self.tokens_out += int(out.lengths.sum())
             texts = self._processor.decode(out.tokens[:, 0])
@@ -101,7 +88,7 @@ class Model:
         return self._in_batches(questions, run)
 
     def probabilities(self, questions: Sequence[Question], words: Sequence[str]) -> list[np.ndarray | Failure]:
-        """Of each question the probabilities [K] that the answer's first word is each of `words`, which add up to 1.
+        """For each question the probabilities [K] that the answer's first word is each of `words`; they add up to 1.
 
         A word's probability is that of all its spellings that are one token: with and without a space before it, in
         small letters and capitals. Raises UserError for a word without one.
@@ -109,75 +96,71 @@ class Model:
         ids = self.word_ids(words)
 
         def run(bucket: int, prompt: Prompt, policy: Policy) -> list[np.ndarray | Failure]:
-            inputs = (self._put(prompt), self._put(ids, whole=True))
+            inputs = (self._put(prompt), self._put(ids, replicated=True))
             key = ("words", bucket, policy, ids.shape)
             if key not in self._programs:
                 program = jax.jit(functools.partial(_first_words, policy, self._mesh))
                 self._programs[key] = program.lower(self._params, *inputs).compile()
-            found = jax.device_get(self._programs[key](self._params, *inputs))
-            return list(np.exp(found - np.logaddexp.reduce(found, axis=-1, keepdims=True)))
+            log_probs = jax.device_get(self._programs[key](self._params, *inputs))
+            return list(np.exp(log_probs - np.logaddexp.reduce(log_probs, axis=-1, keepdims=True)))
 
         return self._in_batches(questions, run)
 
     def word_ids(self, words: Sequence[str]) -> np.ndarray:
         """[K, spellings] int32 token ids of each word, -1 where there are fewer."""
         tokenizer = self._processor.tokenizer
-        found = np.full((len(words), _SPELLINGS), -1, np.int32)
+        ids = np.full((len(words), _SPELLINGS), -1, np.int32)
         for row, word in enumerate(words):
             cases = dict.fromkeys([word] if word in LETTERS else [word, word.capitalize(), word.upper()])
             spellings = [f"{space}{case}" for case in cases for space in ("", " ")]
             encoded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-            ids = [one[0] for one in encoded if len(one) == 1 and one[0] != tokenizer.unk_token_id]
-            single = list(dict.fromkeys(ids))
+            single = [tokens[0] for tokens in encoded if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id]
+            single = list(dict.fromkeys(single))
             if not single:
                 raise UserError(
                     f"config field 'judge.scoring' is yes_no, but the judge's tokenizer has no token for {word!r}; set "
                     "judge.scoring to generate, or choose another judge.path"
                 )
-            found[row, : len(single)] = single
-        return found
+            ids[row, : len(single)] = single
+        return ids
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _dtype(self) -> str:
-        return self._policy.decoder.dtype
-
     def _in_batches(self, questions: Sequence[Question], run: Callable[[int, Prompt, Policy], list]) -> list:
-        """One result per question: those that fit are run in batches of one length, filled up with the last of them."""
-        found: list[Any] = [None] * len(questions)
+        """One result per question: those that fit run in batches of one length, filled up with the last of them."""
+        results: list[Any] = [None] * len(questions)
         queues: dict[tuple[int, bool], list[tuple[int, Prompt]]] = {}
-        prepared: dict[Any, Any] = {}  # A picture is asked about many times, and its prompts share its pixels.
+        prepared: dict[Any, Any] = {}  # Many questions are about one picture, and their prompts share its pixels.
         for i, question in enumerate(questions):
-            laid = self._lay_out(question, prepared)
-            if isinstance(laid, Failure):
-                found[i] = laid
-                self.failures[laid.reason] += 1
+            padded = self._pad(question, prepared)
+            if isinstance(padded, Failure):
+                results[i] = padded
+                self.failures[padded.reason] += 1
             else:
-                queues.setdefault((laid[0], question.image is not None), []).append((i, laid[1]))
+                queues.setdefault((padded[0], question.image is not None), []).append((i, padded[1]))
         for (bucket, sees), queue in sorted(queues.items(), key=lambda item: item[0]):
             policy = self._policy if sees else WithoutImage(self._policy)
             for start in range(0, len(queue), self._batch):
-                part = queue[start : start + self._batch]
-                rows = [prompt for _, prompt in part] + [part[-1][1]] * (self._batch - len(part))
+                indices, rows = zip(*queue[start : start + self._batch], strict=True)
+                self.tokens_in += sum(int(row.mask.sum()) for row in rows)
+                rows += rows[-1:] * (self._batch - len(rows))
                 prompt = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
-                self.tokens_in += sum(int(one.mask.sum()) for _, one in part)
-                for (i, _), result in zip(part, run(bucket, prompt, policy), strict=False):
-                    found[i] = result
+                for i, result in zip(indices, run(bucket, prompt, policy), strict=False):
+                    results[i] = result
         self.calls += len(questions)
-        return found
+        return results
 
-    def _lay_out(self, question: Question, prepared: dict[Any, Any]) -> tuple[int, Prompt] | Failure:
+    def _pad(self, question: Question, prepared: dict[Any, Any]) -> tuple[int, Prompt] | Failure:
         """The smallest bucket that holds the prompt, and its arrays [1, ...]; `prepared` keeps those of pictures."""
-        # One text, as the models' chat templates have one place for what is asked.
+        # One text, as the models' chat templates have one place for the question.
         text = "\n\n".join(message["content"] for message in question.messages)
         try:
             images, pixels = None, question.image
             if pixels is not None:
-                place = pixels.ctypes.data, pixels.shape, pixels.strides
-                if place not in prepared:
-                    prepared[place] = self._processor.prepare_images([pixels])
-                images = prepared[place]
+                buffer = pixels.ctypes.data, pixels.shape, pixels.strides
+                if buffer not in prepared:
+                    prepared[buffer] = self._processor.prepare_images([pixels])
+                images = prepared[buffer]
             for bucket in self._buckets:
                 processor = self._of_length(bucket)
                 try:
@@ -194,16 +177,15 @@ class Model:
     def _of_length(self, bucket: int) -> PromptProcessor:
         return dataclasses.replace(self._processor, prompt_tokens=bucket)
 
-    def _put(self, tree: Any, *, whole: bool = False) -> Any:
-        """Onto the devices by an explicit transfer; `whole`: the same on each."""
+    def _put(self, tree: Any, *, replicated: bool = False) -> Any:
+        """Puts arrays onto the devices by an explicit transfer: split along the batch, or `replicated`."""
         if self._mesh is None:
             return jax.device_put(tree)
-        place = sharding.replicated(self._mesh) if whole else sharding.batch_sharding(self._mesh)
-        return jax.device_put(tree, place)
+        return jax.device_put(tree, (sharding.replicated if replicated else sharding.batch_sharding)(self._mesh))
 
 
 def _first_words(policy: Policy, mesh: Any, params: Params, prompt: Prompt, ids: jax.Array) -> jax.Array:
-    """Log-probabilities [B, K] of words as the first of the answer; `ids` [K, n] are their spellings, -1 for none."""
+    """Log-probabilities [B, K] of words as the first of the answer; `ids` [K, n] are their spellings, -1 = none."""
     with sharding.layout(mesh, sharding.TRAINING):
         _, logits = policy.prefill(params, prompt, policy.encode(params, prompt.images))
     log_probs = jax.nn.log_softmax(logits, axis=-1)
@@ -220,7 +202,7 @@ def _usage(model: Model) -> Usage:
 
 
 class PolicyClient:
-    """What `RemoteJudge` asks, answered by the model on the mesh; an answer is parsed and checked as any other."""
+    """Asks the model on the mesh as a `ChatClient` asks endpoints; an answer is parsed and checked as any other."""
 
     def __init__(self, model: Model, name: str):
         self._model, self.model = model, name
@@ -230,12 +212,12 @@ class PolicyClient:
         by_length: dict[int, list[int]] = {}
         for i, ask in enumerate(asks):
             by_length.setdefault(ask.max_tokens, []).append(i)
-        found: list[Any] = [None] * len(asks)
-        for length, places in by_length.items():
-            questions = [Question(asks[i].messages, asks[i].image) for i in places]
-            for i, text in zip(places, self._model.answer(questions, length), strict=True):
-                found[i] = text if isinstance(text, Failure) else self._parsed(text, asks[i])
-        return found
+        answers: list[Any] = [None] * len(asks)
+        for length, indices in by_length.items():
+            questions = [Question(asks[i].messages, asks[i].image) for i in indices]
+            for i, text in zip(indices, self._model.answer(questions, length), strict=True):
+                answers[i] = text if isinstance(text, Failure) else self._parsed(text, asks[i])
+        return answers
 
     def _parsed(self, text: str, ask: Ask) -> Answer | Failure:
         try:
@@ -254,130 +236,117 @@ class PolicyClient:
 # --- yes and no -------------------------------------------------------------------------------------------------------
 
 
-class YesNoJudge:
-    """Implements `judges.schema.Judge` by probabilities: of yes and no, of marks, of letters; nothing is parsed.
+class YesNoJudge(Judge):
+    """Judges by probabilities: of yes and no, of marks, of letters; nothing is parsed.
 
-    The statements of a caption are its sentences (`statements`), coarser than assertions that a model would write. A
-    statement holds, a unit is covered and a criterion met where yes is at least as likely as no. Each mark is the mean
-    of 1 to 5 under their probabilities, and so no whole number.
+    The statements of a caption are its sentences (`statements_of`), coarser than assertions that a model would write.
+    A statement holds, a unit is covered and a criterion met where yes is at least as likely as no. Each mark is the
+    mean of 1 to 5 under their probabilities, and so no whole number.
     """
 
     def __init__(self, model: Model, name: str):
         self._model = model
-        asked = {
+        names = {
             "precision": ("verified", "pointable"),
             "recall": ("covered",),
             "linguistic": ("mark",),
             "choice": ("letter",),
             "rubric": ("passed",),
         }
-        texts = {method: ", ".join(map(prompts.name_of, names)) for method, names in asked.items()}
+        texts = {method: ", ".join(map(prompts.name_of, of_method)) for method, of_method in names.items()}
         self.about: Mapping[str, str] = {"model": name} | texts
 
-    def precision(self, questions: Sequence[PrecisionQuestion]) -> list[PrecisionVerdict | Failure]:
+    def precision(self, questions: Sequence[schema.PrecisionQuestion]) -> list[PrecisionVerdict | Failure]:
         """Raises UserError for a question without a picture."""
         if any(question.image is None for question in questions):
             raise UserError("the judge of precision looks at pictures, which this data set does not have")
-        statements = [statements_of(question.caption) for question in questions]
-        asked = [(i, text) for i, texts in enumerate(statements) for text in texts]
+        statements = [(i, text) for i, q in enumerate(questions) for text in statements_of(q.caption)]
 
         def ask(prompt: str, places: Sequence[tuple[int, str]]) -> list[float | Failure]:
-            rendered = [
-                Question(prompts.render(prompt, caption=questions[i].caption, statement=text), questions[i].image)
-                for i, text in places
-            ]
-            return self._yes(rendered)
+            rendered = [prompts.render(prompt, caption=questions[i].caption, statement=text) for i, text in places]
+            return self._yes([Question(m, questions[i].image) for m, (i, _) in zip(rendered, places, strict=True)])
 
-        verified = ask("verified", asked)
-        looked = [place for place in asked if questions[place[0]].pointability]
-        pointable = dict(zip(looked, ask("pointable", looked), strict=True))
-        found: list[list[Assertion] | Failure] = [[] for _ in questions]
-        for (i, text), is_true in zip(asked, verified, strict=True):
-            points = pointable.get((i, text), 1.0)
-            failed = next((one for one in (is_true, points) if isinstance(one, Failure)), None)
-            if isinstance(found[i], Failure) or failed:
-                found[i] = failed or found[i]
+        verified = ask("verified", statements)
+        examined = [place for place in statements if questions[place[0]].pointability]
+        pointable = dict(zip(examined, ask("pointable", examined), strict=True))
+        assertions: list[list[schema.Assertion | Failure]] = [[] for _ in questions]
+        for place, yes in zip(statements, verified, strict=True):
+            i, text = place
+            points = pointable.get(place, 1.0)
+            if failure := _failure_in((yes, points)):
+                assertions[i].append(failure)
                 continue
-            why = f"yes {is_true:.2f}, pointable {points:.2f}"
-            found[i].append(Assertion(text=text, why=why, verified=is_true >= HALF, pointable=points >= HALF))
-        return [one if isinstance(one, Failure) else PrecisionVerdict(assertions=one) for one in found]
+            why = f"yes {yes:.2f}, pointable {points:.2f}"
+            flags = {"verified": yes >= HALF, "pointable": points >= HALF}
+            assertions[i].append(schema.Assertion(text=text, why=why, **flags))
+        return [_failure_in(reversed(each)) or PrecisionVerdict(assertions=each) for each in assertions]
 
-    def recall(self, questions: Sequence[RecallQuestion]) -> list[RecallVerdict | Failure]:
-        return self._lists(
-            [(question.caption, question.units) for question in questions],
-            lambda caption, unit: prompts.render("covered", caption=caption, unit=unit),
-            lambda flags: RecallVerdict(covered=flags),
-        )
+    def recall(self, questions: Sequence[schema.RecallQuestion]) -> list[schema.RecallVerdict | Failure]:
+        flags = self._flags("covered", "unit", [(question.caption, question.units) for question in questions])
+        return [each if isinstance(each, Failure) else schema.RecallVerdict(covered=each) for each in flags]
 
-    def rubric(self, questions: Sequence[RubricQuestion]) -> list[RubricVerdict | Failure]:
-        return self._lists(
-            [(question.caption, question.criteria) for question in questions],
-            lambda caption, criterion: prompts.render("passed", caption=caption, criterion=criterion),
-            lambda flags: RubricVerdict(passed=flags),
-        )
+    def rubric(self, questions: Sequence[schema.RubricQuestion]) -> list[schema.RubricVerdict | Failure]:
+        flags = self._flags("passed", "criterion", [(question.caption, question.criteria) for question in questions])
+        return [each if isinstance(each, Failure) else schema.RubricVerdict(passed=each) for each in flags]
 
-    def linguistic(self, questions: Sequence[LinguisticQuestion]) -> list[LinguisticVerdict | Failure]:
-        asked = [
-            Question(prompts.render("mark", caption=question.caption, aspect=aspect))
-            for question in questions
-            for aspect in _ASPECTS
-        ]
-        found = iter(self._model.probabilities(asked, MARKS))
+    def linguistic(self, questions: Sequence[schema.LinguisticQuestion]) -> list[LinguisticVerdict | Failure]:
+        rendered = [prompts.render("mark", caption=q.caption, aspect=aspect) for q in questions for aspect in _ASPECTS]
+        probabilities = iter(self._model.probabilities([Question(messages) for messages in rendered], MARKS))
         verdicts: list[LinguisticVerdict | Failure] = []
         for question in questions:
-            three = [next(found) for _ in _ASPECTS]
-            failed = next((one for one in three if isinstance(one, Failure)), None)
+            of_aspects = [next(probabilities) for _ in _ASPECTS]
             if not question.caption.strip():
                 verdicts.append(LinguisticVerdict(clarity=1, fluency=1, coherency=1))
-            elif failed:
-                verdicts.append(failed)
+            elif failure := _failure_in(of_aspects):
+                verdicts.append(failure)
             else:
-                means = [float(np.clip(p @ np.arange(1, len(MARKS) + 1), 1.0, len(MARKS))) for p in three]
+                means = [float(np.clip(p @ np.arange(1, len(MARKS) + 1), 1.0, len(MARKS))) for p in of_aspects]
                 verdicts.append(LinguisticVerdict(**dict(zip(_ASPECTS, means, strict=True))))
         return verdicts
 
-    def choice(self, questions: Sequence[ChoiceQuestion]) -> list[ChoiceVerdict | Failure]:
+    def choice(self, questions: Sequence[schema.ChoiceQuestion]) -> list[ChoiceVerdict | Failure]:
         """The likeliest of the options' letters."""
-        asked = [
-            Question(
-                prompts.render("letter", caption=q.caption, question=q.question, options=[list(o) for o in q.options])
-            )
+        rendered = [
+            prompts.render("letter", caption=q.caption, question=q.question, options=[list(o) for o in q.options])
             for q in questions
         ]
-        found = self._model.probabilities(asked, LETTERS)
-        verdicts: list[ChoiceVerdict | Failure] = []
-        for question, p in zip(questions, found, strict=True):
-            if isinstance(p, Failure):
-                verdicts.append(p)
-            else:
-                offered = [letter for letter, _ in question.options]
-                verdicts.append(ChoiceVerdict(answer=max(offered, key=lambda letter: p[LETTERS.index(letter)])))
-        return verdicts
+        probabilities = self._model.probabilities([Question(messages) for messages in rendered], LETTERS)
+
+        def likeliest(question: schema.ChoiceQuestion, p: np.ndarray) -> ChoiceVerdict:
+            letters = [letter for letter, _ in question.options]
+            return ChoiceVerdict(answer=max(letters, key=lambda letter: p[LETTERS.index(letter)]))
+
+        pairs = zip(questions, probabilities, strict=True)
+        return [p if isinstance(p, Failure) else likeliest(question, p) for question, p in pairs]
 
     def usage(self) -> Usage:
         return _usage(self._model)
 
-    def close(self) -> None:
-        pass
-
     def _yes(self, questions: Sequence[Question]) -> list[float | Failure]:
         """The probability of yes beside no."""
-        found = self._model.probabilities(questions, YES_NO)
-        return [one if isinstance(one, Failure) else float(one[0]) for one in found]
+        probabilities = self._model.probabilities(questions, YES_NO)
+        return [p if isinstance(p, Failure) else float(p[0]) for p in probabilities]
 
-    def _lists(self, lists: Sequence[tuple[str, Sequence[str]]], render: Callable, verdict: Callable) -> list:
-        """A verdict of flags for each (caption, texts); nothing is covered by a caption that says nothing."""
-        asked = [(i, text) for i, (caption, texts) in enumerate(lists) if caption.strip() for text in texts]
-        answers = iter(self._yes([Question(render(lists[i][0], text)) for i, text in asked]))
-        found = []
+    def _flags(
+        self, prompt: str, variable: str, lists: Sequence[tuple[str, Sequence[str]]]
+    ) -> list[list[bool] | Failure]:
+        """Whether yes holds for each text of (caption, texts); an empty caption covers nothing, and is not asked about.
+
+        `variable` is the prompt's name of a text.
+        """
+        pairs = [(caption, text) for caption, texts in lists if caption.strip() for text in texts]
+        rendered = [prompts.render(prompt, caption=caption, **{variable: text}) for caption, text in pairs]
+        answers = iter(self._yes([Question(messages) for messages in rendered]))
+        flags: list[list[bool] | Failure] = []
         for caption, texts in lists:
-            if not caption.strip():
-                found.append(verdict([False] * len(texts)))
-                continue
-            yes = [next(answers) for _ in texts]
-            failed = next((one for one in yes if isinstance(one, Failure)), None)
-            found.append(failed or verdict([one >= HALF for one in yes]))
-        return found
+            yes = [next(answers) if caption.strip() else 0.0 for _ in texts]
+            flags.append(_failure_in(yes) or [p >= HALF for p in yes])
+        return flags
+
+
+def _failure_in(answers: Iterable[Any]) -> Failure | None:
+    """The first Failure among answers."""
+    return next((answer for answer in answers if isinstance(answer, Failure)), None)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -408,29 +377,32 @@ def build_judge(config: Mapping[str, Any]) -> RemoteJudge | YesNoJudge:
     return YesNoJudge(model, name)
 
 
+# --- statements -------------------------------------------------------------------------------------------------------
+
 _END = re.compile(r"(?<=[.!?…。！？])([\"'”’»)\]]*)(\s+|\Z)|;\s+|(?<=[。！？])")
-
-
 _ITEM = re.compile(r"^\s*(?:[-*•–]|\d{1,3}[.)])\s+")
-
-
 _SHORT = "mr mrs ms dr prof st vs approx fig inc jr sr ft cm mm km lb oz"
-
-
 _ABBREVIATIONS = frozenset(_SHORT.split())
-
-
 _LAST_WORD = re.compile(r"([^\W\d_]+)\.$")
 
 
 def statements_of(caption: str) -> list[str]:
-    """The statements of a caption, in its order; see the module."""
-    found: dict[str, str] = {}
+    """The statements of a caption in its order: its sentences, for a judge that does not split it itself.
+
+    A sentence ends
+    - at a line's end,
+    - at a semicolon that white space follows,
+    - at . ! ? or their like, closing quotes and brackets after them included, where white space follows; but not at
+      the full stop of an abbreviation (`_ABBREVIATIONS`, or a single letter: "e.g.", "J. Smith").
+    The mark of a list item ("- ", "* ", "3. ", "3) ") is left out, and so is a part without a letter or digit. A
+    repeated sentence counts once, whatever its case and its full stop.
+    """
+    statements: dict[str, str] = {}
     for line in caption.splitlines():
         for sentence in _sentences(_ITEM.sub("", line)):
             if any(character.isalnum() for character in sentence):
-                found.setdefault(" ".join(sentence.casefold().split()).rstrip(".!"), sentence)
-    return list(found.values())
+                statements.setdefault(" ".join(sentence.casefold().split()).rstrip(".!"), sentence)
+    return list(statements.values())
 
 
 def _sentences(line: str) -> list[str]:

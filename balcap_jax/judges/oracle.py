@@ -1,6 +1,6 @@
 """The exact judge of the scenes world: checks each claim of a caption against the scene graph, marks language by rule.
 
-It never sees which faults were put into a caption; recall and language are judged from text alone.
+It never sees which faults a caption was given; recall and language are judged from text alone.
 """
 
 import functools
@@ -14,23 +14,12 @@ from balcap_jax.data.scenes.answering import answer_from
 from balcap_jax.data.scenes.language import NUMBERS, Claim, Subject
 from balcap_jax.data.scenes.reading import Parsed, covers, parse
 from balcap_jax.data.scenes.world import Scene, SceneObject
-from balcap_jax.judges.schema import (
-    Assertion,
-    ChoiceQuestion,
-    ChoiceVerdict,
-    Failure,
-    LinguisticQuestion,
-    LinguisticVerdict,
-    PrecisionQuestion,
-    PrecisionVerdict,
-    RecallQuestion,
-    RecallVerdict,
-    Usage,
-)
+from balcap_jax.judges import schema
+from balcap_jax.judges.schema import ChoiceVerdict, Failure, Judge, LinguisticVerdict, PrecisionVerdict, RecallVerdict
 
 CRITERIA = ("clarity", "fluency", "coherency")
 # What one slip of language costs each mark, in sentences: a caption whose every sentence holds a slip of weight 1 gets
-# the mark 1. One slip is never free, and the costs add up slowly enough that mending each one shows.
+# the mark 1. One slip is never free, and the costs add up slowly enough that fixing each one shows.
 SLIPS: dict[str, tuple[float, float, float]] = {
     "fragment": (0, 1, 0),
     "broken": (0, 1, 0),
@@ -57,57 +46,41 @@ SLIPS: dict[str, tuple[float, float, float]] = {
 }
 
 
-class OracleJudge:
-    """Implements `judges.schema.Judge` for scenes.
+class OracleJudge(Judge):
+    """The judge of scenes.
 
     `failure_rate` in [0, 1] makes that share of calls fail, chosen by a hash of `seed` and the question, so that the
     same question fails in every run: a stand-in for a judge that is unreachable or answers nonsense.
     """
 
-    about: Mapping[str, str] = {}
-    is_exact = True  # and free: evaluations ask it more than the reward does
+    is_exact = True
 
     def __init__(self, failure_rate: float = 0.0, seed: int = 0):
         if not 0.0 <= failure_rate <= 1.0:
             raise ValueError(f"failure_rate must be within [0, 1], got {failure_rate}")
         self.failure_rate, self.seed = failure_rate, seed
 
-    def precision(self, questions: Sequence[PrecisionQuestion]) -> list[PrecisionVerdict | Failure]:
+    def precision(self, questions: Sequence[schema.PrecisionQuestion]) -> list[PrecisionVerdict | Failure]:
         """Needs `metadata["scene"]`: a Scene, or its JSON text. Raises UserError where it is missing or unreadable."""
-        answers = []
+        verdicts: list[PrecisionVerdict | Failure] = []
         for question in questions:
-            scene = _scene_of(question.metadata)
+            scene = scene_of(question.metadata)
             failure = self._failure("precision", question.caption, str(scene.seed))
-            answers.append(failure or judge_precision(question.caption, scene, pointability=question.pointability))
-        return answers
+            verdicts.append(failure or judge_precision(question.caption, scene, pointability=question.pointability))
+        return verdicts
 
-    def recall(self, questions: Sequence[RecallQuestion]) -> list[RecallVerdict | Failure]:
-        return [
-            self._failure("recall", question.caption, *question.units) or judge_recall(question.caption, question.units)
-            for question in questions
-        ]
+    def recall(self, questions: Sequence[schema.RecallQuestion]) -> list[RecallVerdict | Failure]:
+        return [self._failure("recall", q.caption, *q.units) or judge_recall(q.caption, q.units) for q in questions]
 
-    def linguistic(self, questions: Sequence[LinguisticQuestion]) -> list[LinguisticVerdict | Failure]:
-        return [
-            self._failure("linguistic", question.caption) or judge_linguistic(question.caption)
-            for question in questions
-        ]
+    def linguistic(self, questions: Sequence[schema.LinguisticQuestion]) -> list[LinguisticVerdict | Failure]:
+        return [self._failure("linguistic", q.caption) or judge_linguistic(q.caption) for q in questions]
 
-    def choice(self, questions: Sequence[ChoiceQuestion]) -> list[ChoiceVerdict | Failure]:
+    def choice(self, questions: Sequence[schema.ChoiceQuestion]) -> list[ChoiceVerdict | Failure]:
         """Needs the scenes' own `query`. Answers only what the caption states; else with the last option.
 
         Raises UserError for a question that is not about a scene.
         """
-        return [
-            self._failure("choice", question.caption, question.question, str(question.draw)) or judge_choice(question)
-            for question in questions
-        ]
-
-    def usage(self) -> Usage:
-        return Usage()
-
-    def close(self) -> None:
-        pass
+        return [self._failure("choice", q.caption, q.question, str(q.draw)) or judge_choice(q) for q in questions]
 
     def _failure(self, *content: str) -> Failure | None:
         if not self.failure_rate:
@@ -120,13 +93,11 @@ class OracleJudge:
 
 def judge_precision(caption: str, scene: Scene, *, pointability: bool = True) -> PrecisionVerdict:
     """One assertion per unique claim of the caption. Without `pointability` remarks hold: nothing refutes them."""
-    facts = _facts(scene)
     assertions = []
     for claim in parse(caption).claims:
-        why = _refutation(claim, facts) if pointability or claim.kind != "remark" else ""
-        assertions.append(
-            Assertion(text=claim.text, why=why, verified=not why, pointable=claim.kind not in ("remark", "unparsable"))
-        )
+        why = _refutation(claim, scene) if pointability or claim.kind != "remark" else ""
+        pointable = claim.kind not in ("remark", "unparsable")
+        assertions.append(schema.Assertion(text=claim.text, why=why, verified=not why, pointable=pointable))
     return PrecisionVerdict(assertions=assertions)
 
 
@@ -139,7 +110,7 @@ def judge_linguistic(caption: str) -> LinguisticVerdict:
     return LinguisticVerdict(**dict(zip(CRITERIA, _marks(parse(caption)), strict=True)))
 
 
-def judge_choice(question: ChoiceQuestion) -> ChoiceVerdict:
+def judge_choice(question: schema.ChoiceQuestion) -> ChoiceVerdict:
     """The letter of the option that the caption states; the last letter, of "cannot answer", where it states none."""
     if not isinstance(question.query, Mapping):
         raise UserError(
@@ -159,36 +130,27 @@ def _marks(parsed: Parsed) -> list[int]:
     for finding in parsed.findings:
         for i, cost in enumerate(SLIPS[finding.name]):
             lost[i] += cost
-    return [5 - min(4, math.ceil(4 * one / len(parsed.sentences))) for one in lost]
+    return [5 - min(4, math.ceil(4 * share / len(parsed.sentences))) for share in lost]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking claims against the graph
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Facts:
-    """A scene made ready for look-ups: objects by (colour, shape), and by shape alone under colour ""."""
-
-    def __init__(self, scene: Scene):
-        self.scene = scene
-        self.objects: dict[Subject, list[SceneObject]] = {}
-        for one in scene.objects:
-            self.objects.setdefault((one.colour, one.shape), []).append(one)
-            self.objects.setdefault(("", one.shape), []).append(one)
+# ---- claims against the graph ---------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)
-def _facts(scene: Scene) -> _Facts:
-    return _Facts(scene)
+def _objects(scene: Scene) -> dict[Subject, list[SceneObject]]:
+    """The objects of a scene by (colour, shape), and by shape alone under colour ""."""
+    objects: dict[Subject, list[SceneObject]] = {}
+    for item in scene.objects:
+        objects.setdefault((item.colour, item.shape), []).append(item)
+        objects.setdefault(("", item.shape), []).append(item)
+    return objects
 
 
-@functools.lru_cache(maxsize=4096)
-def _read_scene(text: str) -> Scene:
-    return Scene.from_json(text)
+_read_scene = functools.lru_cache(maxsize=4096)(Scene.from_json)
 
 
-def _scene_of(metadata: Mapping[str, Any]) -> Scene:
+def scene_of(metadata: Mapping[str, Any]) -> Scene:
+    """The scene of an example, from `metadata["scene"]`: a Scene, or its JSON text. Raises UserError without one."""
     scene = metadata.get("scene")
     if isinstance(scene, Scene):
         return scene
@@ -207,9 +169,9 @@ def _scene_of(metadata: Mapping[str, Any]) -> Scene:
         ) from error
 
 
-def _refutation(claim: Claim, facts: _Facts) -> str:
+def _refutation(claim: Claim, scene: Scene) -> str:
     """Why the claim does not hold; empty when it does."""
-    scene = facts.scene
+    objects = _objects(scene)
     match claim.kind:
         case "remark":
             return "points at nothing that can be seen"
@@ -222,17 +184,17 @@ def _refutation(claim: Claim, facts: _Facts) -> str:
         case "pattern":
             return "" if claim.value == scene.pattern else f"it is {scene.pattern}"
         case "relation":
-            first, second = (facts.objects.get(subject, ()) for subject in claim.subject)
+            first, second = (objects.get(subject, ()) for subject in claim.subject)
             if not first or not second:
                 return "no such object"
             holds = any(_related(a, claim.value, b) for a in first for b in second)
             return "" if holds else "they are placed otherwise"
-    candidates = facts.objects.get(claim.subject, ())
+    candidates = objects.get(claim.subject, ())
     if not candidates:
         return "no such object"
     if claim.kind == "object":
         return ""
-    actual = [getattr(one, claim.kind) for one in candidates]  # size, texture or place
+    actual = [getattr(item, claim.kind) for item in candidates]  # size, texture or place
     return "" if claim.value in actual else f"it is {' or '.join(actual)}"
 
 

@@ -1,24 +1,25 @@
-"""What a judge is asked and what it answers, whoever answers: the oracle, a hosted model or a policy on the mesh."""
+"""Questions to a judge and its verdicts, whoever answers: the oracle, a hosted model or a policy on the mesh."""
 
 import collections
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pydantic
 
 
 def _plain(value: Any) -> Any:
-    """Pydantic takes True as 1, and the text 0_4 as 4."""
+    """Refuses what pydantic would take: True as 1, and the text 0_4 as 4."""
     if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", value)):
         raise ValueError("no plain number")
     return value
 
 
 PLAIN = pydantic.BeforeValidator(_plain)
-"""Of a number: models may write it as text, in plain digits, and no flag is one."""
+"""For a number: models may write it as text, in plain digits, and a flag is no number."""
 
 Mark = Annotated[int, pydantic.Field(ge=1, le=5), PLAIN]
 _MeanMark = Annotated[int | float, pydantic.Field(ge=1, le=5), PLAIN]
@@ -60,7 +61,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What judging took, as counts that add up.
+    """Counts of what judging took; they add up.
 
     calls: questions, of which `cached` were answered without a request. tokens_in, tokens_out: of all requests, those
     of unusable answers too. failures: {"where: reason": questions that ended without an answer for it}.
@@ -73,23 +74,24 @@ class Usage:
     failures: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def __add__(self, other: "Usage") -> "Usage":
-        failures = self.failures + other.failures if other.failures else self.failures
-        return Usage(
-            self.calls + other.calls,
-            self.cached + other.cached,
-            self.tokens_in + other.tokens_in,
-            self.tokens_out + other.tokens_out,
-            failures,
-        )
+        return Usage(*(mine + theirs for mine, theirs in zip(self._values, other._values, strict=True)))
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(*(mine - theirs for mine, theirs in zip(self._values, other._values, strict=True)))
+
+    @property
+    def _values(self) -> list[Any]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionQuestion:
     """`image` uint8 [height, width, 3]; `metadata` is whatever the data set stores beside the example.
 
-    Without `pointability` nobody looks at that flag, and a judge may take as verified what nothing could refute.
+    Without `pointability` nobody reads that flag, and a judge may take as verified what nothing could refute.
     """
 
+    method: ClassVar[str] = "precision"
     caption: str
     image: np.ndarray | None
     metadata: Mapping[str, Any]
@@ -98,12 +100,14 @@ class PrecisionQuestion:
 
 @dataclasses.dataclass(frozen=True)
 class RecallQuestion:
+    method: ClassVar[str] = "recall"
     caption: str
     units: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class LinguisticQuestion:
+    method: ClassVar[str] = "linguistic"
     caption: str
 
 
@@ -111,10 +115,11 @@ class LinguisticQuestion:
 class ChoiceQuestion:
     """A multiple-choice question that is to be answered from the caption alone.
 
-    `options` are (letter, text) as they are shown. `draw` numbers repetitions of a question, to be answered anew.
-    `query` says the same as the question in a form that needs no parsing, where the data set has one.
+    `options` are (letter, text) as they are shown. `draw` is the number of a repetition, which is answered anew.
+    `query` is the question in a form that needs no parsing, where the data set has one.
     """
 
+    method: ClassVar[str] = "choice"
     caption: str
     question: str
     options: tuple[tuple[str, str], ...]
@@ -123,7 +128,7 @@ class ChoiceQuestion:
 
 
 class ChoiceVerdict(pydantic.BaseModel):
-    """What was answered, as text; whoever asked looks for the letter in it."""
+    """The answer as text; the caller looks for the letter in it."""
 
     answer: str
 
@@ -132,6 +137,7 @@ class ChoiceVerdict(pydantic.BaseModel):
 class RubricQuestion:
     """Which of the binary `criteria` a caption meets, judged from text alone."""
 
+    method: ClassVar[str] = "rubric"
     caption: str
     criteria: Sequence[str]
 
@@ -142,26 +148,40 @@ class RubricVerdict(pydantic.BaseModel):
     passed: list[bool]
 
 
-class Judge(Protocol):
+class Judge:
     """Answers in batches so that an implementation may run them concurrently; one answer or Failure per question.
 
-    `about` is what records say of the judge: its "model", and the prompt behind each method; empty where there is
-    nothing to say. A judge may lack methods: which of them a reward calls is in its `asks`, and one that is missing is
-    found at the start. It may have one more, `mixed`, which takes questions of all kinds at once.
+    A judge has a method for each kind of question that it answers, of the form
+    `precision(questions: Sequence[PrecisionQuestion]) -> list[PrecisionVerdict | Failure]`; the others are `recall`,
+    `linguistic`, `choice` and `rubric`. It may lack some: a reward names in its `asks` which it calls, and one that is
+    missing is found at the start.
+
+    about: what records hold of the judge: its "model", and the prompt behind each method; empty where there is none.
+    is_exact: its verdicts are exact and free, so that evaluations ask it more than the reward does.
     """
 
-    about: Mapping[str, str]
+    about: Mapping[str, str] = {}
+    is_exact = False
 
-    def precision(self, questions: Sequence[PrecisionQuestion]) -> "list[PrecisionVerdict | Failure]": ...
+    def mixed(self, questions: Sequence[Any]) -> list[Any]:
+        """One answer per question, of questions of any kinds; a judge that can asks all of them at once."""
+        answers: list[Any] = []
+        for method, run in itertools.groupby(questions, key=lambda question: question.method):
+            answers += ask_all(getattr(self, method), list(run))
+        return answers
 
-    def recall(self, questions: Sequence[RecallQuestion]) -> "list[RecallVerdict | Failure]": ...
+    def usage(self) -> Usage:
+        return Usage()
 
-    def linguistic(self, questions: Sequence[LinguisticQuestion]) -> "list[LinguisticVerdict | Failure]": ...
+    def close(self) -> None:
+        """Ends what the judge has begun."""
 
-    def choice(self, questions: Sequence[ChoiceQuestion]) -> "list[ChoiceVerdict | Failure]": ...
 
-    def rubric(self, questions: Sequence[RubricQuestion]) -> "list[RubricVerdict | Failure]": ...
-
-    def usage(self) -> Usage: ...
-
-    def close(self) -> None: ...
+def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
+    """One answer per question, or a ValueError: a judge that loses answers would shift every score after them."""
+    if not questions:
+        return []
+    answers = list(ask(questions))
+    if len(answers) != len(questions):
+        raise ValueError(f"{ask.__qualname__} returned {len(answers)} answers to {len(questions)} questions")
+    return answers

@@ -1,4 +1,4 @@
-"""What a judge writes offline about pictures: references and their units, and the criteria of RubiCap.
+"""Writers: language models that write references, their units, and the criteria of RubiCap offline for pictures.
 
 A writer takes items of a listing and gives, for each, the fields of an output line or the reason why there are none.
 """
@@ -16,93 +16,144 @@ from balcap_jax.data.listing import Item
 from balcap_jax.judges import prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.types import Ask, picture_hash
-from balcap_jax.judges.chat_judge import units_ask
 from balcap_jax.judges.schema import PLAIN, Failure
 
 UNITS = prompts.name_of("units")
-PICTURE = "picture"  # the field of a line that holds the hash of its picture
 DESCRIBE = "describe.v1"
 RUBRIC_WRITER = "rubric_writer.v1"
+PICTURE = "picture"  # the field of a line that holds the hash of its picture
 _TEXTS = ("caption", "captions", "reference", "reference_units")  # what a new reference replaces
 Written = dict[str, Any] | str
 
 
-class Description(pydantic.BaseModel):
-    """What `describe_ask` is answered with."""
-
-    caption: str
-
-
-class Criterion(pydantic.BaseModel):
-    criterion: str
-    weight: Annotated[Literal[1, 2, 3], PLAIN]
-
-
-class WrittenRubrics(pydantic.BaseModel):
-    """What `rubrics_ask` is answered with; its dump is the field "rubrics" of a data set."""
-
-    rubrics: list[Criterion]
-
-
 class Writer(Protocol):
-    """`prompts`: names and versions of what it asks."""
+    """`prompts`: names and versions of the prompts that it asks."""
 
     prompts: tuple[str, ...]
 
     def __call__(self, items: Sequence[Item]) -> list[Written]: ...
 
 
+# ---- questions ------------------------------------------------------------------------------------------------------
+
+
+class Description(pydantic.BaseModel):
+    """The answer to `describe_ask`."""
+
+    caption: str
+
+
+class ReferenceUnits(pydantic.BaseModel):
+    """The answer to `units_ask`."""
+
+    units: list[str]
+
+
+class Criterion(pydantic.BaseModel):
+    """`weight`: 3 (critical), 2 (important) or 1 (minor)."""
+
+    criterion: str
+    weight: Annotated[Literal[1, 2, 3], PLAIN]
+
+
+class WrittenRubrics(pydantic.BaseModel):
+    """The answer to `rubrics_ask`; its dump is the field "rubrics" of a data set."""
+
+    rubrics: list[Criterion]
+
+
+def describe_ask(image: np.ndarray, request: str, max_tokens: int = 2048) -> Ask:
+    """Asks for a description of a picture, uint8 [height, width, 3]; `request` is the sample's own prompt."""
+
+    def check(answer: Description) -> str:
+        return "" if answer.caption.strip() else "empty description"
+
+    return Ask(DESCRIBE, prompts.render(DESCRIBE, request=request), Description, max_tokens, image, check)
+
+
+def units_ask(reference: str, max_tokens: int = 2048) -> Ask:
+    """Asks for the facts that a reference states."""
+    return Ask(UNITS, prompts.render("units", reference=reference), ReferenceUnits, max_tokens)
+
+
+def rubrics_ask(caption: str, reference: str, max_tokens: int = 2048) -> Ask:
+    """Asks what a student's first caption lacks beside the reference."""
+    messages = prompts.render(RUBRIC_WRITER, caption=caption, reference=reference)
+    return Ask(RUBRIC_WRITER, messages, WrittenRubrics, max_tokens)
+
+
+def split_into_units(client: ChatClient, references: Sequence[str], max_tokens: int) -> list[Written]:
+    """{"reference_units": [...]} of each reference; one that states nothing is a failure, as recall would have no
+    denominator."""
+
+    def written(answer: Any) -> Written:
+        if isinstance(answer, Failure):
+            return answer.reason
+        units = list(dict.fromkeys(unit.strip() for unit in answer.value.units if unit.strip()))
+        return {"reference_units": units} if units else "the judge finds no fact in the reference"
+
+    return [written(answer) for answer in client.ask([units_ask(text, max_tokens) for text in references])]
+
+
+def reference_of(item: Item) -> str:
+    """The reference that an item's line has. Raises UserError where it has none."""
+    if not item.entry:
+        raise UserError(f"{item.image} has no reference: units and rubrics are written for lines of a JSONL file")
+    return photos.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
+
+
+# ---- writers --------------------------------------------------------------------------------------------------------
+
+
 class References:
     """Describes pictures under their own prompts, and splits the descriptions into units; each picture once.
 
-    Of a picture whose pixels have a line already, or get one in the same call, the result is {"same_as": its name}.
+    The result is {"same_as": its name} for a picture whose pixels have a line already, or get one in the same call.
     """
 
     prompts: tuple[str, ...] = (DESCRIBE, UNITS)
 
     def __init__(self, client: ChatClient, max_tokens: int, max_pixels: int, threads: int):
         self._client, self._max_tokens, self._max_pixels = client, max_tokens, max_pixels
-        self._names: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # image of the line, by the hash of its picture
         self._pool = ThreadPoolExecutor(threads)
 
     def know(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Tells it of the lines that there are."""
+        """Notes the pictures of lines that are written already."""
         self._names |= {line[PICTURE]: line["image"] for line in lines if isinstance(line.get(PICTURE), str)}
 
     def __call__(self, items: Sequence[Item]) -> list[Written]:
-        found: list[Written] = []
+        results: list[Written] = []
         pictures: dict[int, np.ndarray] = {}
         first: dict[str, str] = {}
         for i, picture in enumerate(self._pool.map(self._read, items)):
             if isinstance(picture, str):
-                found.append(picture)
+                results.append(picture)
                 continue
-            name = picture_hash(picture)
-            same = self._names.get(name) or first.setdefault(name, items[i].image)
+            digest = picture_hash(picture)
+            same = self._names.get(digest) or first.setdefault(digest, items[i].image)
             if same != items[i].image:
-                found.append({"same_as": same})
+                results.append({"same_as": same})
             else:
-                found.append({PICTURE: name})
+                results.append({PICTURE: digest})
                 pictures[i] = picture
         asks = [describe_ask(picture, items[i].prompt, self._max_tokens) for i, picture in pictures.items()]
         captions: dict[int, str] = {}
         for i, answer in zip(pictures, self._client.ask(asks), strict=True):
             if isinstance(answer, Failure):
-                found[i] = answer.reason
+                results[i] = answer.reason
             else:
                 captions[i] = answer.value.caption.strip()
         units = split_into_units(self._client, list(captions.values()), self._max_tokens)
-        for (i, caption), one in zip(captions.items(), units, strict=True):
-            if isinstance(one, str):
-                found[i] = one
+        for (i, caption), fields in zip(captions.items(), units, strict=True):
+            if isinstance(fields, str):
+                results[i] = fields
                 continue
-            kept = {name: value for name, value in items[i].entry.items() if name not in _TEXTS}
-            found[i] = {**kept, "prompt": items[i].prompt, "caption": caption, **one, **found[i]}
-            self._names[found[i][PICTURE]] = items[i].image
-        failed = {items[i].image: found[i] for i in pictures if isinstance(found[i], str)}
-        return [
-            failed[one["same_as"]] if isinstance(one, dict) and one.get("same_as") in failed else one for one in found
-        ]
+            rest = {name: value for name, value in items[i].entry.items() if name not in _TEXTS}
+            self._names[results[i][PICTURE]] = items[i].image
+            results[i] = {**rest, "prompt": items[i].prompt, "caption": caption, **fields, **results[i]}
+        failed = {items[i].image: results[i] for i in pictures if isinstance(results[i], str)}
+        return [failed.get(fields.get("same_as"), fields) if isinstance(fields, dict) else fields for fields in results]
 
     def _read(self, item: Item) -> np.ndarray | str:
         if item.error:
@@ -122,8 +173,9 @@ class Units:
         self._client, self._max_tokens = client, max_tokens
 
     def __call__(self, items: Sequence[Item]) -> list[Written]:
-        found = split_into_units(self._client, [reference_of(item) for item in items], self._max_tokens)
-        return [one if isinstance(one, str) else {**item.entry, **one} for item, one in zip(items, found, strict=True)]
+        units = split_into_units(self._client, [reference_of(item) for item in items], self._max_tokens)
+        lines = zip(items, units, strict=True)
+        return [fields if isinstance(fields, str) else {**item.entry, **fields} for item, fields in lines]
 
 
 class Rubrics:
@@ -146,45 +198,3 @@ class Rubrics:
             return answer.reason if isinstance(answer, Failure) else {**item.entry, **answer.value.model_dump()}
 
         return [written(item) for item in items]
-
-
-def split_into_units(client: ChatClient, references: Sequence[str], max_tokens: int) -> list[Written]:
-    """{"reference_units": [...]} of each reference; one that states nothing is a failure, as recall would have no
-    denominator."""
-
-    def written(answer: Any) -> Written:
-        if isinstance(answer, Failure):
-            return answer.reason
-        units = list(dict.fromkeys(unit.strip() for unit in answer.value.units if unit.strip()))
-        return {"reference_units": units} if units else "the judge finds no fact in the reference"
-
-    return [written(answer) for answer in client.ask([units_ask(one, max_tokens) for one in references])]
-
-
-def reference_of(item: Item) -> str:
-    """The reference that an item's line has. Raises UserError where it has none."""
-    if not item.entry:
-        raise UserError(f"{item.image} has no reference: units and rubrics are written for lines of a JSONL file")
-    return photos.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
-
-
-def describe_ask(image: np.ndarray, request: str, max_tokens: int = 2048) -> Ask:
-    """Asks for a description of a picture, uint8 [height, width, 3]; the answer's value is a `Description`.
-
-    `request` is the sample's own prompt.
-    """
-
-    def check(answer: Description) -> str:
-        return "" if answer.caption.strip() else "empty description"
-
-    messages = prompts.render(DESCRIBE, request=request)
-    return Ask(DESCRIBE, messages, Description, max_tokens, image, check)
-
-
-def rubrics_ask(caption: str, reference: str, max_tokens: int = 2048) -> Ask:
-    """Asks what a student's first caption lacks beside the reference; the answer's value is a `Rubrics`.
-
-    Weights are 3 (critical), 2 (important) and 1 (minor).
-    """
-    messages = prompts.render(RUBRIC_WRITER, caption=caption, reference=reference)
-    return Ask(RUBRIC_WRITER, messages, WrittenRubrics, max_tokens)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
+from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import RewardFn, Samples, Scores
@@ -21,7 +22,6 @@ from balcap_jax.rewards.lexical import LexicalReward
 from balcap_jax.rewards.own import OwnReward
 from balcap_jax.rewards.rubicap import RubicapReward
 from balcap_jax.rewards.text import TextReward
-from balcap_jax.rewards.words import count_words
 
 REWARDS: dict[str, type] = {
     "balcap": BalCapReward,
@@ -49,31 +49,31 @@ def resolve(name: str) -> type:
         raise UserError(f"{where} rewards are {', '.join(REWARDS)}; {hint}")
     try:
         with streams_kept():
-            found = getattr(importlib.import_module(module), attribute)
+            cls = getattr(importlib.import_module(module), attribute)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # Whatever the module raises, an exit too, is its author's to mend.
+    except BaseException as error:  # Whatever the module raises, an exit too, is its author's to fix.
         raise UserError(f"{where} it cannot be imported ({raised(error)})") from error
     try:
-        problem = _problem(found)
+        problem = _problem(cls)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise UserError(f"{where} looking at it raised {raised(error)}") from error
     if problem:
         raise UserError(f"{where} {problem}; see balcap_jax/rewards/base.py")
-    return found
+    return cls
 
 
-def _problem(found: Any) -> str:
+def _problem(cls: Any) -> str:
     """What keeps an object from being a reward; "" = nothing."""
-    if not isinstance(found, type) or not hasattr(found, "__call__"):  # noqa: B004 - of its objects
+    if not isinstance(cls, type) or not hasattr(cls, "__call__"):  # noqa: B004 - of its objects
         return "it is no class whose objects can be called"
     for name, kind in (("names", str), ("gated", bool), ("needs", str), ("asks", str)):
-        value = getattr(found, name, None)
+        value = getattr(cls, name, None)
         if not isinstance(value, tuple) or not all(isinstance(entry, kind) for entry in value):
             return f"its {name!r} must be a tuple of {kind.__name__}, got {shown(value)}"
-    if not found.names or len(set(found.names)) < len(found.names) or len(found.gated) != len(found.names):
+    if not cls.names or len(set(cls.names)) < len(cls.names) or len(cls.gated) != len(cls.names):
         return "it must have at least one name, none twice, and one flag in 'gated' for each"
     return ""
 
@@ -132,12 +132,12 @@ def build(config: Mapping[str, Any], judge: Judge, seed: int = 0, tried_on: Samp
 
 
 def measure(reward: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn:
-    """What evaluations score: `reward`, and with an exact judge the objectives of BalCap beside it.
+    """The reward that evaluations score: `reward`, and with an exact judge the objectives of BalCap beside it.
 
     So runs of different rewards can be compared where that costs nothing. `fields` are those that examples have.
     """
-    whole = isinstance(reward, BalCapReward) and reward.pointability
-    if whole or not getattr(judge, "is_exact", False) or "scene" not in fields:
+    is_balcap = isinstance(reward, BalCapReward) and reward.pointability
+    if is_balcap or not judge.is_exact or "scene" not in fields:
         return reward
     return Joined(BalCapReward(judge), reward)
 

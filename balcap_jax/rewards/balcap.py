@@ -25,7 +25,7 @@ class BalCapReward:
     """A RewardFn with K = 3 objectives in [0, 1], scored by `judge`.
 
     A Failure of the judge makes one objective of one sample a missing value, with its reason in the detail.
-    Of the settings it reads `pointability`: False leaves that test out of precision.
+    It reads one setting, `pointability`: False leaves that test out of precision.
     """
 
     names: tuple[str, ...] = ("precision", "recall", "linguistic")
@@ -39,19 +39,13 @@ class BalCapReward:
 
     def __call__(self, samples: Samples) -> Scores:
         """Rewards [B, G, 3]. A detail is {"assertions", "covered", "clarity", "fluency", "coherency", "failures"}, with
-        "judge" where it says what it is and "suspicious" where the caption speaks to it; the parts of a failed
-        objective are left out. Raises ValueError when the judge loses an answer."""
-        asked = precision_questions(samples, pointability=self.pointability)
-        precision, recall, linguistic = ask_about(self.judge, samples, precision=asked)
-        scored = [
-            (
-                score_precision(precision[i], pointability=self.pointability),
-                score_recall(recall[i], len(samples.reference_units[b]), samples.example_ids[b]),
-                score_linguistic(linguistic[i]),
-            )
-            for i, (b, _) in enumerate(samples.where)
-        ]
-        return collect(self, samples, scored, self.judge)
+        "judge" and "suspicious" as `collect` adds them; it lacks the parts of a failed objective.
+
+        Raises ValueError when the judge loses an answer."""
+        questions = precision_questions(samples, pointability=self.pointability)
+        precision, recall, linguistic = score_text(self.judge, samples, precision=questions)
+        precision = [score_precision(verdict, pointability=self.pointability) for verdict in precision]
+        return collect(self, samples, list(zip(precision, recall, linguistic, strict=True)), self.judge)
 
 
 def precision_questions(samples: Samples, *, pointability: bool = True) -> list[PrecisionQuestion]:
@@ -65,34 +59,38 @@ def precision_questions(samples: Samples, *, pointability: bool = True) -> list[
     ]
 
 
-def ask_about(judge: Judge, samples: Samples, **more: Sequence) -> list[list]:
-    """The answers to the questions of `more` (see `ask_kinds`), then those about recall and about language.
+def score_text(judge: Judge, samples: Samples, **more: Sequence) -> list[list]:
+    """The answers to the questions of `more` (see `ask_kinds`), then the scores of recall and of language.
 
-    One answer per caption, in the order of `samples.where`; about recall None where there are no reference units.
+    One per caption, in the order of `samples.where`. A reference without units is not asked about.
     """
     with_units = [(b, g) for b, g in samples.where if len(samples.reference_units[b])]
     recall = [RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in with_units]
     linguistic = [LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where]
     *others, covered, marks = ask_kinds(judge, **more, recall=recall, linguistic=linguistic)
-    known = dict(zip(with_units, covered, strict=True))
-    return [*others, [known.get(place) for place in samples.where], marks]
+    verdicts = dict(zip(with_units, covered, strict=True))
+    recall_scores = [
+        score_recall(verdicts.get((b, g)), len(samples.reference_units[b]), samples.example_ids[b])
+        for b, g in samples.where
+    ]
+    return [*others, recall_scores, [score_linguistic(verdict) for verdict in marks]]
 
 
 def score_precision(verdict: PrecisionVerdict | Failure, *, pointability: bool = True) -> Scored:
     """Assertions that are both verified and pointable over all assertions; a caption that asserts nothing gets 0.
 
-    Without `pointability` those that are verified."""
+    Without `pointability` it is enough that they are verified."""
     if isinstance(verdict, Failure):
         return verdict, {}
-    held = sum(one.verified and (one.pointable or not pointability) for one in verdict.assertions)
-    return held / max(len(verdict.assertions), 1), {"assertions": shown_assertions(verdict)}
+    true = sum(each.verified and (each.pointable or not pointability) for each in verdict.assertions)
+    return true / max(len(verdict.assertions), 1), {"assertions": shown_assertions(verdict)}
 
 
 def shown_assertions(verdict: PrecisionVerdict) -> list[dict[str, Any]]:
-    """What a detail holds of a verdict."""
+    """The assertions of a verdict as a detail holds them."""
     return [
-        {"text": one.text, "verified": one.verified, "pointable": one.pointable, "why": one.why}
-        for one in verdict.assertions
+        {"text": each.text, "verified": each.verified, "pointable": each.pointable, "why": each.why}
+        for each in verdict.assertions
     ]
 
 

@@ -8,9 +8,9 @@ OBJECTIVES = ("precision", "recall", "linguistic")
 
 
 def three_of(rewards: np.ndarray, valid: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """Precision, recall and linguistic [...] of `rewards` [..., K], and whether all three are valid, of `valid`.
+    """Precision, recall and linguistic [...] of `rewards` [..., K], and whether `valid` holds for all three.
 
-    Of a reward without these objectives nothing is valid.
+    Nothing is valid for a reward without these objectives.
     """
     if not set(OBJECTIVES) <= set(names):
         nothing = np.zeros(rewards.shape[:-1])
@@ -21,7 +21,7 @@ def three_of(rewards: np.ndarray, valid: np.ndarray, names: Sequence[str]) -> tu
 
 def harmonic_mean(precision, recall, linguistic) -> np.ndarray:
     """Elementwise harmonic mean of three arrays of one shape with values in [0, 1]; 0 where any of them is 0."""
-    terms = np.stack(np.broadcast_arrays(*(np.asarray(one, np.float64) for one in (precision, recall, linguistic))))
+    terms = np.stack(np.broadcast_arrays(*(np.asarray(term, np.float64) for term in (precision, recall, linguistic))))
     positive = (terms > 0).all(axis=0)
     inverse = np.sum(1.0 / np.where(positive, terms, 1.0), axis=0)
     return np.where(positive, len(terms) / inverse, 0.0)
@@ -32,9 +32,8 @@ def b_capscore(precision, recall, linguistic, valid=None) -> float:
 
     `valid` (bool, same shape) leaves out images with a missing score; NaN when none is left.
     """
-    scores = harmonic_mean(precision, recall, linguistic)
-    kept = scores[np.broadcast_to(True if valid is None else np.asarray(valid, bool), scores.shape)]
-    return float(100.0 * kept.mean()) if kept.size else float("nan")
+    terms = _selected(precision, recall, linguistic, valid)
+    return float(100.0 * harmonic_mean(*terms).mean()) if terms[0].size else float("nan")
 
 
 def corpus_b_capscore(precision, recall, linguistic, valid=None) -> float:
@@ -42,8 +41,11 @@ def corpus_b_capscore(precision, recall, linguistic, valid=None) -> float:
 
     `valid` (bool, same shape) leaves out images with a missing score; NaN when none is left.
     """
-    terms = np.broadcast_arrays(*(np.asarray(one, np.float64) for one in (precision, recall, linguistic)))
-    kept = np.broadcast_to(True if valid is None else np.asarray(valid, bool), terms[0].shape)
-    if not kept.any():
-        return float("nan")
-    return float(100.0 * harmonic_mean(*(one[kept].mean() for one in terms)))
+    terms = _selected(precision, recall, linguistic, valid)
+    return float(100.0 * harmonic_mean(*(term.mean() for term in terms))) if terms[0].size else float("nan")
+
+
+def _selected(precision, recall, linguistic, valid) -> list[np.ndarray]:
+    terms = np.broadcast_arrays(*(np.asarray(term, np.float64) for term in (precision, recall, linguistic)))
+    mask = np.broadcast_to(True if valid is None else np.asarray(valid, bool), terms[0].shape)
+    return [term[mask] for term in terms]

@@ -18,7 +18,7 @@ from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
 class CaprlReward:
     """K = 1: the share of `settings["draws"]` questions, drawn with replacement, that are answered rightly.
 
-    0 draws ask every question once, with its options in their own order. What is drawn depends on the run's seed, the
+    0 draws ask every question once, with its options in their own order. The draws depend on the run's seed, the
     example, the place in the group and the caption alone, so that a resumed run asks the same.
     """
 
@@ -34,13 +34,13 @@ class CaprlReward:
 
     def __call__(self, samples: Samples) -> Scores:
         """A detail holds "answers", [{"question", "answer", "right"}]. Calls that failed are left out of the mean; the
-        value is missing where all of them did, or where an example has no questions."""
-        drawn = [self._draw(samples, b, g) for b, g in samples.where]
-        answers = iter(ask_all(self.judge.choice, [question for one in drawn for question, _ in one]))
-        scored = []
-        for (b, _), one in zip(samples.where, drawn, strict=True):
-            verdicts = [(question, gold, next(answers)) for question, gold in one]
-            scored.append([score_answers(verdicts, samples.example_ids[b])])
+        value is missing where more than half of them did, or where an example has no questions."""
+        draws = [self._draw(samples, b, g) for b, g in samples.where]
+        answers = iter(ask_all(self.judge.choice, [question for each in draws for question, _ in each]))
+        verdicts = [[(question, gold, next(answers)) for question, gold in each] for each in draws]
+        scored = [
+            [score_answers(each, samples.example_ids[b])] for (b, _), each in zip(samples.where, verdicts, strict=True)
+        ]
         return collect(self, samples, scored, self.judge)
 
     def _draw(self, samples: Samples, b: int, g: int) -> list[tuple[ChoiceQuestion, str]]:
@@ -50,11 +50,11 @@ class CaprlReward:
             return [_ask(caption, question, *lettered(question)) for question in questions]
         if not questions:
             return []
-        words = (str(self.seed), samples.example_ids[b], str(g), caption)
-        digest = hashlib.blake2b("\x1f".join(words).encode(errors="replace"), digest_size=16).digest()
+        parts = (str(self.seed), samples.example_ids[b], str(g), caption)
+        digest = hashlib.blake2b("\x1f".join(parts).encode(errors="replace"), digest_size=16).digest()
         rng = np.random.default_rng(int.from_bytes(digest, "big"))
-        picked = rng.integers(len(questions), size=self.draws)
-        return [_ask(caption, questions[m], *shuffled(questions[m], rng), draw=k) for k, m in enumerate(picked)]
+        indices = rng.integers(len(questions), size=self.draws)
+        return [_ask(caption, questions[m], *shuffled(questions[m], rng), draw=k) for k, m in enumerate(indices)]
 
 
 def _ask(caption: str, question: Mapping[str, Any], options, gold: str, draw: int = 0) -> tuple[ChoiceQuestion, str]:
@@ -69,7 +69,7 @@ def first_letter(answer: str) -> str:
 def score_answers(verdicts: Sequence[tuple[ChoiceQuestion, str, Any]], example_id: str) -> Scored:
     """The share of right answers; an answer without a letter is wrong.
 
-    Missing where more than half of the draws failed: what is left would be mostly chance.
+    The value is missing where more than half of the draws failed: the rest would be mostly chance.
     """
     if not verdicts:
         return Failure(f"example {example_id} has no questions"), {}
@@ -82,4 +82,4 @@ def score_answers(verdicts: Sequence[tuple[ChoiceQuestion, str, Any]], example_i
         if not isinstance(verdict, Failure)
     ]
     parts: dict[str, Any] = {"answers": shown} | ({"failed_draws": failures[0].reason} if failures else {})
-    return sum(one["right"] for one in shown) / len(shown), parts
+    return sum(answer["right"] for answer in shown) / len(shown), parts

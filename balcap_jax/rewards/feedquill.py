@@ -32,6 +32,6 @@ def score_units(verdict: PrecisionVerdict | Failure) -> tuple[Scored, Scored]:
     """Verified units over all, and their number; both 0 for a caption that states nothing."""
     if isinstance(verdict, Failure):
         return (verdict, {}), (verdict, {})
-    held = sum(one.verified for one in verdict.assertions)
+    true = sum(assertion.verified for assertion in verdict.assertions)
     parts = {"assertions": shown_assertions(verdict)}
-    return (held / max(len(verdict.assertions), 1), parts), (float(held), parts)
+    return (true / max(len(verdict.assertions), 1), parts), (float(true), parts)

@@ -1,4 +1,4 @@
-"""The linear length penalties that the gate is compared with, as one more objective beside those of any reward.
+"""The linear length penalties to which the gate is compared, as one more objective beside those of any reward.
 
 two_sided       max(0, 1 - |rho - 1|), rho = words of the caption over words of the reference
 ramp            1 up to `length_start` tokens, 0 from `length_end` on, linear in between (CapRL++)
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Failure
 from balcap_jax.rewards.base import RewardFn, Samples, Scores
-from balcap_jax.rewards.words import count_words
 
 KINDS = ("none", "two_sided", "ramp", "ramp_reference")
 

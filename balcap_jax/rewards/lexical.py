@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from balcap_jax.data.words import words
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.base import Samples, Scores, collect
-from balcap_jax.rewards.words import words
 
 
 class LexicalReward:
@@ -34,17 +34,17 @@ def rouge_l(caption: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, by the bit-vector of Hyyro (2004): one addition for each word.
 
-    Bit i of `row` is 0 where the table of the textbook method grows at word i of `other`.
+    Bit i of `row` is 0 where the table of the textbook method grows at word i of `second`.
     """
     positions: dict[str, int] = {}
-    for i, word in enumerate(other):
+    for i, word in enumerate(second):
         positions[word] = positions.get(word, 0) | 1 << i
-    every = (1 << len(other)) - 1
+    every = (1 << len(second)) - 1
     row = every
-    for word in one:
+    for word in first:
         matches = row & positions.get(word, 0)
         row = ((row + matches) | (row - matches)) & every
-    return len(other) - row.bit_count()
+    return len(second) - row.bit_count()

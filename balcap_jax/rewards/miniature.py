@@ -1,6 +1,6 @@
 """The field's metrics on the miniature world, where every judgement is exact: DCScore, CaptionQA and an arena.
 
-They score what a caption says about its scene, apart from the rewards that a run was trained with:
+They score a caption's statements about its scene, apart from the rewards that a run was trained with:
 
 dcscore     F1 of assertions against reference units, mean of one over all assertions and one over the pointable ones
 captionqa   questions about the scene, answered from the caption alone
@@ -19,7 +19,7 @@ from balcap_jax.data.scenes import faults, language
 from balcap_jax.data.scenes.questions import questions
 from balcap_jax.data.scenes.reading import claim_from_unit, covers, parse
 from balcap_jax.data.scenes.world import Scene
-from balcap_jax.judges.oracle import judge_choice, judge_linguistic, judge_precision, judge_recall
+from balcap_jax.judges.oracle import judge_choice, judge_linguistic, judge_precision, judge_recall, scene_of
 from balcap_jax.judges.schema import ChoiceQuestion, Judge
 from balcap_jax.rewards.balcap import score_linguistic
 from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
@@ -78,7 +78,7 @@ def arena(caption: str, scene: Scene, units: Sequence[str]) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def opponents(scene: Scene) -> dict[str, str]:
-    """The captions that each caption of the scene is compared with; they depend on the scene's seed alone."""
+    """The captions with which each caption of the scene is compared; they depend on the scene's seed alone."""
     rng = np.random.default_rng([0xA4E7A, _OPPONENTS, scene.seed])
     return {
         "reference": language.reference_caption(scene, rng),
@@ -89,13 +89,13 @@ def opponents(scene: Scene) -> dict[str, str]:
 
 
 def worth(caption: str, scene: Scene, units: Sequence[str]) -> float:
-    """What a caption is worth to a reader: (covered units - assertions that don't hold) / units + linguistic score.
+    """The worth of a caption to a reader: (covered units - assertions that don't hold) / units + linguistic score.
 
-    A false statement costs as much as a true one gives. An average, as b-CapScore is not: one part can stand in for
-    another.
+    A false statement costs as much as a true one gives. This is an average, unlike b-CapScore: one part can stand in
+    for another.
     """
     covered = sum(judge_recall(caption, units).covered)
-    wrong = sum(not one.verified for one in judge_precision(caption, scene).assertions)
+    wrong = sum(not assertion.verified for assertion in judge_precision(caption, scene).assertions)
     return (covered - wrong) / len(units) + score_linguistic(judge_linguistic(caption))[0]
 
 
@@ -115,22 +115,17 @@ class Miniature:
     def __call__(self, samples: Samples) -> Scores:
         scored = []
         for b, g in samples.where:
-            scene, units = _scene(samples.metadata[b]["scene"]), samples.reference_units[b]
+            scene, units = scene_of(samples.metadata[b]), samples.reference_units[b]
             caption = samples.captions[b][g]
             values = dcscore(caption, scene, units), captionqa(caption, scene), arena(caption, scene, units)
             scored.append([(value, {}) for value in values])
         return collect(self, samples, scored, None)
 
 
-@functools.lru_cache(maxsize=4096)
-def _scene(text: str) -> Scene:
-    return Scene.from_json(text)
-
-
 def with_miniature(measure: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn:
-    """What evaluations score: `measure`, and the metrics beside it where a judge of scenes is exact.
+    """The reward that evaluations score: `measure`, and the metrics beside it where a judge of scenes is exact.
 
     `fields` are those that examples have.
     """
-    exact = getattr(judge, "is_exact", False) and set(Miniature.needs) <= set(fields)
+    exact = judge.is_exact and set(Miniature.needs) <= set(fields)
     return Joined(measure, Miniature()) if exact else measure

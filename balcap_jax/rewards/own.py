@@ -1,4 +1,4 @@
-"""A reward of a user's own: what it raises, and scores of another form than a reward's, are one line each."""
+"""A reward of a user's own: its exceptions, and scores of another form than a reward's, are errors of one line."""
 
 import contextlib
 import sys
@@ -11,30 +11,18 @@ import numpy as np
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, raised, shown
-from balcap_jax.judges.schema import (
-    Assertion,
-    ChoiceQuestion,
-    ChoiceVerdict,
-    Judge,
-    LinguisticQuestion,
-    LinguisticVerdict,
-    PrecisionQuestion,
-    PrecisionVerdict,
-    RecallQuestion,
-    RecallVerdict,
-    RubricQuestion,
-    RubricVerdict,
-)
+from balcap_jax.judges import schema
 from balcap_jax.rewards.base import Samples, Scores, without_nonfinite
 
 _METHODS = ("precision", "recall", "linguistic", "choice", "rubric", "mixed")
-# What a judge might answer, for a call whose scores nobody uses.
-_ANSWERS: dict[type, Callable[[Any], Any]] = {
-    PrecisionQuestion: lambda _: PrecisionVerdict(assertions=[Assertion(text="a", verified=True, pointable=True)]),
-    RecallQuestion: lambda asked: RecallVerdict(covered=[True] * len(asked.units)),
-    LinguisticQuestion: lambda _: LinguisticVerdict(clarity=3, fluency=3, coherency=3),
-    ChoiceQuestion: lambda asked: ChoiceVerdict(answer=asked.options[0][0]),
-    RubricQuestion: lambda asked: RubricVerdict(passed=[True] * len(asked.criteria)),
+_ASSERTION = schema.Assertion(text="a", verified=True, pointable=True)
+# Answers that a judge might give, for a call whose scores nobody uses.
+_ANSWERS: dict[str, Callable[[Any], Any]] = {
+    "precision": lambda _: schema.PrecisionVerdict(assertions=[_ASSERTION]),
+    "recall": lambda question: schema.RecallVerdict(covered=[True] * len(question.units)),
+    "linguistic": lambda _: schema.LinguisticVerdict(clarity=3, fluency=3, coherency=3),
+    "choice": lambda question: schema.ChoiceVerdict(answer=question.options[0][0]),
+    "rubric": lambda question: schema.RubricVerdict(passed=[True] * len(question.criteria)),
 }
 _FORM = "see balcap_jax/rewards/base.py"
 
@@ -46,7 +34,7 @@ class OwnReward:
     scores. A valid score that is no finite float32 becomes a missing value.
     """
 
-    def __init__(self, name: str, cls: type, judge: Judge, settings: Mapping[str, Any]):
+    def __init__(self, name: str, cls: type, judge: schema.Judge, settings: Mapping[str, Any]):
         self._where = f"config field 'rewards.name' is {name!r}:"
         self._judge = _Judge(judge)
         self._file = None
@@ -56,9 +44,9 @@ class OwnReward:
             self._reward = cls(self._judge, settings)
 
     def __call__(self, samples: Samples) -> Scores:
-        # Its own transfers between host and device, if it computes with JAX, are its own matter.
+        # A reward that computes with JAX may transfer between host and device.
         with self._one_line("a call of it"), jax.transfer_guard("allow"):
-            # What it returns may be objects of its own, which raise only when they are looked at.
+            # The result may be objects of its own, which raise only when they are read.
             checked = self._checked(self._reward(samples), (*samples.shape, len(self.names)))
         return without_nonfinite(checked, self.names)
 
@@ -78,7 +66,7 @@ class OwnReward:
             if type(array) is not np.ndarray or array.dtype.kind not in kinds or array.shape != shape:
                 raise self._wrong(f"Scores.{field} must be a NumPy array of {what} of shape {_text(shape)}", array)
         detail, (prompts, group, _) = scores.detail, shape
-        if not _is_list(detail, prompts) or not all(_is_list(one, group) for one in detail):
+        if not _is_list(detail, prompts) or not all(_is_list(entries, group) for entries in detail):
             raise self._wrong(f"Scores.detail must be {prompts} lists of {group} dicts each", detail)
         for b, entries in enumerate(detail):
             for g, entry in enumerate(entries):
@@ -103,7 +91,7 @@ class OwnReward:
             yield
         except (UserError, KeyboardInterrupt):
             raise
-        except BaseException as error:  # Whatever it raises, an exit too, is its author's to mend.
+        except BaseException as error:  # Whatever it raises, an exit too, is its author's to fix.
             frames = traceback.extract_tb(error.__traceback__)
             last = ([frame for frame in frames if frame.filename == self._file] or frames)[-1]
             where = f"{last.filename}, line {last.lineno}"
@@ -113,14 +101,14 @@ class OwnReward:
 class _Judge:
     """`judge`; while it `stands_in`, questions are answered here and reach nobody."""
 
-    def __init__(self, judge: Judge):
+    def __init__(self, judge: schema.Judge):
         self._judge, self.stands_in = judge, False
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._judge, name)
+        value = getattr(self._judge, name)
         if name not in _METHODS:
-            return found
-        return lambda asked: [_ANSWERS[type(one)](one) for one in asked] if self.stands_in else found(asked)
+            return value
+        return lambda batch: [_ANSWERS[each.method](each) for each in batch] if self.stands_in else value(batch)
 
 
 def _is_list(value: Any, length: int) -> bool:
@@ -136,7 +124,7 @@ def _given(value: Any) -> str:
     kind = type(value).__name__ + (f" ({shown(value.dtype, str)})" if hasattr(value, "dtype") else "")
     try:
         shape = np.shape(value)
-    except Exception as error:  # Whatever its own `__array__` raises, as that of a tensor on a device does.
+    except Exception as error:  # Its own `__array__` may raise anything, as that of a tensor on a device does.
         ragged = isinstance(error, ValueError) and isinstance(value, list | tuple)
         return f"{kind} of {len(value)} parts of different lengths" if ragged else kind
     return f"{kind} of shape {_text(shape)}" if shape else kind

@@ -23,23 +23,23 @@ class RubicapReward:
     def __call__(self, samples: Samples) -> Scores:
         """A detail holds "rubric", [{"criterion", "weight", "passed"}]."""
         rubrics = [json.loads(metadata.get("rubrics") or "[]") for metadata in samples.metadata]
-        asked = [(b, g) for b, g in samples.where if rubrics[b]]
-        questions = [RubricQuestion(samples.captions[b][g], [one["criterion"] for one in rubrics[b]]) for b, g in asked]
-        verdicts = dict(zip(asked, ask_all(self.judge.rubric, questions), strict=True))
-        none = [Failure(f"example {name} has no rubrics") for name in samples.example_ids]
-        scored = [[score_rubric(verdicts.get((b, g), none[b]), rubrics[b])] for b, g in samples.where]
+        places = [(b, g) for b, g in samples.where if rubrics[b]]
+        questions = [RubricQuestion(samples.captions[b][g], [r["criterion"] for r in rubrics[b]]) for b, g in places]
+        verdicts = dict(zip(places, ask_all(self.judge.rubric, questions), strict=True))
+        missing = [Failure(f"example {name} has no rubrics") for name in samples.example_ids]
+        scored = [[score_rubric(verdicts.get((b, g), missing[b]), rubrics[b])] for b, g in samples.where]
         return collect(self, samples, scored, self.judge)
 
 
 def score_rubric(verdict: RubricVerdict | Failure, rubrics: Sequence[Mapping[str, Any]]) -> Scored:
-    """sum(weight of what passed) / sum(weight); an answer of another length cannot be matched: a failure."""
+    """sum(weights of passed criteria) / sum(weights); an answer of another length cannot be matched: a failure."""
     if isinstance(verdict, Failure):
         return verdict, {}
     if len(verdict.passed) != len(rubrics):
         return Failure(f"the judge answered on {len(verdict.passed)} criteria, {len(rubrics)} were asked"), {}
     shown = [
-        {"criterion": one["criterion"], "weight": float(one["weight"]), "passed": passed}
-        for one, passed in zip(rubrics, verdict.passed, strict=True)
+        {"criterion": rubric["criterion"], "weight": float(rubric["weight"]), "passed": passed}
+        for rubric, passed in zip(rubrics, verdict.passed, strict=True)
     ]
-    total = sum(one["weight"] for one in shown)
-    return sum(one["weight"] for one in shown if one["passed"]) / total, {"rubric": shown}
+    total = sum(rubric["weight"] for rubric in shown)
+    return sum(rubric["weight"] for rubric in shown if rubric["passed"]) / total, {"rubric": shown}

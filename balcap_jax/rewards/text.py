@@ -1,18 +1,18 @@
-"""Recall and language alone: what a judge can say of captions that sees no pictures."""
+"""Recall and language alone: the objectives for a judge that sees no pictures."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax.judges.schema import Judge
-from balcap_jax.rewards.balcap import ask_about, score_linguistic, score_recall
+from balcap_jax.rewards.balcap import score_text
 from balcap_jax.rewards.base import Samples, Scores, collect
 
 
 class TextReward:
     """K = 2: BalCap without precision, for a judge that is a language model without eyes.
 
-    Nothing holds invented things back: a caption that says everything scores. It is there for what can be had without
-    a vision model, not as a method.
+    Nothing punishes invention: a caption that names everything scores. It serves where there is no vision model, and
+    is no method.
     """
 
     names: tuple[str, ...] = ("recall", "linguistic")
@@ -26,12 +26,4 @@ class TextReward:
 
     def __call__(self, samples: Samples) -> Scores:
         """Rewards [B, G, 2]; a detail is that of `BalCapReward` without its assertions."""
-        recall, linguistic = ask_about(self.judge, samples)
-        scored = [
-            (
-                score_recall(recall[i], len(samples.reference_units[b]), samples.example_ids[b]),
-                score_linguistic(linguistic[i]),
-            )
-            for i, (b, _) in enumerate(samples.where)
-        ]
-        return collect(self, samples, scored, self.judge)
+        return collect(self, samples, list(zip(*score_text(self.judge, samples), strict=True)), self.judge)

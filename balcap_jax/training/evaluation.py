@@ -16,11 +16,11 @@ from PIL import Image
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_bytes, write_text
+from balcap_jax.data.words import count_words
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel.host_batch import take
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
-from balcap_jax.rewards.words import count_words
 from balcap_jax.rollout import Sampling, compile_rollout, example_keys
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from balcap_jax import train_step
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import stage_order
+from balcap_jax.data.words import count_words
 from balcap_jax.models import lora
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
@@ -24,7 +25,6 @@ from balcap_jax.parallel.host_batch import Rows, take
 from balcap_jax.rewards import RewardFn
 from balcap_jax.rewards.base import Samples, Scores
 from balcap_jax.rewards.bcapscore import harmonic_mean, three_of
-from balcap_jax.rewards.words import count_words
 from balcap_jax.rollout import Rollout, Sampling
 from balcap_jax.train_step import TrainState
 from balcap_jax.training.progress import PhaseClock

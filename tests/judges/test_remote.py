@@ -17,7 +17,7 @@ from balcap_jax.judges import chat_judge, prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.chat.types import Ask, ChatSettings
-from balcap_jax.judges.chat_judge import RemoteJudge, make_client, units_ask
+from balcap_jax.judges.chat_judge import RemoteJudge, make_client
 from balcap_jax.judges.injection import suspicious
 from balcap_jax.judges.schema import (
     ChoiceQuestion,
@@ -28,7 +28,7 @@ from balcap_jax.judges.schema import (
     RecallQuestion,
     RubricQuestion,
 )
-from balcap_jax.judges.writers import WrittenRubrics
+from balcap_jax.judges.writers import WrittenRubrics, units_ask
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples, ask_kinds
 

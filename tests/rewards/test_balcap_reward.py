@@ -1,7 +1,6 @@
 """The three rewards: what counts, what is missing and why; and b-CapScore."""
 
 import json
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from balcap_jax.data.scenes.language import reference_caption, reference_units
 from balcap_jax.data.scenes.world import sample_scene
 from balcap_jax.judges.oracle import OracleJudge
-from balcap_jax.judges.schema import Assertion, Failure, LinguisticVerdict, PrecisionVerdict, RecallVerdict
+from balcap_jax.judges.schema import Assertion, Failure, Judge, LinguisticVerdict, PrecisionVerdict, RecallVerdict
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.bcapscore import b_capscore, corpus_b_capscore, harmonic_mean
@@ -27,10 +26,8 @@ def make_samples(captions, units=None) -> Samples:
     )
 
 
-class ScriptedJudge:
+class ScriptedJudge(Judge):
     """Answers from tables keyed by caption, and keeps what it was asked."""
-
-    about: ClassVar = {}
 
     def __init__(self, precision=None, recall=None, linguistic=None):
         self.tables = {"precision": precision or {}, "recall": recall or {}, "linguistic": linguistic or {}}

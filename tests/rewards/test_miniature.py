@@ -8,6 +8,7 @@ from balcap_jax.data.scenes.questions import questions
 from balcap_jax.data.scenes.reading import parse
 from balcap_jax.data.scenes.world import Scene, SceneObject, sample_scene
 from balcap_jax.judges.oracle import OracleJudge, judge_precision
+from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards import measure, miniature
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples
@@ -143,5 +144,5 @@ def test_evaluations_of_scenes_score_them_beside_the_objectives():
     np.testing.assert_allclose(scores.rewards[0, 0, :3], [7 / 9, 7 / 11, 12 / 15], rtol=1e-6)
     assert scores.rewards[0, 1, 3] == 0.0
     assert with_miniature(reward := BalCapReward(judge), judge, {"reference"}) is reward
-    assert with_miniature(reward, object(), fields) is reward
+    assert with_miniature(reward, Judge(), fields) is reward
     assert set(Miniature.needs) <= fields

@@ -17,6 +17,7 @@ from balcap_jax.data.photos import read_record
 from balcap_jax.data.scenes import questions as scene_questions
 from balcap_jax.data.scenes.language import reference_caption, reference_units
 from balcap_jax.data.scenes.world import sample_scene
+from balcap_jax.data.words import count_words, words
 from balcap_jax.judges import writers
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.oracle import OracleJudge
@@ -28,7 +29,6 @@ from balcap_jax.rewards.feedquill import FeedquillReward
 from balcap_jax.rewards.length import LengthPenalised, ramp, two_sided
 from balcap_jax.rewards.lexical import LexicalReward, longest_common_subsequence, rouge_l
 from balcap_jax.rewards.rubicap import RubicapReward
-from balcap_jax.rewards.words import count_words, words
 from balcap_jax.training.evaluation import summarise
 from balcap_jax.training.job import Judged
 

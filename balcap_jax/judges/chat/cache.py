@@ -1,4 +1,4 @@
-"""Answers of judges kept on disk, so that no question is paid for twice: a resumed run asks none of them again.
+"""Keeps answers of judges on disk, so that no question is paid for twice: a resumed run asks none of them again.
 
 One SQLite file that several processes of a machine may use at once. It must lie on a disk of that machine: SQLite's
 write-ahead log needs shared memory, which network disks do not give.
@@ -24,7 +24,9 @@ _log = logging.getLogger(__name__)
 
 
 class AnswerFile:
-    """An `AnswerCache` of at most `gigabytes` in the directory `folder`; the answers not used for longest go first.
+    """At most `gigabytes` of answers, as JSON text by key, in the directory `folder`. Failures are never put in.
+
+    The answers not used for longest are dropped first.
 
     Raises UserError when the directory cannot be written to, or holds another file under the name. A disk that fails
     later costs answers kept, not the run: one line on stderr says so.

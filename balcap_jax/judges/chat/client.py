@@ -1,6 +1,7 @@
-"""Questions to language models over OpenAI-compatible chat endpoints: many at once, each with one answer or a Failure.
+"""Questions to language models over OpenAI-compatible chat endpoints: many at once, each with an Answer or a Failure.
 
-The transport alone: what is asked and what an answer means is the caller's (`judges.remote` for the rewards' judge).
+This is the transport alone: the caller decides what is asked and what an answer means (`judges.chat_judge` for the
+rewards' judge).
 
     client = ChatClient(ChatSettings(endpoints=(("http://localhost:8000/v1", 1.0),), model="judge"))
     answers = client.ask([Ask(prompt="units.v1", messages=messages, schema=Units), ...])
@@ -16,7 +17,7 @@ import json
 import logging
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx2
@@ -24,13 +25,14 @@ import numpy as np
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.judges.chat import probe
+from balcap_jax.judges.chat.cache import AnswerFile
 from balcap_jax.judges.chat.endpoint import Endpoint, make_http
 from balcap_jax.judges.chat.forms import Form, wire_schema
 from balcap_jax.judges.chat.keys import cleaned, read_key
 from balcap_jax.judges.chat.limits import SHORT_WAIT
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.chat.replies import CUT_OFF, CallError
-from balcap_jax.judges.chat.types import Answer, AnswerCache, Ask, ChatSettings, data_url, picture_hash
+from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings, data_url, picture_hash
 from balcap_jax.judges.schema import Failure, Usage
 
 _BEGUN_PER_SLOT = 4  # calls under way per slot: those that wait before a retry leave their slots to others
@@ -40,10 +42,10 @@ _CLOSING = 5.0  # seconds that requests under way are given to be cancelled
 _log = logging.getLogger(__name__)
 
 
-class ChatClient:
+class ChatClient(contextlib.AbstractContextManager):
     """Asks chat endpoints; see the module. Use one per process, from one thread at a time, and `close` it."""
 
-    def __init__(self, settings: ChatSettings, cache: AnswerCache | None = None):
+    def __init__(self, settings: ChatSettings, cache: AnswerFile | None = None):
         if not settings.endpoints:
             raise ValueError("a ChatClient needs at least one endpoint")
         self.settings = settings
@@ -54,7 +56,7 @@ class ChatClient:
         self._urls: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._endpoints: list[Endpoint] = []
         self._known: set[bool] = set()  # whether of questions without a picture, and of those with one
-        self._random = random.Random()
+        self._slots = asyncio.Semaphore(settings.concurrency)
         self._http: httpx2.AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -62,7 +64,7 @@ class ChatClient:
     # ---- for callers ------------------------------------------------------------------------------------------------
 
     def connect(self, sees: bool = False) -> None:
-        """Finds out how each endpoint takes questions, by asking it something small; does nothing the second time.
+        """Finds out how each endpoint takes questions, by a small question to it; does nothing the second time.
 
         sees: there will be questions about pictures; else that is found out before the first of them.
 
@@ -71,7 +73,7 @@ class ChatClient:
         """
         kinds = {False, sees}
         if not kinds <= self._known:
-            self._run(self._connect(sees))
+            self._run(self._connect, sees)
             self._known |= kinds
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]:
@@ -79,15 +81,15 @@ class ChatClient:
         self.connect(any(ask.image is not None for ask in asks))
         keys = [self.key(ask) for ask in asks]
         unique = dict(zip(keys, asks, strict=True))
-        found = self._run(self._answer_all(unique, len(keys) - len(unique)))
-        return [found[key] for key in keys]
+        answers = self._run(self._answer_all, unique, len(keys) - len(unique))
+        return [answers[key] for key in keys]
 
     def key(self, ask: Ask) -> str:
         """The cache's key: everything that decides what the model answers, and nothing else.
 
         Endpoints stand in for each other, so that it holds the set of them, and what is left out of questions to each.
         """
-        forms = [(one.url, one.forms.get(ask.image is not None, Form()), one.unknown) for one in self._endpoints]
+        forms = [(each.url, each.forms.get(ask.image is not None, Form()), each.unknown) for each in self._endpoints]
         parts = {
             "endpoints": sorted(url.rstrip("/") for url, _ in self.settings.endpoints),
             "forms": sorted([url, form.name, sorted(form.left_out), sorted(unknown)] for url, form, unknown in forms),
@@ -110,9 +112,9 @@ class ChatClient:
     def close(self) -> None:
         """Ends requests under way and the thread. The client can't be used again."""
         if self._loop is not None:
-            with_http = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
             with contextlib.suppress(TimeoutError):  # The thread is a daemon's and dies with the process.
-                with_http.result(_CLOSING)
+                closing.result(_CLOSING)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_CLOSING)
             if not self._thread.is_alive():
@@ -121,23 +123,16 @@ class ChatClient:
         if self.cache is not None:
             self.cache.close()
 
-    def __enter__(self) -> "ChatClient":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     # ---- the thread -------------------------------------------------------------------------------------------------
 
-    def _run(self, work: Any) -> Any:
-        """The result of a coroutine on the client's loop; an interrupted caller takes it back."""
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a coroutine function on the client's loop; an interrupted caller cancels it."""
         if self._loop is None:
-            try:
-                self._start()
-            except BaseException:
-                work.close()  # Else Python warns of it beside the error.
-                raise
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._start()
+        future = asyncio.run_coroutine_threadsafe(function(*arguments), self._loop)
         try:
             return future.result()
         except BaseException:
@@ -145,56 +140,56 @@ class ChatClient:
             raise
 
     def _start(self) -> None:
+        settings, key = self.settings, self._key
+        try:
+            self._http = make_http(settings, key)
+        except (ImportError, ValueError) as error:  # of a proxy that the environment names
+            raise UserError(f"no connection to judges can be made: {error}; mend HTTP_PROXY, ALL_PROXY, ...") from error
+        self._endpoints = [Endpoint(url, weight, self._http, settings, key) for url, weight in settings.endpoints]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge-client", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
-
-    async def _open(self) -> None:
-        self._slots = asyncio.Semaphore(self.settings.concurrency)
-        try:
-            self._http = make_http(self.settings, self._key)
-        except (ImportError, ValueError) as error:  # of a proxy that the environment names
-            raise UserError(f"no connection to judges can be made: {error}; mend HTTP_PROXY, ALL_PROXY, ...") from error
-        self._endpoints = [
-            Endpoint(url, weight, self._http, self.settings, self._key) for url, weight in self.settings.endpoints
-        ]
 
     async def _close(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        if self._http is not None:
-            await self._http.aclose()
+        await self._http.aclose()
 
     async def _connect(self, sees: bool) -> None:
         if not self.model:
-            told = await asyncio.gather(*(probe.listed_model(one) for one in self._endpoints))
-            names = {one.url: name for one, name in zip(self._endpoints, told, strict=True) if isinstance(name, str)}
-            if not names:  # Of others that tell none, their first question says whether they are of use.
-                raise told[0]
-            if len(set(names.values())) > 1:
-                listed = ", ".join(f"{name!r} at {url}" for url, name in names.items())
-                raise UserError(f"judge.model is empty, and the endpoints serve different models ({listed}); name one")
-            self.model = next(iter(names.values()))
-        found = await asyncio.gather(*(self._find_out(one, sees) for one in self._endpoints))
-        waiting = {one: error for one, error in zip(self._endpoints, found, strict=True) if error}
-        if len(waiting) == len(self._endpoints):
-            found = await asyncio.gather(*(self._find_out(one, sees, patient=True) for one in waiting))
-            waiting = {one: error for one, error in zip(waiting, found, strict=True) if error}
-            if len(waiting) == len(self._endpoints):
-                raise probe.refusal(*next(iter(waiting.items())))
+            self.model = await self._served_model()
+        for patient in (False, True):
+            errors = await asyncio.gather(*(self._find_out(each, sees, patient) for each in self._endpoints))
+            waiting = {each: error for each, error in zip(self._endpoints, errors, strict=True) if error}
+            if len(waiting) < len(self._endpoints):
+                break
+        else:
+            raise probe.refusal(*next(iter(waiting.items())))
         for endpoint, error in waiting.items():
-            endpoint.note(error)
             reason = cleaned(f"{error.reason} {error.detail}", self._key)
             _log.warning("judge endpoint %s asks to wait (%s); the others are asked meanwhile", endpoint.url, reason)
 
-    async def _find_out(self, endpoint: Endpoint, sees: bool, *, patient: bool = False) -> CallError | None:
-        """What an endpoint says that asks to wait, None once it is known. Raises UserError for what else is wrong."""
+    async def _served_model(self) -> str:
+        """The one model that the endpoints list.
+
+        An endpoint that lists none may still be of use: its first question shows that.
+        """
+        names = await asyncio.gather(*(probe.listed_model(each) for each in self._endpoints))
+        known = {each.url: name for each, name in zip(self._endpoints, names, strict=True) if isinstance(name, str)}
+        if not known:
+            raise names[0]
+        if len(set(known.values())) > 1:
+            listed = ", ".join(f"{name!r} at {url}" for url, name in known.items())
+            raise UserError(f"judge.model is empty, and the endpoints serve different models ({listed}); name one")
+        return next(iter(known.values()))
+
+    async def _find_out(self, endpoint: Endpoint, sees: bool, patient: bool) -> CallError | None:
+        """The error by which an endpoint asks to wait; None once it is ready. Raises UserError for other errors."""
         try:
             for pictures in (False, True)[: 1 + sees]:
-                await endpoint.ready(self.model, pictures, patient=patient)
+                await probe.ready(endpoint, self.model, pictures, patient=patient)
         except CallError as error:
             if error.asks_to_wait:
                 return error
@@ -205,14 +200,14 @@ class ChatClient:
 
     async def _answer_all(self, asks: Mapping[str, Ask], repeated: int) -> dict[str, Answer | Failure]:
         self._count(calls=repeated, cached=repeated)
-        found: dict[str, Answer | Failure] = {}
+        answers: dict[str, Answer | Failure] = {}
         room = asyncio.Semaphore(_BEGUN_PER_SLOT * self.settings.concurrency)
 
         async def answer(key: str, ask: Ask) -> None:
             try:
-                found[key] = await self._answer(key, ask)
+                answers[key] = await self._answer(key, ask)
             except Exception as error:  # Whatever is wrong with one question leaves the others alone, and is counted.
-                found[key] = self._failed("client", f"{type(error).__name__}: {error}")
+                answers[key] = self._failure("client", f"{type(error).__name__}: {error}")
             finally:
                 room.release()
 
@@ -220,16 +215,13 @@ class ChatClient:
             for key, ask in asks.items():
                 await room.acquire()
                 group.create_task(answer(key, ask))
-        return found
+        return answers
 
     async def _answer(self, key: str, ask: Ask) -> Answer | Failure:
         stored = self.cache.get(key) if self.cache is not None else None
         if stored is not None:
-            try:
+            with contextlib.suppress(UnusableAnswer):  # Of an older form, or damaged: ask again.
                 value = parse_answer(stored, ask.schema, ask.check)
-            except UnusableAnswer:
-                pass  # Of an older form, or damaged: ask again.
-            else:
                 self._count(calls=1, cached=1)
                 return Answer(value, cached=True)
         answer = await self._call(ask)
@@ -240,29 +232,35 @@ class ChatClient:
         return answer
 
     async def _call(self, ask: Ask) -> Answer | Failure:
-        """Requests until one gives a usable answer, retries or the deadline run out, or no endpoint can give one."""
+        """Sends requests until one gives a usable answer, retries or time run out, or no endpoint can give one."""
         loop, settings = asyncio.get_running_loop(), self.settings
         ends: float | None = None  # Waiting for one's turn uses nothing of the deadline: limits may make it long.
         errors: list[CallError] = []
         hopeless: set[str] = set()  # endpoints that can't answer this question, however often they are asked
-        counted = 0
+        tries = 0
+
+        def failure(error: CallError, ended_by: str = "") -> Failure:
+            requests = f"{len(errors)} request{'' if len(errors) == 1 else 's'}"
+            return self._failure(error.url, error.reason, error.detail, f" ({requests}{ended_by})")
+
         while True:
             try:
                 endpoint = await self._choose(hopeless, {error.url for error in errors[-1:]}, ends)
             except CallError as error:
-                return self._failed_call(error, errors)
+                return failure(error)
             endpoint.under_way += 1
             queued = loop.time()
             try:
                 await endpoint.admit(ask)
                 async with self._slots:
-                    if loop.time() < endpoint.breaker.asked_until:  # It has said so since it was chosen.
+                    if loop.time() < endpoint.breaker.asked_until:  # It asked to wait after it was chosen.
                         endpoint.breaker.abandoned()
                         continue
                     now = loop.time()
                     ends = now + settings.deadline if ends is None else ends + now - queued
-                    await self._ready(endpoint, ask)
-                    return await self._request(endpoint, ask, min(loop.time() + settings.attempt_timeout, ends))
+                    await probe.ready(endpoint, self.model, ask.image is not None)
+                    now = loop.time()
+                    return await self._request(endpoint, ask, min(settings.attempt_timeout, ends - now))
             except CallError as caught:
                 error = caught
             except BaseException:
@@ -271,42 +269,26 @@ class ChatClient:
             finally:
                 endpoint.under_way -= 1
             errors.append(error)
-            counted += error.kind != "busy"
+            tries += error.kind != "busy"
             if error.kind in ("endpoint", "question"):
                 hopeless.add(endpoint.url)
-            if counted > settings.retries or len(hopeless) == len(self._endpoints):
-                return self._failed_call(error, errors)
+            if tries > settings.retries or len(hopeless) == len(self._endpoints):
+                return failure(error)
             # A server that answers, if not as it should, is not overloaded.
-            wait = self._back_off(sum(error.kind != "answer" for error in errors))
+            wait = _back_off(sum(error.kind != "answer" for error in errors))
             if error.retry_after < SHORT_WAIT:
                 wait = max(wait, error.retry_after)
-            begins = max(loop.time() + wait, self._first_asked_until(hopeless))
-            if begins >= ends:
-                return self._failed_call(error, errors, f", deadline of {settings.deadline:g} s")
+            if max(loop.time() + wait, self._first_asked_until(hopeless)) >= ends:
+                return failure(error, f", deadline of {settings.deadline:g} s")
             await asyncio.sleep(wait)
 
-    async def _ready(self, endpoint: Endpoint, ask: Ask) -> None:
-        """Finds out what of the endpoint is not known yet. Raises CallError."""
-        try:
-            await endpoint.ready(self.model, ask.image is not None)
-        except CallError as error:
-            endpoint.note(error)
-            raise
-
     def _first_asked_until(self, hopeless: set[str]) -> float:
-        """When the first of the endpoints that are left may be asked again, by what they said."""
-        return min(one.breaker.asked_until for one in self._endpoints if one.url not in hopeless)
+        """When the first of the endpoints that are left may be asked again, by what they asked for."""
+        return min(each.breaker.asked_until for each in self._endpoints if each.url not in hopeless)
 
-    async def _request(self, endpoint: Endpoint, ask: Ask, ends: float) -> Answer:
-        """One request and what it means. Raises CallError."""
-        begun = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout_at(ends):
-                reply = await endpoint.complete(self.model, ask, self._picture(ask.image))
-        except TimeoutError as error:
-            reason = f"no answer within {ends - begun:.3g} s"
-            endpoint.breaker.failed(ends, reason)
-            raise CallError(endpoint.url, reason) from error
+    async def _request(self, endpoint: Endpoint, ask: Ask, seconds: float) -> Answer:
+        """Sends one request and parses its reply. Raises CallError."""
+        reply = await endpoint.complete(self.model, ask, self._picture(ask.image), seconds)
         self._count(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out)
         if reply.problem and not reply.remedy:
             raise CallError(endpoint.url, reply.problem, "answer", detail=reply.detail)
@@ -324,19 +306,18 @@ class ChatClient:
         """
         loop = asyncio.get_running_loop()
         left = [endpoint for endpoint in self._endpoints if endpoint.url not in hopeless]
-        begun = loop.time()
-        ends = begun + self.settings.deadline if ends is None else ends
+        ends = loop.time() + self.settings.deadline if ends is None else ends
         while True:
             now = loop.time()
-            if ready := [endpoint for endpoint in left if endpoint.breaker.may_call(now)]:
-                best = min(ready, key=lambda one: (one.url in last, (one.under_way + 1) / one.weight))
+            if open_ones := [endpoint for endpoint in left if endpoint.breaker.may_call(now)]:
+                best = min(open_ones, key=lambda each: (each.url in last, (each.under_way + 1) / each.weight))
                 best.breaker.begin(now)
                 return best
             if self._first_asked_until(hopeless) >= ends:
-                one = min(left, key=lambda one: one.breaker.asked_until)
-                reason = f"asks to wait longer than the deadline: {one.breaker.reason}"
-                raise CallError(one.url, reason, "busy", detail=one.breaker.detail)
-            down = min(left, key=lambda one: one.breaker.down_for(now))
+                first = min(left, key=lambda each: each.breaker.asked_until)
+                reason = f"asks to wait longer than the deadline: {first.breaker.reason}"
+                raise CallError(first.url, reason, "busy", detail=first.breaker.detail)
+            down = min(left, key=lambda each: each.breaker.down_for(now))
             if now >= ends or down.breaker.down_for(now) > self.settings.deadline:
                 raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint", detail=down.breaker.detail)
             await asyncio.sleep(min(0.05, max(ends - now, 0.001)))
@@ -352,19 +333,16 @@ class ChatClient:
             self._urls.popitem(last=False)
         return url
 
-    def _back_off(self, failures: int) -> float:
-        """Seconds before the next request: doubled with each failure; scattered, so that calls do not meet again."""
-        return min(0.25 * 2 ** min(failures, 10), _LONGEST_BACK_OFF) * self._random.uniform(0.5, 1.0)
-
-    def _failed_call(self, last: CallError, errors: Sequence[CallError], ended_by: str = "") -> Failure:
-        requests = f"{len(errors)} request{'' if len(errors) == 1 else 's'}"
-        return self._failed(last.url, last.reason, last.detail, f" ({requests}{ended_by})")
-
-    def _failed(self, url: str, reason: str, detail: str = "", after: str = "") -> Failure:
-        clean = cleaned(reason, self._key)
-        self._count(calls=1, failures=collections.Counter({f"{url}: {clean}": 1}))
-        more = f", {cleaned(detail, self._key)}" if detail else ""
-        return Failure(f"{url}: {clean}{more}{after}")
+    def _failure(self, url: str, reason: str, detail: str = "", after: str = "") -> Failure:
+        """Counts a question that has no answer."""
+        reason = f"{url}: {cleaned(reason, self._key)}"
+        self._count(calls=1, failures=collections.Counter({reason: 1}))
+        return Failure(f"{reason}{f', {cleaned(detail, self._key)}' if detail else ''}{after}")
 
     def _count(self, **more: Any) -> None:
         self._usage = self._usage + Usage(**more)
+
+
+def _back_off(failures: int) -> float:
+    """Seconds before the next request: doubled with each failure; scattered, so that calls do not meet again."""
+    return min(0.25 * 2 ** min(failures, 10), _LONGEST_BACK_OFF) * random.uniform(0.5, 1.0)

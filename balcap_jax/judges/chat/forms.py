@@ -1,4 +1,4 @@
-"""How a question goes over the wire: the form in which a server takes its schema, and what is left out for it."""
+"""The form of a question on the wire: how a server takes its schema, and what is left out for that server."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _KEYWORDS = {
     "extras": ("additionalProperties",),
 }
 SYSTEM, SCHEMA = frozenset({"system"}), frozenset(_KEYWORDS)
-"""What a server may refuse: the role of the system message, and kinds of keywords in schemas."""
+"""Parts that a server may refuse: the role of the system message, and kinds of keywords in schemas."""
 
 
 class Form(NamedTuple):
@@ -39,13 +39,13 @@ def wire_schema(schema: type[pydantic.BaseModel], left_out: frozenset[str] = fro
             return node
         if "$ref" in node:
             return narrow(definitions[node["$ref"].rpartition("/")[2]])
-        kept = {name: narrow(value) for name, value in node.items() if name not in dropped}
+        narrowed = {name: narrow(value) for name, value in node.items() if name not in dropped}
         if "properties" in node:
-            kept["properties"] = {name: narrow(value) for name, value in node["properties"].items()}
-            kept["required"] = list(node["properties"])
+            narrowed["properties"] = {name: narrow(value) for name, value in node["properties"].items()}
+            narrowed["required"] = list(node["properties"])
             if "additionalProperties" not in dropped:
-                kept["additionalProperties"] = False
-        return kept
+                narrowed["additionalProperties"] = False
+        return narrowed
 
     return narrow(tree)
 
@@ -54,12 +54,13 @@ def wire_schema(schema: type[pydantic.BaseModel], left_out: frozenset[str] = fro
 def of_length(schema: type[pydantic.BaseModel], count: int) -> type[pydantic.BaseModel]:
     """`schema`, an object of one list, with `count` entries as the server is asked for it.
 
-    A server that keeps to schemas then gives that many. Of others any number is read: what is wrong with it, the
-    question's own check says better.
+    A server that keeps to schemas then gives that many. Other servers may give any number: the question's own check
+    explains better what is wrong with it.
     """
     ((name, field),) = schema.model_fields.items()
-    asked = pydantic.Field(json_schema_extra=dict.fromkeys(_LENGTHS, count))
-    return pydantic.create_model(schema.__name__, __base__=schema, **{name: (Annotated[field.annotation, asked], ...)})
+    lengths = pydantic.Field(json_schema_extra=dict.fromkeys(_LENGTHS, count))
+    entries = Annotated[field.annotation, lengths]
+    return pydantic.create_model(schema.__name__, __base__=schema, **{name: (entries, ...)})
 
 
 def response_format(form: Form, schema: type[pydantic.BaseModel]) -> dict[str, Any]:
@@ -77,12 +78,12 @@ def wire_messages(messages: Sequence[Mapping[str, str]], picture: str, form: For
 
     Where the system role is refused, its text stands before that of the first other message.
     """
-    found: list[dict[str, Any]] = [dict(message) for message in messages]
+    wire: list[dict[str, Any]] = [dict(message) for message in messages]
     if "system" in form.left_out:
-        said = [message["content"] for message in found if message["role"] == "system"]
-        found = [message for message in found if message["role"] != "system"]
-        found[0]["content"] = "\n\n".join((*said, found[0]["content"]))
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        wire = [message for message in wire if message["role"] != "system"]
+        wire[0]["content"] = "\n\n".join((*system, wire[0]["content"]))
     if picture:
         image = {"type": "image_url", "image_url": {"url": picture}}
-        found[-1]["content"] = [image, {"type": "text", "text": found[-1]["content"]}]
-    return found
+        wire[-1]["content"] = [image, {"type": "text", "text": wire[-1]["content"]}]
+    return wire

@@ -1,4 +1,4 @@
-"""The key of an endpoint: where it is read, and how it is kept out of all that is shown or written."""
+"""Reads the key of an endpoint, and keeps it out of all that is shown or written."""
 
 import functools
 import html
@@ -7,7 +7,7 @@ import re
 
 from balcap_jax.cli.errors import UserError
 
-_SHOWN = 160  # characters of what a server says that an error shows
+_SHOWN = 160  # characters of a server's text that an error shows
 # Sequences that move a terminal's cursor or colour it, begun by ESC or by its one-byte forms.
 _ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]{0,99}[ -/]{0,9}[@-~]"
@@ -33,7 +33,7 @@ def without_key(text: str, key: str) -> str:
 
 
 def cleaned(text: str, key: str) -> str:
-    """One line of at most 160 printable characters of what a server said, without the key that it may repeat."""
+    """One line of at most 160 printable characters of a server's text, without the key that it may repeat."""
     text = _ESCAPES.sub("", text)
     text = "".join(c for c in text if c.isspace() or (c.isprintable() and c != "\N{REPLACEMENT CHARACTER}"))
     text = without_key(" ".join(text.split()), key)

@@ -5,7 +5,7 @@ import random
 
 _OPENS_AFTER = 8  # failures in a row that open the breaker
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds that it stays open, doubled each time
-SHORT_WAIT = 1.0  # seconds; to wait for less is asked of the one question: a shut endpoint would leave all slots idle
+SHORT_WAIT = 1.0  # seconds; only the question itself waits for less: a shut endpoint would leave all slots idle
 
 
 class Pace:
@@ -33,7 +33,7 @@ class Breaker:
     """
 
     def __init__(self) -> None:
-        self.reason = self.detail = ""  # of the last failure, and what the server said of it
+        self.reason = self.detail = ""  # of the last failure, and the server's text about it
         self.asked_until = -math.inf
         self._failures = self._pauses = 0
         self._open_until = -math.inf
@@ -41,8 +41,8 @@ class Breaker:
         self._probing = False
 
     def may_call(self, now: float) -> bool:
-        waited = now >= self.asked_until
-        return waited and (self._failures < _OPENS_AFTER or (now >= self._open_until and not self._probing))
+        may_probe = now >= self._open_until and not self._probing
+        return now >= self.asked_until and (self._failures < _OPENS_AFTER or may_probe)
 
     def begin(self, now: float) -> None:
         self._probing = self._failures >= _OPENS_AFTER

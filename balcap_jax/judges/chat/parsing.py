@@ -43,7 +43,7 @@ _WORDS = (
 )
 _BEGINNING = re.compile(r'\{(?=\s*["}])')  # of a JSON object
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")  # all that may stand around an answer that was cut off
-# The search ends when it has read so many times the text, and some: other texts are no answers.
+# The search ends when it has read the text so many times, and some more: such texts are no answers.
 _PASSES, _PASSES_MORE = 4, 1 << 16
 # In characters read: what each object costs beside, and a start that fails, to which Python counts the lines.
 _PER_OBJECT, _PER_START, _PER_POSITION = 64, 16, 1 / 128
@@ -52,10 +52,10 @@ _TWO_VALUES = object()  # of a name that an object has twice: no field takes it
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in pairs:
-        found[name] = value if name not in found or repr(found[name]) == repr(value) else _TWO_VALUES
-    return found
+        fields[name] = value if name not in fields or repr(fields[name]) == repr(value) else _TWO_VALUES
+    return fields
 
 
 # Models break lines inside strings, where JSON wants \n.
@@ -63,27 +63,32 @@ _DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_object_of)
 
 
 class UnusableAnswer(ValueError):
-    """The text is no answer of the schema; the message says why in a few words that do not quote the text."""
+    """The text is no answer of the schema; the message gives the reason in a few words that do not quote the text."""
 
 
 def parse_answer(
     text: str, schema: type[pydantic.BaseModel], check: Callable[[Any], str] | None = None, *, cut: bool = False
 ) -> Any:
-    """The one object of `schema` that a text holds behind its thoughts, which `check` has nothing against.
+    """The one object of `schema` that a text holds behind its thoughts, where `check` returns "".
 
-    The whole text is taken where it is JSON; else the one object in it. Two different ones are refused, and so are two
-    values of one field, and an object beside anything that begins as one, whole or not: either might be quoted from the
-    text that was to be judged.
+    A text that is JSON is the object itself; another text may hold it. Two different objects are refused, and so are
+    two values of one field, and an object beside anything that begins as one, whole or not: either might be quoted from
+    the text that is judged.
 
     `cut`: the text was cut off. Its object counts where it begins the answer or ends it: it may be a draft elsewhere.
 
-    A schema may have a method `of_text`, which takes the whole text, thoughts included, where it holds no such object.
+    A schema may have a method `of_text`, which reads the whole text, thoughts included, where it holds no such object.
 
     Raises:
       UnusableAnswer: no object, not of the schema, more than one, or refused by `check`.
     """
     try:
-        value = _object_in(text, schema, cut)
+        objects = list(_objects(text))
+        begin, end = _behind_thoughts(text, objects)
+        if not text[begin:end].strip():
+            raise UnusableAnswer("empty answer")
+        inside = [(value, first - begin, last - begin) for value, first, last in objects if begin <= first < end]
+        value = _only(text[begin:end], inside, schema, cut)
     except UnusableAnswer:
         if cut or not hasattr(schema, "of_text"):
             raise
@@ -97,18 +102,9 @@ def parse_answer(
     return value
 
 
-def _object_in(text: str, schema: type[pydantic.BaseModel], cut: bool) -> Any:
-    objects = list(_objects(text))
-    begin, end = _behind_thoughts(text, objects)
-    if not text[begin:end].strip():
-        raise UnusableAnswer("empty answer")
-    inside = [(value, first - begin, last - begin) for value, first, last in objects if begin <= first < end]
-    return _only(text[begin:end], inside, schema, cut)
-
-
 def _behind_thoughts(text: str, objects: list[tuple[dict, int, int]]) -> tuple[int, int]:
-    """Begin and end of what a text says when it has thought: behind the last end of thoughts, and before thoughts that
-    do not end. Marks inside of JSON objects are quoted."""
+    """Begin and end of the text without its thoughts: behind the last end of thoughts, and before thoughts that do not
+    end. Marks inside JSON objects are quoted, and do not count."""
     spans = iter([*((first, last) for _, first, last in objects), (len(text), len(text))])
     first, last = next(spans)
     begin, end = 0, len(text)
@@ -128,7 +124,7 @@ def _behind_thoughts(text: str, objects: list[tuple[dict, int, int]]) -> tuple[i
 
 
 def _only(text: str, objects: list[tuple[dict, int, int]], schema: type[pydantic.BaseModel], cut: bool) -> Any:
-    found, places, problem, rest, at = [], [], None, "", 0
+    values, places, problem, rest, at = [], [], None, "", 0
     for candidate, start, end in objects:
         try:
             value = _validate(candidate, schema)
@@ -137,19 +133,19 @@ def _only(text: str, objects: list[tuple[dict, int, int]], schema: type[pydantic
             continue
         rest, at = rest + text[at:start], end
         places += [start, end]
-        if value not in found:
-            found.append(value)
-        if len(found) > 1:
+        if value not in values:
+            values.append(value)
+        if len(values) > 1:
             break
     rest += text[at:]
     names = "|".join(re.escape(field.alias or name) for name, field in schema.model_fields.items())
-    if len(found) > 1 or (found and re.search(rf"{{[^{{}}]*?\b({names})\b\W?\s*:", rest)):
+    if len(values) > 1 or (values and re.search(rf"{{[^{{}}]*?\b({names})\b\W?\s*:", rest)):
         raise UnusableAnswer("answer holds several JSON objects of the schema")
-    if not found:
+    if not values:
         raise problem or UnusableAnswer("answer holds no JSON object")
     if cut and not (_FENCE.fullmatch(text[: places[0]]) or _FENCE.fullmatch(text[places[-1] :])):
         raise UnusableAnswer("answer is cut off")
-    return found[0]
+    return values[0]
 
 
 def _validate(value: Any, schema: type[pydantic.BaseModel]) -> Any:
@@ -177,7 +173,7 @@ def _objects(text: str) -> Iterator[tuple[dict, int, int]]:
             left -= at - start + _PER_OBJECT
         except (ValueError, RecursionError) as error:
             value, at = None, start + 1
-            # Of strings without an end, long numbers and deep nesting the place does not say how far it was read.
+            # For strings without an end, long numbers and deep nesting the error's place is not how far it was read.
             known = isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated")
             left -= (error.pos if known else len(text)) - start + _PER_START + start * _PER_POSITION
         if left < 0:

@@ -1,29 +1,24 @@
-"""What an endpoint takes: found out at the start by a small question of the form that all later ones have.
+"""Finds out at the start what an endpoint takes, by a small question of the form that all later ones have.
 
 The question has a system message, a schema with all that questions' schemas have, the longest answer that is allowed,
 and a picture where pictures are asked about. What is refused (HTTP 400, 422) is left out from then on.
 """
 
 import asyncio
-import contextlib
-import functools
 import json
 import re
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import pydantic
 
 from balcap_jax.cli.errors import UserError
+from balcap_jax.judges.chat.endpoint import Endpoint, time_limit
 from balcap_jax.judges.chat.forms import FORMS, SCHEMA, SYSTEM, Form
 from balcap_jax.judges.chat.keys import cleaned, without_key
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
-from balcap_jax.judges.chat.replies import CallError, Reply, error_of, is_success, tokens_of
-from balcap_jax.judges.chat.types import data_url, picture_tokens
-
-if TYPE_CHECKING:
-    from balcap_jax.judges.chat.endpoint import Endpoint
+from balcap_jax.judges.chat.replies import CallError, Reply, error_of, is_success
+from balcap_jax.judges.chat.types import Ask, data_url
 
 TRIES = 3  # requests per form that may fail by chance (a busy server, a cut connection)
 WAIT = 0.5  # seconds before such a request is sent again
@@ -48,8 +43,8 @@ _MESSAGES = (
 _PICTURE = np.full((56, 56, 3), 128, np.uint8)  # Some models take none with a side below 28 pixels.
 
 
-async def listed_model(endpoint: "Endpoint") -> str | UserError:
-    """The name of the one model that the server lists, or why it tells none. Raises UserError for several."""
+async def listed_model(endpoint: Endpoint) -> str | UserError:
+    """The name of the one model that the server lists, or why it names none. Raises UserError for several."""
     where = f"judge endpoint {endpoint.url}"
     try:
         async with _time_limit(endpoint):
@@ -59,9 +54,9 @@ async def listed_model(endpoint: "Endpoint") -> str | UserError:
             raise error_of(endpoint.url, status, headers, body)
         if isinstance(tree, dict):
             tree = tree.get("data") or tree.get("models")
-        names = [one if isinstance(one, str) else one.get("id") or one["name"] for one in tree]
+        names = [entry if isinstance(entry, str) else entry.get("id") or entry["name"] for entry in tree]
         names = list(dict.fromkeys(names))
-        if not names or not all(isinstance(n, str) and n.isprintable() and n.strip() for n in names):
+        if not names or not all(isinstance(name, str) and name.isprintable() and name.strip() for name in names):
             raise ValueError("no names")
         if any(without_key(name, endpoint.key) != name for name in names):
             raise ValueError("a key")
@@ -75,78 +70,92 @@ async def listed_model(endpoint: "Endpoint") -> str | UserError:
     return names[0]
 
 
-async def detect(endpoint: "Endpoint", model: str, sees: bool, patient: bool) -> Form:
+async def ready(endpoint: Endpoint, model: str, sees: bool, *, patient: bool = False) -> None:
+    """Finds out how an endpoint takes questions, with a picture if it `sees`; does nothing the second time.
+
+    patient: waits where it asks to wait.
+
+    Raises:
+      CallError: it takes no questions. One with a remedy stays: it is raised again without a request.
+    """
+    if sees in endpoint.forms:
+        return
+    async with endpoint.probing:
+        try:
+            if sees in endpoint.unfit:
+                raise endpoint.unfit[sees]
+            if sees not in endpoint.forms:
+                endpoint.forms[sees] = await _detect(endpoint, model, sees, patient)
+        except CallError as error:
+            endpoint.note(error)
+            if error.remedy:
+                endpoint.unfit[sees] = error
+            raise
+
+
+async def _detect(endpoint: Endpoint, model: str, sees: bool, patient: bool) -> Form:
     """The first of FORMS that the server takes and keeps to, with nothing left out of it that it takes.
 
     Raises:
-      CallError: it is down, refuses the key, does not know the model, takes no picture, or says nothing.
+      CallError: it is down, refuses the key, does not know the model, takes no picture, or gives empty answers.
     """
-    ask = functools.partial(_ask, endpoint, model, data_url(_PICTURE) if sees else "", patient)
-    if False in endpoint.forms:  # With a picture most servers take the same.
+    picture = data_url(_PICTURE) if sees else ""
+
+    async def refused(form: Form) -> CallError | None:
+        """The error of a question in this form, None = it has an answer. Raises CallError where no form would help."""
         try:
-            await ask(endpoint.forms[False])
+            await _ask(endpoint, model, picture, patient, form)
         except CallError as error:
-            _raise_if_final(error)
-        else:
-            return endpoint.forms[False]
+            if error.kind == "endpoint" or error.asks_to_wait:
+                raise
+            return error
+        return None
+
+    # With a picture most servers take the same.
+    if False in endpoint.forms and await refused(endpoint.forms[False]) is None:
+        return endpoint.forms[False]
     error = CallError(endpoint.url, "no answer")
-    # At last without the system role whatever is said: some servers answer 500 to what they don't take.
+    # In the end the system role is left out whatever the error: some servers answer 500 to what they do not take.
     for base in (frozenset(), SYSTEM):
         for name in FORMS:
             schema = frozenset() if name == "plain" else SCHEMA
             for left_out in dict.fromkeys((base, base | schema, base | SYSTEM, SYSTEM | schema)):
-                try:
-                    await ask(Form(name, left_out))
-                except CallError as caught:
-                    error = caught
-                    _raise_if_final(error)
+                form = Form(name, left_out)
+                if last := await refused(form):
+                    error = last
                     if error.status not in _REFUSED:
-                        break  # It takes the form and does not keep to it, or says nothing of what it refuses.
-                else:
-                    return await _with_all_it_takes(ask, Form(name, left_out))
+                        break  # It takes the form and does not keep to it, or does not say what it refuses.
+                    continue
+                # All schema keywords were left out at once: those go back that the server takes.
+                for part in sorted(SCHEMA & left_out):
+                    fuller = Form(name, form.left_out - {part})
+                    if await refused(fuller) is None:
+                        form = fuller
+                return form
         if error.kind != "server":
             break
     if sees and False in endpoint.forms and error.kind != "server":
         remedy = "name a model that sees pictures in judge.model, or ask nothing about pictures (rewards.name=text)"
-        said = f"{error.reason} {error.detail}"
-        raise CallError(endpoint.url, "takes no pictures", "endpoint", detail=said, remedy=remedy) from error
+        detail = f"{error.reason} {error.detail}"
+        raise CallError(endpoint.url, "takes no pictures", "endpoint", detail=detail, remedy=remedy) from error
     raise error
 
 
-async def _with_all_it_takes(ask: functools.partial, form: Form) -> Form:
-    """What was left out of the schema at once goes back but for what is refused alone."""
-    for part in sorted(SCHEMA & form.left_out):
-        more = Form(form.name, form.left_out - {part})
-        try:
-            await ask(more)
-        except CallError as error:
-            _raise_if_final(error)
-        else:
-            form = more
-    return form
-
-
-def _raise_if_final(error: CallError) -> None:
-    if error.kind == "endpoint" or error.asks_to_wait:
-        raise error
-
-
-async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, form: Form) -> None:
+async def _ask(endpoint: Endpoint, model: str, picture: str, patient: bool, form: Form) -> None:
     """Asks once, and again where that failed by chance. Raises CallError where no question can be asked so."""
     settings, tries, max_tokens = endpoint.settings, 0, endpoint.settings.max_tokens
-    tokens = tokens_of(sum(len(message["content"]) for message in _MESSAGES))
-    tokens += picture_tokens(_PICTURE) if picture else 0
     while True:
         known = len(endpoint.unknown), endpoint.tokens_field
+        question = Ask("probe", _MESSAGES, _Probe, max_tokens, _PICTURE if picture else None)
         try:
             async with _time_limit(endpoint):
-                reply = await endpoint.post(model, _MESSAGES, picture, form, _Probe, max_tokens, tokens)
-            return _read(endpoint.url, form, reply)
+                reply = await endpoint.post(model, question, picture, form)
+            return _check(endpoint.url, form, reply)
         except CallError as error:
             if error.status in _REFUSED:
                 _learn(endpoint, error.detail)
                 if (len(endpoint.unknown), endpoint.tokens_field) != known:
-                    continue  # It said which setting it does not take.
+                    continue  # Its error named a setting that it does not take.
                 if max_tokens > _FEW_TOKENS and re.search(r"context|too (large|long|many)|exceed", error.detail):
                     max_tokens = _FEW_TOKENS
                     continue
@@ -157,24 +166,17 @@ async def _ask(endpoint: "Endpoint", model: str, picture: str, patient: bool, fo
             await asyncio.sleep(max(WAIT, error.retry_after))
 
 
-@contextlib.asynccontextmanager
-async def _time_limit(endpoint: "Endpoint") -> AsyncIterator[None]:
-    """Of one request. Raises CallError where it takes longer."""
-    seconds = endpoint.settings.attempt_timeout
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise CallError(endpoint.url, f"no answer within {seconds:g} s", "endpoint") from error
+def _time_limit(endpoint: Endpoint):
+    return time_limit(endpoint.url, endpoint.settings.attempt_timeout, "endpoint")
 
 
-def _read(url: str, form: Form, reply: Reply) -> None:
-    """Raises CallError for an answer that says that none will be of use, or none of this form."""
-    if reply.cut:  # It says nothing about the form.
+def _check(url: str, form: Form, reply: Reply) -> None:
+    """Raises CallError for an answer that shows that no answer will be of use, or none of this form."""
+    if reply.cut:  # It shows nothing about the form.
         return
     if reply.remedy:
         raise CallError(url, reply.problem, "answer", remedy=reply.remedy)
-    if form.name == "plain":  # Whatever it says: letters are answers too, and small models err.
+    if form.name == "plain":  # Any text will do: letters are answers too, and small models err.
         return
     try:
         parse_answer(reply.text, _Probe)
@@ -182,23 +184,23 @@ def _read(url: str, form: Form, reply: Reply) -> None:
         raise CallError(url, reply.problem or str(error), "answer") from error
 
 
-def _learn(endpoint: "Endpoint", said: str) -> None:
+def _learn(endpoint: Endpoint, message: str) -> None:
     """Newer hosted models refuse settings by name: the old field for the longest answer, a temperature, a seed.
 
-    Only from what is said of a probe: what is said of a question may quote it.
+    `message` is an error about a probe alone: an error about a question may quote the question.
     """
-    if "max_completion_tokens" in said and endpoint.tokens_field == "max_tokens":
+    if "max_completion_tokens" in message and endpoint.tokens_field == "max_tokens":
         endpoint.tokens_field = "max_completion_tokens"
         return
     for name in ("temperature", "seed"):
-        if re.search(rf"\b{name}\b", said):
+        if re.search(rf"\b{name}\b", message):
             endpoint.unknown.add(name)
 
 
-def refusal(endpoint: "Endpoint", error: CallError) -> UserError:
+def refusal(endpoint: Endpoint, error: CallError) -> UserError:
     """What is wrong with an endpoint, in one line."""
-    said = cleaned(error.detail, endpoint.key)
-    reason, detail = cleaned(error.reason, endpoint.key), f": {said}" if said else ""
+    reason, detail = cleaned(error.reason, endpoint.key), cleaned(error.detail, endpoint.key)
+    detail = f": {detail}" if detail else ""
     where, name = f"judge endpoint {endpoint.url}", endpoint.settings.api_key_env
     if error.remedy:
         return UserError(f"{where} is of no use ({reason}{detail}); {error.remedy}")

@@ -1,4 +1,4 @@
-"""What the bytes of an HTTP answer mean: a model's text, or an error, whatever its status says."""
+"""Reads the bytes of an HTTP answer: a model's text, or an error, whatever its status says."""
 
 import dataclasses
 import datetime
@@ -29,11 +29,13 @@ _NAMED = (
 )
 _REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thoughts")
 _TOOLS = ("tool_calls", "function_call")
+_TEXTS = ("text", "output_text")  # types of a message's parts
 _CUT = ("length", "max_tokens", "max_output_tokens", "model_length")
 
 
+@dataclasses.dataclass(eq=False)
 class CallError(Exception):
-    """A request that gave no answer. `reason` is short and counts failures of a kind, `detail` is what the server said.
+    """A request that gave no answer. `reason` is short and names a kind of failure, `detail` is the server's text.
 
     kind: "busy" (asked to come back), "server" (may go better the next time), "answer" (no usable answer; the same),
     "question" (this question is refused), "endpoint" (any question is: its key, its model).
@@ -41,20 +43,13 @@ class CallError(Exception):
     remedy: what to do about it, where only this kind of error knows.
     """
 
-    def __init__(
-        self,
-        url: str,
-        reason: str,
-        kind: str = "server",
-        *,
-        detail: str = "",
-        retry_after: float = 0.0,
-        status: int = 0,
-        remedy: str = "",
-    ):
-        super().__init__(reason)
-        self.url, self.reason, self.kind, self.detail = url, reason, kind, detail
-        self.retry_after, self.status, self.remedy = retry_after, status, remedy
+    url: str
+    reason: str
+    kind: str = "server"
+    detail: str = ""
+    retry_after: float = 0.0
+    status: int = 0
+    remedy: str = ""
 
     @property
     def asks_to_wait(self) -> bool:
@@ -63,7 +58,7 @@ class CallError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model said, and the tokens of question and answer (estimated where the server does not count them).
+    """The text of a model, and the tokens of question and answer (estimated where the server does not count them).
 
     `problem` says why the text is of no use, "" = it may be; its tokens were paid for all the same. `cut`: it ended at
     max_tokens. `remedy`: what to do where all answers are as empty as this one, "" = it is not empty.
@@ -82,29 +77,31 @@ class Reply:
 
 
 def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, key: str, status: int = 200) -> Reply:
-    """The reply in the body of an answer without an error's status; `asked` is about the tokens of the question.
+    """The reply in the body of an answer; `asked` is about the tokens of the question.
 
     Raises CallError for an error in its place, and for what is no chat completion.
     """
+    if not is_success(status):
+        raise error_of(url, status, headers, content)
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
         encoding = headers.get("content-encoding", "").strip().lower()
-        unread = f"answer in the encoding {encoding!r}, which is not read here"
-        known = encoding in ("", "identity", "gzip", "x-gzip", "deflate")
-        raise CallError(url, "answer is no chat completion" if known else unread, "answer") from error
-    if (told := _error_in(tree)) is not None:
-        raise _error(url, status, headers, told)
+        reason = f"answer in the encoding {encoding!r}, which is not read here"
+        if encoding in ("", "identity", "gzip", "x-gzip", "deflate"):
+            reason = "answer is no chat completion"
+        raise CallError(url, reason, "answer") from error
+    if (body_error := _error_in(tree)) is not None:
+        raise _error(url, status, headers, body_error)
     try:
         choice = tree["choices"][0]
         message = choice["message"]
-        content, refusal = message.get("content"), message.get("refusal")
-        finish = choice.get("finish_reason")
+        parts = list(_parts_of(message.get("content")))
+        refusal, finish = message.get("refusal"), choice.get("finish_reason")
         usage = tree.get("usage") or {}
     except (LookupError, TypeError, AttributeError) as error:
         raise CallError(url, "answer is no chat completion", "answer") from error
-    parts = list(_parts_of(content))
-    text = without_key("".join(text for kind, text in parts if kind in ("text", "output_text")), key)
+    text = without_key("".join(text for kind, text in parts if kind in _TEXTS), key)
     refusal = refusal or "".join(text for kind, text in parts if kind == "refusal")
     cut = isinstance(finish, str) and finish.lower() in _CUT
     problem = remedy = ""
@@ -137,9 +134,9 @@ def _empty(message: Mapping[str, Any], parts: list[tuple[str, str]]) -> tuple[st
         (_REASONING, "start it without a reasoning parser, or turn the model's thinking off"),
         (_TOOLS, "start it without a parser of tool calls, or name another judge.model"),
     ):
-        if beside := next((name for name in names if message.get(name)), ""):
-            return f"empty answer beside {beside}", remedy
-    if others := sorted({kind for kind, _ in parts} - {"text", "output_text"}):
+        if name := next((name for name in names if message.get(name)), ""):
+            return f"empty answer beside {name}", remedy
+    if others := sorted({kind for kind, _ in parts} - {*_TEXTS}):
         return f"empty answer beside parts of type {others[0][:40]}", "turn the model's thinking off"
     return "empty answer", "look at its chat template, or name another judge.model"
 
@@ -162,48 +159,47 @@ def _count(usage: Any, name: str, estimate: int) -> int:
 def inflated(body: bytes, encodings: str, limit: int) -> bytes:
     """The body without gzip or deflate, at most `limit` + 1 bytes of it.
 
-    What is compressed without a word is found by its first bytes, and what is not in spite of the header is left as it
-    is. Other encodings stay, and what is packed more than `_LAYERS` times.
+    The first bytes show gzip that no header names; a body that is not packed in spite of its header stays as it is.
+    Other encodings stay, and so does what is packed more than `_LAYERS` times.
     """
     for encoding in [*encodings.lower().split(",")[: -_LAYERS - 1 : -1], ""]:
         if body[:2] == b"\x1f\x8b":
             packed, body = body, _unpacked(body, 31, limit)
             if body in (b"", packed):  # The next pass would find the same.
                 return packed
-        elif encoding.strip() == "deflate":  # With a head by the standard, without one by some servers.
+        elif encoding.strip() == "deflate":  # The standard has a head, some servers leave it out.
             body = _unpacked(body, 15, limit) or _unpacked(body, -15, limit) or body
     return body
 
 
 def _unpacked(body: bytes, bits: int, limit: int) -> bytes:
     """As much of it as can be read, b"" = nothing."""
-    found, at, begun = bytearray(), 0, 0
-    unpack = zlib.decompressobj(bits)
-    while at < len(body) and len(found) <= limit:
+    unpacked, at, member_start = bytearray(), 0, 0
+    decoder = zlib.decompressobj(bits)
+    while at < len(body) and len(unpacked) <= limit:
         piece = body[at : at + _PIECE]  # Each member's end copies what follows it: of the whole body that takes long.
         try:
-            found += unpack.decompress(piece, limit + 1 - len(found))
+            unpacked += decoder.decompress(piece, limit + 1 - len(unpacked))
         except zlib.error:
-            del found[begun:]
+            del unpacked[member_start:]
             break
-        at += len(piece) - len(unpack.unused_data)
-        if unpack.eof:
-            unpack, begun = zlib.decompressobj(bits), len(found)
-    return bytes(found)
+        at += len(piece) - len(decoder.unused_data)
+        if decoder.eof:
+            decoder, member_start = zlib.decompressobj(bits), len(unpacked)
+    return bytes(unpacked)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 def error_of(url: str, status: int, headers: Mapping[str, str], content: bytes) -> CallError:
-    """The error of an answer whose status says so, or whose body does."""
+    """The error of an answer with an error's status, or with an error in its body."""
     text = content[:ERROR_BYTES].decode(errors="replace")
     try:
-        tree = json.loads(text)
+        body_error = _error_in(json.loads(text))
     except (ValueError, RecursionError):
-        tree = text
-    told = _error_in(tree)
-    return _error(url, status, headers, {"message": text} if told is None else told)
+        body_error = None
+    return _error(url, status, headers, {"message": text} if body_error is None else body_error)
 
 
 def _error_in(tree: Any) -> dict[str, Any] | None:
@@ -213,73 +209,72 @@ def _error_in(tree: Any) -> dict[str, Any] | None:
         return None
     choices = tree.get("choices")
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    told = tree.get("error") or tree.get("errors") or first.get("error")
-    if not told and choices:
+    error = tree.get("error") or tree.get("errors") or first.get("error")
+    if not error and choices:
         return {"message": "the answer ended with an error"} if first.get("finish_reason") == "error" else None
-    if not told and not ("choices" in tree or {"message", "detail"} & tree.keys()):
+    if not error and not ("choices" in tree or {"message", "detail"} & tree.keys()):
         return None
-    told = told or tree.get("message") or tree.get("detail") or "no choices in the answer"
-    told = told[0] if isinstance(told, list) else told
-    for _ in range(4):  # Proxies wrap what they were told.
-        if isinstance(told, dict) and isinstance(told.get("error"), dict | str) and told["error"]:
-            inner = told["error"] if isinstance(told["error"], dict) else {"message": told["error"]}
-            told = {name: value for name, value in told.items() if name != "error"} | inner
+    error = error or tree.get("message") or tree.get("detail") or "no choices in the answer"
+    error = error[0] if isinstance(error, list) else error
+    for _ in range(4):  # Proxies wrap the errors of other servers.
+        if isinstance(error, dict) and isinstance(error.get("error"), dict | str) and error["error"]:
+            inner = error["error"] if isinstance(error["error"], dict) else {"message": error["error"]}
+            error = {name: value for name, value in error.items() if name != "error"} | inner
     around = {name: tree[name] for name in ("code", "status", "status_code", "type") if name in tree}
-    return around | (told if isinstance(told, dict) else {"message": str(told)})
+    return around | (error if isinstance(error, dict) else {"message": str(error)})
 
 
-def _error(url: str, status: int, headers: Mapping[str, str], told: Mapping[str, Any]) -> CallError:
+def _error(url: str, status: int, headers: Mapping[str, str], body: Mapping[str, Any]) -> CallError:
+    """`body` is the error in OpenAI's form."""
     reason = f"HTTP {status}"
     if is_success(status):
-        status = _status_in(told)
+        status = _status_in(body)
         reason += f" with error {status}" if status else " with an error"
     if status in (401, 402, 403, 404, 405) or 300 <= status < 400:
         kind = "endpoint"
-    elif status == 429:
-        kind = "busy"
+    elif status == 429:  # No waiting brings money.
+        kind = "endpoint" if "insufficient_quota" in str(body) else "busy"
     elif status >= 500 or status in (0, 408, 409, 425):
         kind = "server"
     else:
         kind = "question"
-    said = (told.get(name) for name in ("message", "detail"))
-    detail = next((text for text in said if isinstance(text, str)), None)
-    detail = json.dumps(told) if detail is None else detail
-    code = told.get("code")
+    texts = (body.get(name) for name in ("message", "detail"))
+    detail = next((text for text in texts if isinstance(text, str)), None)
+    detail = json.dumps(body) if detail is None else detail
+    code = body.get("code")
     detail += f" {code}" if isinstance(code, str) else ""
-    if kind == "busy" and "insufficient_quota" in str(told):  # No waiting brings money.
-        kind = "endpoint"
-    metadata = told.get("metadata")
+    metadata = body.get("metadata")
     inner = metadata.get("headers") if isinstance(metadata, dict) else None
-    more = {"retry-after": told.get("retry_after")} | (inner if isinstance(inner, dict) else {})
+    more = {"retry-after": body.get("retry_after")} | (inner if isinstance(inner, dict) else {})
     more = {str(name).lower(): str(value) for name, value in more.items() if isinstance(value, str | int | float)}
     wait = retry_after(headers) or retry_after(more)
     return CallError(url, reason, kind, detail=detail, retry_after=wait, status=status)
 
 
-def _status_in(told: Mapping[str, Any]) -> int:
-    """The status of HTTP that an error in a body stands for; 0 where it does not say."""
-    given = [told.get(name) for name in ("code", "status", "status_code", "http_code", "type")]
-    for value in given:
+def _status_in(body: Mapping[str, Any]) -> int:
+    """The status of HTTP that an error in a body stands for; 0 where it names none."""
+    values = [body.get(name) for name in ("code", "status", "status_code", "http_code", "type")]
+    for value in values:
         if isinstance(value, int | str) and re.fullmatch(r"[45]\d\d", str(value).strip()):
             return int(value)
-    for text in (" ".join(value for value in given if isinstance(value, str)), str(told.get("message", ""))[:1000]):
-        for status, words in _NAMED:
-            if re.search(words, text, re.IGNORECASE):
+    names = " ".join(value for value in values if isinstance(value, str))
+    for text in (names, str(body.get("message", ""))[:1000]):
+        for status, pattern in _NAMED:
+            if re.search(pattern, text, re.IGNORECASE):
                 return status
     return 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, by the header's number or date; 0 where it does not say.
+    """Seconds that a server asks to wait, by the header's number or date; 0 where it names none.
 
     A date is read against the answer's own Date: a server's clock may be off.
     """
-    if milliseconds := _SECONDS.match(headers.get("retry-after-ms", "").strip()):
-        return min(float(milliseconds[1]) / 1000, _LONGEST_WAIT)
-    said = headers.get("retry-after", "").strip()
-    if seconds := _SECONDS.match(said):
-        return min(float(seconds[1]), _LONGEST_WAIT)
-    until = _date(said)
+    value = headers.get("retry-after", "").strip()
+    for text, unit in ((headers.get("retry-after-ms", "").strip(), 1e-3), (value, 1.0)):
+        if number := _SECONDS.match(text):
+            return min(float(number[1]) * unit, _LONGEST_WAIT)
+    until = _date(value)
     if until is None:
         return 0.0
     now = _date(headers.get("date", "")) or datetime.datetime.now(datetime.UTC)
@@ -288,7 +283,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
 
 def _date(text: str) -> datetime.datetime | None:
     try:
-        found = email.utils.parsedate_to_datetime(text)
-        return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+        date = email.utils.parsedate_to_datetime(text)
+        return date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
     except (ValueError, TypeError, LookupError, OverflowError):
         return None

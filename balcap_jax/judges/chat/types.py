@@ -1,11 +1,11 @@
-"""What goes into a chat client and comes out of it: settings, questions with pictures, answers."""
+"""The data of a chat client: its settings, questions with pictures, and answers."""
 
 import base64
 import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -22,8 +22,7 @@ class ChatSettings:
     retries: requests after the first; answers of 429 ("too many requests") do not count, only the deadline ends those.
     api_key_env: name of the environment variable that holds the key, "" = no key.
     temperature, seed: of the model's sampling; the seed is sent where the temperature is above 0.
-    answer_bytes: longest answer that is read.
-    max_tokens: longest answer to the question at the start, by which an endpoint is known.
+    max_tokens: longest answer to the question at the start, which finds out what an endpoint takes.
     """
 
     endpoints: tuple[tuple[str, float], ...]
@@ -37,7 +36,6 @@ class ChatSettings:
     retries: int = 4
     temperature: float = 0.0
     seed: int = 0
-    answer_bytes: int = 1 << 20
     max_tokens: int = 2048
 
 
@@ -51,7 +49,7 @@ class Ask:
     max_tokens: longest answer.
     image: uint8 [height, width, 3], sent with the last message; None = text only.
     check: says what is wrong with a well-formed answer ("" = nothing); such an answer is asked for again.
-    draw: numbers repetitions of the same question that are to be drawn anew.
+    draw: the number of a repetition of the same question, which is sampled anew.
     """
 
     prompt: str
@@ -71,16 +69,6 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     cached: bool = False
-
-
-class AnswerCache(Protocol):
-    """Answers of earlier runs, as JSON text by key. Failures are never put in."""
-
-    def get(self, key: str) -> str | None: ...
-
-    def put(self, key: str, value: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 _LARGEST_PNG = 256  # pixels of the longer side: above, a photograph as PNG is several times its JPEG

@@ -1,4 +1,4 @@
-"""The texts that judges are asked with: versioned files, rendered with what is to be judged as delimited data.
+"""The prompts of judges: versioned files, rendered with the judged texts as delimited data.
 
 A file is `<name>.v<version>.j2`: the system message, a line of `=== user ===`, the user message. A published version is
 never edited, since cached answers and records name it: a better text is a new version.
@@ -17,7 +17,7 @@ import jinja2
 
 CURRENT = {"precision": 1, "recall": 1, "linguistic": 1, "units": 1, "choice": 1, "rubric": 1}
 CURRENT |= {"verified": 1, "pointable": 1, "covered": 1, "passed": 1, "mark": 1, "letter": 1}
-"""The version of each prompt that is asked: first those answered in JSON, then those answered with one word."""
+"""The current version of each prompt: first those answered in JSON, then those answered with one word."""
 
 _USER = "=== user ===\n"
 
@@ -55,10 +55,10 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _tag(name: str, texts: dict[str, Any]) -> str:
-    whole = repr((name, sorted(texts.items())))
+    content = repr((name, sorted(texts.items())))
     for salt in range(100):
-        tag = hashlib.sha256(f"{salt}{whole}".encode()).hexdigest()[:16]
-        if tag not in whole:
+        tag = hashlib.sha256(f"{salt}{content}".encode()).hexdigest()[:16]
+        if tag not in content:
             return tag
     raise AssertionError("sixty-four bits that are in a text a hundred times over")
 

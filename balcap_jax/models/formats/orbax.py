@@ -153,7 +153,6 @@ def _open(directory: Path, path: str, metadata: dict[str, Any] | None = None) ->
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
     """Turns failures with the files below `directory` into one UserError, without tracebacks beside it."""
-    quieten_orbax()
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

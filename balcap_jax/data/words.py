@@ -1,4 +1,4 @@
-"""What a word is, in any script: what is matched by the lexical reward, and what lengths are counted in."""
+"""Splits text of any script into words: the lexical reward matches them, and lengths are counted in them."""
 
 import functools
 import unicodedata
@@ -40,11 +40,11 @@ def _in_words(character: str) -> str:
 
 @functools.cache
 def _full(character: str) -> str:
-    """What a half-width, circled or squared character of a script without blanks stands for; others as they are."""
-    # Not of all text: what some marks stand for begins with a blank.
-    meant = unicodedata.normalize("NFKC", character)
-    is_one = unicodedata.name(character, "").startswith("HALFWIDTH") or any(map(_is_without_blanks, meant))
-    return meant if is_one else character
+    """The full form of a half-width, circled or squared character of a script without blanks; others as they are."""
+    # Not all text is normalised: the full form of some marks begins with a blank.
+    full = unicodedata.normalize("NFKC", character)
+    is_short = unicodedata.name(character, "").startswith("HALFWIDTH") or any(map(_is_without_blanks, full))
+    return full if is_short else character
 
 
 @functools.cache
