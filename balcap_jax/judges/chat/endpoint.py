@@ -44,7 +44,7 @@ async def time_limit(url: str, seconds: float, kind: str = "server") -> AsyncIte
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError as error:
-        raise CallError(url, f"no answer within {seconds:.3g} s", kind) from error
+        raise CallError(url, f"no answer within {float(f'{seconds:.3g}'):g} s", kind) from error
 
 
 class Endpoint:
