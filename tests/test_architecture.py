@@ -29,14 +29,6 @@ MAY_IMPORT = {
     "ablate": {"training", "report", "config"},
 }
 EXCEPTIONS = {
-    ("aot.memory", "data.scenes.tokenizer"),
-    ("aot.memory", "rewards"),
-    ("aot.memory", "rollout"),
-    ("aot.memory", "train_step"),
-    ("aot.memory", "training.job"),
-    ("aot.memory", "training.stages"),
-    ("aot.print_sharding", "train_step"),
-    ("aot.print_sharding", "training.job"),
     ("config.checks", "rewards"),
     ("evals.engine", "rewards.words"),
     ("evaluate", "caption"),
@@ -44,7 +36,7 @@ EXCEPTIONS = {
     ("models.fields", "config.recipes"),
 }
 CIRCLES = {"judges.chat.endpoint", "judges.chat.probe"}
-LONG = ["train"]
+LONG = []
 
 
 def module_of(path: Path) -> str:

@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not found and not too_large:
         raise UserError(
             f"--program={args.program}: the recipe has no such program in its last stage, "
-            f"{memory.stages_of(config)[-1]}, on this mesh"
+            f"{configuration.stage_order(config)[-1]}, on this mesh"
         )
     if args.json:
         try:

@@ -5,7 +5,7 @@ The best step is chosen on validation images; the images that evaluations show a
 
 import io
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,51 @@ from PIL import Image
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_bytes, write_text
+from balcap_jax.config.recipes import stage_order
+from balcap_jax.data.input import as_columns
 from balcap_jax.models.policy import Params
+from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import take
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
 from balcap_jax.rewards.words import count_words
-from balcap_jax.rollout import Sampling, compile_rollout, example_keys
+from balcap_jax.rollout import Sampling, compile_rollout
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
 
 SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
+
+
+# Evaluations in summary.json: of sampled captions, and of greedy ones.
+KINDS = ("evaluations", "greedy")
+# Samples of evaluations draw from a stream of their own: no training step has this number.
+EVALUATION_STEP = 2**31 - 1
+
+
+class HeldOut:
+    """Held-out images of a run: test images, whose captions are shown and reported, and validation images.
+
+    Raises UserError where a prompt is too long.
+    """
+
+    def __init__(self, job: Job, shown: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]):
+        self._evaluators = {kind: Evaluator(job, greedy=kind == "greedy") for kind in KINDS}
+        self.images = {example["id"]: example["image"] for example in shown}
+        # Batches are of the last stage's size, and at most of as many images as there are.
+        parts = math.prod(job.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        stage = job.config.stages[stage_order(job.config)[-1]]
+        size = min(-(-len(shown) // parts) * parts, stage.batch_size)
+        self._shown, self._validation = (batches(images, size, as_columns) for images in (shown, validation))
+        for columns, _ in (*self._shown, *self._validation):
+            job.prompt(columns)
+
+    def evaluate(self, params: Params) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+        """(kind, means, records per image) of the test images, for each of KINDS."""
+        for kind, evaluator in self._evaluators.items():
+            yield kind, *evaluator(params, self._shown)
+
+    def score(self, params: Params) -> dict[str, Any]:
+        """Means of greedy captions of the validation images."""
+        return self._evaluators["greedy"](params, self._validation)[0]
 
 
 class Evaluator:
@@ -40,7 +76,7 @@ class Evaluator:
         )
         self._rollouts: dict[tuple, Any] = {}
 
-    def __call__(self, params: Params, batches: Sequence[tuple[Examples, int]], step: int) -> tuple[dict, list[dict]]:
+    def __call__(self, params: Params, batches: Sequence[tuple[Examples, int]]) -> tuple[dict, list[dict]]:
         """Judges captions of `batches` (columns and number of real rows each). -> (summary, records per image)
 
         All processes are given all batches, caption a part of each, and get all of the result.
@@ -51,16 +87,15 @@ class Evaluator:
         for columns, real in batches:
             rows = job.rows(len(columns["id"]))
             examples = take(columns, rows.held)
-            prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
-            draw = (params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
+            inputs = (params, *job.rollout_inputs(rows, examples, EVALUATION_STEP))
             # A stage may keep what it freezes in another type than the one before it did.
             types = tuple(leaf.dtype for leaf in jax.tree.leaves(params))
             if types not in self._rollouts:
                 with job.clock.phase("compile"):
-                    self._rollouts[types] = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
-            out = self._rollouts[types](*draw)
-            read = out._replace(image_embeds=None, mask=None, policy_log_probs=None)
-            judged = job.judge(rows, examples, rows.fetch(read), measure)
+                    self._rollouts[types] = compile_rollout(job.policy, self._sampling, config.model.dtype, *inputs)
+            out = self._rollouts[types](*inputs)
+            drawn = rows.fetch(out._replace(image_embeds=None, mask=None, policy_log_probs=None))
+            judged = job.judging(rows, examples, drawn, measure)()
             records += rows.gather_list(judged.records(measure.names, gate))[:real]
         return summarise(records, measure.names), records
 

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, and the progress line."""
+"""Where the seconds of a run go: the clock of its phases, traces of its steps, and the progress line."""
 
 import contextlib
 import math
@@ -7,12 +7,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import IO
 
-STEP_PHASES = ("rollout", "judge", "update")
-HIDDEN = "time/judge_hidden"
+import jax
 
-"""Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum."""
+from balcap_jax.cli.errors import UserError
+
+STEP_PHASES = ("rollout", "judge", "update")
+# Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum.
+HIDDEN = "time/judge_hidden"
 
 
 class PhaseClock:
@@ -35,7 +39,8 @@ class PhaseClock:
         self._attribute()
         self._open.append(name)
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             self._attribute()
             self._open.pop()
@@ -72,6 +77,68 @@ class PhaseClock:
         name = self._open[-1] if self._open else "other"
         self._step[name] = self._step.get(name, 0.0) + elapsed
         self._total[name] = self._total.get(name, 0.0) + elapsed
+
+
+class ProfileWindow:
+    """Traces the steps of a window "first:last" with JAX's profiler into `directory`, as xprof and TensorBoard read it.
+
+    An empty window traces nothing, and so does one that is not `enabled`: every process but 0, since processes of one
+    host would write the same file. Each step is the event "train" with its number, and each phase of its clock is an
+    event of the phase's name. A window that the run ends inside is closed when the `with` block ends. `say` prints the
+    line that says where the trace is.
+
+    Raises:
+      UserError: the window is none, or the trace cannot be written.
+    """
+
+    def __init__(self, window: str, directory: Path, *, enabled: bool = True, say: Callable[[str], None] = print):
+        self._directory, self._enabled, self.say = directory, enabled and bool(window), say
+        self._first, self._last, self._newest = 0, -1, 0
+        if window:
+            first, colon, last = window.partition(":")
+            if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+                raise UserError(
+                    f"config field 'log.profile' must be two steps as in 10:12, the first and the last one that are "
+                    f"traced, got {window!r}"
+                )
+            self._first, self._last = int(first), int(last)
+        self._is_open = False
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """The block is step `step`."""
+        if self._enabled and not self._is_open and self._first <= step <= self._last:
+            with self._writing():
+                jax.profiler.start_trace(self._directory)
+            self._is_open, self._begin = True, step
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        self._newest = step
+        if step == self._last:
+            self._close()
+
+    def __enter__(self) -> "ProfileWindow":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            with self._writing():
+                jax.profiler.stop_trace()
+            self.say(f"profile of the steps {self._begin} to {self._newest}: {self._directory}")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"the profile cannot be written in {self._directory} ({' '.join(str(error).split())}); make room there "
+                "or leave log.profile empty"
+            ) from error
 
 
 LINE_WIDTH = 140

@@ -15,13 +15,12 @@ from balcap_jax.cli.files import hold_lock, make_directory, read_bytes, read_jso
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import damaged
 from balcap_jax.parallel import distributed
+from balcap_jax.training.evaluation import KINDS
 from balcap_jax.training.logging import writing_below
 
 # What a run writes.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
 DIRECTORIES = ("best", "checkpoints", "model", "samples", "tensorboard")
-# Evaluations in summary.json: of sampled captions, and of greedy ones.
-KINDS = ("evaluations", "greedy")
 
 # Disks that several hosts share show a new file elsewhere after some seconds.
 _SHARED_SECONDS = 30
@@ -149,37 +148,6 @@ def read_summary(workdir: Path) -> dict[str, Any]:
         if not isinstance(evaluations, dict) or not all(isinstance(means, dict) for means in evaluations.values()):
             raise UserError(f"{path} is no summary of a run ({kind} must hold an object for each evaluation); {remedy}")
     return summary
-
-
-def check_saved(saved: dict[str, Any], path: Path) -> None:
-    """Raises UserError unless `saved`, the JSON part of the checkpoint `path`, holds what `train` goes on from."""
-    clock, failures, best = saved.get("clock"), saved.get("failures"), saved.get("best", {})
-    right = {
-        "stage": isinstance(saved.get("stage"), str),
-        "iterator": isinstance(saved.get("iterator"), str | bytes | dict),
-        "clock": isinstance(clock, dict) and all(isinstance(value, int | float) for value in clock.values()),
-        "failures": isinstance(failures, list) and all(_is_pair(entry) for entry in failures),
-        "best": isinstance(best, dict) and all(_is_score(step, score) for step, score in best.items()),
-    }
-    for name, is_right in right.items():
-        if not is_right:
-            raise not_ours(path, name)
-
-
-def not_ours(path: Path, name: str) -> UserError:
-    """What to say of the checkpoint `path`, whose JSON part has no usable `name`."""
-    return UserError(
-        f"unreadable checkpoint {path}: {name} is missing or odd in its part extra; delete this directory to go on "
-        "from the checkpoint before it, or choose another workdir"
-    )
-
-
-def _is_score(step: str, score: Any) -> bool:
-    return step.isdecimal() and isinstance(score, int | float | None)
-
-
-def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
 
 
 def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
