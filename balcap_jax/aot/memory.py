@@ -210,8 +210,8 @@ def _is_matrix(path: str) -> bool:
 
 def refusal(message: str) -> str:
     """The sentence of an out-of-memory error that says how much is needed."""
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w hbm[^.]*\.?[^.\n]*", message)
-    return found[0].strip() if found else " ".join(message.split())[:300]
+    match = re.search(r"Used [\d.]+\w of [\d.]+\w hbm[^.]*\.?[^.\n]*", message)
+    return match[0].strip() if match else " ".join(message.split())[:300]
 
 
 def largest_buffers(message: str, count: int = 4) -> str:

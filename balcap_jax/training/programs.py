@@ -41,7 +41,10 @@ class Programs:
         self.config, self.name, self.mesh, self.policy, self.processor = config, name, mesh, policy, processor
         self.settings = config.stages[name]
         self.optimizer, self.freeze = make_optimizer(config, name), freeze_of(config, name)
-        self.sampling = sampling_of(config)
+        rollout = config.rollout
+        self.sampling = Sampling(
+            rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k
+        )
         self.anchored = name == "rl" and config.loss.kl_coef > 0
         self.names = rewards.objectives(config.rewards)
 
@@ -225,12 +228,6 @@ def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Program
 
 
 # ------------------------------------------------------------------------------------------------- the parts
-
-
-def sampling_of(config: ConfigDict) -> Sampling:
-    """How captions are drawn in training."""
-    rollout = config.rollout
-    return Sampling(rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
 
 
 def make_optimizer(config: ConfigDict, stage: str) -> optax.GradientTransformation:

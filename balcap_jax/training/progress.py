@@ -6,13 +6,11 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import jax
-
-from balcap_jax.cli.errors import UserError
 
 STEP_PHASES = ("rollout", "judge", "update")
 # Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum.
@@ -83,62 +81,36 @@ class ProfileWindow:
     """Traces the steps of a window "first:last" with JAX's profiler into `directory`, as xprof and TensorBoard read it.
 
     An empty window traces nothing, and so does one that is not `enabled`: every process but 0, since processes of one
-    host would write the same file. Each step is the event "train" with its number, and each phase of its clock is an
-    event of the phase's name. A window that the run ends inside is closed when the `with` block ends. `say` prints the
-    line that says where the trace is.
-
-    Raises:
-      UserError: the window is none, or the trace cannot be written.
+    host would write the same file. Each step is the event "train" with its number, and each phase of the clock is an
+    event of the phase's name. A window that the run ends inside is closed when the `with` block ends. `say` gets the
+    line that tells where the trace is.
     """
 
     def __init__(self, window: str, directory: Path, *, enabled: bool = True, say: Callable[[str], None] = print):
-        self._directory, self._enabled, self.say = directory, enabled and bool(window), say
-        self._first, self._last, self._newest = 0, -1, 0
-        if window:
-            first, colon, last = window.partition(":")
-            if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-                raise UserError(
-                    f"config field 'log.profile' must be two steps as in 10:12, the first and the last one that are "
-                    f"traced, got {window!r}"
-                )
-            self._first, self._last = int(first), int(last)
-        self._is_open = False
+        self._steps: Sequence[int] = ()
+        if window and enabled:
+            first, last = map(int, window.split(":"))
+            self._steps = range(first, last + 1)
+        self._directory, self.say = directory, say
+        self._traced: list[int] = []
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """The block is step `step`."""
-        if self._enabled and not self._is_open and self._first <= step <= self._last:
-            with self._writing():
+        if step in self._steps:
+            if not self._traced:
                 jax.profiler.start_trace(self._directory)
-            self._is_open, self._begin = True, step
+            self._traced.append(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
-        self._newest = step
-        if step == self._last:
-            self._close()
+        if step in self._steps[-1:]:
+            self.close()
 
-    def __enter__(self) -> "ProfileWindow":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            with self._writing():
-                jax.profiler.stop_trace()
-            self.say(f"profile of the steps {self._begin} to {self._newest}: {self._directory}")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"the profile cannot be written in {self._directory} ({' '.join(str(error).split())}); make room there "
-                "or leave log.profile empty"
-            ) from error
+    def close(self) -> None:
+        if self._traced:
+            jax.profiler.stop_trace()
+            self.say(f"profile of the steps {self._traced[0]} to {self._traced[-1]}: {self._directory}")
+            self._traced = []
 
 
 LINE_WIDTH = 140

@@ -54,7 +54,7 @@ class Position(pydantic.BaseModel):
 
     stage: the stage of the step. iterator: the state of its data iterator. clock: seconds by phase so far.
     failures: (failed, calls) of the judge in the newest steps. best: scores of validation images by step.
-    config and versions are for whoever looks at a checkpoint; nothing reads them.
+    config and versions are for readers of a checkpoint; no code reads them.
     """
 
     model_config = pydantic.ConfigDict(strict=True)
@@ -100,8 +100,8 @@ class Stop:
 class Batches:
     """The batches of a stage, and what a checkpoint must hold to go on with them.
 
-    `ahead`: the newest batch is read for the next step. A resumed run reads it once more, and it meets the captions
-    that are saved with it.
+    `ahead`: the newest batch is that of the next step. A resumed run reads it once more, and it meets the captions that
+    are saved with it.
     """
 
     def __init__(self, iterator: Any, data: ConfigDict, ahead: bool):
@@ -173,10 +173,10 @@ class Run:
         self._open.__exit__(*error)
 
     def open(self, data: Data, held_out: HeldOut) -> None:
-        """Takes the directory: all that could be found wrong with the config has been. Goes back to where the run was.
+        """Takes the directory, once nothing can be wrong with the config, and goes back to where the run was.
 
         Raises:
-          UserError: what is in the directory cannot be gone on from.
+          UserError: the run cannot go on from what is in the directory.
         """
         config, workdir = self.config, self.workdir
         if self.leads:
@@ -201,7 +201,9 @@ class Run:
                 enabled=self.leads,
             )
         )
-        self._open.enter_context(self.profile)
+        for name, step in self.last.items():
+            self._checkpointer.keep_also(name, step)
+        self._open.callback(self.profile.close)
         self.best = Best(config.checkpoint.best_metric, held_out.score)
         done = self._checkpointer.latest_step() or 0
         if self.total and not done and distributed.from_first(self.leads and self.model.exists()):
@@ -230,29 +232,28 @@ class Run:
 
     def is_past(self, name: str) -> bool:
         """Whether nothing is left to do in a stage: a later one is under way."""
-        self._checkpointer.keep_also(name, self.last[name])
         return self.done >= self.last[name] and name != self.order[-1]
 
     def steps_left(self, stage: Stage) -> range:
         return range(max(self.first[stage.name], self.done) + 1, self.last[stage.name] + 1)
 
     def resume(self, stage: Stage, params: Params) -> TrainState:
-        """The state that `stage` goes on from: from the stage before it (`params`), or from its own newest checkpoint.
+        """The state that `stage` begins with: made from `params`, or that of its own newest checkpoint.
 
-        Evaluations that are missing from before that are made up for. `params` may be shapes where a checkpoint has
-        the numbers.
+        Evaluations of earlier steps that are missing are made now. `params` are those that the stage before left, or
+        their shapes where a checkpoint has the numbers.
         """
         name, first, last, done = stage.name, self.first[stage.name], self.last[stage.name], self.done
         index, every = self.order.index(name), self.config.stages[name].eval_every
         before = self.order[index - 1] if index else "base"
-        unseen = name == "rl" and not self._is_evaluated(before)
-        if 0 < first <= done and (first == done or unseen):
+        lacks_before = name == "rl" and not self._is_evaluated(before)
+        if 0 < first <= done and (first == done or lacks_before):
             params = self.restore_params(first, params)
         if first < done:
             state = stage.load(self._checkpointer.restore(done, stage.programs.abstract_checkpoint(params))[0])
         else:
             state = stage.load({"state": stage.programs.start(params)})
-        if unseen:
+        if lacks_before:
             # Never from parameters that this stage has trained, even if summary.json was lost on the way.
             self._evaluate(before, (state if first >= done else stage.programs.start(params)).params)
         if first < done and is_due(done, every, last) and not self._is_evaluated(f"{name}-{done}"):
@@ -298,7 +299,7 @@ class Run:
             yield
 
     def settle(self, step: int, failed: int, calls: int) -> bool:
-        """Takes down what judging a step took, while nothing is asked. -> whether the run goes on to ask more."""
+        """Notes what the judging of a step took, while nothing is asked. -> whether the run asks more."""
         self._judging = self._spending.step()
         window = deque([*self.failures, (failed, calls)], self.failures.maxlen)
         spent = self._spending.spent or failure_budget_spent(window, self.config)

@@ -20,7 +20,7 @@ from balcap_jax.training.logging import writing_below
 
 # What a run writes.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
-DIRECTORIES = ("best", "checkpoints", "model", "samples", "tensorboard")
+DIRECTORIES = ("best", "checkpoints", "model", "profile", "samples", "tensorboard")
 
 # Disks that several hosts share show a new file elsewhere after some seconds.
 _SHARED_SECONDS = 30
@@ -28,22 +28,22 @@ _SHARED_SECONDS = 30
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Holds the workdir: refuses one of another config's run, or one that another process is training in.
+    """Holds the workdir. It refuses that of another config's run, and one that another process is training in.
 
-    Of the processes of one run the first holds it, and the others look whether they see the same directory.
+    Of the processes of one run the first holds it, and the others check that they see the same directory.
 
     Raises:
       UserError: the workdir is another run's, cannot be written, or is not shared by all processes.
     """
     if not distributed.is_first():
-        see_claim(workdir)
+        _see_claim(workdir)
         yield
         return
     try:
         str(workdir).encode()
     except UnicodeEncodeError as error:  # Orbax would say so at the first checkpoint.
         raise UserError(f"workdir {workdir} is not UTF-8 text; choose another --workdir") from error
-    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
     lock = _hold(workdir)
     try:
         for name in (*FILES, *DIRECTORIES):
@@ -64,7 +64,7 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
         if not (workdir / "config.json").is_file():  # No run has begun here: a refused one leaves nothing behind.
             with contextlib.suppress(OSError):
                 (workdir / ".lock").unlink()
-                for path in made:
+                for path in missing:
                     path.rmdir()
         os.close(lock)
 
@@ -84,7 +84,7 @@ def _hold(workdir: Path) -> int:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(lock), os.stat(workdir / ".lock")):
                 return lock
-        os.close(lock)  # It was that of a run which was refused, and is gone.
+        os.close(lock)  # Another run made the file, was refused, and has removed it.
 
 
 def is_held(workdir: Path) -> bool:
@@ -99,8 +99,8 @@ def is_held(workdir: Path) -> bool:
         os.close(lock)
 
 
-def see_claim(workdir: Path) -> None:
-    """Returns when the workdir that process 0 has claimed is seen here; raises UserError when it is another disk's."""
+def _see_claim(workdir: Path) -> None:
+    """Returns when this process sees the claim of process 0. Raises UserError when it sees another disk."""
     token = distributed.from_first(None)
     deadline = time.monotonic() + _SHARED_SECONDS
     while True:
