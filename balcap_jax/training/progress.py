@@ -24,8 +24,7 @@ class PhaseClock:
     `phase("rollout")` can be told apart by `phase("compile")`, and the totals add up to the wall time. One thread only.
     """
 
-    def __init__(self, step_phases: tuple[str, ...] = STEP_PHASES, *, now: Callable[[], float] = time.perf_counter):
-        self._step_phases = step_phases
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._mark = now()
         self._open: list[str] = []
@@ -50,7 +49,7 @@ class PhaseClock:
         totals only, so that they do not distort the time of a step. Call it once before the loop to leave set-up out.
         """
         self._attribute()
-        seconds = {f"time/{name}": self._step.get(name, 0.0) for name in (*self._step_phases, "other")}
+        seconds = {f"time/{name}": self._step.get(name, 0.0) for name in (*STEP_PHASES, "other")}
         self._step = {}
         return seconds
 

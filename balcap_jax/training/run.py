@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +58,6 @@ class Position(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(strict=True)
-
     step: int = pydantic.Field(exclude=True)
     stage: str
     iterator: str | bytes | dict[str, Any]
@@ -184,27 +183,15 @@ class Run:
             if data.left_out:
                 write_text(workdir / "left_out.jsonl", json_text.lines(entry._asdict() for entry in data.left_out))
         self._held_out = held_out
-        self._checkpointer = self._open.enter_context(
-            Checkpointer(
-                workdir / "checkpoints",
-                keep=config.checkpoint.keep,
-                beside=[workdir / "metrics.jsonl"],
-                asynchronous=config.checkpoint.asynchronous,
-            )
-        )
-        self._writer = self._open.enter_context(
-            MetricsWriter(
-                workdir,
-                tensorboard=config.log.tensorboard,
-                wandb=config.log.wandb or None,
-                config=config.to_dict(),
-                enabled=self.leads,
-            )
-        )
+        log, checkpoint, enter = config.log, config.checkpoint, self._open.enter_context
+        files = {"keep": checkpoint.keep, "beside": [workdir / "metrics.jsonl"]}
+        self._checkpointer = enter(Checkpointer(workdir / "checkpoints", **files, asynchronous=checkpoint.asynchronous))
+        outputs = {"tensorboard": log.tensorboard, "wandb": log.wandb or None, "config": config.to_dict()}
+        self._writer = enter(MetricsWriter(workdir, **outputs, enabled=self.leads))
         for name, step in self.last.items():
             self._checkpointer.keep_also(name, step)
         self._open.callback(self.profile.close)
-        self.best = Best(config.checkpoint.best_metric, held_out.score)
+        self.best = Best(checkpoint.best_metric, held_out.score)
         done = self._checkpointer.latest_step() or 0
         if self.total and not done and distributed.from_first(self.leads and self.model.exists()):
             raise UserError(
@@ -289,14 +276,13 @@ class Run:
 
     # ---- a step
 
-    @contextlib.contextmanager
-    def progress_of(self, stage: Stage) -> Iterator[None]:
-        """Shows the progress of a stage, and times its steps from here on."""
+    def progress_of(self, stage: Stage) -> Progress:
+        """Shows the progress of a stage in a `with` block, and times its steps from here on."""
         name = stage.name
         self.clock.step()
-        with Progress(self.last[name], name, first_step=self.first[name], enabled=self.leads) as self._progress:
-            self.profile.say = self._progress.note
-            yield
+        self._progress = Progress(self.last[name], name, first_step=self.first[name], enabled=self.leads)
+        self.profile.say = self._progress.note
+        return self._progress
 
     def settle(self, step: int, failed: int, calls: int) -> bool:
         """Notes what the judging of a step took, while nothing is asked. -> whether the run asks more."""
