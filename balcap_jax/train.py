@@ -1,4 +1,7 @@
-"""Trains a captioner by the stages of its config: vision, alignment, supervised, BalCapRL. Read top to bottom.
+"""Trains a captioner by the stages of its config: vision, alignment, supervised, BalCapRL.
+
+One RL step has four parts. 1. The policy samples G captions of each picture. 2. A judge scores them. 3. One compiled
+update goes from scores to advantages, loss, gradient and optimiser. 4. What is due is logged, saved and evaluated.
 
     python -m balcap_jax.train --config=configs/scenes.py --workdir=runs/scenes [--config.stages.rl.steps=50 ...]
 
@@ -44,9 +47,6 @@ STAGES = {
 
 def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> dict[str, Any]:
     """Runs (or resumes) all stages of `config` in `workdir` and returns the summary.
-
-    One RL step: 1. sample G captions of each picture, 2. have them judged, 3. one compiled update on all of them, from
-    scores to advantages to the optimiser, 4. log, save and evaluate what is due.
 
     Of several processes (`distributed.session`) each calls this with the same arguments. `workdir` is on a disk that
     they share, and only process 0 writes to it, but for checkpoints.

@@ -177,12 +177,13 @@ class Job:
 class Stage(Protocol):
     """One stage of training. Its defaults are those of a stage that asks no judge.
 
-    programs: what it compiles. rows: which rows of a batch this process has.
+    job: what it shares with others. programs: what it compiles. rows: which rows of a batch this process has.
     phases: the phases of a step that tokens per second are counted over.
     depth: batches in flight between two steps. writes_captions: whether captions are evaluated at its end.
     """
 
     name: str
+    job: Job
     programs: Programs
     rows: Rows
     writes_captions: bool

@@ -1,6 +1,5 @@
 """What a step of each stage does between a batch of examples and the compiled update.
 
-    vision   classes of image tokens -> update
     align    references -> update
     SFT      target captions -> update
     RL       rollout (compiled) -> judge (host) -> update (compiled); `pipeline` has another order of them

@@ -68,9 +68,9 @@ class VisionStage(Stage):
         batch = VisionBatch(*self.rows.put((job.prompt(examples).images, classes)))
         if self._update is None:
             options = {"freeze": self.programs.freeze, "micro_batches": self.programs.settings.micro_batches}
-            step = make_vision_step(job.policy, self.programs.optimizer, labels.CLASSES, **options)
+            update = make_vision_step(job.policy, self.programs.optimizer, labels.CLASSES, **options)
             with job.clock.phase("compile"):
-                self._update = step.lower(state, batch).compile()
+                self._update = update.lower(state, batch).compile()
         with job.clock.phase("update"):
             state, metrics = self._update(state, batch)
             values = finalise(metrics)
