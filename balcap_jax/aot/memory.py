@@ -193,7 +193,7 @@ def model_flops(
         layers = per_token(every, lambda path: path.startswith("decoder/layers/"))
         flops += 2 * layers * (prompts * prompt + responses) + 2 * sizes.vocab * sizes.width * responses
         flops += 4 * sizes.layers * sizes.heads * sizes.head_size * pairs
-    backward = not programs.vision_is_frozen(params)
+    backward = not all(path.startswith("decoder/") for path in trainable)
     if backward or programs.name != "rl":
         tokens = programs.processor.image_tokens * (4 if config.model.family == "qwen2_5_vl" else 1)
         vision = per_token(every, lambda path: path.startswith("vision/"))

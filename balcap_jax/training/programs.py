@@ -66,10 +66,7 @@ class Programs:
         return sharding.abstract(state, state_shardings(self.mesh, state))
 
     def reference(self, state: TrainState) -> Params | None:
-        """The parameters that the KL term is taken against, those trained in `state`; None where there is no such term.
-
-        They share the arrays of `state`.
-        """
+        """The trained parameters of `state`, its own arrays, for the KL term; None where there is no such term."""
         return train_step.trained(state.params, self.freeze) if self.anchored else None
 
     def abstract_checkpoint(self, params: Params) -> dict[str, Any]:
@@ -85,9 +82,6 @@ class Programs:
     def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """(trained, frozen) parameters of the stage, flat by path."""
         return train_step.split(params, self.freeze)
-
-    def vision_is_frozen(self, params: Params) -> bool:
-        return train_step.vision_is_frozen(params, self.freeze)
 
     # ---- the rollout
 
@@ -109,7 +103,7 @@ class Programs:
         )
 
     def lower_rollout(self, params: Params) -> tuple[jax.stages.Lowered | None, jax.stages.Lowered]:
-        """See `rollout.lower_rollout`."""
+        """(the change of the decoder's layout or None, the rollout): see `rollout.lower_rollout`."""
         number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding.replicated(self.mesh))
         inputs = (self.abstract_prompt(), self._rows((), jnp.uint32), number, number)
         return lower_rollout(self.policy, self.sampling, self.config.model.dtype, params, *inputs)
@@ -155,17 +149,13 @@ class Programs:
 
     def _rl_batch(self, params: Params, length: int) -> RLBatch:
         rollout = self.abstract_rollout(params)
-        scores = (self.group_size, len(self.names))
-
-        def cut(tokens: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return self._rows((self.group_size, length), tokens.dtype)
-
+        tokens, scores = (self.group_size, length), (self.group_size, len(self.names))
         return RLBatch(
             prompt=self.abstract_prompt(),
             image_embeds=rollout.image_embeds,
-            responses=cut(rollout.tokens),
-            mask=cut(rollout.mask),
-            old_log_probs=cut(rollout.policy_log_probs),
+            responses=self._rows(tokens, jnp.int32),
+            mask=self._rows(tokens, bool),
+            old_log_probs=self._rows(tokens, jnp.float32),
             rewards=self._rows(scores, jnp.float32),
             valid=self._rows(scores, bool),
             words=self._rows((self.group_size,), jnp.int32),

@@ -103,7 +103,7 @@ class RLStage(Stage):
         """Puts the batch of `step`, the next one, in flight: sampled now, or as a checkpoint held it."""
         if self._restored is None:
             self._flight = self._sample(state.params, examples, step)
-        else:  # The reference is let go of: the flight goes after its update.
+        else:  # Not held here any longer: the flight lets go of it after its update.
             out, self._restored = self._restored, None
             prompt = self.rows.put(self.job.prompt(examples))
             self._flight = Flight(examples, prompt, out, self.rows.fetch(out._replace(image_embeds=None)))
