@@ -35,7 +35,7 @@ def scopes_of(file: Path, program: str) -> set[str]:
     The programs' HLO, which the plane /host:metadata holds, is no event: its names are read from the bytes.
     """
     paths = re.findall(rb"jit\(%s\)/([\w()/\[\]., -]+)" % program.encode(), file.read_bytes())
-    return {scope for path in paths for scope in re.findall(r"\w+", path.decode())}
+    return {scope for path in paths for scope in re.findall(r"(\w+)\)*/", path.decode())}
 
 
 def test_two_steps_of_rl_are_traced(tmp_path, data_dir, monkeypatch):
