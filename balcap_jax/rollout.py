@@ -91,24 +91,39 @@ class RolloutProgram:
         return self._jit.lower(sharding.mesh_of(params), params, *inputs)
 
 
+def lower_rollout(
+    policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any
+) -> tuple[jax.stages.Lowered | None, jax.stages.Lowered]:
+    """The two programs of a rollout for (abstract) arguments like these, traced and not compiled yet.
+
+    The first brings {"decoder": parameters} to the layout of sampling and to `dtype`, the compute type. It is None
+    where they are in both already. The second is the rollout from the parameters in that layout.
+    """
+    program, mesh = make_rollout(policy, sampling), sharding.mesh_of(params)
+    relay = sharding.make_relay(mesh, params, dtype) if mesh is not None else None
+    if relay is None:
+        return None, program.lower(params, *inputs)
+    lowered = relay.lower({"decoder": params["decoder"]})
+    sampled = sharding.abstract(lowered.out_info, sharding.sampling_shardings(mesh, lowered.out_info))
+    return lowered, program.lower({**params, **sampled}, *inputs)
+
+
 def compile_rollout(
     policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any
 ) -> Callable[..., Rollout]:
     """The rollout compiled for arguments like these, to be called with parameters as they are trained.
 
-    Each rollout first brings the decoder's parameters to the layout of sampling and to `dtype`, the compute type, where
-    they are not already. That copy lives as long as the rollout.
+    Each rollout first brings the decoder's parameters to the layout of sampling, see `lower_rollout`. That copy lives
+    as long as the rollout.
     """
-    program, mesh = make_rollout(policy, sampling), sharding.mesh_of(params)
-    relay = sharding.make_relay(mesh, params, dtype) if mesh is not None else None
+    relay, program = lower_rollout(policy, sampling, dtype, params, *inputs)
+    compiled = program.compile()
     if relay is None:
-        return program.lower(params, *inputs).compile()
-    relay = relay.lower({"decoder": params["decoder"]}).compile()
-    relayed = sharding.abstract(relay.out_info, sharding.sampling_shardings(mesh, relay.out_info))
-    compiled = program.lower({**params, **relayed}, *inputs).compile()
+        return compiled
+    relaid = relay.compile()
 
     def rollout(params: Params, *inputs: Any) -> Rollout:
-        return compiled({**params, **relay({"decoder": params["decoder"]})}, *inputs)
+        return compiled({**params, **relaid({"decoder": params["decoder"]})}, *inputs)
 
     return rollout
 

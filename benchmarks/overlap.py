@@ -31,7 +31,7 @@ from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import make_dataset
 from balcap_jax.parallel import sharding
 from balcap_jax.training import stages
-from balcap_jax.training.job import Job, start_state
+from balcap_jax.training.job import Job
 from balcap_jax.training.progress import HIDDEN, PhaseClock
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scenes.py"
@@ -73,8 +73,9 @@ def seconds_of_steps(
         policy, processor = models.build(config.model, splits.tokenizer)
         reward = SlowReward(rewards.build(config.rewards, judges.build(config.judge, config.seed)), judge)
         job = Job(config, sharding.make_mesh(config.mesh), policy, processor, reward, PhaseClock())
-        state = start_state(job, jax.jit(policy.init)(jax.random.key(config.seed)), "rl")
         stage = stages.RLStage(job)
+        params = jax.jit(policy.init)(jax.random.key(config.seed))
+        state = stage.load({"state": stage.programs.start(params)})
         batches = make_dataset(splits.train, batch_size=config.stages.rl.batch_size, seed=0, threads=0)
         if depth:
             stage.begin(state, next(batches), 1)

@@ -42,7 +42,7 @@ from balcap_jax.models.policy import Params, Prompt
 from balcap_jax.parallel import sharding
 from balcap_jax.train import STAGES
 from balcap_jax.train_step import RLBatch, RLObjective, TrainState, init_state, make_rl_step
-from balcap_jax.training.job import Job, start_state
+from balcap_jax.training.job import Job
 from balcap_jax.training.progress import PhaseClock
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scenes.py"
@@ -71,8 +71,8 @@ def time_stages(recipe: str, overrides: dict[str, str], steps: int, model: str) 
         for name in configuration.stage_order(config):
             job = Job(config, sharding.make_mesh(config.mesh), policy, processor, reward, PhaseClock())
             settings = config.stages[name]
-            state = start_state(job, params, name)
-            stage = STAGES[name](job, jax.tree.map(jnp.copy, state.params))
+            stage = STAGES[name](job)
+            state = stage.load({"state": stage.programs.start(params)})
             batches = make_dataset(splits.train, batch_size=settings.batch_size, seed=0, threads=0)
             # The first step compiles, and warms up what is not compiled.
             state, _, _ = stage.advance(state, next(batches), 1)

@@ -41,8 +41,9 @@ from balcap_jax.cli.files import AppendedLines, read_bytes, rename_directory, sy
 from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
 from balcap_jax.config import recipes as configuration
 from balcap_jax.training.checkpoint import branch
+from balcap_jax.training.evaluation import KINDS
 from balcap_jax.training.machine import device_text, versions
-from balcap_jax.training.workdir import KINDS, is_held, read_summary, refuse_another_run
+from balcap_jax.training.workdir import is_held, read_summary, refuse_another_run
 
 LAST = "rl"
 _PATIENCE = 120  # seconds that a run has to save and stop

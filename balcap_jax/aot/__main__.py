@@ -22,6 +22,7 @@ from balcap_jax.cli.arguments import place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 
+# What libtpu reads when jax is imported; it takes these for the machine's own facts.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # The compiler alone is wanted; looking for chips would take a minute and fail.
     "TPU_SKIP_MDS_QUERY": "1",
@@ -31,7 +32,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Nothing here holds a chip that another process could want.
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""What libtpu reads when jax is imported; it takes these for the machine's own facts."""
 
 
 def prepare_environment() -> None:
@@ -52,13 +52,12 @@ def devices_of(topology: str, slices: int) -> list[Any]:
         raise UserError(f"--topology is {topology!r}; name one as v5e:4x8 or v5p:2x2x2")
     options = {"num_slices": slices} if slices > 1 else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except Exception as error:  # Of several types, by version.
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"--topology={topology}: libtpu knows no such topology ({reason}); name one as v5e:4x8 or v5p:2x2x2"
         ) from error
-    return list(described.devices)
 
 
 def check_writable(path: str | None) -> None:
@@ -99,15 +98,10 @@ def text_of(report: Any, chip: Any, devices: int) -> str:
             f"    {kind:18} {where:14} {int(count):>8} times, {gib(total):>8} GiB in all, "
             f"largest {largest / 2**20:.2f} MiB"
         )
-    gathered = weights_in_decoding(report)
-    if gathered:
-        lines.append(f"    {len(gathered)} collectives of the decoding loop move weights, first: {gathered[0].op_name}")
+    # Those that move in every turn of the decoding loop what does not change in it.
+    if weights := [moved for moved in report.collectives if moved.of_invariant]:
+        lines.append(f"    {len(weights)} collectives of the decoding loop move weights, first: {weights[0].op_name}")
     return "\n".join(lines)
-
-
-def weights_in_decoding(report: Any) -> list[Any]:
-    """Collectives that move in every turn of the decoding loop what does not change in it."""
-    return [moved for moved in report.collectives if moved.of_invariant]
 
 
 def as_json(report: Any, chip: Any) -> dict[str, Any]:
@@ -166,11 +160,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(print_sharding.describe(config, mesh))
         return
 
-    wanted = memory.plan(config, mesh)
+    programs = memory.plan(config, mesh)
     if args.program != "all":  # Those after it are not even traced.
-        wanted = itertools.islice((one for one in wanted if args.program in one.name.split()), 1)
-    found, too_large = [], []
-    for planned in wanted:
+        programs = itertools.islice((planned for planned in programs if args.program in planned.name.split()), 1)
+    results, too_large = [], []
+    for planned in programs:
         print(f"compiling {planned.name} ...", flush=True)
         try:
             report = memory.compile_and_read(planned)
@@ -179,24 +173,24 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             refusal = memory.refusal(str(error))
             too_large.append(f"{planned.name}: {refusal}")
-            found.append({"program": planned.name, "fits": False, "hbm": chip.hbm, "refused": refusal})
+            results.append({"program": planned.name, "fits": False, "hbm": chip.hbm, "refused": refusal})
             print(f"{planned.name}: DOES NOT FIT, XLA refuses it: {refusal}", flush=True)
             if buffers := memory.largest_buffers(str(error)):
                 print(buffers, flush=True)
             continue
-        found.append(as_json(report, chip))
+        results.append(as_json(report, chip))
         print(text_of(report, chip, len(devices)), flush=True)
         if not report.fits(chip.hbm):
             name, size = next(iter(report.parts().items()))
             too_large.append(f"{report.name} needs {gib(report.total)} GiB, of it {gib(size)} {name}")
-    if not found and not too_large:
+    if not results and not too_large:
         raise UserError(
             f"--program={args.program}: the recipe has no such program in its last stage, "
-            f"{memory.stages_of(config)[-1]}, on this mesh"
+            f"{configuration.stage_order(config)[-1]}, on this mesh"
         )
     if args.json:
         try:
-            Path(args.json).write_text(json_text.dumps(found, indent=2))
+            Path(args.json).write_text(json_text.dumps(results, indent=2))
         except OSError as error:
             raise UserError(f"cannot write --json={args.json}: {error.strerror}") from error
     if too_large:

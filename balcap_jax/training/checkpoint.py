@@ -1,4 +1,4 @@
-"""Checkpoints of a run (Orbax) and the flag that says a run should stop.
+"""Checkpoints of a run (Orbax).
 
     DIR/<step>/arrays/     Orbax arrays: parameters, optimizer state, PRNG key data, counters
     DIR/<step>/extra/      JSON: data iterator state, clock, configuration, versions
@@ -16,13 +16,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from balcap_jax.cli import json_text
@@ -112,19 +113,12 @@ class Checkpointer:
         flat = _flatten(arrays)
         text = _encode(json_text.with_nulls(dict(extra or {})), "extra")
         self.wait()
-        try:
+        parts = {"arrays": ocp.args.PyTreeSave(unflatten_dict(flat)), "extra": ocp.args.JsonSave(text)}
+        with self._writing(f"checkpoint {step}"):
             self.directory.stat()  # Where it was removed, Orbax would make it anew.
             if step not in self.steps():
-                self._manager.save(
-                    step,
-                    args=ocp.args.Composite(
-                        arrays=ocp.args.PyTreeSave(_nest(flat)),
-                        extra=ocp.args.JsonSave(text),
-                    ),
-                    force=True,  # Which steps are saved is the caller's decision.
-                )
-        except Exception as error:
-            raise self._write_error(error, f"checkpoint {step}") from error
+                # Which steps are saved is the caller's decision.
+                self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
         if not self._asynchronous:
             self.wait()
 
@@ -169,53 +163,41 @@ class Checkpointer:
         path = self.directory / str(step)
         wanted = _flatten(like)
         try:
-            saved = _flatten_nested(self._manager.item_metadata(step)["arrays"].tree)
+            saved = flatten_dict(self._manager.item_metadata(step)["arrays"].tree)
         except Exception as error:
             raise _read_error(path, error) from error
         _compare(path, wanted, saved, partial)
-        nested = _nest({name: _placed(leaf) for name, leaf in wanted.items()})
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.PyTreeRestore(
-                        nested,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
-                        partial_restore=partial,
-                    ),
-                    extra=ocp.args.JsonRestore(),
-                ),
-            )
-            arrays, extra = _flatten_nested(restored["arrays"]), _decode(restored["extra"])
-        except Exception as error:
-            raise _read_error(path, error) from error
-        leaves = [arrays[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
+        nested = unflatten_dict({name: _placed(leaf) for name, leaf in wanted.items()})
+        args = ocp.args.PyTreeRestore(
+            nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=partial
+        )
+        restored = self._read(step, arrays=args, extra=ocp.args.JsonRestore())
+        arrays = flatten_dict(restored["arrays"])
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), restored["extra"]
 
     def extra(self, step: int) -> dict[str, Any]:
         """The JSON part of a step alone, without its arrays. Raises UserError when it cannot be read."""
         self.wait()
         self._verify(step)
-        path = self.directory / str(step)
+        return self._read(step, extra=ocp.args.JsonRestore())["extra"]
+
+    def _read(self, step: int, **parts: Any) -> dict[str, Any]:
         try:
-            return _decode(self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"])
+            restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
+            return {name: restored[name] for name in parts} | {"extra": _decode(restored["extra"])}
         except Exception as error:
-            raise _read_error(path, error) from error
+            raise _read_error(self.directory / str(step), error) from error
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises UserError when the last one failed."""
-        try:
+        with self._writing("a checkpoint"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._write_error(error, "a checkpoint") from error
 
     def close(self) -> None:
         """Finishes the last save. Raises UserError when it failed."""
-        try:
+        with self._writing("a checkpoint"):
             self._manager.close()
-        except Exception as error:
-            raise self._write_error(error, "a checkpoint") from error
 
     def _directories(self, prefix: str = "") -> list[tuple[int, Path]]:
         """(step, path) of all that are called `prefix` and a step, ascending."""
@@ -231,49 +213,49 @@ class Checkpointer:
         torn: dict[int, str] = {}
         steps = distributed.from_first([step for step, _ in self._directories()] if distributed.is_first() else None)
         for step in reversed(steps):
-            if not (found := self._damage(step)):
+            if not (damage := self._damage(step)):
                 break
-            torn[step] = found
+            torn[step] = damage
         if steps and len(torn) == len(steps):
-            told = "; ".join(f"{step}: {found}" for step, found in torn.items())
+            reasons = "; ".join(f"{step}: {damage}" for step, damage in torn.items())
             raise UserError(
-                f"none of the checkpoints in {self.directory} is whole ({told}); put a whole one there, or choose "
+                f"none of the checkpoints in {self.directory} is whole ({reasons}); put a whole one there, or choose "
                 "another workdir"
             )
-        for step, found in torn.items() if distributed.is_first() else ():
+        for step, damage in torn.items() if distributed.is_first() else ():
             path, aside = self.directory / str(step), self.directory / f"{_INCOMPLETE}{step}"
             try:
                 shutil.rmtree(aside, ignore_errors=True)
                 rename_directory(path, aside)
             except OSError as error:
                 raise UserError(f"can't move {path} to {aside}: {reason_of(error)}; mend that") from error
-            _log.warning("checkpoint %s is torn (%s): passed over, and kept as %s for now", path, found, aside.name)
+            _log.warning("checkpoint %s is torn (%s): passed over, and kept as %s for now", path, damage, aside.name)
 
     def _damage(self, step: int) -> str:
-        """What all processes, each with a share of the files, have found to be torn; "" where the step is whole.
+        """The damage that a process has found in its share of the files; "" where the step is whole.
 
         Raises:
           UserError: in all of them, where one of them cannot tell.
         """
         path = self.directory / str(step)
-        mine: str | UserError
+        own: str | UserError
         try:
-            mine = find_damage(path, share=(jax.process_index(), jax.process_count()))
+            own = find_damage(path, share=(jax.process_index(), jax.process_count()))
         except (OSError, MemoryError) as error:
-            mine = _read_error(path, error)
-        answers = distributed.all_gather(mine)
+            own = _read_error(path, error)
+        answers = distributed.all_gather(own)
         for answer in answers:
             if isinstance(answer, UserError):
                 raise answer
-        found = next(filter(None, answers), "")
-        if not found:
+        damage = next(filter(None, answers), "")
+        if not damage:
             self._verified.add(step)
-        return found
+        return damage
 
     def _verify(self, step: int) -> None:
-        if step not in self._verified and (found := self._damage(step)):
+        if step not in self._verified and (damage := self._damage(step)):
             raise UserError(
-                f"checkpoint {self.directory / str(step)} is torn ({found}); put a whole one there, or choose another "
+                f"checkpoint {self.directory / str(step)} is torn ({damage}); put a whole one there, or choose another "
                 "workdir"
             )
 
@@ -304,23 +286,28 @@ class Checkpointer:
         kept = {*whole[-self._keep :], *self._kept_also.values()}
         for step, path in self._directories():
             if step < whole[-1] and step not in kept:
-                going = path.with_name(f"{step}{_TEMPORARY}-old")
-                path.rename(going)
-                shutil.rmtree(going)
+                outdated = path.with_name(f"{step}{_TEMPORARY}-old")
+                path.rename(outdated)
+                shutil.rmtree(outdated)
         for step, path in self._directories(_INCOMPLETE):
             if step <= whole[-1]:
                 shutil.rmtree(path)
 
-    def _write_error(self, error: Exception, what: str) -> UserError:
-        if distributed.is_first():
-            for path in self.directory.glob(f"*{_TEMPORARY}*"):
-                remove_unfinished(path)  # Half a step is of no use, and may fill the disk.
-        latest = max(self._steps_seen(), default=None)  # The others need not have failed.
-        go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
-        return UserError(
-            f"can't write {what} in {self.directory}: {reason_of(error)}; {go_on}, "
-            "make room or choose another workdir, and run the same command again"
-        )
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Raises UserError in place of whatever the block raises, and says what is whole."""
+        try:
+            yield
+        except Exception as error:
+            if distributed.is_first():
+                for path in self.directory.glob(f"*{_TEMPORARY}*"):
+                    remove_unfinished(path)  # Half a step is of no use, and may fill the disk.
+            latest = max(self._steps_seen(), default=None)  # The others need not have failed.
+            go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
+            raise UserError(
+                f"can't write {what} in {self.directory}: {reason_of(error)}; {go_on}, "
+                "make room or choose another workdir, and run the same command again"
+            ) from error
 
 
 def _is_step(name: str) -> bool:
@@ -334,8 +321,8 @@ def branch(source: Path, target: Path) -> int:
       UserError: `source` holds no whole step, or the disk refuses.
     """
     try:
-        found = sorted((int(path.name) for path in source.glob("*") if _is_step(path.name)), reverse=True)
-        step = next((step for step in found if not find_damage(source / str(step))), None)
+        steps = sorted((int(path.name) for path in source.glob("*") if _is_step(path.name)), reverse=True)
+        step = next((step for step in steps if not find_damage(source / str(step))), None)
         if step is None:
             raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
         shutil.copytree(source / str(step), target / str(step))
@@ -383,26 +370,6 @@ def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
     for name, following in itertools.pairwise(sorted(stored)):
         if name == following:
             raise ValueError(f"two leaves of the tree have the path {name}")
-    return flat
-
-
-def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for (*groups, last), leaf in flat.items():
-        at = nested
-        for group in groups:
-            at = at.setdefault(group, {})
-        at[last] = leaf
-    return nested
-
-
-def _flatten_nested(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten_nested(value, (*prefix, key))
-        else:
-            flat[(*prefix, key)] = value
     return flat
 
 
@@ -458,6 +425,3 @@ def _decode(value: Any) -> Any:
 
 def _read_error(path: Path, error: Exception) -> UserError:
     return UserError(f"can't read {path}: {reason_of(error)}; mend that and run the same command again")
-
-
-# ---- preemption -----------------------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 def seal(directory: Path) -> None:
     """Puts all of `directory` on disk, with the size and CRC-32 of each file below it in `sums.json`.
 
-    What was sealed before in a directory below it is not read again.
+    A directory below it that is sealed already is not read again.
     """
     sums = {}
     for inner in directory.glob(f"*/**/{SUMS}"):
         folder = inner.parent.relative_to(directory)
-        sums |= {str(folder / name): found for name, found in json.loads(inner.read_bytes()).items()}
+        sums |= {str(folder / name): value for name, value in json.loads(inner.read_bytes()).items()}
     names = {str(path.relative_to(directory)) for path in files_of(directory)} - {SUMS, *sums}
     with ThreadPoolExecutor(_READERS) as pool:
         sums |= zip(names, pool.map(lambda name: _synced_sum(directory / name), names), strict=True)
@@ -34,13 +34,13 @@ def seal(directory: Path) -> None:
 
 
 def find_damage(directory: Path, *, content: bool = True, share: tuple[int, int] = (0, 1)) -> str:
-    """What is not as `seal` found it, in a few words; "" where all is.
+    """The first difference to what `seal` saw, in a few words; "" where there is none.
 
     Args:
       content: compare the CRC-32 too, for which each file is read.
       share: (i, n) looks at the i-th of n parts of the files.
 
-    Raises OSError where that cannot be told: a file is there and cannot be read.
+    Raises OSError where a file is there and cannot be read.
     """
     try:
         if not S_ISREG((directory / SUMS).stat().st_mode):
@@ -55,20 +55,20 @@ def find_damage(directory: Path, *, content: bool = True, share: tuple[int, int]
     if not (isinstance(sums, Mapping) and sums and all(_is_inside(n) and _is_sum(v) for n, v in sums.items())):
         return f"{SUMS} is damaged"
     first, step = share
-    mine = sorted(sums)[first::step]
+    names = sorted(sums)[first::step]
     with ThreadPoolExecutor(_READERS) as pool:
-        each = pool.map if content else map
-        found = each(lambda name: _difference(directory / name, *sums[name], content=content), mine)
-        return next((f"{name} {what}" for name, what in zip(mine, found, strict=True) if what), "")
+        parallel_map = pool.map if content else map
+        differences = parallel_map(lambda name: _difference(directory / name, *sums[name], content=content), names)
+        return next((f"{name} {what}" for name, what in zip(names, differences, strict=True) if what), "")
 
 
 def _difference(path: Path, size: int, crc: int, *, content: bool) -> str:
     try:
-        there = path.stat()
-        if not S_ISREG(there.st_mode):
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode):
             return "is no file"
-        if there.st_size != size:
-            return f"has {there.st_size} bytes of {size}" if there.st_size else "is empty"
+        if stat.st_size != size:
+            return f"has {stat.st_size} bytes of {size}" if stat.st_size else "is empty"
         return "is damaged" if content and _sum(path)[1] != crc else ""
     except OSError as error:
         if error.errno not in _MISSING:

@@ -5,7 +5,7 @@ The best step is chosen on validation images; the images that evaluations show a
 
 import io
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +16,77 @@ from PIL import Image
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_bytes, write_text
+from balcap_jax.config.recipes import stage_order
+from balcap_jax.data.input import as_columns
 from balcap_jax.data.words import count_words
 from balcap_jax.models.policy import Params
+from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import take
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
-from balcap_jax.rollout import Sampling, compile_rollout, example_keys
+from balcap_jax.rollout import Sampling, compile_rollout
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
 
 SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
 
 
-class Evaluator:
-    """Captions held-out images with the current parameters and has them judged; compiled once for each type of them."""
+# Evaluations in summary.json: of sampled captions, and of greedy ones.
+KINDS = ("evaluations", "greedy")
+# Samples of evaluations draw from a stream of their own: no training step has this number.
+EVALUATION_STEP = 2**31 - 1
 
-    def __init__(self, job: Job, *, greedy: bool):
-        config = job.config
-        self.job = job
-        self.samples = 1 if greedy else config.log.eval_samples
-        temperature = config.rollout.eval_temperature
-        self._sampling = Sampling(
-            self.samples, config.rollout.max_tokens, temperature or 1.0, greedy=greedy or not temperature
-        )
+
+class HeldOut:
+    """Held-out images of a run: test images, whose captions are shown and reported, and validation images.
+
+    Their captions are drawn from the current parameters and judged. A rollout is compiled once for each type of them.
+    Raises UserError where a prompt is too long.
+    """
+
+    def __init__(self, job: Job, shown: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]):
+        self._job, config = job, job.config
+        self.images = {example["id"]: example["image"] for example in shown}
+        # Batches are of the last stage's size, and at most of as many images as there are.
+        parts = math.prod(job.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        size = min(-(-len(shown) // parts) * parts, config.stages[stage_order(config)[-1]].batch_size)
+        self._shown, self._validation = (batches(images, size, as_columns) for images in (shown, validation))
+        for columns, _ in (*self._shown, *self._validation):
+            job.prompt(columns)
+        length, temperature = config.rollout.max_tokens, config.rollout.eval_temperature
+        sampled = Sampling(config.log.eval_samples, length, temperature or 1.0, greedy=not temperature)
+        self._samplings = dict(zip(KINDS, (sampled, Sampling(1, length, temperature or 1.0, greedy=True)), strict=True))
         self._rollouts: dict[tuple, Any] = {}
 
-    def __call__(self, params: Params, batches: Sequence[tuple[Examples, int]], step: int) -> tuple[dict, list[dict]]:
+    def evaluate(self, params: Params) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+        """(kind, means, records per image) of the test images, for each of KINDS."""
+        for kind in KINDS:
+            yield kind, *self._judged(kind, params, self._shown)
+
+    def score(self, params: Params) -> dict[str, Any]:
+        """Means of greedy captions of the validation images."""
+        return self._judged("greedy", params, self._validation)[0]
+
+    def _judged(self, kind: str, params: Params, batches: Sequence[tuple[Examples, int]]) -> tuple[dict, list[dict]]:
         """Judges captions of `batches` (columns and number of real rows each). -> (summary, records per image)
 
         All processes are given all batches, caption a part of each, and get all of the result.
         """
-        job, config = self.job, self.job.config
+        job, config = self._job, self._job.config
         gate = (config.rewards.gate_low, config.rewards.gate_high)
         measure, records = job.measure or job.reward, []
+        # A stage may keep what it freezes in another type than the one before it did.
+        key = (kind, *(leaf.dtype for leaf in jax.tree.leaves(params)))
         for columns, real in batches:
             rows = job.rows(len(columns["id"]))
             examples = take(columns, rows.held)
-            prompt, keys = rows.put((job.prompt(examples), example_keys(examples["id"])))
-            draw = (params, prompt, keys, job.put_scalar(config.seed), job.put_scalar(step))
-            # A stage may keep what it freezes in another type than the one before it did.
-            types = tuple(leaf.dtype for leaf in jax.tree.leaves(params))
-            if types not in self._rollouts:
+            inputs = (params, *job.rollout_inputs(rows, examples, EVALUATION_STEP))
+            if key not in self._rollouts:
                 with job.clock.phase("compile"):
-                    self._rollouts[types] = compile_rollout(job.policy, self._sampling, config.model.dtype, *draw)
-            out = self._rollouts[types](*draw)
-            read = out._replace(image_embeds=None, mask=None, policy_log_probs=None)
-            judged = job.judge(rows, examples, rows.fetch(read), measure)
+                    program = compile_rollout(job.policy, self._samplings[kind], config.model.dtype, *inputs)
+                    self._rollouts[key] = program
+            out = self._rollouts[key](*inputs)
+            drawn = rows.fetch(out._replace(image_embeds=None, mask=None, policy_log_probs=None))
+            judged = job.judging(rows, examples, drawn, measure)()
             records += rows.gather_list(judged.records(measure.names, gate))[:real]
         return summarise(records, measure.names), records
 
@@ -100,8 +126,8 @@ class Best:
     @property
     def step(self) -> int | None:
         """The step with the highest score, the first of equals; None while there is none."""
-        found = {step: score for step, score in self.scores.items() if score is not None and math.isfinite(score)}
-        return max(sorted(found), key=found.get) if found else None
+        known = {step: score for step, score in self.scores.items() if score is not None and math.isfinite(score)}
+        return max(sorted(known), key=known.get, default=None)
 
     def state(self) -> dict[str, float | None]:
         """JSON-able; `restore` takes it."""
@@ -118,8 +144,8 @@ class Best:
         """{"best": what is known of it}, empty while there is none."""
         if self.step is None:
             return {}
-        found = {"metric": self.metric, "step": self.step, "score": self.scores[self.step], "scores": self.state()}
-        return {"best": found}
+        best = {"metric": self.metric, "step": self.step, "score": self.scores[self.step], "scores": self.state()}
+        return {"best": best}
 
 
 def references_as_samples(examples: Sequence[Mapping[str, Any]], columns: Callable) -> Samples:
@@ -133,19 +159,20 @@ def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
     """Means of an evaluation: {name: {"mean", "std"}} with the spread over captions, "n" captions, "invalid" scores."""
     captions = [caption for record in records for caption in record["captions"]]
     columns = {name: [caption["rewards"][name] for caption in captions] for name in names}
-    valid = np.array([[column[i] is not None for column in columns.values()] for i in range(len(captions))]).all(-1)
-    kept = {name: [value for value in column if value is not None] for name, column in columns.items()}
-    kept["b_capscore"] = [caption["b_capscore"] for caption in captions if caption["b_capscore"] is not None]
-    for name in ("words", "tokens", "in_band", "truncated"):
-        kept[name] = [float(caption[name]) for caption in captions]
-    summary: dict[str, Any] = {name: _spread(column) for name, column in kept.items()}
+    invalid = sum(None in scores for scores in zip(*columns.values(), strict=True))
+    for name in ("b_capscore", "words", "tokens", "in_band", "truncated"):
+        columns[name] = [caption[name] for caption in captions]
+    summary: dict[str, Any] = {
+        name: _spread([float(value) for value in column if value is not None]) for name, column in columns.items()
+    }
     if set(OBJECTIVES) <= set(names):
         # Equal to the mean of the captions' own scores up to rounding; kept as the metric's one definition.
-        values = [np.array([value or 0.0 for value in columns[name]]) for name in OBJECTIVES]
-        whole = np.array([[columns[name][i] is not None for name in OBJECTIVES] for i in range(len(captions))]).all(-1)
-        summary["b_capscore"]["mean"] = _finite(b_capscore(*values, whole))
-        summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, whole)), "std": None}
-    return summary | {"n": len(captions), "images": len(records), "invalid": int((~valid).sum())}
+        objectives = [columns[name] for name in OBJECTIVES]
+        values = [np.array([value or 0.0 for value in column]) for column in objectives]
+        complete = np.array([None not in scores for scores in zip(*objectives, strict=True)])
+        summary["b_capscore"]["mean"] = _finite(b_capscore(*values, complete))
+        summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, complete)), "std": None}
+    return summary | {"n": len(captions), "images": len(records), "invalid": invalid}
 
 
 def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]) -> None:
@@ -167,12 +194,12 @@ def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], image
 
 def batches(examples: Sequence[Mapping[str, Any]], size: int, columns: Callable) -> list[tuple[Mapping[str, Any], int]]:
     """Columns of `size` examples at a time; the last is filled up with its first examples. -> [(columns, real rows)]"""
-    cut = []
+    result = []
     for start in range(0, len(examples), size):
         rows = list(examples[start : start + size])
         filled = rows + [rows[i % len(rows)] for i in range(size - len(rows))]
-        cut.append((columns(filled), len(rows)))
-    return cut
+        result.append((columns(filled), len(rows)))
+    return result
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

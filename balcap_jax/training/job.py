@@ -1,36 +1,27 @@
-"""What the stages of training share: the job, its optimiser, what is frozen, and judged captions."""
+"""What the stages of training share: the job, the form of a stage, and judged captions."""
 
 import dataclasses
-import functools
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from balcap_jax import train_step
-from balcap_jax.cli.errors import UserError
-from balcap_jax.config.recipes import stage_order
 from balcap_jax.data.words import count_words
-from balcap_jax.models import lora
-from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.models.policy import Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import Rows, take
 from balcap_jax.rewards import RewardFn
 from balcap_jax.rewards.base import Samples, Scores
 from balcap_jax.rewards.bcapscore import harmonic_mean, three_of
-from balcap_jax.rollout import Rollout, Sampling
+from balcap_jax.rollout import Rollout, example_keys
 from balcap_jax.train_step import TrainState
+from balcap_jax.training.programs import Programs
 from balcap_jax.training.progress import PhaseClock
-
-# Samples of evaluations draw from a stream of their own: no training step has this number.
-EVALUATION_STEP = 2**31 - 1
 
 
 def to_samples(
@@ -70,25 +61,21 @@ class Judged:
         words = np.array([[count_words(text) for text in group] for group in self.captions])
         reference_words = np.array([count_words(text) for text in examples["reference"]])
         inside = in_band(words, reference_words, *gate)
-        *three, whole = three_of(scores.rewards, scores.valid, names)
-        balanced = 100.0 * harmonic_mean(*three)
+        *objectives, complete = three_of(scores.rewards, scores.valid, names)
+        balanced = 100.0 * harmonic_mean(*objectives)
 
         def caption(b: int, g: int) -> dict[str, Any]:
             valid, rewards = scores.valid[b, g], scores.rewards[b, g]
-            ours = {
+            record = {
                 "caption": self.captions[b][g],
                 "words": int(words[b, g]),
                 "tokens": int(self.tokens[b, g]),
                 "truncated": bool(self.truncated[b, g]),
                 "in_band": bool(inside[b, g]),
                 "rewards": {name: float(rewards[k]) if valid[k] else None for k, name in enumerate(names)},
-                "b_capscore": float(balanced[b, g]) if whole[b, g] else None,
+                "b_capscore": float(balanced[b, g]) if complete[b, g] else None,
             }
-            return {
-                **ours,
-                **scores.detail[b][g],
-                **ours,
-            }  # Whatever names a detail uses, these are ours.
+            return record | scores.detail[b][g] | record  # A detail may use these names, and must not win.
 
         return [
             {
@@ -119,16 +106,20 @@ def picture_file(example_id: str) -> str:
 
 Examples = Mapping[str, Any]
 
-# (step, failed, calls): called when the captions of a step are judged and nothing is being asked; whether to ask more.
+# (step, failed, calls) -> whether to ask more. It is called when a step's captions are judged and nothing is asked.
 Settle = Callable[[int, int, int], bool]
 
-# The stages that train adapters, where there are any.
-LORA_STAGES = ("sft", "rl")
+
+def _always(*_: int) -> bool:
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    measure: what evaluations score; None = the reward.
+    """
 
     config: ConfigDict
     mesh: Mesh
@@ -136,27 +127,36 @@ class Job:
     processor: PromptProcessor
     reward: RewardFn
     clock: PhaseClock
-    measure: RewardFn | None = None  # what evaluations score; None = the reward
+    measure: RewardFn | None = None
+    settle: Settle = _always
+
+    def programs(self, stage: str) -> Programs:
+        return Programs(self.config, stage, self.mesh, self.policy, self.processor)
 
     def rows(self, batch_size: int) -> Rows:
-        """Which rows of a batch this process has; what follows takes and gives those, B being split by process."""
+        """The rows of a batch that this process has; the methods below take and give those."""
         return Rows(self.mesh, batch_size)
-
-    def put_scalar(self, value: int) -> jax.Array:
-        with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.
-            return jax.make_array_from_callback((), sharding.replicated(self.mesh), lambda _: np.uint32(value))
 
     def prompt(self, examples: Examples) -> Prompt:
         """Host arrays of the prompts of `examples`."""
         texts = [self.config.data.prompt or text for text in examples["prompt"]]
         return self.processor(examples["image"], texts, examples["id"])
 
-    def judge(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Judged:
-        """Has `reward` score this process's own of the held rows, which `examples` and `drawn` (host arrays) hold."""
-        return self.asking(rows, examples, drawn, reward)()
+    def rollout_inputs(self, rows: Rows, examples: Examples, step: int) -> tuple[Any, ...]:
+        """The arguments of a rollout behind the parameters; `step` gives its random numbers."""
+        prompt, keys = rows.put((self.prompt(examples), example_keys(examples["id"])))
+        return prompt, keys, self._put_scalar(self.config.seed), self._put_scalar(step)
 
-    def asking(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Callable[[], Judged]:
-        """`judge` as a function that any thread may call: what needs the tokenizer, which is not for two, is done."""
+    def _put_scalar(self, value: int) -> jax.Array:
+        with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.
+            return jax.make_array_from_callback((), sharding.replicated(self.mesh), lambda _: np.uint32(value))
+
+    def judging(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Callable[[], Judged]:
+        """The function that has `reward` score those of the held rows that this process judges.
+
+        `examples` and `drawn`, on the host, are the held rows. Any thread may call the function: what needs the
+        tokenizer, which is not for two threads, is done here.
+        """
         own, tokens = take(examples, rows.own), drawn.tokens[rows.own]
         shape = tokens.shape[:2]
         texts = self.processor.decode(tokens) if tokens.size else []
@@ -174,96 +174,36 @@ class Job:
         return ask
 
 
-def sampling_of(config: ConfigDict) -> Sampling:
-    """How captions are drawn in training."""
-    rollout = config.rollout
-    return Sampling(rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+class Stage(Protocol):
+    """One stage of training. Its defaults are those of a stage that asks no judge.
 
-
-def make_optimizer(config: ConfigDict, stage: str) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, a constant or cosine rate, and clipping by the global norm."""
-    settings, optim = config.stages[stage], config.optim
-    rate, warmup = settings.learning_rate, settings.warmup_steps
-    if settings.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(settings.steps, warmup) + 1)
-    else:
-        schedule = optax.linear_schedule(0.0, rate, warmup) if warmup else optax.constant_schedule(rate)
-    # Updates count from 1 here: both ends of a schedule are 0, and a step that changes nothing is a step lost.
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(
-            lambda count: schedule(count + 1),
-            optim.b1,
-            optim.b2,
-            optim.eps,
-            mu_dtype=optim.mu_dtype,
-            weight_decay=optim.weight_decay,
-        ),
-    )
-
-
-def freeze_of(config: ConfigDict, stage: str) -> str:
-    """What is not trained in `stage`, as a regular expression; with LoRA everything but adapters."""
-    freeze = config.stages[stage].freeze
-    if not (config.lora.rank and stage in LORA_STAGES):
-        return freeze
-    return f"{lora.FREEZE_BASE}|{freeze}" if freeze else lora.FREEZE_BASE
-
-
-def check_freezes(config: ConfigDict, params: Params) -> None:
-    """Raises UserError where a stage's `freeze` matches no parameter or leaves none to train; `params` may be abstract.
-
-    Raises it too where lora.targets fit nothing.
+    job: what it shares with others. programs: what it compiles. rows: which rows of a batch this process has.
+    phases: the phases of a step that tokens per second are counted over.
+    depth: batches in flight between two steps. writes_captions: whether captions are evaluated at its end.
     """
-    for stage in stage_order(config):
-        params = jax.eval_shape(functools.partial(params_of, config, stage=stage), params)
-        freeze = config.stages[stage].freeze
-        where = f"config field 'stages.{stage}.freeze' ({freeze!r})"
-        if freeze and not train_step.split(params, freeze)[1]:
-            parts = ", ".join(f"{part}/" for part in params)
-            raise UserError(f"{where} matches no parameter; their paths begin with {parts}")
-        if not train_step.split(params, freeze_of(config, stage))[0]:
-            raise UserError(f"{where} leaves no parameter to train; match fewer, or set stages.{stage}.steps to 0")
 
+    name: str
+    job: Job
+    programs: Programs
+    rows: Rows
+    writes_captions: bool
+    phases: tuple[str, ...] = ("update",)
+    depth: int = 0
 
-def params_of(config: ConfigDict, params: Params, stage: str) -> Params:
-    """The parameters as `stage` holds them, from those that it starts from.
+    def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict, Judged | None]:
+        """One update. -> (state, values for the log, the captions that this process has judged)"""
+        ...
 
-    With LoRA the first stage that imitates or reinforces captions adds the adapters and brings the base to its type.
-    Stages before it make a base where there was none, from random numbers, and train all of it. Without, what a stage
-    freezes is brought to `optim.frozen_dtype`, and what it trains is float32.
-    """
-    if not (config.lora.rank and stage in LORA_STAGES):
-        trainable, frozen = train_step.split(params, config.stages[stage].freeze)
-        trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
-        frozen = {path: leaf.astype(config.optim.frozen_dtype) for path, leaf in frozen.items()}
-        return train_step.join(trainable, frozen)
-    if lora.has_adapters(params):
-        return params
-    params = lora.add(params, config.lora.rank, config.lora.targets, jax.random.key(config.seed))
-    return lora.cast_base(params, config.lora.base_dtype)
+    def arrays(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds; see `Programs.abstract_checkpoint`."""
+        return {"state": state}
 
+    def load(self, arrays: Mapping[str, Any]) -> TrainState:
+        """Goes on from `arrays` of a checkpoint, or begins from {"state"} alone. -> the state"""
+        return arrays["state"]
 
-def start_state(job: Job, params: Params, stage: str) -> TrainState:
-    """The state before the first update of `stage`, placed on the mesh."""
-    optimizer, freeze = make_optimizer(job.config, stage), freeze_of(job.config, stage)
+    def begin(self, state: TrainState, examples: Examples, step: int) -> None:
+        """Puts the batch of `step` in flight, in a stage with a depth."""
 
-    def start(params: Params) -> TrainState:
-        return train_step.init_state(params_of(job.config, params, stage), optimizer, freeze)
-
-    placed = state_shardings(job.mesh, jax.eval_shape(start, params))
-    params = jax.device_put(params, sharding.tree_shardings(job.mesh, params))
-    return jax.jit(start, out_shardings=placed)(params)
-
-
-def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """Shardings of an (abstract) state: moments live where their parameters live, counters everywhere."""
-    params = sharding.tree_shardings(mesh, state.params)
-
-    def moment(path, leaf):
-        # The last key of a moment's path is its parameter's path: the optimiser sees a flat dict.
-        name = getattr(path[-1], "key", None) if path else None
-        return sharding.tree_shardings(mesh, {name: leaf})[name] if isinstance(name, str) else sharding.replicated(mesh)
-
-    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
-    return TrainState(sharding.replicated(mesh), params, opt_state, sharding.replicated(mesh))
+    def finish_judging(self) -> None:
+        """Returns when nothing is being asked: a judge is asked one thing after the other."""

@@ -44,7 +44,7 @@ class MetricsWriter:
         with writing_below(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: each line is one write, whole on disk when `write` returns, whatever kills the process next.
-            self._file = self._reopen(lambda record: True)
+            self._reopen(lambda record: True)
         if tensorboard:
             self._events = EventFile(self.path.parent / "tensorboard")
         if wandb:
@@ -64,13 +64,12 @@ class MetricsWriter:
         """
         if not self.enabled:
             return 0
-        before = _count_lines(self.path)
         with writing_below(self.path):
             self._file.close()
-            self._file = self._reopen(lambda record: record["step"] <= after_step)
+            dropped = self._reopen(lambda record: record["step"] <= after_step)
         if self._events is not None:
             self._events.purge(after_step + 1)
-        return before - _count_lines(self.path)
+        return dropped
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
         """Appends one line; NaN and infinities become null, since JSON has no word for them."""
@@ -109,14 +108,15 @@ class MetricsWriter:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _reopen(self, keep: Callable[[dict], bool]) -> IO[bytes]:
-        """Rewrites the file without a torn last line and lines not to `keep`, and opens it for appending."""
-        if self.path.exists():
-            old = read_bytes(self.path)
-            kept = b"".join(line + b"\n" for line, record in _records(self.path, old) if keep(record))
-            if kept != old:
-                replace_file(self.path, kept)
-        return self.path.open("ab", buffering=0)
+    def _reopen(self, keep: Callable[[dict], bool]) -> int:
+        """Opens the file without a torn last line and the lines not to `keep`. -> the number of those"""
+        old = read_bytes(self.path) if self.path.exists() else b""
+        records = list(_records(self.path, old))
+        lines = [line + b"\n" for line, record in records if keep(record)]
+        if b"".join(lines) != old:
+            replace_file(self.path, b"".join(lines))
+        self._file = self.path.open("ab", buffering=0)
+        return len(records) - len(lines)
 
 
 # Events are flushed (and synced) at most this often: a flush each step would cost fast SFT steps dearly.
@@ -222,10 +222,6 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[bytes, dict]]:
         yield line, record
     if not lines and rest and not rest.startswith(b"{"):
         raise UserError(f"{path}, line 1 is no record of a run; {remedy}")
-
-
-def _count_lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def _json_number(value: Any) -> int | float | None:

@@ -15,7 +15,7 @@ PACKAGES = ("balcap-jax", "jax", "flax", "optax", "orbax-checkpoint", "transform
 def use_compilation_cache(data_dir: str | os.PathLike = "~/.cache/balcap_jax") -> None:
     """Keeps compiled programs below `data_dir`, so that a resumed or repeated command starts at once.
 
-    JAX_COMPILATION_CACHE_DIR, where it is set, says otherwise.
+    JAX_COMPILATION_CACHE_DIR, where it is set, takes precedence.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(resolved(data_dir) / "compiled"))
@@ -23,11 +23,12 @@ def use_compilation_cache(data_dir: str | os.PathLike = "~/.cache/balcap_jax") -
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """{package: version} of Python and of those of PACKAGES that are installed."""
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            result[package] = importlib.metadata.version(package)
+    return result
 
 
 def device_text() -> str:

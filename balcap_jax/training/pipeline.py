@@ -16,13 +16,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from balcap_jax.models.policy import Params, Policy, Prompt
-from balcap_jax.parallel import sharding
-from balcap_jax.rollout import Rollout, Sampling
+from balcap_jax.models.policy import Prompt
+from balcap_jax.rollout import Rollout
 from balcap_jax.training.job import Judged
 
 
@@ -33,41 +29,41 @@ class Judging:
     """
 
     def __init__(self, ask: Callable[[], Judged]):
-        self._found: Future[Judged] = Future()
-        self._taken = self._waited = 0.0
+        self._answer: Future[Judged] = Future()
+        self._elapsed = self._waited = 0.0
         threading.Thread(target=self._run, args=(ask,), name="judging", daemon=True).start()
 
     def wait(self) -> Judged:
-        """What was found, once it is there; raises what `ask` raised."""
-        begun = time.perf_counter()
+        """The answer, once it is there; raises what `ask` raised."""
+        start = time.perf_counter()
         try:
-            return self._found.result()
+            return self._answer.result()
         finally:
-            self._waited += time.perf_counter() - begun
+            self._waited += time.perf_counter() - start
 
     @property
     def hidden(self) -> float:
         """Seconds of judging that nobody waited for; to be read after `wait`."""
-        return max(self._taken - self._waited, 0.0)
+        return max(self._elapsed - self._waited, 0.0)
 
     def _run(self, ask: Callable[[], Judged]) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             with jax.transfer_guard("disallow"):  # The main thread's guard does not hold here.
-                found = ask()
+                judged = ask()
         except BaseException as error:
-            self._found.set_exception(error)
+            self._answer.set_exception(error)
         else:
-            self._taken = time.perf_counter() - begun
-            self._found.set_result(found)
+            self._elapsed = time.perf_counter() - start
+            self._answer.set_result(judged)
 
 
 @dataclasses.dataclass
 class Flight:
     """A batch that is sampled and not yet learnt from.
 
-    prompt and out (its `image_embeds` in particular) are on the mesh; drawn is `out` on the host, without
-    `image_embeds`, the rows that this process holds, which are those of `examples`.
+    `prompt` and `out`, with its `image_embeds`, are on the mesh. `drawn` is `out` on the host without `image_embeds`,
+    in the rows that this process holds, which are those of `examples`.
     """
 
     examples: Mapping[str, Any]
@@ -75,30 +71,3 @@ class Flight:
     out: Rollout
     drawn: Rollout
     judging: Judging | None = None
-
-
-def kept(mesh: Mesh, out: Rollout) -> Rollout:
-    """What a checkpoint holds of a rollout, laid out as it is restored: programs are compiled for one layout."""
-    return jax.device_put(out, sharding.batch_sharding(mesh))
-
-
-def abstract_kept(
-    mesh: Mesh, policy: Policy, processor: Any, params: Params, batch_size: int, sampling: Sampling
-) -> Rollout:
-    """Shapes, types and layout of what `kept` returns; `params` may be abstract."""
-    blank = processor([np.zeros((64, 64, 3), np.uint8)], [""])
-    embeds = jax.eval_shape(policy.encode, params, blank.images)
-
-    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-
-    branch = (sampling.group_size,)
-    tokens = (*branch, sampling.max_tokens)
-    return Rollout(
-        tokens=of(tokens, jnp.int32),
-        mask=of(tokens, bool),
-        policy_log_probs=of(tokens, jnp.float32),
-        lengths=of(branch, jnp.int32),
-        truncated=of(branch, bool),
-        image_embeds=of(embeds.shape[1:], embeds.dtype),
-    )

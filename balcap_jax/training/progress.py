@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, and the progress line."""
+"""Where the seconds of a run go: the clock of its phases, traces of its steps, and the progress line."""
 
 import contextlib
 import math
@@ -6,13 +6,15 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
-STEP_PHASES = ("rollout", "judge", "update")
-HIDDEN = "time/judge_hidden"
+import jax
 
-"""Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum."""
+STEP_PHASES = ("rollout", "judge", "update")
+# Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum.
+HIDDEN = "time/judge_hidden"
 
 
 class PhaseClock:
@@ -22,8 +24,7 @@ class PhaseClock:
     `phase("rollout")` can be told apart by `phase("compile")`, and the totals add up to the wall time. One thread only.
     """
 
-    def __init__(self, step_phases: tuple[str, ...] = STEP_PHASES, *, now: Callable[[], float] = time.perf_counter):
-        self._step_phases = step_phases
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._mark = now()
         self._open: list[str] = []
@@ -35,7 +36,8 @@ class PhaseClock:
         self._attribute()
         self._open.append(name)
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             self._attribute()
             self._open.pop()
@@ -47,7 +49,7 @@ class PhaseClock:
         totals only, so that they do not distort the time of a step. Call it once before the loop to leave set-up out.
         """
         self._attribute()
-        seconds = {f"time/{name}": self._step.get(name, 0.0) for name in (*self._step_phases, "other")}
+        seconds = {f"time/{name}": self._step.get(name, 0.0) for name in (*STEP_PHASES, "other")}
         self._step = {}
         return seconds
 
@@ -72,6 +74,42 @@ class PhaseClock:
         name = self._open[-1] if self._open else "other"
         self._step[name] = self._step.get(name, 0.0) + elapsed
         self._total[name] = self._total.get(name, 0.0) + elapsed
+
+
+class ProfileWindow:
+    """Traces the steps of a window "first:last" with JAX's profiler into `directory`, as xprof and TensorBoard read it.
+
+    An empty window traces nothing, and so does one that is not `enabled`: every process but 0, since processes of one
+    host would write the same file. Each step is the event "train" with its number, and each phase of the clock is an
+    event of the phase's name. A window that the run ends inside is closed when the `with` block ends. `say` gets the
+    line that tells where the trace is.
+    """
+
+    def __init__(self, window: str, directory: Path, *, enabled: bool = True, say: Callable[[str], None] = print):
+        self._steps: Sequence[int] = ()
+        if window and enabled:
+            first, last = map(int, window.split(":"))
+            self._steps = range(first, last + 1)
+        self._directory, self.say = directory, say
+        self._traced: list[int] = []
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """The block is step `step`."""
+        if step in self._steps:
+            if not self._traced:
+                jax.profiler.start_trace(self._directory)
+            self._traced.append(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if step in self._steps[-1:]:
+            self.close()
+
+    def close(self) -> None:
+        if self._traced:
+            jax.profiler.stop_trace()
+            self.say(f"profile of the steps {self._traced[0]} to {self._traced[-1]}: {self._directory}")
+            self._traced = []
 
 
 LINE_WIDTH = 140

@@ -22,7 +22,7 @@ from balcap_jax.train_step import (
     finalise,
     masked_mean,
 )
-from balcap_jax.training.job import Examples, Job, Settle, freeze_of, make_optimizer
+from balcap_jax.training.job import Examples, Job, Stage
 
 
 class VisionBatch(NamedTuple):
@@ -32,18 +32,15 @@ class VisionBatch(NamedTuple):
     labels: jax.Array
 
 
-class VisionStage:
+class VisionStage(Stage):
     """Pretraining of the vision tower on what is seen where, the miniature's stand-in for CLIP."""
 
-    phases = ("update",)
+    name = "vision"
     writes_captions = False
-    depth = 0
 
-    def __init__(self, job: Job, reference: Params | None = None, settle: Settle | None = None):
-        del reference, settle
-        settings = job.config.stages.vision
-        self.job = job
-        self.rows = job.rows(settings.batch_size)
+    def __init__(self, job: Job):
+        self.job, self.programs = job, job.programs("vision")
+        self.rows = job.rows(self.programs.settings.batch_size)
         # Families differ in the number of features that a tower of some width gives.
         size, processor = job.config.model.image_size, job.processor
         blank = processor([np.zeros((size, size, 3), np.uint8)], [""])
@@ -62,25 +59,20 @@ class VisionStage:
                 "the stage vision needs as many as there may be, in a square; set model.max_image_tokens to a square "
                 "number that the picture fills, or leave the stage out"
             )
-        self._step = make_vision_step(
-            job.policy,
-            make_optimizer(job.config, "vision"),
-            labels.CLASSES,
-            freeze=freeze_of(job.config, "vision"),
-            micro_batches=settings.micro_batches,
-        )
-        self._program: Any = None
+        self._update: Any = None
 
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], None]:
         """One update on the examples' images. -> (state, values for the log, no samples)"""
         job = self.job
         classes = np.stack([labels.of_tokens(Scene.from_json(text), self._side) for text in examples["scene"]])
         batch = VisionBatch(*self.rows.put((job.prompt(examples).images, classes)))
-        if self._program is None:
+        if self._update is None:
+            options = {"freeze": self.programs.freeze, "micro_batches": self.programs.settings.micro_batches}
+            update = make_vision_step(job.policy, self.programs.optimizer, labels.CLASSES, **options)
             with job.clock.phase("compile"):
-                self._program = self._step.lower(state, batch).compile()
+                self._update = update.lower(state, batch).compile()
         with job.clock.phase("update"):
-            state, metrics = self._program(state, batch)
+            state, metrics = self._update(state, batch)
             values = finalise(metrics)
         return state, values | {"tokens": float(math.prod(batch.labels.shape[:-1]))}, None
 
@@ -92,7 +84,7 @@ def make_vision_step(
     *,
     freeze: str = "",
     micro_batches: int = 1,
-) -> "CompiledStep":
+) -> CompiledStep:
     """The compiled update of vision pretraining: every image token is classified by each of A attributes.
 
     It stands in for the pretraining that a real model's CLIP tower brings. The classifier is a fixed orthonormal map

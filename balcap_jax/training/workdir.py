@@ -15,13 +15,12 @@ from balcap_jax.cli.files import hold_lock, make_directory, read_bytes, read_jso
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import damaged
 from balcap_jax.parallel import distributed
+from balcap_jax.training.evaluation import KINDS
 from balcap_jax.training.logging import writing_below
 
 # What a run writes.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
-DIRECTORIES = ("best", "checkpoints", "model", "samples", "tensorboard")
-# Evaluations in summary.json: of sampled captions, and of greedy ones.
-KINDS = ("evaluations", "greedy")
+DIRECTORIES = ("best", "checkpoints", "model", "profile", "samples", "tensorboard")
 
 # Disks that several hosts share show a new file elsewhere after some seconds.
 _SHARED_SECONDS = 30
@@ -29,22 +28,22 @@ _SHARED_SECONDS = 30
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Holds the workdir: refuses one of another config's run, or one that another process is training in.
+    """Holds the workdir. It refuses that of another config's run, and one that another process is training in.
 
-    Of the processes of one run the first holds it, and the others look whether they see the same directory.
+    Of the processes of one run the first holds it, and the others check that they see the same directory.
 
     Raises:
       UserError: the workdir is another run's, cannot be written, or is not shared by all processes.
     """
     if not distributed.is_first():
-        see_claim(workdir)
+        _see_claim(workdir)
         yield
         return
     try:
         str(workdir).encode()
     except UnicodeEncodeError as error:  # Orbax would say so at the first checkpoint.
         raise UserError(f"workdir {workdir} is not UTF-8 text; choose another --workdir") from error
-    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
     lock = _hold(workdir)
     try:
         for name in (*FILES, *DIRECTORIES):
@@ -65,7 +64,7 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
         if not (workdir / "config.json").is_file():  # No run has begun here: a refused one leaves nothing behind.
             with contextlib.suppress(OSError):
                 (workdir / ".lock").unlink()
-                for path in made:
+                for path in missing:
                     path.rmdir()
         os.close(lock)
 
@@ -85,7 +84,7 @@ def _hold(workdir: Path) -> int:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(lock), os.stat(workdir / ".lock")):
                 return lock
-        os.close(lock)  # It was that of a run which was refused, and is gone.
+        os.close(lock)  # Another run made the file, was refused, and has removed it.
 
 
 def is_held(workdir: Path) -> bool:
@@ -100,8 +99,8 @@ def is_held(workdir: Path) -> bool:
         os.close(lock)
 
 
-def see_claim(workdir: Path) -> None:
-    """Returns when the workdir that process 0 has claimed is seen here; raises UserError when it is another disk's."""
+def _see_claim(workdir: Path) -> None:
+    """Returns when this process sees the claim of process 0. Raises UserError when it sees another disk."""
     token = distributed.from_first(None)
     deadline = time.monotonic() + _SHARED_SECONDS
     while True:
@@ -149,37 +148,6 @@ def read_summary(workdir: Path) -> dict[str, Any]:
         if not isinstance(evaluations, dict) or not all(isinstance(means, dict) for means in evaluations.values()):
             raise UserError(f"{path} is no summary of a run ({kind} must hold an object for each evaluation); {remedy}")
     return summary
-
-
-def check_saved(saved: dict[str, Any], path: Path) -> None:
-    """Raises UserError unless `saved`, the JSON part of the checkpoint `path`, holds what `train` goes on from."""
-    clock, failures, best = saved.get("clock"), saved.get("failures"), saved.get("best", {})
-    right = {
-        "stage": isinstance(saved.get("stage"), str),
-        "iterator": isinstance(saved.get("iterator"), str | bytes | dict),
-        "clock": isinstance(clock, dict) and all(isinstance(value, int | float) for value in clock.values()),
-        "failures": isinstance(failures, list) and all(_is_pair(entry) for entry in failures),
-        "best": isinstance(best, dict) and all(_is_score(step, score) for step, score in best.items()),
-    }
-    for name, is_right in right.items():
-        if not is_right:
-            raise not_ours(path, name)
-
-
-def not_ours(path: Path, name: str) -> UserError:
-    """What to say of the checkpoint `path`, whose JSON part has no usable `name`."""
-    return UserError(
-        f"unreadable checkpoint {path}: {name} is missing or odd in its part extra; delete this directory to go on "
-        "from the checkpoint before it, or choose another workdir"
-    )
-
-
-def _is_score(step: str, score: Any) -> bool:
-    return step.isdecimal() and isinstance(score, int | float | None)
-
-
-def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
 
 
 def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from balcap_jax.aot import __main__ as aot
 from balcap_jax.aot import hlo, memory
 from balcap_jax.config import recipes as configuration
+from balcap_jax.training.programs import of_last_stage
 
 ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
@@ -154,25 +155,25 @@ def test_the_text_names_each_kind_of_traffic():
 def test_model_flops_of_the_recipe_by_hand():
     """Qwen2.5-VL-3B: 6 per weight and token, half the frozen side's; whole squares of attention."""
     config = configuration.load("configs/qwen25vl_3b.py")
-    job, params = memory.job_of(config)
+    programs, params = of_last_stage(config)
     layer = 2048 * 128 * (16 + 2 + 2) + 2048 * 2048 + 3 * 2048 * 11008
     prompt, group, length = 512, 8, 1024
     tokens = prompt + group * length
     by_hand = 6 * 36 * layer * tokens + 6 * 151936 * 2048 * group * length
     by_hand += 12 * 36 * 16 * 128 * (prompt**2 + group * length * (prompt + length))
-    assert memory.model_flops(job, params, "rl", 1, group, length) == pytest.approx(by_hand, rel=1e-6)
-    repeated = memory.model_flops(job, params, "rl", 1, group, length, repeated=True)
+    assert memory.model_flops(programs, params, 1, group, length) == pytest.approx(by_hand, rel=1e-6)
+    repeated = memory.model_flops(programs, params, 1, group, length, repeated=True)
     assert by_hand < repeated < 1.5 * by_hand
 
     # A reference runs forward beside it.
-    job, params = memory.job_of(configuration.load("configs/qwen25vl_3b.py", {"loss.kl_coef": "0.1"}))
+    programs, params = of_last_stage(configuration.load("configs/qwen25vl_3b.py", {"loss.kl_coef": "0.1"}))
     with_reference = by_hand + 2 * 36 * layer * tokens + 2 * 151936 * 2048 * group * length
     with_reference += 4 * 36 * 16 * 128 * (prompt**2 + group * length * (prompt + length))
-    assert memory.model_flops(job, params, "rl", 1, group, length) == pytest.approx(with_reference, rel=1e-6)
+    assert memory.model_flops(programs, params, 1, group, length) == pytest.approx(with_reference, rel=1e-6)
 
     # With adapters of rank 64 no weight of the base has a gradient of its own.
-    job, params = memory.job_of(configuration.load("configs/qwen25vl_3b.py:lora"))
+    programs, params = of_last_stage(configuration.load("configs/qwen25vl_3b.py:lora"))
     adapters = 64 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11008))
     with_adapters = 4 * 36 * layer * tokens + 6 * 36 * adapters * tokens + 4 * 151936 * 2048 * group * length
     with_adapters += 12 * 36 * 16 * 128 * (prompt**2 + group * length * (prompt + length))
-    assert memory.model_flops(job, params, "rl", 1, group, length) == pytest.approx(with_adapters, rel=1e-6)
+    assert memory.model_flops(programs, params, 1, group, length) == pytest.approx(with_adapters, rel=1e-6)

@@ -16,7 +16,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes as config_lib
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 from balcap_jax.train_step import init_state, split, vision_is_frozen
-from balcap_jax.training.job import LORA_STAGES, check_freezes, freeze_of, make_optimizer, params_of
+from balcap_jax.training.programs import LORA_STAGES, check_freezes, freeze_of, make_optimizer, params_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCENES = ["", "tiny", "qwen", "lora", "tiny,qwen", "qwen,lora", "tiny,lora,qwen"]

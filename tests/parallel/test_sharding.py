@@ -20,7 +20,7 @@ from balcap_jax.models import lora
 from balcap_jax.parallel import sharding
 from balcap_jax.rollout import Sampling, compile_rollout, example_keys
 from balcap_jax.train_step import RLBatch, RLObjective, SFTBatch, finalise, init_state, make_rl_step, make_sft_step
-from balcap_jax.training.job import state_shardings
+from balcap_jax.training.programs import state_shardings
 from balcap_jax.training.vision_stage import VisionBatch, make_vision_step
 
 B, G, R, V = 16, 4, 9, 24

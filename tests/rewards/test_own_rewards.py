@@ -17,9 +17,9 @@ from balcap_jax.data.input import as_columns
 from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import LinguisticVerdict
 from balcap_jax.rewards.base import Scores
-from balcap_jax.train import failure_budget_spent
 from balcap_jax.training.evaluation import references_as_samples, summarise
 from balcap_jax.training.job import Judged
+from balcap_jax.training.run import failure_budget_spent
 
 SAMPLES = make_samples([["a", "b", "c"]] * 2)
 

@@ -21,6 +21,7 @@ from commands import (
 from balcap_jax import train as training
 from balcap_jax.parallel import sharding
 from balcap_jax.training.checksums import seal
+from balcap_jax.training.workdir import claim
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_prompt_that_is_too_long_does_not_take_the_workdir(tmp_path, refused):
 
 
 def test_two_processes_in_one_workdir(tmp_path, refused):
-    with training.claim(tmp_path, None):
+    with claim(tmp_path, None):
         assert refused(tmp_path) == (f"error: another process is training in {tmp_path}; choose another --workdir")
 
 

@@ -15,8 +15,8 @@ from tiny_llava import G, R, make_params, make_policy, make_prompt, make_respons
 
 from balcap_jax import advantages
 from balcap_jax.config.recipes import default_config
-from balcap_jax.train import failure_budget_spent, failure_window
 from balcap_jax.train_step import RLBatch, RLObjective, finalise, init_state, make_rl_step
+from balcap_jax.training.run import failure_budget_spent, failure_window
 
 NAMES = ("precision", "recall", "linguistic")
 CALLS = 4 * 3 * len(NAMES)  # of a step of the recipe

@@ -38,8 +38,9 @@ from balcap_jax.rewards import Scores
 from balcap_jax.rollout import make_rollout
 from balcap_jax.train import STAGES
 from balcap_jax.training.checkpoint import Checkpointer
-from balcap_jax.training.job import Job, sampling_of, start_state
-from balcap_jax.training.pipeline import Judging, abstract_kept
+from balcap_jax.training.job import Job
+from balcap_jax.training.pipeline import Judging
+from balcap_jax.training.programs import Programs
 from balcap_jax.training.progress import HIDDEN, PhaseClock
 from balcap_jax.training.stages import RLStage
 
@@ -238,11 +239,12 @@ def run(data_dir) -> Run:
     policy, processor = models.build(config.model, splits.tokenizer)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
     reward = Listener()
-    job = Job(config, mesh, policy, processor, reward, PhaseClock())
+    job = Job(config, mesh, policy, processor, reward, PhaseClock(), settle=lambda *_: made.goes_on)
+    stage = RLStage(job)
     made = Run(
-        RLStage(job, settle=lambda *_: made.goes_on),
+        stage,
         reward,
-        start_state(job, jax.jit(policy.init)(jax.random.key(0)), "rl"),
+        stage.load({"state": stage.programs.start(jax.jit(policy.init)(jax.random.key(0)))}),
         iter(make_dataset(splits.train, batch_size=4, seed=0, threads=0)),
     )
     made.begin()
@@ -344,9 +346,7 @@ def test_a_judge_may_not_copy_unseen_either():
 
 
 def test_a_checkpoint_is_restored_in_the_layout_in_which_rollouts_are_kept(run):
-    job = run.stage.job
-    size = job.config.stages.rl.batch_size
-    wanted = abstract_kept(job.mesh, job.policy, job.processor, run.state.params, size, sampling_of(job.config))
+    wanted = run.stage.programs.abstract_rollout(run.state.params)
     run.begin()
     found = run.stage.in_flight
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
@@ -359,8 +359,9 @@ def test_shapes_of_another_family(run):
 
     config = load(**QWEN)
     policy, processor = models.build(config.model, run.stage.job.processor.tokenizer)
-    params, sampling = jax.eval_shape(policy.init, jax.random.key(0)), sampling_of(config)
-    wanted = abstract_kept(run.stage.job.mesh, policy, processor, params, 4, sampling)
+    programs = Programs(config, "rl", run.stage.job.mesh, policy, processor)
+    params, sampling = jax.eval_shape(policy.init, jax.random.key(0)), programs.sampling
+    wanted = programs.abstract_rollout(params)
     prompt = processor([np.zeros((30, 40, 3), np.uint8)] * 4, ["describe"] * 4)
     number = jax.ShapeDtypeStruct((), jnp.uint32)
     rollout = make_rollout(policy, sampling)

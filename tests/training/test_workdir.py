@@ -7,7 +7,8 @@ import pytest
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes as configuration
-from balcap_jax.training.workdir import DIRECTORIES, FILES, check_saved, claim, read_summary
+from balcap_jax.training.run import read_position
+from balcap_jax.training.workdir import DIRECTORIES, FILES, claim, read_summary
 
 CONFIG = configuration.default_config()
 SAVED = {"stage": "rl", "iterator": {"next": 3}, "clock": {"other": 1.5, "save": 2}, "failures": [[0, 9], [1, 9]]}
@@ -119,7 +120,9 @@ def test_summary(tmp_path):
 
 
 def test_checkpoint_of_ours(tmp_path):
-    check_saved(SAVED, tmp_path)
+    position = read_position(SAVED, tmp_path / "8")
+    assert position.model_dump(include=SAVED.keys()) == SAVED
+    assert position.step == 8
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_checkpoint_of_ours(tmp_path):
     ],
 )
 def test_checkpoint_of_something_else(tmp_path, name, value):
-    message = message_of(check_saved, SAVED | {name: value}, tmp_path / "8")
+    message = message_of(read_position, SAVED | {name: value}, tmp_path / "8")
     assert message.startswith(f"unreadable checkpoint {tmp_path}/8: {name} is missing or odd in its part extra; delete")
     without = {key: entry for key, entry in SAVED.items() if key != name}
-    assert message_of(check_saved, without, tmp_path / "8") == message
+    assert message_of(read_position, without, tmp_path / "8") == message
