@@ -69,11 +69,8 @@ class CaptionQA(Metric):
     name = "captionqa"
     prompts = (prompts.name_of("choice"),)
     max_tokens = 64
-
-    def __init__(self, max_tokens: int | None = None):
-        super().__init__(max_tokens)
-        self._domains: list[str] = []
-        self._skipped = 0
+    _domains: Sequence[str] = ()
+    _skipped = 0
 
     def items(self, captions: Mapping[str, str], questions: Path) -> list[Item]:
         """One item per usable question, in the order of the file, all shuffled by one generator, as published.

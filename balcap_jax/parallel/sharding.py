@@ -10,6 +10,7 @@ goes from the one layout to the other, once per rollout.
 
 import contextlib
 import contextvars
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -293,8 +294,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 # ------------------------------------------------------------------------------------------------- small parts
 
 
-def _name(path: tuple) -> str:
-    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def _spec(table: Table, axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:

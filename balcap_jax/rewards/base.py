@@ -71,6 +71,16 @@ class RewardFn(Protocol):
     def __call__(self, samples: Samples) -> Scores: ...
 
 
+class Reward:
+    """Base of the rewards of this package, each a `RewardFn`. One that says nothing else reads and asks nothing."""
+
+    needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
+
+    def __init__(self, judge: Judge | None = None, settings: Mapping[str, Any] | None = None):
+        self.judge, self.settings = judge, settings or {}
+
+
 Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is none; and what a report shows of it
 
 

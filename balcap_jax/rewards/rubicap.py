@@ -4,21 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from balcap_jax.judges.schema import Failure, Judge, RubricQuestion, RubricVerdict
-from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+from balcap_jax.judges.schema import Failure, RubricQuestion, RubricVerdict
+from balcap_jax.rewards.base import Reward, Samples, Scored, Scores, ask_all, collect
 
 
-class RubicapReward:
+class RubicapReward(Reward):
     """K = 1: the weights of the criteria that a caption meets over all weights, in [0, 1]."""
 
     names: tuple[str, ...] = ("rubric",)
     gated: tuple[bool, ...] = (False,)
     needs: tuple[str, ...] = ("rubrics",)
     asks: tuple[str, ...] = ("rubric",)
-
-    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
-        del settings
-        self.judge = judge
 
     def __call__(self, samples: Samples) -> Scores:
         """A detail holds "rubric", [{"criterion", "weight", "passed"}]."""

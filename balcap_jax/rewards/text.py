@@ -1,14 +1,10 @@
 """Recall and language alone: the objectives for a judge that sees no pictures."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.balcap import score_text
-from balcap_jax.rewards.base import Samples, Scores, collect
+from balcap_jax.rewards.base import Reward, Samples, Scores, collect
 
 
-class TextReward:
+class TextReward(Reward):
     """K = 2: BalCap without precision, for a judge that is a language model without eyes.
 
     Nothing punishes invention: a caption that names everything scores. It serves where there is no vision model, and
@@ -19,10 +15,6 @@ class TextReward:
     gated: tuple[bool, ...] = (False, True)
     needs: tuple[str, ...] = ("reference_units",)
     asks: tuple[str, ...] = ("recall", "linguistic")
-
-    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
-        del settings
-        self.judge = judge
 
     def __call__(self, samples: Samples) -> Scores:
         """Rewards [B, G, 2]; a detail is that of `BalCapReward` without its assertions."""
