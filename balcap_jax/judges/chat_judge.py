@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import pydantic
 
 from balcap_jax.cli.errors import UserError
@@ -132,7 +131,7 @@ class RemoteJudge(Judge):
             case schema.RecallQuestion():
                 units = list(question.units)
                 check = numbered(range(1, len(units) + 1), "units", lambda answer: [each.unit for each in answer.units])
-                ask = self._ask(question, of_length(_Recall, len(units)), check=check, units=units)
+                ask = self._ask(question, of_length(_Recall, len(units)), {"units": units}, check=check)
                 return ask, schema.RecallVerdict(covered=[False] * len(units))
             case schema.LinguisticQuestion():
                 lowest = schema.LinguisticVerdict(clarity=1, fluency=1, coherency=1)
@@ -140,30 +139,23 @@ class RemoteJudge(Judge):
             case schema.ChoiceQuestion():
                 options = [list(option) for option in question.options]
                 answer = _choice_schema(tuple(letter for letter, _ in options))
-                ask = self._ask(question, answer, draw=question.draw, question=question.question, options=options)
+                texts = {"question": question.question, "options": options}
+                ask = self._ask(question, answer, texts, draw=question.draw)
                 return ask, schema.ChoiceVerdict(answer="")
             case schema.RubricQuestion():
                 criteria = list(question.criteria)
                 check = numbered(
                     range(1, len(criteria) + 1), "criteria", lambda answer: [each.criterion for each in answer.criteria]
                 )
-                ask = self._ask(question, of_length(_Rubric, len(criteria)), check=check, criteria=criteria)
+                ask = self._ask(question, of_length(_Rubric, len(criteria)), {"criteria": criteria}, check=check)
                 return ask, schema.RubricVerdict(passed=[False] * len(criteria))
             case _:
                 raise TypeError(f"no question that a judge knows: {type(question).__name__}")
 
-    def _ask(
-        self,
-        about: Any,
-        answer: type[pydantic.BaseModel],
-        *,
-        image: np.ndarray | None = None,
-        check: Callable[[Any], str] | None = None,
-        draw: int = 0,
-        **texts: Any,
-    ) -> Ask:
-        messages = prompts.render(about.method, caption=about.caption, **texts)
-        return Ask(prompts.name_of(about.method), messages, answer, self.max_tokens, image, check, draw)
+    def _ask(self, about: Any, answer: type[pydantic.BaseModel], texts: Mapping[str, Any] | None = None, **rest) -> Ask:
+        """`texts` are the variables of the prompt beside the caption, `rest` the other fields of the question."""
+        messages = prompts.render(about.method, caption=about.caption, **(texts or {}))
+        return Ask(prompts.name_of(about.method), messages, answer, self.max_tokens, **rest)
 
 
 @functools.cache
@@ -184,29 +176,22 @@ def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> Cha
 
     settings = ChatSettings(
         endpoints=parse_endpoints(config["endpoints"]),
-        model=config["model"],
-        api_key_env=config["api_key_env"],
-        concurrency=share(config["concurrency"]),
-        rpm=share(config["rpm"]),
-        tpm=share(config["tpm"]),
-        deadline=config["deadline"],
         attempt_timeout=config["timeout"],
-        retries=config["retries"],
-        temperature=config["temperature"],
         seed=seed,
-        max_tokens=config["max_tokens"],
+        **{name: share(config[name]) for name in ("concurrency", "rpm", "tpm")},
+        **{name: config[name] for name in ("model", "api_key_env", "deadline", "retries", "temperature", "max_tokens")},
     )
     cache = AnswerFile(config["cache_dir"], config["cache_gb"]) if config["cache_dir"] else None
     return ChatClient(settings, cache)
 
 
-def numbered(wanted: Sequence[int], what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:
-    """A check that an answer is on each of the `wanted` numbers of units or criteria (`what`) once."""
+def numbered(expected: Sequence[int], what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:
+    """A check that an answer is on each of the `expected` numbers of units or criteria (`what`) once."""
 
     def check(answer: Any) -> str:
         numbers = numbers_of(answer)
-        if len(numbers) != len(wanted):
-            return f"answer on {'fewer' if len(numbers) < len(wanted) else 'more'} {what} than were asked"
-        return "" if sorted(numbers) == list(wanted) else f"answer on other {what} than were asked"
+        if len(numbers) != len(expected):
+            return f"answer on {'fewer' if len(numbers) < len(expected) else 'more'} {what} than were asked"
+        return "" if sorted(numbers) == list(expected) else f"answer on other {what} than were asked"
 
     return check

@@ -1,5 +1,7 @@
 """The three rewards of BalCapRL: precision with pointability, recall of reference units, linguistic quality.
 
+`TextReward` is recall and language alone: the objectives for a judge that sees no pictures.
+
 The length gate is not applied here but in the compiled step, where the raw reward, the gate and the advantage meet.
 """
 
@@ -8,12 +10,12 @@ from typing import Any
 
 from balcap_jax.judges import schema
 from balcap_jax.judges.schema import Failure, Judge
-from balcap_jax.rewards.base import Reward, Samples, Scored, Scores, ask_kinds, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_kinds, collect
 
 HIGHEST_MARK = 5
 
 
-class BalCapReward(Reward):
+class BalCapReward(RewardFn):
     """A RewardFn with K = 3 objectives in [0, 1], scored by `judge`.
 
     A Failure of the judge makes one objective of one sample a missing value, with its reason in the detail.
@@ -38,6 +40,23 @@ class BalCapReward(Reward):
         precision, recall, linguistic = score_text(self.judge, samples, precision=questions)
         precision = [score_precision(verdict, pointability=self.pointability) for verdict in precision]
         return collect(self, samples, list(zip(precision, recall, linguistic, strict=True)), self.judge)
+
+
+class TextReward(RewardFn):
+    """K = 2: BalCap without precision, for a judge that is a language model without eyes.
+
+    Nothing punishes invention: a caption that names everything scores. It serves where there is no vision model, and
+    is no method.
+    """
+
+    names: tuple[str, ...] = ("recall", "linguistic")
+    gated: tuple[bool, ...] = (False, True)
+    needs: tuple[str, ...] = ("reference_units",)
+    asks: tuple[str, ...] = ("recall", "linguistic")
+
+    def __call__(self, samples: Samples) -> Scores:
+        """Rewards [B, G, 2]; a detail is that of `BalCapReward` without its assertions."""
+        return collect(self, samples, list(zip(*score_text(self.judge, samples), strict=True)), self.judge)
 
 
 def precision_questions(samples: Samples, *, pointability: bool = True) -> list[schema.PrecisionQuestion]:

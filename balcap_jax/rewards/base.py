@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +54,9 @@ class Scores:
     detail: Sequence[Sequence[Mapping[str, Any]]]
 
 
-class RewardFn(Protocol):
-    """K objectives. A new reward is a class of this form and no more: see `balcap_jax.rewards`.
+class RewardFn:
+    """K objectives. A new reward is a class of this form and no more, derived from this one or not: see
+    `balcap_jax.rewards`.
 
     names: of the objectives. gated[k]: whether the length gate multiplies objective k.
     needs: fields of an example that it reads beside image, prompt and reference; a data set without them is refused.
@@ -65,31 +66,25 @@ class RewardFn(Protocol):
 
     names: tuple[str, ...]
     gated: tuple[bool, ...]
-    needs: tuple[str, ...]
-    asks: tuple[str, ...]
-
-    def __call__(self, samples: Samples) -> Scores: ...
-
-
-class Reward:
-    """Base of the rewards of this package, each a `RewardFn`. One that says nothing else reads and asks nothing."""
-
     needs: tuple[str, ...] = ()
     asks: tuple[str, ...] = ()
 
     def __init__(self, judge: Judge | None = None, settings: Mapping[str, Any] | None = None):
         self.judge, self.settings = judge, settings or {}
 
+    def __call__(self, samples: Samples) -> Scores:
+        raise NotImplementedError
+
 
 Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is none; and what a report shows of it
 
 
-def collect(reward: "RewardFn", samples: Samples, scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
+def collect(reward: RewardFn, samples: Samples, scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
     """Scores from one Scored per objective for each caption, in the order of `samples.where`.
 
     A Failure becomes a missing value with its reason, and so does a number that is not finite. A detail also holds
-    under "judge" what the judge's `about` has on the model and on the prompts that `reward` asks, and under
-    "suspicious" where a caption speaks to its judge.
+    under "judge" what the judge's `about` has on the model and on the prompts that `reward` asks. Under "suspicious" it
+    holds where a caption speaks to its judge.
     """
     names = reward.names
     shape = (*samples.shape, len(names))

@@ -12,14 +12,14 @@ import numpy as np
 
 from balcap_jax.data.choices import LETTERS, lettered, shuffled
 from balcap_jax.judges.schema import ChoiceQuestion, Failure
-from balcap_jax.rewards.base import Reward, Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
 
 
-class CaprlReward(Reward):
+class CaprlReward(RewardFn):
     """K = 1: the share of `settings["draws"]` questions, drawn with replacement, that are answered rightly.
 
     0 draws ask every question once, with its options in their own order. The draws depend on the run's seed, the
-    example, the place in the group and the caption alone, so that a resumed run asks the same.
+    example, the place in the group and the caption alone: a resumed run asks the same.
     """
 
     names: tuple[str, ...] = ("accuracy",)
@@ -72,10 +72,10 @@ def score_answers(verdicts: Sequence[tuple[ChoiceQuestion, str, Any]], example_i
     failures = [verdict for _, _, verdict in verdicts if isinstance(verdict, Failure)]
     if 2 * len(failures) > len(verdicts):
         return failures[0], {}
-    shown = [
+    answers = [
         {"question": question.question, "answer": (letter := first_letter(verdict.answer)), "right": letter == gold}
         for question, gold, verdict in verdicts
         if not isinstance(verdict, Failure)
     ]
-    parts: dict[str, Any] = {"answers": shown} | ({"failed_draws": failures[0].reason} if failures else {})
-    return sum(answer["right"] for answer in shown) / len(shown), parts
+    parts: dict[str, Any] = {"answers": answers} | ({"failed_draws": failures[0].reason} if failures else {})
+    return sum(answer["right"] for answer in answers) / len(answers), parts

@@ -5,10 +5,10 @@ The paper trains reward models on them; here the judge that splits and verifies 
 
 from balcap_jax.judges.schema import Failure, PrecisionVerdict
 from balcap_jax.rewards.balcap import precision_questions, shown_assertions
-from balcap_jax.rewards.base import Reward, Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
 
 
-class FeedquillReward(Reward):
+class FeedquillReward(RewardFn):
     """K = 2: the share of verified units in [0, 1], and their number. Whether they are pointable is not asked."""
 
     names: tuple[str, ...] = ("verified_fraction", "verified_count")

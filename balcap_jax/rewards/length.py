@@ -10,7 +10,7 @@ from typing import Any
 
 from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Failure
-from balcap_jax.rewards.base import Reward, RewardFn, Samples, Scores, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
 from balcap_jax.rewards.joined import Joined
 
 KINDS = ("none", "two_sided", "ramp", "ramp_reference")
@@ -23,7 +23,7 @@ class LengthPenalised(Joined):
         super().__init__(reward, Length(settings=settings))
 
 
-class Length(Reward):
+class Length(RewardFn):
     """K = 1: the penalty that the setting `length` names."""
 
     names: tuple[str, ...] = ("length",)

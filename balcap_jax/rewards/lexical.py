@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from balcap_jax.data.words import words
-from balcap_jax.rewards.base import Reward, Samples, Scores, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
 
 
-class LexicalReward(Reward):
+class LexicalReward(RewardFn):
     """K = 1: the F-measure (beta 1) of the longest common subsequence of words of caption and reference."""
 
     names: tuple[str, ...] = ("rouge_l",)

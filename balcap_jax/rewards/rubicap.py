@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.judges.schema import Failure, RubricQuestion, RubricVerdict
-from balcap_jax.rewards.base import Reward, Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
 
 
-class RubicapReward(Reward):
+class RubicapReward(RewardFn):
     """K = 1: the weights of the criteria that a caption meets over all weights, in [0, 1]."""
 
     names: tuple[str, ...] = ("rubric",)
@@ -33,9 +33,9 @@ def score_rubric(verdict: RubricVerdict | Failure, rubrics: Sequence[Mapping[str
         return verdict, {}
     if len(verdict.passed) != len(rubrics):
         return Failure(f"the judge answered on {len(verdict.passed)} criteria, {len(rubrics)} were asked"), {}
-    shown = [
+    criteria = [
         {"criterion": rubric["criterion"], "weight": float(rubric["weight"]), "passed": passed}
         for rubric, passed in zip(rubrics, verdict.passed, strict=True)
     ]
-    total = sum(rubric["weight"] for rubric in shown)
-    return sum(rubric["weight"] for rubric in shown if rubric["passed"]) / total, {"rubric": shown}
+    total = sum(rubric["weight"] for rubric in criteria)
+    return sum(rubric["weight"] for rubric in criteria if rubric["passed"]) / total, {"rubric": criteria}

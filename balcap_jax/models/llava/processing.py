@@ -13,7 +13,7 @@ from balcap_jax.models.prompting import PromptProcessor, names_of
 # image tokens, `{prompt}` for the instruction.
 VICUNA_TEMPLATE = "USER: {image}\n{prompt} ASSISTANT:"
 
-# The aspect that images are cut to before the resize: the final crop keeps only their middle anyway, and a strip of
+# The aspect that images are cut to before the resize: the final crop keeps only their middle anyway. A strip of
 # 1 x 50,000 pixels would become 336 x 16,800,000 on the way.
 MAX_ASPECT = 64
 

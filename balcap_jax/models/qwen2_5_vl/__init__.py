@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.policy import Params, VisionLanguagePolicy
+from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.prompting import PLAIN_TEMPLATE, has_word, image_word, special_tokens
 from balcap_jax.models.qwen2_5_vl import vision
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE, Qwen25VLProcessor
@@ -19,8 +19,8 @@ from balcap_jax.models.qwen2_5_vl.windows import MERGE
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen25VL(VisionLanguagePolicy):
-    """A policy (see `models.policy.Policy`) of this family; fields as in `VisionLanguagePolicy`.
+class Qwen25VL(Policy):
+    """A policy of this family.
 
     `Prompt.images` are `QwenImages`, `Prompt.positions` [B, P, 3]. Every image gives I rows. A prompt holds as many
     placeholders as its image has tokens, and takes that many of the rows.
