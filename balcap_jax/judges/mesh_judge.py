@@ -124,10 +124,6 @@ class Model:
             ids[row, : len(single)] = single
         return ids
 
-    def usage(self) -> Usage:
-        counts = collections.Counter({f"the judge on the mesh: {reason}": n for reason, n in self.failures.items()})
-        return Usage(self.calls, 0, self.tokens_in, self.tokens_out, counts)
-
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def _in_batches(self, questions: Sequence[Question], run: Callable[[int, Prompt, Policy], list]) -> list:
@@ -197,6 +193,11 @@ def _first_words(policy: Policy, mesh: Any, params: Params, prompt: Prompt, ids:
     return jax.nn.logsumexp(of_spellings, axis=-1)
 
 
+def _usage(model: Model) -> Usage:
+    counts = collections.Counter({f"the judge on the mesh: {reason}": n for reason, n in model.failures.items()})
+    return Usage(model.calls, 0, model.tokens_in, model.tokens_out, counts)
+
+
 # --- written answers --------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +227,7 @@ class PolicyClient:
             return Failure(f"the judge on the mesh: {error}")
 
     def usage(self) -> Usage:
-        return self._model.usage()
+        return _usage(self._model)
 
     def close(self) -> None:
         pass
@@ -319,7 +320,7 @@ class YesNoJudge(Judge):
         return [p if isinstance(p, Failure) else likeliest(question, p) for question, p in pairs]
 
     def usage(self) -> Usage:
-        return self._model.usage()
+        return _usage(self._model)
 
     def _yes(self, questions: Sequence[Question]) -> list[float | Failure]:
         """The probability of yes beside no."""

@@ -116,6 +116,33 @@ def without_nonfinite(scores: Scores, names: Sequence[str]) -> Scores:
     return Scores(np.where(valid, scores.rewards, np.float32(0)), valid, detail)
 
 
+class Joined(RewardFn):
+    """Two rewards on the same captions: the objectives of `first`, and those of `second` that it lacks."""
+
+    def __init__(self, first: RewardFn, second: RewardFn):
+        self.first, self.second = first, second
+        self._columns = [k for k, name in enumerate(second.names) if name not in first.names]
+        self.names = first.names + tuple(second.names[k] for k in self._columns)
+        self.gated = first.gated + tuple(second.gated[k] for k in self._columns)
+        self.needs = tuple(dict.fromkeys(first.needs + second.needs))
+        self.asks = tuple(dict.fromkeys(first.asks + second.asks))
+
+    def __call__(self, samples: Samples) -> Scores:
+        first, second = self.first(samples), self.second(samples)
+        detail = [
+            [
+                b | a | {"failures": dict(b.get("failures", {})) | dict(a.get("failures", {}))}
+                for a, b in zip(group, more, strict=True)
+            ]
+            for group, more in zip(first.detail, second.detail, strict=True)
+        ]
+        return Scores(
+            np.concatenate([first.rewards, second.rewards[..., self._columns]], -1),
+            np.concatenate([first.valid, second.valid[..., self._columns]], -1),
+            detail,
+        )
+
+
 def ask_kinds(judge: Judge, **questions: Sequence) -> list[list]:
     """For each keyword, which names a method of the judge, one answer per question; a slow one delays no other kind."""
     answers = iter(ask_all(judge.mixed, [question for kind in questions.values() for question in kind]))

@@ -10,8 +10,7 @@ from typing import Any
 
 from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Failure
-from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
-from balcap_jax.rewards.joined import Joined
+from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores, collect
 
 KINDS = ("none", "two_sided", "ramp", "ramp_reference")
 

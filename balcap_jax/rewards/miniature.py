@@ -22,8 +22,7 @@ from balcap_jax.data.scenes.world import Scene
 from balcap_jax.judges.oracle import judge_choice, judge_linguistic, judge_precision, judge_recall, scene_of
 from balcap_jax.judges.schema import ChoiceQuestion, Judge
 from balcap_jax.rewards.balcap import score_linguistic
-from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
-from balcap_jax.rewards.joined import Joined
+from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores, collect
 
 QUESTIONS = 12  # per scene: every scene has as many
 UNKNOWN_CREDIT = 0.05  # CaptionQA gives "cannot answer" this beyond a guess among the choices
