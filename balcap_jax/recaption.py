@@ -43,7 +43,7 @@ from balcap_jax.data.listing import Item, list_items, picture_name, spelt
 from balcap_jax.judges import budget, prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import make_client
-from balcap_jax.judges.writers import References, Rubrics, Units, Writer, reference_of
+from balcap_jax.judges.writers import References, Rubrics, Units, reference_of
 
 KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
 MAX_PIXELS = 1_048_576  # of the pictures that the judge sees: hosted models shrink larger ones themselves
@@ -173,7 +173,7 @@ def recaption(
         client.close()
 
 
-def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels: int) -> Writer:
+def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels: int) -> References | Units | Rubrics:
     if sources.kind == "references":
         return References(client, judge.max_tokens, max_pixels, _THREADS)
     if sources.kind == "units":

@@ -36,8 +36,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.policy import Prompt
-from balcap_jax.models.text import TextPolicy
+from balcap_jax.models.policy import Prompt, TextPolicy
 from balcap_jax.rollout import Sampling, example_keys, make_rollout
 
 

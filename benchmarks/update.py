@@ -36,8 +36,7 @@ from balcap_jax.cli.arguments import CommandParser
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models import decoder
-from balcap_jax.models.policy import Prompt
-from balcap_jax.models.text import TextPolicy
+from balcap_jax.models.policy import Prompt, TextPolicy
 from balcap_jax.train_step import RLBatch, RLObjective, TrainState, init_state, make_rl_step
 
 # fp32 sums of some thousand products in another order; loss and norm are single numbers over all of them.

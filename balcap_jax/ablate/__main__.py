@@ -347,11 +347,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with PreemptionFlag() as stop, AppendedLines(out / "study.jsonl") as log:
         study = Study(bases, runs, args.jobs, log)
         study.run(stop)
-        done = [run for run in runs if is_finished(run)]
-        if done:
+        finished = [run for run in runs if is_finished(run)]
+        if finished:
             print(f"table: {write_tables(out, runs, command, log.entries, args.jobs)}", flush=True)
         if stop.requested:
-            print(f"{stop.signal_name}: {len(done)} of {len(runs)} runs are finished; the same command goes on")
+            print(f"{stop.signal_name}: {len(finished)} of {len(runs)} runs are finished; the same command goes on")
             sys.exit(INTERRUPTED)
     for name, reason in study.failed.items():
         print(f"error: {name}: {reason} (log: {out / 'logs' / name}.log)", file=sys.stderr)

@@ -118,10 +118,10 @@ def rows(values: Values) -> list[dict[str, Any]]:
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """Mean ± sd of each metric; bold where the 95% interval of the paired difference to the full method is above or
     below 0."""
-    shown = [name for name in METRICS if any(name in row["metrics"] for row in table)]
-    lines = ["| variant | " + " | ".join(METRICS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    names = [name for name in METRICS if any(name in row["metrics"] for row in table)]
+    lines = ["| variant | " + " | ".join(METRICS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for row in table:
-        cells = [_cell(row["metrics"].get(name)) for name in shown]
+        cells = [_cell(row["metrics"].get(name)) for name in names]
         lines.append(f"| {_plain(row['variant'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

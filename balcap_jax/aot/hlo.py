@@ -7,7 +7,7 @@ device's program, the partitioned one.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -274,20 +274,15 @@ def _is_invariant(value: Any) -> bool:
     return value is not False and not isinstance(value, tuple)
 
 
-def _joined_lines(text: str) -> Iterator[str]:
+def _joined_lines(text: str) -> list[str]:
     """Lines with one instruction each: what a kernel says of itself may hold line breaks."""
-    held = ""
+    lines: list[str] = []
     for line in text.splitlines():
-        if held and line != "}" and not _INSTRUCTION.match(line):
-            held = f"{held} {line}"
-            continue
-        if held:
-            yield held
-        held = line if _INSTRUCTION.match(line) else ""
-        if not held:
-            yield line
-    if held:
-        yield held
+        if lines and _INSTRUCTION.match(lines[-1]) and line != "}" and not _INSTRUCTION.match(line):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return lines
 
 
 def _parse(line: str) -> Instruction:

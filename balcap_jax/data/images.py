@@ -28,8 +28,8 @@ OTHER_SUFFIXES = (
 
 # Pillow's own limit for decompression bombs, at which it only warns (it refuses at twice that).
 MAX_PIXELS = 89_478_485
-# Larger JPEGs are shrunk by 2, 4 or 8 while they are decoded, but their shorter side stays at least HUGE_SHORT_SIDE,
-# several times the input of any vision tower here.
+# Larger JPEGs are shrunk by 2, 4 or 8 while they are decoded. Their shorter side stays at least HUGE_SHORT_SIDE, which
+# is several times the input of any vision tower here.
 HUGE_PIXELS = 16_000_000
 HUGE_SHORT_SIDE = 1536
 
@@ -53,9 +53,9 @@ class ImageError(Exception):
 def read(path: str | os.PathLike | bytes) -> np.ndarray:
     """The picture in a file, or in the bytes of one, upright, as uint8 [height, width, 3].
 
-    The EXIF orientation is applied, transparent parts lie over white, 16-bit and floating-point greys are scaled to
-    8 bits, and an animation gives its first frame. Colour profiles are not applied, as in the models' own processors.
-    Of a PNG, only the chunks that make its pixels or turn them are read.
+    The EXIF orientation is applied, and transparent parts lie over white. Greys of 16 bits and of floating point are
+    scaled to 8 bits, and an animation gives its first frame. Colour profiles are not applied, as in the models' own
+    processors. Of a PNG, only the chunks that make its pixels or turn them are read.
 
     Raises:
       ImageError: no such file, no picture, a damaged one, or more than MAX_PIXELS pixels.

@@ -15,7 +15,7 @@ def words(text: str) -> list[str]:
     """Runs of letters, marks and digits without regard to case; characters of scripts without blanks one by one.
 
     Of ASCII text the words are those of Google's rouge_score without stemming. A text without any word, such as one of
-    emoji, is split into its characters, so that equal texts have equal words, and some unless they are blank.
+    emoji, is split into its characters. So equal texts have equal words, and some unless they are blank.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return "".join(map(_in_words, text)).split() or list("".join(text.split()))

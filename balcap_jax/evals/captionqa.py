@@ -69,11 +69,8 @@ class CaptionQA(Metric):
     name = "captionqa"
     prompts = (prompts.name_of("choice"),)
     max_tokens = 64
-
-    def __init__(self, max_tokens: int | None = None):
-        super().__init__(max_tokens)
-        self._domains: list[str] = []
-        self._skipped = 0
+    _domains: Sequence[str] = ()
+    _skipped = 0
 
     def items(self, captions: Mapping[str, str], questions: Path) -> list[Item]:
         """One item per usable question, in the order of the file, all shuffled by one generator, as published.
@@ -106,9 +103,9 @@ class CaptionQA(Metric):
                 options = [*choices] if is_yes_no(text, choices) else [*choices, CANNOT_ANSWER]
                 order = list(range(len(options)))
                 rng.shuffle(order)
-                shown = [options[k] for k in order]
-                cannot = shown.index(CANNOT_ANSWER) if len(options) > len(choices) else None
-                data = {"question": text, "options": shown, "gold": order.index(choices.index(answer))}
+                shuffled = [options[k] for k in order]
+                cannot = shuffled.index(CANNOT_ANSWER) if len(options) > len(choices) else None
+                data = {"question": text, "options": shuffled, "gold": order.index(choices.index(answer))}
                 data |= {"cannot": cannot, "choices": len(choices), "domain": domain}
                 items.append(Item(f"{name}#{number}", caption, data, _category(question), name))
         self._domains = sorted(domains)
@@ -132,14 +129,14 @@ class CaptionQA(Metric):
         """(points, right, cannot answer, unparsable, 1) and (points, 1) of each domain."""
         data = item.data
         # Which letter was which depends on the questions before it that had captions.
-        shown = judgement.get("options", data["options"])
-        if sorted(shown) != sorted(data["options"]):
+        options = judgement.get("options", data["options"])
+        if sorted(options) != sorted(data["options"]):
             raise ValueError("options of another question")
-        place = parse_letter(judgement["answer"], len(shown))
-        cannot = place is not None and data["cannot"] is not None and shown[place] == CANNOT_ANSWER
+        place = parse_letter(judgement["answer"], len(options))
+        cannot = place is not None and data["cannot"] is not None and options[place] == CANNOT_ANSWER
         # Of two choices alike the first is the right one, as published; in another order they cannot be told apart.
-        same, gold = shown == data["options"], data["gold"]
-        right = place is not None and (place == gold if same else shown[place] == data["options"][gold])
+        same, gold = options == data["options"], data["gold"]
+        right = place is not None and (place == gold if same else options[place] == data["options"][gold])
         points = 1.0 if right else round(1.0 / data["choices"] + BONUS, _DIGITS) if cannot else 0.0
         of_domain = pairs(self._domains, data["domain"], points)
         return (points, float(right), float(cannot), float(place is None), 1.0, *of_domain)

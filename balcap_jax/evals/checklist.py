@@ -41,12 +41,8 @@ class Checklist(Metric):
 
     name = "checklist"
     prompts = (CHECKLIST,)
-
     max_tokens = 4096
-
-    def __init__(self, max_tokens: int | None = None):
-        super().__init__(max_tokens)
-        self._kinds: list[str] = []
+    _kinds: Sequence[str] = ()
 
     def items(self, captions: Mapping[str, str], checklists: Path) -> list[Item]:
         items, texts = [], Texts.of(captions)

@@ -173,8 +173,8 @@ def evaluate(
     with AppendedLines(out / "items.jsonl", remember=read_row) as lines:
         if retry_errors:
             _forget_errors(lines)
-        done = {row.id for row in lines.entries}
-        pending = [item for item in items if item.id not in done]
+        judged_ids = {row.id for row in lines.entries}
+        pending = [item for item in items if item.id not in judged_ids]
         if pending:  # A stop must not leave figures beside judgements that are none of theirs.
             (out / "results.json").unlink(missing_ok=True)
         with ProgressLine("judgements", len(items), len(items) - len(pending), "items") as progress:

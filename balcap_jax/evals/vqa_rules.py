@@ -131,9 +131,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """TextVQA's accuracy: min(1, n/3) with n people who agree, averaged over leaving out each of the 10 people."""
     if not answers:
         return 0.0
-    given, others = vqa_normalised(prediction), [vqa_normalised(answer) for answer in answers]
-    same = sum(other == given for other in others)
-    return math.fsum(min(1.0, (same - (other == given)) / AGREEING) for other in others) / len(others)
+    normalised, others = vqa_normalised(prediction), [vqa_normalised(answer) for answer in answers]
+    same = sum(other == normalised for other in others)
+    return math.fsum(min(1.0, (same - (other == normalised)) / AGREEING) for other in others) / len(others)
 
 
 # ---- OCRBench --------------------------------------------------------------------------------------------------------

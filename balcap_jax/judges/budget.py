@@ -119,8 +119,8 @@ class Spending:
 
 
 def _most_often(failures: collections.Counter) -> str:
-    shown = "; ".join(f"{number} x {reason}" for reason, number in failures.most_common(_SHOWN))
-    return f" (most often {shown})" if shown else ""
+    reasons = "; ".join(f"{number} x {reason}" for reason, number in failures.most_common(_SHOWN))
+    return f" (most often {reasons})" if reasons else ""
 
 
 def _is_amount(value: Any) -> bool:

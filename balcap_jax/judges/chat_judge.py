@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import pydantic
 
 from balcap_jax.cli.errors import UserError
@@ -20,7 +19,7 @@ from balcap_jax.judges.chat.types import Ask, ChatSettings
 from balcap_jax.judges.schema import PLAIN, Failure, Judge, Mark, Usage
 
 
-# Answers as models give them: a reason before each flag, so that the flag follows from it.
+# Answers as models give them: a reason before each flag, so that the flag follows from it. Each has its `verdict`.
 class _CheckedAssertion(pydantic.BaseModel):
     text: str
     why: str
@@ -30,6 +29,13 @@ class _CheckedAssertion(pydantic.BaseModel):
 
 class _Precision(pydantic.BaseModel):
     assertions: list[_CheckedAssertion]
+
+    def verdict(self) -> schema.PrecisionVerdict:
+        """Each assertion once: saying it again must not count again."""
+        unique: dict[str, _CheckedAssertion] = {}
+        for assertion in self.assertions:
+            unique.setdefault(" ".join(assertion.text.casefold().split()).rstrip(".!"), assertion)
+        return schema.PrecisionVerdict(assertions=[schema.Assertion(**each.model_dump()) for each in unique.values()])
 
 
 class _Unit(pydantic.BaseModel):
@@ -41,12 +47,25 @@ class _Unit(pydantic.BaseModel):
 class _Recall(pydantic.BaseModel):
     units: list[_Unit]
 
+    def verdict(self) -> schema.RecallVerdict:
+        return schema.RecallVerdict(covered=[each.covered for each in sorted(self.units, key=lambda each: each.unit)])
+
 
 class _Linguistic(pydantic.BaseModel):
     why: str
     clarity: Mark
     fluency: Mark
     coherency: Mark
+
+    def verdict(self) -> schema.LinguisticVerdict:
+        return schema.LinguisticVerdict(clarity=self.clarity, fluency=self.fluency, coherency=self.coherency)
+
+
+class _Choice(pydantic.BaseModel):
+    answer: str
+
+    def verdict(self) -> schema.ChoiceVerdict:
+        return schema.ChoiceVerdict(answer=self.answer)
 
 
 class _Criterion(pydantic.BaseModel):
@@ -57,6 +76,10 @@ class _Criterion(pydantic.BaseModel):
 
 class _Rubric(pydantic.BaseModel):
     criteria: list[_Criterion]
+
+    def verdict(self) -> schema.RubricVerdict:
+        in_order = sorted(self.criteria, key=lambda each: each.criterion)
+        return schema.RubricVerdict(passed=[each.passed for each in in_order])
 
 
 class RemoteJudge(Judge):
@@ -79,15 +102,15 @@ class RemoteJudge(Judge):
         """
         rendered = [self._render(question) for question in questions]
         is_empty = [not question.caption.strip() for question in questions]
-        answers = iter(self.client.ask([ask for (ask, *_), empty in zip(rendered, is_empty, strict=True) if not empty]))
-
-        def verdict(verdict_of: Callable[[Any], Any], verdict_on_nothing: Any, empty: bool) -> Any:
+        answers = iter(self.client.ask([ask for (ask, _), empty in zip(rendered, is_empty, strict=True) if not empty]))
+        verdicts = []
+        for (_, verdict_on_nothing), empty in zip(rendered, is_empty, strict=True):
             if empty:
-                return verdict_on_nothing
+                verdicts.append(verdict_on_nothing)
+                continue
             answer = next(answers)
-            return answer if isinstance(answer, Failure) else verdict_of(answer.value)
-
-        return [verdict(*rest, empty) for (_, *rest), empty in zip(rendered, is_empty, strict=True)]
+            verdicts.append(answer if isinstance(answer, Failure) else answer.value.verdict())
+        return verdicts
 
     precision = recall = linguistic = choice = rubric = mixed
 
@@ -97,56 +120,49 @@ class RemoteJudge(Judge):
     def close(self) -> None:
         self.client.close()
 
-    def _render(self, question: Any) -> tuple[Ask, Callable[[Any], Any], Any]:
-        """The question as it is sent, what an answer means, and the verdict on an empty caption."""
+    def _render(self, question: Any) -> tuple[Ask, Any]:
+        """The question as it is sent, and the verdict on an empty caption."""
         match question:
             case schema.PrecisionQuestion():
                 if question.image is None:
                     raise UserError("the judge of precision looks at pictures, which this data set does not have")
                 ask = self._ask(question, _Precision, image=question.image)
-                return ask, _precision_verdict, schema.PrecisionVerdict(assertions=[])
+                return ask, schema.PrecisionVerdict(assertions=[])
             case schema.RecallQuestion():
                 units = list(question.units)
                 check = numbered(range(1, len(units) + 1), "units", lambda answer: [each.unit for each in answer.units])
-                ask = self._ask(question, of_length(_Recall, len(units)), check=check, units=units)
-                return ask, _recall_verdict, schema.RecallVerdict(covered=[False] * len(units))
+                ask = self._ask(question, of_length(_Recall, len(units)), {"units": units}, check=check)
+                return ask, schema.RecallVerdict(covered=[False] * len(units))
             case schema.LinguisticQuestion():
                 lowest = schema.LinguisticVerdict(clarity=1, fluency=1, coherency=1)
-                return self._ask(question, _Linguistic), _linguistic_verdict, lowest
+                return self._ask(question, _Linguistic), lowest
             case schema.ChoiceQuestion():
                 options = [list(option) for option in question.options]
                 answer = _choice_schema(tuple(letter for letter, _ in options))
-                ask = self._ask(question, answer, draw=question.draw, question=question.question, options=options)
-                return ask, _choice_verdict, schema.ChoiceVerdict(answer="")
+                texts = {"question": question.question, "options": options}
+                ask = self._ask(question, answer, texts, draw=question.draw)
+                return ask, schema.ChoiceVerdict(answer="")
             case schema.RubricQuestion():
                 criteria = list(question.criteria)
                 check = numbered(
                     range(1, len(criteria) + 1), "criteria", lambda answer: [each.criterion for each in answer.criteria]
                 )
-                ask = self._ask(question, of_length(_Rubric, len(criteria)), check=check, criteria=criteria)
-                return ask, _rubric_verdict, schema.RubricVerdict(passed=[False] * len(criteria))
+                ask = self._ask(question, of_length(_Rubric, len(criteria)), {"criteria": criteria}, check=check)
+                return ask, schema.RubricVerdict(passed=[False] * len(criteria))
             case _:
                 raise TypeError(f"no question that a judge knows: {type(question).__name__}")
 
-    def _ask(
-        self,
-        about: Any,
-        answer: type[pydantic.BaseModel],
-        *,
-        image: np.ndarray | None = None,
-        check: Callable[[Any], str] | None = None,
-        draw: int = 0,
-        **texts: Any,
-    ) -> Ask:
-        messages = prompts.render(about.method, caption=about.caption, **texts)
-        return Ask(prompts.name_of(about.method), messages, answer, self.max_tokens, image, check, draw)
+    def _ask(self, about: Any, answer: type[pydantic.BaseModel], texts: Mapping[str, Any] | None = None, **rest) -> Ask:
+        """`texts` are the variables of the prompt beside the caption, `rest` the other fields of the question."""
+        messages = prompts.render(about.method, caption=about.caption, **(texts or {}))
+        return Ask(prompts.name_of(about.method), messages, answer, self.max_tokens, **rest)
 
 
 @functools.cache
 def _choice_schema(letters: tuple[str, ...]) -> type[pydantic.BaseModel]:
     """A server that keeps to schemas can answer with one of the letters only; another server may send any text."""
     answer = Annotated[str, pydantic.Field(json_schema_extra={"enum": list(letters)})]
-    return pydantic.create_model("_Choice", answer=(answer, ...))
+    return pydantic.create_model("_Choice", __base__=_Choice, answer=(answer, ...))
 
 
 def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> ChatClient:
@@ -160,54 +176,22 @@ def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> Cha
 
     settings = ChatSettings(
         endpoints=parse_endpoints(config["endpoints"]),
-        model=config["model"],
-        api_key_env=config["api_key_env"],
-        concurrency=share(config["concurrency"]),
-        rpm=share(config["rpm"]),
-        tpm=share(config["tpm"]),
-        deadline=config["deadline"],
         attempt_timeout=config["timeout"],
-        retries=config["retries"],
-        temperature=config["temperature"],
         seed=seed,
-        max_tokens=config["max_tokens"],
+        **{name: share(config[name]) for name in ("concurrency", "rpm", "tpm")},
+        **{name: config[name] for name in ("model", "api_key_env", "deadline", "retries", "temperature", "max_tokens")},
     )
     cache = AnswerFile(config["cache_dir"], config["cache_gb"]) if config["cache_dir"] else None
     return ChatClient(settings, cache)
 
 
-def numbered(wanted: Sequence[int], what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:
-    """A check that an answer is on each of the `wanted` numbers of units or criteria (`what`) once."""
+def numbered(expected: Sequence[int], what: str, numbers_of: Callable[[Any], list[int]]) -> Callable[[Any], str]:
+    """A check that an answer is on each of the `expected` numbers of units or criteria (`what`) once."""
 
     def check(answer: Any) -> str:
         numbers = numbers_of(answer)
-        if len(numbers) != len(wanted):
-            return f"answer on {'fewer' if len(numbers) < len(wanted) else 'more'} {what} than were asked"
-        return "" if sorted(numbers) == list(wanted) else f"answer on other {what} than were asked"
+        if len(numbers) != len(expected):
+            return f"answer on {'fewer' if len(numbers) < len(expected) else 'more'} {what} than were asked"
+        return "" if sorted(numbers) == list(expected) else f"answer on other {what} than were asked"
 
     return check
-
-
-def _precision_verdict(answer: _Precision) -> schema.PrecisionVerdict:
-    """Each assertion once: saying it again must not count again."""
-    unique: dict[str, _CheckedAssertion] = {}
-    for assertion in answer.assertions:
-        unique.setdefault(" ".join(assertion.text.casefold().split()).rstrip(".!"), assertion)
-    return schema.PrecisionVerdict(assertions=[schema.Assertion(**each.model_dump()) for each in unique.values()])
-
-
-def _recall_verdict(answer: _Recall) -> schema.RecallVerdict:
-    return schema.RecallVerdict(covered=[each.covered for each in sorted(answer.units, key=lambda each: each.unit)])
-
-
-def _rubric_verdict(answer: _Rubric) -> schema.RubricVerdict:
-    in_order = sorted(answer.criteria, key=lambda each: each.criterion)
-    return schema.RubricVerdict(passed=[each.passed for each in in_order])
-
-
-def _linguistic_verdict(answer: _Linguistic) -> schema.LinguisticVerdict:
-    return schema.LinguisticVerdict(clarity=answer.clarity, fluency=answer.fluency, coherency=answer.coherency)
-
-
-def _choice_verdict(answer: Any) -> schema.ChoiceVerdict:
-    return schema.ChoiceVerdict(answer=answer.answer)

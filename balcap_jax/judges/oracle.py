@@ -49,7 +49,7 @@ SLIPS: dict[str, tuple[float, float, float]] = {
 class OracleJudge(Judge):
     """The judge of scenes.
 
-    `failure_rate` in [0, 1] makes that share of calls fail, chosen by a hash of `seed` and the question, so that the
+    `failure_rate` in [0, 1] makes that share of calls fail. A hash of `seed` and the question chooses them, so that the
     same question fails in every run: a stand-in for a judge that is unreachable or answers nonsense.
     """
 

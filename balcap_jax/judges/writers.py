@@ -1,11 +1,12 @@
 """Writers: language models that write references, their units, and the criteria of RubiCap offline for pictures.
 
 A writer takes items of a listing and gives, for each, the fields of an output line or the reason why there are none.
+`prompts` are the names and versions of the prompts that it asks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -24,14 +25,6 @@ RUBRIC_WRITER = "rubric_writer.v1"
 PICTURE = "picture"  # the field of a line that holds the hash of its picture
 _TEXTS = ("caption", "captions", "reference", "reference_units")  # what a new reference replaces
 Written = dict[str, Any] | str
-
-
-class Writer(Protocol):
-    """`prompts`: names and versions of the prompts that it asks."""
-
-    prompts: tuple[str, ...]
-
-    def __call__(self, items: Sequence[Item]) -> list[Written]: ...
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The language decoder of every family (Llama and Qwen2 shape), with the prompt shared by the G samples of a group.
 
 A Linen module holds one layer; the functions below scan it over the stacked layer parameters. A prompt runs once:
-`prefill` keeps its keys and values as the un-repeated `Prefix`, `decode` extends the per-sample `Branch` in place, and
+`prefill` keeps its keys and values as the un-repeated `Prefix`. `decode` extends the per-sample `Branch` in place.
 `forward` runs prompt and responses side by side for the update. All three use the same layer and the same attention.
 """
 
@@ -32,6 +32,21 @@ class Sizes:
         values = {name: model[f"vision_{name}" if name in cls.PREFIXED else name] for name in names}
         # Lists come from JSON; a configuration must be hashable.
         return cls(**known, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerSizes(Sizes):
+    """The sizes of every family's vision tower. `remat`: none | dots | full."""
+
+    PREFIXED: ClassVar = ("width", "layers", "heads", "mlp")
+
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    dtype: str = "float32"
+    remat: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ _MAY_LACK = {
 def check(fields: Mapping[str, Any], what: str, remedy: str) -> None:
     """Checks names, types, ranges and what the fields demand of each other.
 
-    Besides those of the config group there may be "vision_norm_eps", where the tower has another epsilon than the
-    decoder, and "prompt", what the model was trained to answer.
+    Two fields may stand beside those of the config group: "vision_norm_eps", where the tower has another epsilon than
+    the decoder, and "prompt", what the model was trained to answer.
 
     Raises:
       UserError: one line that begins with `what`, names the field and ends in `remedy`.

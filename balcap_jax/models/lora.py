@@ -36,7 +36,7 @@ def add(params: Params, rank: int, targets: str, rng: jax.Array) -> Params:
     """Adds adapters of `rank` to the dense layers whose path, such as "decoder/layers/q", matches `targets`.
 
     `targets` is a regular expression that is searched for in the path. lora_a is uniform in +-1 / sqrt(in) (what peft's
-    Kaiming initialisation amounts to) and lora_b is 0, both fp32, so that the adapted policy starts as the base. An
+    Kaiming initialisation amounts to). lora_b is 0, so that the adapted policy starts as the base. Both are fp32. An
     adapter's values depend on `rng` and its path alone.
 
     Raises:

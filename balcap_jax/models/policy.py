@@ -1,7 +1,7 @@
 """What a policy is: pure functions over a parameter pytree, the same for every model family."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,47 +28,18 @@ class Prompt(NamedTuple):
     images: Any
 
 
-class Policy(Protocol):
-    """A frozen, hashable object; every method is pure and may be called under jit.
-
-    `vocab` is V. A response ends with the first of its tokens that is in `end_tokens`; `pad_token` fills what is behind
-    it. The policy itself masks the logits of tokens that a response may never hold (vision, padding, beginning of
-    sequence). It does so in sampling and in `log_probs` alike, so that both see one distribution.
-    """
-
-    vocab: int
-    pad_token: int
-    end_tokens: tuple[int, ...]
-
-    def init(self, rng: jax.Array) -> Params: ...
-
-    def encode(self, params: Params, images: Any) -> jax.Array:
-        """`Prompt.images` -> image embeddings [B, I, D]; once per image."""
-
-    def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
-        """-> the un-repeated prefix and the logits [B, V] (fp32) of the first response token."""
-
-    def empty_branch(self, batch: int, group: int, length: int) -> Branch:
-        """An unwritten cache for `group` responses of up to `length` tokens per prompt."""
-
-    def decode(
-        self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
-    ) -> tuple[Branch, jax.Array]:
-        """Response tokens [B, G] at index t -> the extended branch and logits [B, G, V] (fp32) of index t + 1."""
-
-    def log_probs(
-        self, params: Params, prompt: Prompt, image_embeds: jax.Array, responses: jax.Array, *, temperature: float = 1.0
-    ) -> jax.Array:
-        """Log-probabilities [B, G, R] (fp32) of `responses` [B, G, R]; no array holds more than a chunk of logits."""
-
-
 @dataclasses.dataclass(frozen=True)
-class VisionLanguagePolicy:
-    """Base of a family's policy: all that follows the tower. `Policy` describes the methods.
+class Policy:
+    """Base of a family's policy, which adds the tower: `init` and `encode`. It is hashable.
+
+    Every method is pure and may be called under jit.
 
     `vision` is the configuration of the family's tower. `image_token` marks the placeholders of a prompt, at most I.
-    `forbidden` are ids that no response may hold. `logits_chunk` is the number of tokens per device whose logits exist
-    at once in `log_probs`.
+    `logits_chunk` is the number of tokens per device whose logits exist at once in `log_probs`.
+
+    A response ends with the first of its tokens that is in `end_tokens`; `pad_token` fills what is behind it. The
+    policy itself masks the logits of `forbidden` tokens, which a response may never hold (vision, padding, beginning
+    of sequence). It does so in sampling and in `log_probs` alike, so that both see one distribution.
     """
 
     vision: Any
@@ -81,21 +52,32 @@ class VisionLanguagePolicy:
 
     @property
     def vocab(self) -> int:
+        """V."""
         return self.decoder.vocab
+
+    def init(self, rng: jax.Array) -> Params:
+        raise NotImplementedError
+
+    def encode(self, params: Params, images: Any) -> jax.Array:
+        """`Prompt.images` -> image embeddings [B, I, D]; once per image."""
+        raise NotImplementedError
 
     @jax.named_scope("prefill")
     def prefill(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> tuple[Prefix, jax.Array]:
+        """-> the un-repeated prefix and the logits [B, V] (fp32) of the first response token."""
         x = self._prompt_embeddings(params, prompt, image_embeds)
         hidden, prefix = decoder.prefill(self.decoder, params["decoder"], x, prompt.mask, prompt.positions)
         return prefix, self._logits(params, hidden)
 
     def empty_branch(self, batch: int, group: int, length: int) -> Branch:
+        """An unwritten cache for `group` responses of up to `length` tokens per prompt."""
         return decoder.empty_branch(self.decoder, batch, group, length)
 
     @jax.named_scope("decode")
     def decode(
         self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
     ) -> tuple[Branch, jax.Array]:
+        """Response tokens [B, G] at index t -> the extended branch and logits [B, G, V] (fp32) of index t + 1."""
         x = decoder.embed(self.decoder, params["decoder"], tokens)
         hidden, branch = decoder.decode(self.decoder, params["decoder"], prefix, branch, x, t)
         return branch, self._logits(params, hidden)
@@ -104,6 +86,7 @@ class VisionLanguagePolicy:
     def log_probs(
         self, params: Params, prompt: Prompt, image_embeds: jax.Array, responses: jax.Array, *, temperature: float = 1.0
     ) -> jax.Array:
+        """Log-probabilities [B, G, R] (fp32) of `responses` [B, G, R]; no array holds more than a chunk of logits."""
         x = self._prompt_embeddings(params, prompt, image_embeds)
         y = decoder.embed(self.decoder, params["decoder"], responses)
         hidden = decoder.forward(self.decoder, params["decoder"], x, prompt.mask, prompt.positions, y)
@@ -139,6 +122,26 @@ class VisionLanguagePolicy:
         index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_embeds.shape[1] - 1)
         placed = jnp.take_along_axis(image_embeds.astype(text.dtype), index[..., None], axis=1)
         return jnp.where(is_image[..., None], placed, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPolicy(Policy):
+    """The decoder alone, for checks against real weights and for benchmarks; `Prompt.images` is `no_images(B)`."""
+
+    vision: None = dataclasses.field(default=None, kw_only=True)
+    image_token: int = dataclasses.field(default=-1, kw_only=True)  # No token has this id.
+
+    @staticmethod
+    def no_images(batch: int) -> np.ndarray:
+        """[B, 0] uint8."""
+        return np.zeros((batch, 0), np.uint8)
+
+    def init(self, rng: jax.Array) -> Params:
+        return {"decoder": decoder.init(self.decoder, rng)}
+
+    def encode(self, params: Params, images: jax.Array) -> jax.Array:
+        """[B, 0] -> [B, 1, D] of zeros, which no token takes."""
+        return jnp.zeros((images.shape[0], 1, self.decoder.width), jnp.dtype(self.decoder.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

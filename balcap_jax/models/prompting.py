@@ -34,8 +34,9 @@ class PromptTooLong(UserError):
         self.needed = needed
 
 
+@dataclasses.dataclass(frozen=True)
 class PromptProcessor:
-    """Base of a family's processor, a frozen dataclass with (at least) these fields that prepares its own images.
+    """Base of a family's processor, which prepares its own images.
 
     `prompt_tokens` is P. Shorter prompts get padding on the right; longer ones are an error, since a cut would remove
     image tokens. `template` holds `{image}`, the place of the image tokens, and `{prompt}`, that of the instruction.
@@ -43,10 +44,11 @@ class PromptProcessor:
     """
 
     tokenizer: PreTrainedTokenizerBase
+    _: dataclasses.KW_ONLY
     prompt_tokens: int
-    image_token: str
     template: str
-    end_tokens: tuple[int, ...]
+    image_token: str = "<image>"
+    end_tokens: tuple[int, ...] = ()
 
     def __call__(
         self, images: Sequence[np.ndarray], prompts: Sequence[str], ids: Sequence[str] | None = None

@@ -122,12 +122,12 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
     Raises:
       UserError: some of the three variables are missing, or a value makes no sense.
     """
-    given = [name for name in _EXPLICIT if environment.get(name)]
-    if not given:
+    present = [name for name in _EXPLICIT if environment.get(name)]
+    if not present:
         return {} if environment.get(_DETECT, "0") not in ("", "0") else None
-    if len(given) < len(_EXPLICIT):
-        missing = ", ".join(name for name in _EXPLICIT if name not in given)
-        raise UserError(f"{given[0]} is set, but not {missing}; set all three of {', '.join(_EXPLICIT)}, or none")
+    if len(present) < len(_EXPLICIT):
+        missing = ", ".join(name for name in _EXPLICIT if name not in present)
+        raise UserError(f"{present[0]} is set, but not {missing}; set all three of {', '.join(_EXPLICIT)}, or none")
     address, *numbers = (environment[name] for name in _EXPLICIT)
     if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
         raise UserError(f"BALCAP_COORDINATOR is {address!r}; give host:port of process 0")

@@ -4,12 +4,13 @@ Flax's logical axis rules (`with_logical_constraint`) cannot do this: an axis th
 and there are two layouts.
 
 Training splits parameters over `fsdp` and gathers them layer by layer. In sampling each device keeps its part of every
-matrix, and the few tokens of a decoding step move instead, so that the decoding loop gathers no weight. `make_relay`
-goes from the one layout to the other, once per rollout.
+matrix, and the few tokens of a decoding step move instead: the decoding loop gathers no weight. `make_relay` goes from
+the one layout to the other, once per rollout.
 """
 
 import contextlib
 import contextvars
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,8 +112,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     if open_axes and len(devices) % fixed == 0:
         shape[open_axes[0]] = len(devices) // fixed
     if math.prod(shape.values()) != len(devices):
-        shown = " x ".join(f"{axis} {size}" for axis, size in shape.items())
-        raise UserError(f"the mesh ({shown}) does not fit {len(devices)} devices; change the mesh.* sizes")
+        text = " x ".join(f"{axis} {size}" for axis, size in shape.items())
+        raise UserError(f"the mesh ({text}) does not fit {len(devices)} devices; change the mesh.* sizes")
     return Mesh(np.array(devices).reshape(tuple(shape.values())), AXES)
 
 
@@ -248,13 +249,13 @@ def shard_mapped(
     if (current := _several()) is None:
         return function
     mesh, table = current
-    whole = {
+    unsplit = {
         name
         for array, names in zip(arrays, axes, strict=True)
         for size, name in zip(array.shape, names, strict=False)
         if name and size % _parts(mesh, table.get(name, ()))
     }
-    axes = [tuple(None if name in whole else name for name in names) for names in axes]
+    axes = [tuple(None if name in unsplit else name for name in names) for names in axes]
     specs = [_sharding(mesh, _spec(table, names)).spec for names in axes]
     return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
 
@@ -293,8 +294,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 # ------------------------------------------------------------------------------------------------- small parts
 
 
-def _name(path: tuple) -> str:
-    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def _spec(table: Table, axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:

@@ -162,8 +162,8 @@ def chart_groups(runs: Sequence[Run], skipped: list[str]) -> list[dict[str, Any]
     for title, members in groups.items():
         # The rewards share one axis: whether they are balanced is the point of looking at them.
         shared = [value for member in members for value in _values(*member)] if title == "Rewards" else None
-        drawn = [_chart(*member, runs, shared or _values(*member)) for member in members]
-        charts.append({"title": title, "charts": drawn})
+        group_charts = [_chart(*member, runs, shared or _values(*member)) for member in members]
+        charts.append({"title": title, "charts": group_charts})
     return charts
 
 
@@ -269,8 +269,8 @@ def _chart(
         raw = axes.path(thin) if smooth != thin else ""
         lines.append({"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": last})
     power = f" ×10{str(-axes.exponent).translate(SUPERSCRIPT)}" if axes.exponent else ""
-    drawn = {"lines": lines, "boundaries": boundaries, "diamonds": diamonds}
-    return {"title": curve.title, "unit": f"{curve.unit}{power}", **axes.frame(), **drawn}
+    drawing = {"lines": lines, "boundaries": boundaries, "diamonds": diamonds}
+    return {"title": curve.title, "unit": f"{curve.unit}{power}", **axes.frame(), **drawing}
 
 
 def time_chart(run: Run) -> dict[str, Any] | None:
@@ -330,9 +330,9 @@ def bars(entries: Sequence[tuple[str, float, Sequence[float] | None, str]]) -> s
     for row, (name, score, interval, words) in enumerate(entries):
         y, thickness = _ROW * row + 4, _ROW - 10
         left, right = sorted((x(0.0), x(score)))
-        shown = html.escape(name if len(name) <= 34 else "…" + name[-33:])
+        title = html.escape(name if len(name) <= 34 else "…" + name[-33:])
         label = html.escape(f"{score:.2f}" + (f" ({words} words)" if words else ""))
-        parts.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{shown}</text>')
+        parts.append(f'<text x="{_NAMES - 8}" y="{y + 15}" text-anchor="end">{title}</text>')
         parts.append(f'<rect x="{left}" y="{y + 3}" width="{right - left:.1f}" height="{thickness}" fill="#4c78a8"/>')
         if interval:
             start, stop, middle = x(interval[0]), x(interval[1]), y + 3 + thickness / 2

@@ -12,16 +12,14 @@ from typing import Any
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
 from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Judge
-from balcap_jax.rewards.balcap import BalCapReward
-from balcap_jax.rewards.base import RewardFn, Samples, Scores
+from balcap_jax.rewards.balcap import BalCapReward, TextReward
+from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores
 from balcap_jax.rewards.caprl import CaprlReward
 from balcap_jax.rewards.feedquill import FeedquillReward
-from balcap_jax.rewards.joined import Joined
 from balcap_jax.rewards.length import LengthPenalised
 from balcap_jax.rewards.lexical import LexicalReward
 from balcap_jax.rewards.own import OwnReward
 from balcap_jax.rewards.rubicap import RubicapReward
-from balcap_jax.rewards.text import TextReward
 
 REWARDS: dict[str, type] = {
     "balcap": BalCapReward,

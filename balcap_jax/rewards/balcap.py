@@ -1,27 +1,21 @@
 """The three rewards of BalCapRL: precision with pointability, recall of reference units, linguistic quality.
 
+`TextReward` is recall and language alone: the objectives for a judge that sees no pictures.
+
 The length gate is not applied here but in the compiled step, where the raw reward, the gate and the advantage meet.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from balcap_jax.judges.schema import (
-    Failure,
-    Judge,
-    LinguisticQuestion,
-    LinguisticVerdict,
-    PrecisionQuestion,
-    PrecisionVerdict,
-    RecallQuestion,
-    RecallVerdict,
-)
-from balcap_jax.rewards.base import Samples, Scored, Scores, ask_kinds, collect
+from balcap_jax.judges import schema
+from balcap_jax.judges.schema import Failure, Judge
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_kinds, collect
 
 HIGHEST_MARK = 5
 
 
-class BalCapReward:
+class BalCapReward(RewardFn):
     """A RewardFn with K = 3 objectives in [0, 1], scored by `judge`.
 
     A Failure of the judge makes one objective of one sample a missing value, with its reason in the detail.
@@ -34,8 +28,8 @@ class BalCapReward:
     asks: tuple[str, ...] = ("precision", "recall", "linguistic")
 
     def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
-        self.judge = judge
-        self.pointability = (settings or {}).get("pointability", True)
+        super().__init__(judge, settings)
+        self.pointability = self.settings.get("pointability", True)
 
     def __call__(self, samples: Samples) -> Scores:
         """Rewards [B, G, 3]. A detail is {"assertions", "covered", "clarity", "fluency", "coherency", "failures"}, with
@@ -48,11 +42,28 @@ class BalCapReward:
         return collect(self, samples, list(zip(precision, recall, linguistic, strict=True)), self.judge)
 
 
-def precision_questions(samples: Samples, *, pointability: bool = True) -> list[PrecisionQuestion]:
+class TextReward(RewardFn):
+    """K = 2: BalCap without precision, for a judge that is a language model without eyes.
+
+    Nothing punishes invention: a caption that names everything scores. It serves where there is no vision model, and
+    is no method.
+    """
+
+    names: tuple[str, ...] = ("recall", "linguistic")
+    gated: tuple[bool, ...] = (False, True)
+    needs: tuple[str, ...] = ("reference_units",)
+    asks: tuple[str, ...] = ("recall", "linguistic")
+
+    def __call__(self, samples: Samples) -> Scores:
+        """Rewards [B, G, 2]; a detail is that of `BalCapReward` without its assertions."""
+        return collect(self, samples, list(zip(*score_text(self.judge, samples), strict=True)), self.judge)
+
+
+def precision_questions(samples: Samples, *, pointability: bool = True) -> list[schema.PrecisionQuestion]:
     """One question per caption, in the order of `samples.where`."""
     images = samples.images
     return [
-        PrecisionQuestion(
+        schema.PrecisionQuestion(
             samples.captions[b][g], None if images is None else images[b], samples.metadata[b], pointability
         )
         for b, g in samples.where
@@ -65,8 +76,8 @@ def score_text(judge: Judge, samples: Samples, **more: Sequence) -> list[list]:
     One per caption, in the order of `samples.where`. A reference without units is not asked about.
     """
     with_units = [(b, g) for b, g in samples.where if len(samples.reference_units[b])]
-    recall = [RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in with_units]
-    linguistic = [LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where]
+    recall = [schema.RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in with_units]
+    linguistic = [schema.LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where]
     *others, covered, marks = ask_kinds(judge, **more, recall=recall, linguistic=linguistic)
     verdicts = dict(zip(with_units, covered, strict=True))
     recall_scores = [
@@ -76,7 +87,7 @@ def score_text(judge: Judge, samples: Samples, **more: Sequence) -> list[list]:
     return [*others, recall_scores, [score_linguistic(verdict) for verdict in marks]]
 
 
-def score_precision(verdict: PrecisionVerdict | Failure, *, pointability: bool = True) -> Scored:
+def score_precision(verdict: schema.PrecisionVerdict | Failure, *, pointability: bool = True) -> Scored:
     """Assertions that are both verified and pointable over all assertions; a caption that asserts nothing gets 0.
 
     Without `pointability` it is enough that they are verified."""
@@ -86,7 +97,7 @@ def score_precision(verdict: PrecisionVerdict | Failure, *, pointability: bool =
     return true / max(len(verdict.assertions), 1), {"assertions": shown_assertions(verdict)}
 
 
-def shown_assertions(verdict: PrecisionVerdict) -> list[dict[str, Any]]:
+def shown_assertions(verdict: schema.PrecisionVerdict) -> list[dict[str, Any]]:
     """The assertions of a verdict as a detail holds them."""
     return [
         {"text": each.text, "verified": each.verified, "pointable": each.pointable, "why": each.why}
@@ -94,7 +105,7 @@ def shown_assertions(verdict: PrecisionVerdict) -> list[dict[str, Any]]:
     ]
 
 
-def score_recall(verdict: RecallVerdict | Failure | None, units: int, example_id: str) -> Scored:
+def score_recall(verdict: schema.RecallVerdict | Failure | None, units: int, example_id: str) -> Scored:
     """Covered reference units over all units; an answer of the wrong length cannot be matched to them: a failure."""
     if not units:
         return Failure(f"example {example_id} has no reference units"), {}
@@ -106,7 +117,7 @@ def score_recall(verdict: RecallVerdict | Failure | None, units: int, example_id
     return sum(covered) / units, {"covered": covered}
 
 
-def score_linguistic(verdict: LinguisticVerdict | Failure) -> Scored:
+def score_linguistic(verdict: schema.LinguisticVerdict | Failure) -> Scored:
     """The mean of the three marks, each mapped from 1-5 to mark / 5."""
     if isinstance(verdict, Failure):
         return verdict, {}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +54,9 @@ class Scores:
     detail: Sequence[Sequence[Mapping[str, Any]]]
 
 
-class RewardFn(Protocol):
-    """K objectives. A new reward is a class of this form and no more: see `balcap_jax.rewards`.
+class RewardFn:
+    """K objectives. A new reward is a class of this form and no more, derived from this one or not: see
+    `balcap_jax.rewards`.
 
     names: of the objectives. gated[k]: whether the length gate multiplies objective k.
     needs: fields of an example that it reads beside image, prompt and reference; a data set without them is refused.
@@ -65,21 +66,25 @@ class RewardFn(Protocol):
 
     names: tuple[str, ...]
     gated: tuple[bool, ...]
-    needs: tuple[str, ...]
-    asks: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
 
-    def __call__(self, samples: Samples) -> Scores: ...
+    def __init__(self, judge: Judge | None = None, settings: Mapping[str, Any] | None = None):
+        self.judge, self.settings = judge, settings or {}
+
+    def __call__(self, samples: Samples) -> Scores:
+        raise NotImplementedError
 
 
 Scored = tuple[float | Failure, dict[str, Any]]  # the reward, or why there is none; and what a report shows of it
 
 
-def collect(reward: "RewardFn", samples: Samples, scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
+def collect(reward: RewardFn, samples: Samples, scored: Sequence[Sequence[Scored]], judge: Judge | None) -> Scores:
     """Scores from one Scored per objective for each caption, in the order of `samples.where`.
 
     A Failure becomes a missing value with its reason, and so does a number that is not finite. A detail also holds
-    under "judge" what the judge's `about` has on the model and on the prompts that `reward` asks, and under
-    "suspicious" where a caption speaks to its judge.
+    under "judge" what the judge's `about` has on the model and on the prompts that `reward` asks. Under "suspicious" it
+    holds where a caption speaks to its judge.
     """
     names = reward.names
     shape = (*samples.shape, len(names))
@@ -109,6 +114,33 @@ def without_nonfinite(scores: Scores, names: Sequence[str]) -> Scores:
         reason = {names[k]: f"the reward is {scores.rewards[b, g, k]}, which is no finite number"}
         detail[b][g]["failures"] = dict(detail[b][g].get("failures", {})) | reason
     return Scores(np.where(valid, scores.rewards, np.float32(0)), valid, detail)
+
+
+class Joined(RewardFn):
+    """Two rewards on the same captions: the objectives of `first`, and those of `second` that it lacks."""
+
+    def __init__(self, first: RewardFn, second: RewardFn):
+        self.first, self.second = first, second
+        self._columns = [k for k, name in enumerate(second.names) if name not in first.names]
+        self.names = first.names + tuple(second.names[k] for k in self._columns)
+        self.gated = first.gated + tuple(second.gated[k] for k in self._columns)
+        self.needs = tuple(dict.fromkeys(first.needs + second.needs))
+        self.asks = tuple(dict.fromkeys(first.asks + second.asks))
+
+    def __call__(self, samples: Samples) -> Scores:
+        first, second = self.first(samples), self.second(samples)
+        detail = [
+            [
+                b | a | {"failures": dict(b.get("failures", {})) | dict(a.get("failures", {}))}
+                for a, b in zip(group, more, strict=True)
+            ]
+            for group, more in zip(first.detail, second.detail, strict=True)
+        ]
+        return Scores(
+            np.concatenate([first.rewards, second.rewards[..., self._columns]], -1),
+            np.concatenate([first.valid, second.valid[..., self._columns]], -1),
+            detail,
+        )
 
 
 def ask_kinds(judge: Judge, **questions: Sequence) -> list[list]:

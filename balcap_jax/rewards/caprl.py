@@ -11,26 +11,21 @@ from typing import Any
 import numpy as np
 
 from balcap_jax.data.choices import LETTERS, lettered, shuffled
-from balcap_jax.judges.schema import ChoiceQuestion, Failure, Judge
-from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+from balcap_jax.judges.schema import ChoiceQuestion, Failure
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
 
 
-class CaprlReward:
+class CaprlReward(RewardFn):
     """K = 1: the share of `settings["draws"]` questions, drawn with replacement, that are answered rightly.
 
     0 draws ask every question once, with its options in their own order. The draws depend on the run's seed, the
-    example, the place in the group and the caption alone, so that a resumed run asks the same.
+    example, the place in the group and the caption alone: a resumed run asks the same.
     """
 
     names: tuple[str, ...] = ("accuracy",)
     gated: tuple[bool, ...] = (False,)
     needs: tuple[str, ...] = ("questions",)
     asks: tuple[str, ...] = ("choice",)
-
-    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
-        settings = settings or {}
-        self.judge = judge
-        self.draws, self.seed = settings.get("draws", 8), settings.get("seed", 0)
 
     def __call__(self, samples: Samples) -> Scores:
         """A detail holds "answers", [{"question", "answer", "right"}]. Calls that failed are left out of the mean; the
@@ -45,15 +40,16 @@ class CaprlReward:
 
     def _draw(self, samples: Samples, b: int, g: int) -> list[tuple[ChoiceQuestion, str]]:
         """(question, letter of its answer) for one caption."""
+        draws, seed = self.settings.get("draws", 8), self.settings.get("seed", 0)
         questions, caption = json.loads(samples.metadata[b].get("questions") or "[]"), samples.captions[b][g]
-        if not self.draws:
+        if not draws:
             return [_ask(caption, question, *lettered(question)) for question in questions]
         if not questions:
             return []
-        parts = (str(self.seed), samples.example_ids[b], str(g), caption)
+        parts = (str(seed), samples.example_ids[b], str(g), caption)
         digest = hashlib.blake2b("\x1f".join(parts).encode(errors="replace"), digest_size=16).digest()
         rng = np.random.default_rng(int.from_bytes(digest, "big"))
-        indices = rng.integers(len(questions), size=self.draws)
+        indices = rng.integers(len(questions), size=draws)
         return [_ask(caption, questions[m], *shuffled(questions[m], rng), draw=k) for k, m in enumerate(indices)]
 
 
@@ -76,10 +72,10 @@ def score_answers(verdicts: Sequence[tuple[ChoiceQuestion, str, Any]], example_i
     failures = [verdict for _, _, verdict in verdicts if isinstance(verdict, Failure)]
     if 2 * len(failures) > len(verdicts):
         return failures[0], {}
-    shown = [
+    answers = [
         {"question": question.question, "answer": (letter := first_letter(verdict.answer)), "right": letter == gold}
         for question, gold, verdict in verdicts
         if not isinstance(verdict, Failure)
     ]
-    parts: dict[str, Any] = {"answers": shown} | ({"failed_draws": failures[0].reason} if failures else {})
-    return sum(answer["right"] for answer in shown) / len(shown), parts
+    parts: dict[str, Any] = {"answers": answers} | ({"failed_draws": failures[0].reason} if failures else {})
+    return sum(answer["right"] for answer in answers) / len(answers), parts

@@ -3,25 +3,17 @@
 The paper trains reward models on them; here the judge that splits and verifies captions for BalCap gives them directly.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from balcap_jax.judges.schema import Failure, Judge, PrecisionVerdict
+from balcap_jax.judges.schema import Failure, PrecisionVerdict
 from balcap_jax.rewards.balcap import precision_questions, shown_assertions
-from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
 
 
-class FeedquillReward:
+class FeedquillReward(RewardFn):
     """K = 2: the share of verified units in [0, 1], and their number. Whether they are pointable is not asked."""
 
     names: tuple[str, ...] = ("verified_fraction", "verified_count")
     gated: tuple[bool, ...] = (False, False)
-    needs: tuple[str, ...] = ()
     asks: tuple[str, ...] = ("precision",)
-
-    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
-        del settings
-        self.judge = judge
 
     def __call__(self, samples: Samples) -> Scores:
         verdicts = ask_all(self.judge.precision, precision_questions(samples, pointability=False))

@@ -8,49 +8,40 @@ ramp_reference  the same ramp in words, from the reference's length to twice tha
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from balcap_jax.data.words import count_words
 from balcap_jax.judges.schema import Failure
-from balcap_jax.rewards.base import RewardFn, Samples, Scores
+from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores, collect
 
 KINDS = ("none", "two_sided", "ramp", "ramp_reference")
 
 
-class LengthPenalised:
+class LengthPenalised(Joined):
     """The objectives of `reward`, and "length" after them."""
 
     def __init__(self, reward: RewardFn, settings: Mapping[str, Any]):
-        self.reward, self.kind = reward, settings["length"]
-        self.start, self.end = settings["length_start"], settings["length_end"]
-        self.names = (*reward.names, "length")
-        self.gated = (*reward.gated, False)
-        self.needs, self.asks = reward.needs, reward.asks
+        super().__init__(reward, Length(settings=settings))
+
+
+class Length(RewardFn):
+    """K = 1: the penalty that the setting `length` names."""
+
+    names: tuple[str, ...] = ("length",)
+    gated: tuple[bool, ...] = (False,)
 
     def __call__(self, samples: Samples) -> Scores:
         """Raises ValueError where `ramp` is asked for captions whose tokens nobody counted."""
-        scores = self.reward(samples)
-        length = np.zeros((*samples.shape, 1), np.float32)
-        valid = np.ones(length.shape, bool)
-        detail = [[dict(entry) for entry in group] for group in scores.detail]
-        for b, g in samples.where:
-            value = self._score(samples, b, g)
-            if isinstance(value, Failure):
-                valid[b, g] = False
-                detail[b][g]["failures"] = dict(detail[b][g].get("failures", {})) | {"length": value.reason}
-            else:
-                length[b, g] = value
-        return Scores(np.concatenate([scores.rewards, length], -1), np.concatenate([scores.valid, valid], -1), detail)
+        return collect(self, samples, [[(self._score(samples, b, g), {})] for b, g in samples.where], None)
 
     def _score(self, samples: Samples, b: int, g: int) -> float | Failure:
-        if self.kind == "ramp":
+        kind = self.settings["length"]
+        if kind == "ramp":
             if samples.tokens is None:
                 raise ValueError("the ramp in tokens needs Samples.tokens")
-            return ramp(float(samples.tokens[b, g]), self.start, self.end)
+            return ramp(float(samples.tokens[b, g]), self.settings["length_start"], self.settings["length_end"])
         words, reference = count_words(samples.captions[b][g]), count_words(samples.references[b])
         if not reference:
             return Failure(f"example {samples.example_ids[b]} has an empty reference")
-        return two_sided(words / reference) if self.kind == "two_sided" else ramp(words, reference, 2 * reference)
+        return two_sided(words / reference) if kind == "two_sided" else ramp(words, reference, 2 * reference)
 
 
 def two_sided(ratio: float) -> float:

@@ -1,23 +1,17 @@
 """ROUGE-L to the reference: a reward that needs no judge, and one that longer words of praise do not fool."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from balcap_jax.data.words import words
-from balcap_jax.judges.schema import Judge
-from balcap_jax.rewards.base import Samples, Scores, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
 
 
-class LexicalReward:
+class LexicalReward(RewardFn):
     """K = 1: the F-measure (beta 1) of the longest common subsequence of words of caption and reference."""
 
     names: tuple[str, ...] = ("rouge_l",)
     gated: tuple[bool, ...] = (False,)
     needs: tuple[str, ...] = ("reference",)
-    asks: tuple[str, ...] = ()
-
-    def __init__(self, judge: Judge | None = None, settings: Mapping[str, Any] | None = None):
-        del judge, settings
 
     def __call__(self, samples: Samples) -> Scores:
         references = [words(text) for text in samples.references]

@@ -22,8 +22,7 @@ from balcap_jax.data.scenes.world import Scene
 from balcap_jax.judges.oracle import judge_choice, judge_linguistic, judge_precision, judge_recall, scene_of
 from balcap_jax.judges.schema import ChoiceQuestion, Judge
 from balcap_jax.rewards.balcap import score_linguistic
-from balcap_jax.rewards.base import RewardFn, Samples, Scores, collect
-from balcap_jax.rewards.joined import Joined
+from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores, collect
 
 QUESTIONS = 12  # per scene: every scene has as many
 UNKNOWN_CREDIT = 0.05  # CaptionQA gives "cannot answer" this beyond a guess among the choices
@@ -104,13 +103,12 @@ def _questions_of(scene: Scene) -> list[dict]:
     return questions(scene, np.random.default_rng([0xA4E7A, _QUESTIONS, scene.seed]), QUESTIONS)
 
 
-class Miniature:
+class Miniature(RewardFn):
     """The three metrics in the form of a reward with K = 3, so that evaluations score them beside the objectives."""
 
     names: tuple[str, ...] = ("dcscore", "captionqa", "arena")
     gated: tuple[bool, ...] = (False, False, False)
     needs: tuple[str, ...] = ("scene", "reference_units")
-    asks: tuple[str, ...] = ()
 
     def __call__(self, samples: Samples) -> Scores:
         scored = []

@@ -82,8 +82,8 @@ class OwnReward:
         with np.errstate(over="ignore"):
             return Scores(scores.rewards.astype(np.float32), scores.valid, detail)
 
-    def _wrong(self, wanted: str, given: Any) -> UserError:
-        return UserError(f"{self._where} {wanted} (B examples, G captions, K objectives); got {_given(given)}; {_FORM}")
+    def _wrong(self, rule: str, value: Any) -> UserError:
+        return UserError(f"{self._where} {rule} (B examples, G captions, K objectives); got {_given(value)}; {_FORM}")
 
     @contextlib.contextmanager
     def _one_line(self, what: str) -> Iterator[None]:

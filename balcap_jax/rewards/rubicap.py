@@ -4,21 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from balcap_jax.judges.schema import Failure, Judge, RubricQuestion, RubricVerdict
-from balcap_jax.rewards.base import Samples, Scored, Scores, ask_all, collect
+from balcap_jax.judges.schema import Failure, RubricQuestion, RubricVerdict
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
 
 
-class RubicapReward:
+class RubicapReward(RewardFn):
     """K = 1: the weights of the criteria that a caption meets over all weights, in [0, 1]."""
 
     names: tuple[str, ...] = ("rubric",)
     gated: tuple[bool, ...] = (False,)
     needs: tuple[str, ...] = ("rubrics",)
     asks: tuple[str, ...] = ("rubric",)
-
-    def __init__(self, judge: Judge, settings: Mapping[str, Any] | None = None):
-        del settings
-        self.judge = judge
 
     def __call__(self, samples: Samples) -> Scores:
         """A detail holds "rubric", [{"criterion", "weight", "passed"}]."""
@@ -37,9 +33,9 @@ def score_rubric(verdict: RubricVerdict | Failure, rubrics: Sequence[Mapping[str
         return verdict, {}
     if len(verdict.passed) != len(rubrics):
         return Failure(f"the judge answered on {len(verdict.passed)} criteria, {len(rubrics)} were asked"), {}
-    shown = [
+    criteria = [
         {"criterion": rubric["criterion"], "weight": float(rubric["weight"]), "passed": passed}
         for rubric, passed in zip(rubrics, verdict.passed, strict=True)
     ]
-    total = sum(rubric["weight"] for rubric in shown)
-    return sum(rubric["weight"] for rubric in shown if rubric["passed"]) / total, {"rubric": shown}
+    total = sum(rubric["weight"] for rubric in criteria)
+    return sum(rubric["weight"] for rubric in criteria if rubric["passed"]) / total, {"rubric": criteria}

@@ -89,7 +89,7 @@ def test_a_saved_model_comes_back_bit_for_bit(model, saved):
 
 def test_the_template_is_saved_with_the_model(model, tokenizer, tmp_path):
     policy, params, _ = model
-    chat = LlavaProcessor(tokenizer, 32, policy.image_tokens, 80, template=VICUNA_TEMPLATE)
+    chat = LlavaProcessor(tokenizer, 32, policy.image_tokens, prompt_tokens=80, template=VICUNA_TEMPLATE)
     path = models.save(tmp_path / "chat", MODEL | {"prompt_tokens": 80}, params, chat)
     assert models.load(path)[2].template == VICUNA_TEMPLATE
 
@@ -318,7 +318,7 @@ def test_a_prompt_that_is_too_long_is_refused_by_name(model):
 
 @pytest.mark.parametrize("template", ["{prompt}", "{image}{image} {prompt}"])
 def test_image_tokens_are_counted_against_the_tower(tokenizer, template):
-    processor = LlavaProcessor(tokenizer, 32, 16, 64, template=template)
+    processor = LlavaProcessor(tokenizer, 32, 16, prompt_tokens=64, template=template)
     message = error_of(processor, pictures(1), [PROMPT], ["picture 3"])
     placed = 16 * template.count("{image}")
     assert message.startswith(f"the prompt of picture 3 holds {placed} image tokens but the vision tower gives 16")
@@ -337,7 +337,7 @@ def test_image_tokens_are_counted_against_the_tower(tokenizer, template):
     ],
 )
 def test_a_template_takes_image_and_prompt_alone(tokenizer, template, named):
-    processor = LlavaProcessor(tokenizer, 32, 16, 64, template=template)
+    processor = LlavaProcessor(tokenizer, 32, 16, prompt_tokens=64, template=template)
     message = error_of(processor, pictures(1), [PROMPT])
     assert (
         message == f"model.template is no template ({named}); it takes {{image}} and {{prompt}}, other braces doubled"

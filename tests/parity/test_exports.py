@@ -132,7 +132,7 @@ def test_the_processors_file_says_what_ours_does(export, family):
 )
 def test_the_chat_template_is_the_prompt_that_the_model_was_trained_with(template, expected):
     words = build_tokenizer([PROMPT])
-    words.chat_template = convert._chat_template(LlavaProcessor(words, 16, 16, 64, template=template))
+    words.chat_template = convert._chat_template(LlavaProcessor(words, 16, 16, prompt_tokens=64, template=template))
     for content in ('a "b" {c}', [{"type": "image"}, {"type": "text", "text": 'a "b" {c}'}]):
         assert words.apply_chat_template([{"role": "user", "content": content}], tokenize=False) == expected
 

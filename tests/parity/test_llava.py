@@ -292,7 +292,7 @@ def processors() -> tuple[transformers.LlavaProcessor, LlavaProcessor]:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    return theirs, LlavaProcessor(tokenizer, 336, 576, 640, template=VICUNA_TEMPLATE)
+    return theirs, LlavaProcessor(tokenizer, 336, 576, prompt_tokens=640, template=VICUNA_TEMPLATE)
 
 
 def picture(height: int, width: int) -> Image.Image:

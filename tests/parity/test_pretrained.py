@@ -16,7 +16,7 @@ import pytest
 from test_transformers import decoder_params, padded_prompt, relative_error, response_logits
 
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.text import TextPolicy
+from balcap_jax.models.policy import TextPolicy
 from balcap_jax.rollout import Sampling, example_keys, make_rollout
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch, of the [dev] extra")

@@ -1,7 +1,7 @@
 """Finds out at the start what an endpoint takes, by a small question of the form that all later ones have.
 
-The question has a system message, a schema with all that questions' schemas have, the longest answer that is allowed,
-and a picture where pictures are asked about. What is refused (HTTP 400, 422) is left out from then on.
+The question has a system message and a schema with all that questions' schemas have. It allows the longest answer, and
+has a picture where pictures are asked about. What is refused (HTTP 400, 422) is left out from then on.
 """
 
 import asyncio

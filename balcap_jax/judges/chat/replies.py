@@ -76,8 +76,8 @@ class Reply:
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 
-def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, key: str, status: int = 200) -> Reply:
-    """The reply in the body of an answer; `asked` is about the tokens of the question.
+def reply_of(url: str, headers: Mapping[str, str], content: bytes, estimate: int, key: str, status: int = 200) -> Reply:
+    """The reply in the body of an answer; `estimate` is about the tokens of the question.
 
     Raises CallError for an error in its place, and for what is no chat completion.
     """
@@ -111,7 +111,7 @@ def reply_of(url: str, headers: Mapping[str, str], content: bytes, asked: int, k
         problem = "answer was filtered"
     elif not text.strip():
         problem, remedy = (CUT_OFF, "") if cut else _empty(message, parts)
-    tokens_in = _count(usage, "prompt_tokens", asked)
+    tokens_in = _count(usage, "prompt_tokens", estimate)
     tokens_out = _count(usage, "completion_tokens", tokens_of(len(text)))
     return Reply(text, tokens_in, tokens_out, problem, str(refusal or ""), cut, remedy)
 

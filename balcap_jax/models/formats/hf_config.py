@@ -32,9 +32,9 @@ def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def require(config: Mapping[str, Any], **wanted: Any) -> None:
+def require(config: Mapping[str, Any], **values: Any) -> None:
     """Raises ValueError that names the first entry with another value; a tuple lists several allowed ones."""
-    for key, value in wanted.items():
+    for key, value in values.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if config.get(key) not in allowed:
             raise ValueError(f"{key} is {config.get(key)!r}, only {' or '.join(map(repr, allowed))} is built")

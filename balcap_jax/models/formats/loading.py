@@ -1,7 +1,7 @@
 """A model on disk: `model.json` (family and sizes), `params/` (Orbax) and the tokenizer's own files.
 
 A model that came from a Hugging Face checkpoint has that checkpoint's other small files beside them (config.json, the
-processor's, generation_config.json ...), and `hf_names.json` with the names of its tensors, for the way back.
+processor's, generation_config.json ...). For the way back `hf_names.json` holds the names of its tensors.
 """
 
 import contextlib

@@ -108,8 +108,8 @@ def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape
     that are `passed_over`, which may be of any type.
 
     Raises:
-      UserError: no weights, pickled weights only, a shard that is missing, cut short or no safetensors file, a tensor
-        of a type other than fp32, fp16 and bf16, a name in two shards, or one that the index places elsewhere.
+      UserError: no weights, or pickled weights only. A shard that is missing, cut short or no safetensors file. A
+        tensor of a type other than fp32, fp16 and bf16, in two shards, or that the index places elsewhere.
     """
     index = _read_index(directory)
     if WEIGHTS not in index.values() and (directory / WEIGHTS).is_file():

@@ -13,13 +13,13 @@ from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.llava import vision
 from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.llava.vision import VisionConfig
-from balcap_jax.models.policy import Params, Projector, VisionLanguagePolicy
+from balcap_jax.models.policy import Params, Policy, Projector
 from balcap_jax.models.prompting import PLAIN_TEMPLATE, image_word, special_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Llava(VisionLanguagePolicy):
-    """A policy (see `models.policy.Policy`) of this family; fields as in `VisionLanguagePolicy`."""
+class Llava(Policy):
+    """A policy of this family."""
 
     vision: VisionConfig
 

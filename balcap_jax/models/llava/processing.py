@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.models.policy import Prompt
 from balcap_jax.models.prompting import PromptProcessor, names_of
@@ -14,7 +13,7 @@ from balcap_jax.models.prompting import PromptProcessor, names_of
 # image tokens, `{prompt}` for the instruction.
 VICUNA_TEMPLATE = "USER: {image}\n{prompt} ASSISTANT:"
 
-# The aspect that images are cut to before the resize: the final crop keeps only their middle anyway, and a strip of
+# The aspect that images are cut to before the resize: the final crop keeps only their middle anyway. A strip of
 # 1 x 50,000 pixels would become 336 x 16,800,000 on the way.
 MAX_ASPECT = 64
 
@@ -23,13 +22,8 @@ MAX_ASPECT = 64
 class LlavaProcessor(PromptProcessor):
     """`processor(images, prompts)` gives a Prompt of NumPy arrays; `processor.decode(tokens)` gives text."""
 
-    tokenizer: PreTrainedTokenizerBase
     image_size: int
     image_tokens: int
-    prompt_tokens: int
-    image_token: str = "<image>"
-    template: str = VICUNA_TEMPLATE
-    end_tokens: tuple[int, ...] = ()
 
     def with_prepared(self, images: np.ndarray, prompts: Sequence[str], ids: Sequence[str] | None = None) -> Prompt:
         """`__call__` for the images that `prepare_images` gave."""

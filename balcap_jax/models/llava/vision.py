@@ -1,40 +1,29 @@
 """CLIP's vision transformer: uint8 pixels in, patch features out."""
 
 import dataclasses
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from balcap_jax.models import decoder
-from balcap_jax.models.decoder import Params, Sizes
+from balcap_jax.models.decoder import Params, TowerSizes
 from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.parallel.sharding import constrain
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig(Sizes):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(TowerSizes):
     """Sizes of the tower. `feature_layer` counts hidden states as LLaVA does: -2 is the input of the last layer.
 
     `keep_unused` gives the layers behind `feature_layer` and the last norm a place in the parameters, though nothing
-    runs them: the export of a converted checkpoint then has every tensor that the import had. `remat`: none | dots |
-    full.
+    runs them: the export of a converted checkpoint then has every tensor that the import had.
     """
 
-    PREFIXED: ClassVar = ("width", "layers", "heads", "mlp")
-
     image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp: int
     feature_layer: int = -2
     norm_eps: float = 1e-5
-    dtype: str = "float32"
     keep_unused: bool = False
-    remat: str = "none"
 
     @property
     def image_tokens(self) -> int:

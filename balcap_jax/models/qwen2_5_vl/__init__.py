@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.policy import Params, VisionLanguagePolicy
+from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.prompting import PLAIN_TEMPLATE, has_word, image_word, special_tokens
 from balcap_jax.models.qwen2_5_vl import vision
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE, Qwen25VLProcessor
@@ -19,8 +19,8 @@ from balcap_jax.models.qwen2_5_vl.windows import MERGE
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen25VL(VisionLanguagePolicy):
-    """A policy (see `models.policy.Policy`) of this family; fields as in `VisionLanguagePolicy`.
+class Qwen25VL(Policy):
+    """A policy of this family.
 
     `Prompt.images` are `QwenImages`, `Prompt.positions` [B, P, 3]. Every image gives I rows. A prompt holds as many
     placeholders as its image has tokens, and takes that many of the rows.
@@ -90,31 +90,21 @@ def build(
 
 def _check(model: Mapping[str, Any]) -> None:
     """Raises UserError naming the field that no Qwen2.5-VL can have."""
-    section, window = tuple(model["mrope_section"]), MERGE * model["patch_size"]
-    beyond = [layer for layer in model["full_attention_layers"] if layer >= model["vision_layers"]]
-    rules = (
-        (
-            len(section) == 3 and sum(section) * 2 == model["head_size"],
-            f"mrope_section is {section}: qwen2_5_vl needs three counts that sum to head_size / 2 = "
-            f"{model['head_size'] // 2}",
-        ),
-        (
-            model["vision_width"] % (4 * model["vision_heads"]) == 0,
-            f"vision_width is {model['vision_width']}: it must be a multiple of 4 * vision_heads, for rows and columns",
-        ),
-        (
-            model["window_size"] >= window,
-            f"window_size is {model['window_size']} pixels: a merged token, {window} (2 * patch_size), must fit",
-        ),
-        (
-            not beyond,
-            f"full_attention_layers names layer {beyond and beyond[0]}: there are {model['vision_layers']}, from 0",
-        ),
-        (
-            model["min_image_tokens"] <= model["max_image_tokens"],
-            f"min_image_tokens is {model['min_image_tokens']}: more than max_image_tokens, {model['max_image_tokens']}",
-        ),
-    )
-    for holds, complaint in rules:
-        if not holds:
-            raise UserError(f"config field model.{complaint}")
+    section, window, layers = tuple(model["mrope_section"]), MERGE * model["patch_size"], model["vision_layers"]
+    least, most = model["min_image_tokens"], model["max_image_tokens"]
+    if len(section) != 3 or sum(section) * 2 != model["head_size"]:
+        half = model["head_size"] // 2
+        problem = f"mrope_section is {section}: qwen2_5_vl needs three counts that sum to head_size / 2 = {half}"
+    elif model["vision_width"] % (4 * model["vision_heads"]):
+        width = model["vision_width"]
+        problem = f"vision_width is {width}: it must be a multiple of 4 * vision_heads, for rows and columns"
+    elif model["window_size"] < window:
+        size = model["window_size"]
+        problem = f"window_size is {size} pixels: a merged token, {window} (2 * patch_size), must fit"
+    elif beyond := [layer for layer in model["full_attention_layers"] if layer >= layers]:
+        problem = f"full_attention_layers names layer {beyond[0]}: there are {layers}, from 0"
+    elif least > most:
+        problem = f"min_image_tokens is {least}: more than max_image_tokens, {most}"
+    else:
+        return
+    raise UserError(f"config field model.{problem}")

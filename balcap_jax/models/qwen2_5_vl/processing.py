@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models.policy import Prompt
@@ -32,14 +31,9 @@ class Qwen25VLProcessor(PromptProcessor):
     images.
     """
 
-    tokenizer: PreTrainedTokenizerBase
     vision: VisionConfig
-    prompt_tokens: int
     min_image_tokens: int
     wide_images: str = "letterbox"
-    image_token: str = "<|image_pad|>"
-    template: str = CHATML_TEMPLATE
-    end_tokens: tuple[int, ...] = ()
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter, compare=False, repr=False)
 
     @property

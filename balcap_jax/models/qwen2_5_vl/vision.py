@@ -1,7 +1,7 @@
 """The vision tower of Qwen2.5-VL over window-major slots (see `windows`), and the merger to the decoder's width."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from balcap_jax.models import decoder
 from balcap_jax.models.attention import MASKED
-from balcap_jax.models.decoder import Params, RMSNorm, Sizes
+from balcap_jax.models.decoder import Params, RMSNorm, TowerSizes
 from balcap_jax.models.policy import Projector
 from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.qwen2_5_vl.windows import MERGE, windows_needed
@@ -22,26 +22,17 @@ NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig(Sizes):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(TowerSizes):
     """Sizes of the tower. `full_attention_layers` (from 0) attend to the whole image, the others within windows.
 
-    `window_size` is in pixels; `max_image_tokens` is I. `remat`: none | dots | full.
+    `window_size` is in pixels; `max_image_tokens` is I.
     """
 
-    PREFIXED: ClassVar = ("width", "layers", "heads", "mlp")
-
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp: int
     window_size: int
     full_attention_layers: tuple[int, ...]
     max_image_tokens: int
     max_aspect: float = 4.0
-    dtype: str = "float32"
-    remat: str = "none"
 
     @property
     def window_side(self) -> int:

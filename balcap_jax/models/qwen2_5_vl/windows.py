@@ -1,10 +1,10 @@
 """The window-major layout of an image: one static shape for every size, planned on the host.
 
-The tower of Qwen2.5-VL attends within windows of m x m merged tokens (m^2 groups of MERGE x MERGE patches), in most of
-its layers. An image becomes W windows of S = (MERGE m)^2 patch slots, the MERGE^2 patches of a merged token side by
-side. The worst allowed image determines W; a mask covers slots and windows beyond the image's own. So window attention
-is dense attention along the S axis, full attention is the same over W * S, and no program depends on the size of an
-image.
+In most of its layers the tower of Qwen2.5-VL attends within windows of m x m merged tokens. A merged token is a group
+of MERGE x MERGE patches. An image becomes W windows of S = (MERGE m)^2 patch slots, the MERGE^2 patches of a merged
+token side by side. The worst allowed image determines W; a mask covers slots and windows beyond the image's own. So
+window attention is dense attention along the S axis, and full attention is the same over W * S. No program depends on
+the size of an image.
 """
 
 import functools
