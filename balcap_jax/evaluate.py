@@ -29,7 +29,7 @@ from balcap_jax.cli import json_text
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_or_jsonl, read_jsonl, write_text
-from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error, memory_problem
+from balcap_jax.cli.process import exit_on_user_error, memory_problem
 from balcap_jax.config.recipes import default_config, take_group
 from balcap_jax.evals import caparena, side_by_side, vqa
 from balcap_jax.evals.engine import NO_CAPTION, Item, Metric, claim, evaluate
@@ -143,7 +143,7 @@ def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
     return judgements
 
 
-@exit_on_user_error
+@exit_on_user_error(resumes=True)
 def main(argv: Sequence[str] | None = None) -> None:
     rest, judge = take_group(sys.argv[1:] if argv is None else argv, "judge", name="remote")
     parser = make_parser()
@@ -175,9 +175,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         unused = [*texts.unused, *sorted({*(known or {})} - {item.id for item in items})]
         options = {"client": client, "judge": judge, "judgements": known, "retry_errors": args.retry_errors}
         results = evaluate(metric, items, out, identity, unused=unused, **options)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     finally:
         if client:
             client.close()

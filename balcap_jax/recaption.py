@@ -35,7 +35,7 @@ from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_jsonl
-from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.config.recipes import take_group
 from balcap_jax.data import photos, sharegpt4v
@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_on_user_error
+@exit_on_user_error(resumes=True)
 def main(argv: Sequence[str] | None = None) -> None:
     rest, judge = take_group(sys.argv[1:] if argv is None else argv, "judge", name="remote")
     parser = make_parser()
@@ -248,13 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("the following arguments are required: --out")
     if os.path.realpath(arguments.out) == os.path.realpath(arguments.images):
         parser.error("--out must be another file than --images")
-    try:
-        counts = recaption(
-            sources, arguments.out, judge, retry_errors=arguments.retry_errors, max_pixels=arguments.max_pixels
-        )
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    options = {"retry_errors": arguments.retry_errors, "max_pixels": arguments.max_pixels}
+    counts = recaption(sources, arguments.out, judge, **options)
     errors = beside(Path(arguments.out), ".errors.jsonl")
     if not counts["lines"]:
         raise UserError(f"nothing was written for any of the {counts['errors']} pictures; {errors} says why")

@@ -61,25 +61,22 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One compiled program; bytes and flops are those of one device."""
+    """A compiled program; bytes and flops are those of one device."""
 
-    name: str
+    planned: Planned
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     code: int
-    resident: int
     flops: float
-    model_flops: float
-    repeated_flops: float
     collectives: tuple[hlo.Collective, ...]
     seconds: float
 
     @property
     def total(self) -> int:
         """Bytes in use at once: arguments that outputs overwrite count once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.resident
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.planned.resident
 
     def parts(self) -> dict[str, int]:
         """The terms of `total`, largest first."""
@@ -88,7 +85,7 @@ class Report:
             "new outputs": self.outputs - self.aliased,
             "temporaries": self.temporaries,
             "code": self.code,
-            "resident beside it": self.resident,
+            "resident beside it": self.planned.resident,
         }
         return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
@@ -137,16 +134,13 @@ def compile_and_read(planned: Planned) -> Report:
     memory = compiled.memory_analysis()
     analysis = hlo.Program(compiled.as_text()).analyse(planned.open_turns)
     return Report(
-        planned.name,
+        planned,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        planned.resident,
         analysis.flops,
-        planned.model_flops,
-        planned.repeated_flops,
         analysis.collectives,
         seconds,
     )

@@ -28,11 +28,13 @@ TOO_LITTLE = (
 )
 
 
-def exit_on_user_error(main: Callable) -> Callable:
+def exit_on_user_error(main: Callable | None = None, *, resumes: bool = False) -> Callable:
     """Wraps a command: a UserError, a disk that fails, too little memory or Ctrl-C becomes one line on stderr.
 
-    The exit status is 2, or INTERRUPTED. `install` is called first.
+    The exit status is 2, or INTERRUPTED. `install` is called first. After Ctrl-C a command that `resumes` says so.
     """
+    if main is None:
+        return functools.partial(exit_on_user_error, resumes=resumes)
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -44,7 +46,7 @@ def exit_on_user_error(main: Callable) -> Callable:
         except UserError as error:
             end(str(error))
         except KeyboardInterrupt:
-            _say("interrupted")
+            _say("stopped; the same command goes on from here" if resumes else "interrupted")
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # The reader has left (`... | head`).
             _discard_output()

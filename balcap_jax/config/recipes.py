@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import CommandParser, place, split_overrides
+from balcap_jax.cli.arguments import split_overrides
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
 from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.config.schema import FIELDS, Config, validated
@@ -74,8 +74,8 @@ def check(config: ConfigDict) -> None:
     _checked(leaves(config))
 
 
-def _checked(given: Iterable[tuple[str, Any]], overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    values, overrides = dict(given), overrides or {}
+def _checked(fields: Iterable[tuple[str, Any]], overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    values, overrides = dict(fields), overrides or {}
     for name, value in (values | overrides).items():
         if name not in FIELDS:
             raise _unknown(name, value)
@@ -240,14 +240,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
-def parse_command_line(
-    argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
-) -> tuple[ConfigDict, argparse.Namespace]:
-    """Parses `--config=RECIPE --workdir=D --config.a.b=v ...` and loads the configuration.
+def parse_command_line(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[ConfigDict, argparse.Namespace]:
+    """Parses `--config=RECIPE --config.a.b=v ...` and loads the configuration.
 
     Args:
-      argv: arguments without the program's name; None = those of this process.
-      parser: a command's own parser, with `add_arguments` already applied; None = one with --config and --workdir.
+      argv: arguments without the program's name.
+      parser: a command's own parser, with `add_arguments` already applied.
 
     Returns:
       (checked configuration, the other arguments).
@@ -255,13 +253,7 @@ def parse_command_line(
     Raises:
       UserError: a bad recipe, field or argument.
     """
-    if parser is None:
-        parser = CommandParser()
-        add_arguments(parser)
-        parser.add_argument(
-            "--workdir", type=place, metavar="DIR", required=True, help="where the run is written, and resumed from"
-        )
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    rest, overrides = split_overrides(argv)
     args, unknown = parser.parse_known_args(rest)
     for argument in unknown:
         name = argument.partition("=")[0].lstrip("-")
@@ -299,19 +291,19 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
     """
     old, new = dict(leaves(saved)), dict(leaves(current))
     last = stage_order(current)[-1]
-    found = []
+    changes = []
     for name in sorted(old.keys() | new.keys()):
         if name in FIELDS and FIELDS[name].resumable:
             continue
         if name not in old or name not in new:
-            found.append(f"{name}: only in the {'saved' if name in old else 'new'} configuration")
+            changes.append(f"{name}: only in the {'saved' if name in old else 'new'} configuration")
         elif old[name] != new[name] and not _lead_to_one_place(name, old[name], new[name]):
             grows = name == f"stages.{last}.steps" and json_text.is_number(old[name]) and new[name] > old[name]
             if grows and current.stages[last].schedule == "constant":
                 continue
             why = " (the cosine schedule depends on it)" if grows else ""
-            found.append(f"{name}: {shown(old[name])} -> {shown(new[name])}{why}")
-    return found
+            changes.append(f"{name}: {shown(old[name])} -> {shown(new[name])}{why}")
+    return changes
 
 
 def _lead_to_one_place(name: str, *paths: Any) -> bool:

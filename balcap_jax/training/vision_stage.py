@@ -39,8 +39,7 @@ class VisionStage(Stage):
     writes_captions = False
 
     def __init__(self, job: Job):
-        self.job, self.programs = job, job.programs("vision")
-        self.rows = job.rows(self.programs.settings.batch_size)
+        super().__init__(job)
         # Families differ in the number of features that a tower of some width gives.
         size, processor = job.config.model.image_size, job.processor
         blank = processor([np.zeros((size, size, 3), np.uint8)], [""])
