@@ -60,12 +60,6 @@ def devices_of(topology: str, slices: int) -> list[Any]:
         ) from error
 
 
-def check_writable(path: str | None) -> None:
-    """Raises UserError now, and not after all compilation, where --json could not be written."""
-    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise UserError(f"cannot write --json={path}: name a file in a directory that exists")
-
-
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
@@ -119,8 +113,8 @@ def as_json(report: Any, chip: Any) -> dict[str, Any]:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else list(argv)
-    if not {"-h", "--help"} & set(given):
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not {"-h", "--help"} & set(arguments):
         prepare_environment()
     import jax
 
@@ -142,12 +136,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
     parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there as well")
-    config, args = configuration.parse_command_line(given, parser)
+    config, args = configuration.parse_command_line(arguments, parser)
     rewards.check_settings(config)
 
     if args.slices < 1:
         raise UserError(f"--slices must be at least 1, got {args.slices}")
-    check_writable(args.json)
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):  # Before all compilation.
+        raise UserError(f"cannot write --json={args.json}: name a file in a directory that exists")
     devices = devices_of(args.topology, args.slices)
     kind = devices[0].device_kind
     if kind not in memory.CHIPS:

@@ -85,8 +85,7 @@ def prepare_import() -> None:
 def install() -> None:
     """Makes the changes that last as long as a command. A second call changes nothing more."""
     if not gc.get_freeze_count():
-        # What the imports have made stays to the end, and to walk it each time is a tenth of the CPU time of a run of a
-        # few steps.
+        # What the imports have made stays to the end. To walk it each time is a tenth of the CPU time of a short run.
         gc.freeze()
     if signal.getsignal(signal.SIGINT) is _end_now:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,8 +99,8 @@ def install() -> None:
 def quieten_libraries() -> None:
     """Drops what libraries print of failures that the caller reports, and of what is meant to be so.
 
-    After the first array that can't be read or written, TensorStore's other tasks end on an event loop that is gone,
-    at any time, also before the caller knows, or never begin. Each of them is a traceback or a warning.
+    After the first array that can't be read or written, TensorStore's other tasks never begin, or end on an event loop
+    that is gone. They do so at any time, also before the caller knows. Each of them is a traceback or a warning.
     """
     import absl.logging  # noqa: F401 - before getLogger: it makes a logger of a class of its own, where there is none.
 

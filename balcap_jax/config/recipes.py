@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -65,17 +65,13 @@ def stage_order(config: ConfigDict) -> tuple[str, ...]:
     return tuple(part.strip() for part in config.stages.order.split(","))
 
 
-def check(config: ConfigDict) -> None:
-    """Checks names, types, ranges and what fields demand of each other.
+def check(config: ConfigDict, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """Checks names, types, ranges and what fields demand of each other; returns the configuration, locked.
 
     Raises:
       UserError: one line that names the field, what it must be and what it was.
     """
-    _checked(leaves(config))
-
-
-def _checked(fields: Iterable[tuple[str, Any]], overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    values, overrides = dict(fields), overrides or {}
+    values, overrides = dict(leaves(config)), overrides or {}
     for name, value in (values | overrides).items():
         if name not in FIELDS:
             raise _unknown(name, value)
@@ -125,25 +121,22 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         path, variant = recipe, None
     # What is in the ConfigDict is the recipe's code too, until every value has its type.
     with _running(path):
-        return _checked(leaves(_run_recipe(path, variant)), overrides)
+        return check(_run_recipe(path, variant), overrides)
 
 
-def take_group(argv: Sequence[str], group: str, **defaults: Any) -> tuple[list[str], ConfigDict]:
-    """Takes `--GROUP.FIELD=VALUE` out of the command line of a command that has no recipe.
-
-    Args:
-      group: such as "judge"; `defaults` are values of its fields that differ from the schema's.
+def take_judge(argv: Sequence[str] | None) -> tuple[list[str], ConfigDict]:
+    """Takes `--judge.FIELD=VALUE` out of the command line of a command that has no recipe (None = this process's).
 
     Returns:
-      (the other arguments, the checked group).
+      (the other arguments, the checked group `judge` of a remote one).
 
     Raises:
       UserError: a bad field or value.
     """
-    rest, overrides = split_overrides(argv, f"--{group}.")
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv, "--judge.")
     config = default_config()
-    config[group].update(defaults)
-    return rest, _checked(leaves(config), {f"{group}.{name}": text for name, text in overrides.items()})[group]
+    config.judge.name = "remote"
+    return rest, check(config, {f"judge.{name}": text for name, text in overrides.items()}).judge
 
 
 @contextlib.contextmanager
@@ -265,7 +258,7 @@ def parse_command_line(argv: Sequence[str], parser: argparse.ArgumentParser) -> 
 
 def to_text(config: ConfigDict) -> str:
     """The checked configuration as JSON with sorted keys: equal configurations give equal text."""
-    return json_text.dumps(_checked(leaves(config)).to_dict(), indent=2, sort_keys=True) + "\n"
+    return json_text.dumps(check(config).to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def from_text(text: str | bytes, where: str = "the text", remedy: str = "give what `to_text` wrote") -> ConfigDict:
@@ -309,5 +302,4 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
 def _lead_to_one_place(name: str, *paths: Any) -> bool:
     if name not in FIELDS or not FIELDS[name].is_path or not all(isinstance(path, str) for path in paths):
         return False
-    one, other = (path and resolved(path).absolute() for path in paths)
-    return one == other
+    return len({path and resolved(path).absolute() for path in paths}) == 1

@@ -66,7 +66,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """
         self.directory = resolved(directory).absolute()
         self._keep = keep
-        self._kept_also: dict[str, int | None] = {}
+        self._roles: dict[str, int | None] = {}
         self._beside, self._asynchronous = tuple(beside), asynchronous
         if distributed.is_first():
             try:
@@ -121,9 +121,9 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def keep_also(self, role: str, step: int | None) -> None:
         """Keeps `step`, such as the end of a stage, however old; the one that had the role goes with the next save."""
-        if role in self._kept_also:
+        if role in self._roles:
             self.wait()  # Until the step is whole, the one before it stays.
-        self._kept_also[role] = step
+        self._roles[role] = step
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending; only their sizes are looked at."""
@@ -273,9 +273,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         seal(written)
         rename_directory(written, final)
         whole = self._steps_seen()
-        kept = {*whole[-self._keep :], *self._kept_also.values()}
+        lasting = {*whole[-self._keep :], *self._roles.values()}
         for step, path in _directories(self.directory):
-            if step < whole[-1] and step not in kept:
+            if step < whole[-1] and step not in lasting:
                 outdated = path.with_name(f"{step}{_TEMPORARY}-old")
                 path.rename(outdated)
                 shutil.rmtree(outdated)

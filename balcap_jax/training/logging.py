@@ -133,14 +133,12 @@ def writing_below(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
     """PyTorch cannot be imported inside: tensorboardX would, wherever there is one, for a second or two and no use."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules["torch"]
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]
 
 
 class EventFile:

@@ -195,8 +195,8 @@ class Progress(contextlib.AbstractContextManager):
             parts.append(f"{_short(values['tokens_per_second'])} tok/s")
         if _known(values.get("loss")) and self.stage != "rl":
             parts.append(f"loss {values['loss']:.4f}")
-        rewards = {name.removeprefix("reward/"): value for name, value in values.items() if _is_reward(name)}
-        parts.append(" ".join(f"{name[:letters]} {_points(value)}" for name, value in rewards.items()))
+        names = [name for name in values if name.startswith("reward/") and not name.endswith("_std")]
+        parts.append(" ".join(f"{name.removeprefix('reward/')[:letters]} {_points(values[name])}" for name in names))
         if _known(values.get("b_capscore")):
             parts.append(f"b-cap {values['b_capscore']:.1f}")
         if _known(values.get("length/mean")):
@@ -204,10 +204,6 @@ class Progress(contextlib.AbstractContextManager):
         if _known(values.get("gate/in_band")):
             parts.append(f"in band {100 * values['gate/in_band']:.0f}%")
         return parts
-
-
-def _is_reward(name: str) -> bool:
-    return name.startswith("reward/") and not name.endswith("_std")
 
 
 def _known(value: float | None) -> bool:
