@@ -16,7 +16,6 @@ batch.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from balcap_jax.captioning.captioner import DEFAULT_PROMPT, Options, caption
 from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.training.machine import use_compilation_cache
 
 
@@ -56,16 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_on_user_error
+@exit_on_user_error(resumes=True)
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     use_compilation_cache()
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
-    try:
-        counts = caption(arguments.model, arguments.images, arguments.out, options, retry_errors=arguments.retry_errors)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    counts = caption(arguments.model, arguments.images, arguments.out, options, retry_errors=arguments.retry_errors)
     errors = beside(Path(arguments.out), ".errors.jsonl")
     if not counts["captions"]:
         raise UserError(f"none of the {counts['errors']} pictures can be read; {errors} says why")

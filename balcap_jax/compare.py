@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import html
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,10 +122,10 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
         return None
     scores, resampled = [], []
     try:
-        for one in (base, other):
-            sums = sums_of_groups(np.array([one.parts[name] for name in common], np.float64), groups)
-            scores.append(float(one.metric.score(sums.sum(0))))
-            resampled.append(one.metric.score(resampled_sums(sums)))
+        for member in (base, other):
+            sums = sums_of_groups(np.array([member.parts[name] for name in common], np.float64), groups)
+            scores.append(float(member.metric.score(sums.sum(0))))
+            resampled.append(member.metric.score(resampled_sums(sums)))
     except (ValueError, IndexError) as error:
         raise UserError(f"{base.name} and {other.name} have items of other forms; {_REMEDY}") from error
     votes: dict[str, list[float]] = {}
@@ -156,19 +155,19 @@ def sign_test(better: int, worse: int) -> float:
 def groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
     """By metric, in the order given."""
     by_metric: dict[str, list[Evaluation]] = {}
-    for one in evaluations:
-        by_metric.setdefault(one.results["metric"], []).append(one)
+    for member in evaluations:
+        by_metric.setdefault(member.results["metric"], []).append(member)
     return by_metric
 
 
 def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
     """The cells of a metric's table."""
     cells = []
-    for one in group:
-        of = one.results.get
-        figures = (one.name, _shown(of("score")), _span(of("confidence")), _shown(of("words"), 1))
+    for member in group:
+        of = member.results.get
+        figures = (member.name, _shown(of("score")), _span(of("confidence")), _shown(of("words"), 1))
         counts, tests = (str(of("n", "")), str(of("invalid", ""))), ("",) * len(_TEST)
-        if one is not group[0] and (test := paired(group[0], one)):
+        if member is not group[0] and (test := paired(group[0], member)):
             difference = "" if test.difference is None else f"{test.difference:+.2f}"
             votes = f"{test.better} / {test.worse} of {test.groups}"
             tests = (difference, _span(test.confidence), votes, f"{test.p:.2g}")
@@ -176,12 +175,12 @@ def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
     return cells
 
 
-def against(one: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def against(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """{"against": folder, "paired": ...} of an evaluation that is not the first of its metric."""
-    base = groups(evaluations)[one.results["metric"]][0]
-    if one is base:
+    base = groups(evaluations)[evaluation.results["metric"]][0]
+    if evaluation is base:
         return {}
-    test = paired(base, one)
+    test = paired(base, evaluation)
     return {"against": base.name, "paired": dataclasses.asdict(test) if test else None}
 
 
@@ -189,16 +188,17 @@ def unlike(group: Sequence[Evaluation]) -> list[str]:
     """Warnings about settings that differ: another judge, or other questions, make other scores."""
     warnings = []
     for name in _ALIKE:
-        values = [str(one.results.get(name, "")) for one in group]
+        values = [str(member.results.get(name, "")) for member in group]
         if len(set(values)) > 1:
-            each = ", ".join(f"{one.name}: {value or 'none'}" for one, value in zip(group, values, strict=True))
+            each = ", ".join(f"{member.name}: {value or 'none'}" for member, value in zip(group, values, strict=True))
             warnings.append(f"Scores cannot be compared: {name} differs ({each})")
     return warnings
 
 
 def figures(group: Sequence[Evaluation]) -> dict[str, list[Any]]:
     """The terms of the scores, such as precision, recall and language: {name: one value for each evaluation}."""
-    values = {name: [one.results.get(name) for one in group] for name in group[0].results if name not in _NO_FIGURES}
+    names = [name for name in group[0].results if name not in _NO_FIGURES]
+    values = {name: [member.results.get(name) for member in group] for name in names}
     return {name: each for name, each in values.items() if all(map(is_number, each))}
 
 
@@ -210,7 +210,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows(group)]
         lines += [text for warning in unlike(group) for text in ("", warning)]
         if terms := figures(group):
-            names = [_cell(one.name) for one in group]
+            names = [_cell(member.name) for member in group]
             lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
             lines += [f"| {_cell(name)} | " + " | ".join(map(_shown, values)) + " |" for name, values in terms.items()]
         texts.append("\n".join(lines) + "\n")
@@ -221,9 +221,9 @@ def page(evaluations: Sequence[Evaluation]) -> str:
     """A self-contained page: for each metric its bars, with intervals and words, and its table."""
     parts = []
     for metric, group in groups(evaluations).items():
-        picture = _bars(group, [one.results["score"] for one in group], [one.results["confidence"] for one in group])
-        for name, values in figures(group).items():
-            picture += f"<h3>{html.escape(name)}</h3>{_bars(group, values, [None] * len(group))}"
+        picture = _bars(group, "score", "confidence")
+        for name in figures(group):
+            picture += f"<h3>{html.escape(name)}</h3>{_bars(group, name)}"
         table = "".join(_html_row(row, "td") for row in rows(group))
         warnings = "".join(f"<p>{html.escape(warning)}</p>" for warning in unlike(group))
         title = html.escape(metric)
@@ -234,9 +234,9 @@ def page(evaluations: Sequence[Evaluation]) -> str:
     )
 
 
-def _bars(group: Sequence[Evaluation], values: Sequence[float], spans: Sequence[Any]) -> str:
-    words = [_shown(one.results.get("words"), 0) for one in group]
-    return bars([*zip([one.name for one in group], values, spans, words, strict=True)])
+def _bars(group: Sequence[Evaluation], figure: str, span: str = "") -> str:
+    results = ((member.name, member.results.get) for member in group)
+    return bars([(name, of(figure), of(span), _shown(of("words"), 0)) for name, of in results])
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", type=place, help="folders that `evaluate` wrote")
     parser.add_argument("--out", metavar="DIR", type=place, help="where comparison.md and comparison.html are written")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
     if len({Path(folder).resolve() for folder in args.folders}) < len(args.folders):
         parser.error("a folder is named twice")
     evaluations = [read(folder) for folder in args.folders]
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         write_text(Path(args.out) / "comparison.md", text)
         write_text(Path(args.out) / "comparison.html", page(evaluations))
-        results = [{"folder": one.name, **one.results, **against(one, evaluations)} for one in evaluations]
+        results = [{"folder": member.name, **member.results, **against(member, evaluations)} for member in evaluations]
         write_text(Path(args.out) / "comparison.json", json_text.dumps(results, indent=2) + "\n")
     print(text, flush=True)
 

@@ -65,7 +65,7 @@ def from_hf(
     Raises:
       UserError: the checkpoint is incomplete or damaged or of another architecture, or cannot be written.
     """
-    source, out = _existing(source, hf.CONFIG), _new(out)
+    source, out = _paths(source, out, hf.CONFIG)
     checkpoint = loading.open_checkpoint(source)
     loading.carried_files(source)  # One that is torn is found here.
     fields = loading.DEFAULTS | checkpoint.fields
@@ -118,7 +118,7 @@ def to_hf(
     """
     if not 0 < shard_gb < float("inf"):
         raise UserError(f"--shard_gb must be more than 0 and finite, got {shard_gb}")
-    source, out = _existing(source, loading.MODEL), _new(out)
+    source, out = _paths(source, out, loading.MODEL)
     fields = loading.read_fields(source)
     family = loading.CHECKPOINTS[fields["family"]]
     loading.carried_files(source)  # One that is torn is found here.
@@ -222,22 +222,18 @@ def _needs_5(directory: Path) -> bool:
     return has_new_rope or settings.get("tokenizer_class") == "TokenizersBackend"
 
 
-def _existing(path: str | os.PathLike, holds: str) -> Path:
-    path = resolved(path).absolute()
-    if not path.is_dir():
-        raise UserError(f"there is no directory {path}; give one that holds {holds}")
-    if holds == loading.MODEL and not (path / holds).exists() and hf.is_checkpoint(path):
-        raise UserError(f"{path} is a Hugging Face checkpoint already; --from takes a model directory of ours")
-    if holds == hf.CONFIG and (path / loading.MODEL).exists():
-        raise UserError(f"{path} is a model directory of ours already; --from_hf takes a Hugging Face checkpoint")
-    return path
-
-
-def _new(path: str | os.PathLike) -> Path:
-    path = resolved(path).absolute()
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists; delete it, or give a directory that does not")
-    return path
+def _paths(source: str | os.PathLike, out: str | os.PathLike, holds: str) -> tuple[Path, Path]:
+    """Both as absolute paths. Raises UserError unless `source` is one that `holds` this file, and `out` is new."""
+    source, out = resolved(source).absolute(), resolved(out).absolute()
+    if not source.is_dir():
+        raise UserError(f"there is no directory {source}; give one that holds {holds}")
+    if holds == loading.MODEL and not (source / holds).exists() and hf.is_checkpoint(source):
+        raise UserError(f"{source} is a Hugging Face checkpoint already; --from takes a model directory of ours")
+    if holds == hf.CONFIG and (source / loading.MODEL).exists():
+        raise UserError(f"{source} is a model directory of ours already; --from_hf takes a Hugging Face checkpoint")
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists; delete it, or give a directory that does not")
+    return source, out
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -285,11 +281,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     shard_help = f"largest shard of --to_hf; default {SHARD_GB:g}"
     add("--shard_gb", type=float, default=SHARD_GB, metavar="GB", help=shard_help)
     arguments = parser.parse_args(argv)
-    given = {name for name in ("from_hf", "out", "to_hf", "source") if getattr(arguments, name) is not None}
+    names = {name for name in ("from_hf", "out", "to_hf", "source") if getattr(arguments, name) is not None}
     dtype, shard_gb = arguments.dtype, arguments.shard_gb
-    if given == {"from_hf", "out"}:
+    if names == {"from_hf", "out"}:
         print(from_hf(arguments.from_hf, arguments.out, dtype=dtype, progress=True))
-    elif given == {"to_hf", "source"}:
+    elif names == {"to_hf", "source"}:
         written = to_hf(arguments.source, arguments.to_hf, dtype=dtype, shard_gb=shard_gb, progress=True)
         if _needs_5(written):
             print("needs transformers 5, as the checkpoint that the model came from does")

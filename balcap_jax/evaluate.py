@@ -11,14 +11,13 @@
     python -m balcap_jax.evaluate --metric=side_by_side --votes=DOCCI_Test.jsonl --out=D
 
 D/items.jsonl has a line for each judgement, D/results.json the figures. The same command goes on where it was stopped
-or killed; `--retry_errors` judges again what failed. Metrics that need a judge take `--judge.FIELD=VALUE` for the
-fields of the config group `judge` (endpoints, model, api_key_env, limits, cache_dir, prices, max_cost), or
-`--judgements=F.jsonl`: judgements that were made before, one line {"id", "judgement"} each, such as another folder's
-items.jsonl.
+or killed; `--retry_errors` judges again what failed. Metrics that need a judge take `--judge.FIELD=VALUE` or
+`--judgements=F.jsonl`. The first sets fields of the config group `judge`: endpoints, model, api_key_env, limits,
+cache_dir, prices, max_cost. The second holds judgements that were made before, one line {"id", "judgement"} each, such
+as another folder's items.jsonl.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from balcap_jax.cli import json_text
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_or_jsonl, read_jsonl, write_text
-from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error, memory_problem
-from balcap_jax.config.recipes import default_config, take_group
+from balcap_jax.cli.process import exit_on_user_error, memory_problem
+from balcap_jax.config.recipes import default_config, take_judge
 from balcap_jax.evals import caparena, side_by_side, vqa
 from balcap_jax.evals.engine import NO_CAPTION, Item, Metric, claim, evaluate
 from balcap_jax.evals.inputs import Texts, digest_of, read_captions
@@ -143,9 +142,9 @@ def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
     return judgements
 
 
-@exit_on_user_error
+@exit_on_user_error(resumes=True)
 def main(argv: Sequence[str] | None = None) -> None:
-    rest, judge = take_group(sys.argv[1:] if argv is None else argv, "judge", name="remote")
+    rest, judge = take_judge(argv)
     parser = make_parser()
     args = parser.parse_args(rest)
     needs = NEEDS[args.metric]
@@ -175,9 +174,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         unused = [*texts.unused, *sorted({*(known or {})} - {item.id for item in items})]
         options = {"client": client, "judge": judge, "judgements": known, "retry_errors": args.retry_errors}
         results = evaluate(metric, items, out, identity, unused=unused, **options)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     finally:
         if client:
             client.close()
@@ -188,7 +184,7 @@ def count_votes(votes: str, out: Path) -> str:
     """Writes the tables of a file of side-by-side votes and returns them."""
     comparisons = side_by_side.comparisons(read_jsonl(votes, "--votes takes lines of ImageInWords"))
     claim(out, {"metric": "side_by_side", "inputs": digest_of(votes)})
-    text = "\n\n".join(f"{one.name or Path(votes).stem}\n\n{side_by_side.markdown(one)}" for one in comparisons)
+    text = "\n\n".join(f"{table.name or Path(votes).stem}\n\n{side_by_side.markdown(table)}" for table in comparisons)
     results = {"metric": "side_by_side", "comparisons": list(map(side_by_side.as_json, comparisons))}
     write_text(out / "table.md", text + "\n")
     write_text(out / "results.json", json_text.dumps(results))

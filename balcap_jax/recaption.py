@@ -23,7 +23,6 @@ the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, pric
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_jsonl
-from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
+from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import ProgressLine
-from balcap_jax.config.recipes import take_group
+from balcap_jax.config.recipes import take_judge
 from balcap_jax.data import photos, sharegpt4v
 from balcap_jax.data.listing import Item, list_items, picture_name, spelt
 from balcap_jax.judges import budget, prompts
@@ -48,7 +47,6 @@ from balcap_jax.judges.writers import References, Rubrics, Units, reference_of
 KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
 MAX_PIXELS = 1_048_576  # of the pictures that the judge sees: hosted models shrink larger ones themselves
 _THREADS = 8  # that read pictures
-_MILLION = 1e6
 # Estimates for --estimate: tokens of a question beside its prompt, and of its answer.
 _TOKENS = {"describe.v1": (1400, 300), "units.v1": (300, 350), "rubric_writer.v1": (450, 250)}
 _CHARACTERS_PER_TOKEN = 4
@@ -121,7 +119,11 @@ def recaption(
         written.
     """
     out = Path(out).absolute()
-    items = [_seen_from(out.parent, item) for item in sources.items()]
+    items = [
+        # The key stays; the name is that which a file beside `out` gives the picture.
+        dataclasses.replace(item, image=spelt(picture_name(out.parent, str(item.path.absolute()))))
+        for item in sources.items()
+    ]
     client = make_client(judge, seed=0)
     try:
         writer = _writer(sources, client, judge, max_pixels)
@@ -138,7 +140,7 @@ def recaption(
                 settings |= {"prompt": sources.prompt, "max_pixels": max_pixels}
             if sources.students:
                 settings["students"] = os.path.realpath(sources.students)
-            if lines.found or errors.found or duplicates.found:
+            if lines.had_content or errors.had_content or duplicates.had_content:
                 provenance.check(out, settings)
             provenance.write(out, settings)
             if retry_errors:
@@ -181,11 +183,6 @@ def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels:
     return Rubrics(client, judge.max_tokens, sources.drafts())
 
 
-def _seen_from(folder: Path, item: Item) -> Item:
-    """The item under the name that a file in `folder` gives it; its key stays."""
-    return dataclasses.replace(item, image=spelt(picture_name(folder, str(item.path.absolute()))))
-
-
 def _key(entry: Mapping[str, Any]) -> Any:
     return entry.get("id", entry.get("image"))
 
@@ -204,7 +201,7 @@ def estimate(sources: Sources, judge: ConfigDict) -> str:
         lines.append(f"{name:18}{count:12,}{row[0]:16,}{row[1]:16,}")
     cost_text = "set --judge.price_in and --judge.price_out (per million tokens)"
     if judge.price_in or judge.price_out:
-        cost_text = f"{(sums[0] * judge.price_in + sums[1] * judge.price_out) / _MILLION:,.2f}"
+        cost_text = f"{(sums[0] * judge.price_in + sums[1] * judge.price_out) / budget.MILLION:,.2f}"
     return "\n".join([*lines, f"cost: {cost_text}"])
 
 
@@ -231,9 +228,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_on_user_error
+@exit_on_user_error(resumes=True)
 def main(argv: Sequence[str] | None = None) -> None:
-    rest, judge = take_group(sys.argv[1:] if argv is None else argv, "judge", name="remote")
+    rest, judge = take_judge(argv)
     parser = make_parser()
     arguments = parser.parse_args(rest)
     if (arguments.write == "rubrics") != bool(arguments.students):
@@ -248,13 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("the following arguments are required: --out")
     if os.path.realpath(arguments.out) == os.path.realpath(arguments.images):
         parser.error("--out must be another file than --images")
-    try:
-        counts = recaption(
-            sources, arguments.out, judge, retry_errors=arguments.retry_errors, max_pixels=arguments.max_pixels
-        )
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    options = {"retry_errors": arguments.retry_errors, "max_pixels": arguments.max_pixels}
+    counts = recaption(sources, arguments.out, judge, **options)
     errors = beside(Path(arguments.out), ".errors.jsonl")
     if not counts["lines"]:
         raise UserError(f"nothing was written for any of the {counts['errors']} pictures; {errors} says why")

@@ -23,7 +23,7 @@ from balcap_jax.aot import print_sharding
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
 from balcap_jax.config import recipes as configuration
-from balcap_jax.data.input import as_columns, examples
+from balcap_jax.data.input import examples
 from balcap_jax.judges import cost
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
@@ -33,16 +33,11 @@ from balcap_jax.training.evaluation import KINDS, HeldOut, check_best_metric, re
 from balcap_jax.training.job import Job
 from balcap_jax.training.programs import LORA_STAGES, adapted, check_freezes, model_fields, params_of
 from balcap_jax.training.run import Run
-from balcap_jax.training.stages import RLStage, SFTStage
+from balcap_jax.training.stages import AlignStage, RLStage, SFTStage
 from balcap_jax.training.vision_stage import VisionStage
 from balcap_jax.training.workdir import readable
 
-STAGES = {
-    "vision": VisionStage,
-    "align": functools.partial(SFTStage, name="align"),
-    "sft": SFTStage,
-    "rl": RLStage,
-}
+STAGES = {stage.name: stage for stage in (VisionStage, AlignStage, SFTStage, RLStage)}
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> dict[str, Any]:
@@ -128,7 +123,7 @@ def build(
         placed = sharding.tree_shardings(mesh, jax.eval_shape(policy.init, jax.random.key(0)))
         params = jax.jit(lambda: policy.init(jax.random.key(config.seed)), out_shardings=placed)()
     check_freezes(config, params)
-    reward = rewards.build(config.rewards, run.judge, config.seed, references_as_samples(shown, as_columns))
+    reward = rewards.build(config.rewards, run.judge, config.seed, references_as_samples(shown))
     measure = with_miniature(rewards.measure(reward, run.judge, splits.fields), run.judge, splits.fields)
     check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
     job = Job(config, mesh, adapted(config, policy), processor, reward, run.clock, measure, run.settle)

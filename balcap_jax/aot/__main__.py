@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import place
+from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 
@@ -60,12 +60,6 @@ def devices_of(topology: str, slices: int) -> list[Any]:
         ) from error
 
 
-def check_writable(path: str | None) -> None:
-    """Raises UserError now, and not after all compilation, where --json could not be written."""
-    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise UserError(f"cannot write --json={path}: name a file in a directory that exists")
-
-
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
@@ -73,17 +67,17 @@ def gib(size: float) -> str:
 def text_of(report: Any, chip: Any, devices: int) -> str:
     """The lines that the command prints about one program."""
     parts = ", ".join(f"{name} {gib(size)}" for name, size in report.parts().items() if size)
-    verdict = "fits" if report.fits(chip.hbm) else "DOES NOT FIT"
+    planned, verdict = report.planned, "fits" if report.fits(chip.hbm) else "DOES NOT FIT"
     lines = [
-        f"{report.name}: {verdict}, {gib(report.total)} of {gib(chip.hbm)} GiB per chip ({parts}); "
+        f"{planned.name}: {verdict}, {gib(report.total)} of {gib(chip.hbm)} GiB per chip ({parts}); "
         f"compiled in {report.seconds:.0f} s",
         f"    flops per chip {report.flops / 1e12:.2f} T, {report.flops / chip.flops:.2f} s at the chip's peak",
     ]
-    if report.model_flops:
+    if planned.model_flops:
         compiled = report.flops * devices
         lines.append(
-            f"    flops of all chips {compiled / 1e12:.0f} T: {compiled / report.model_flops:.2f} of the model's "
-            f"({report.model_flops / 1e12:.0f} T), {compiled / report.repeated_flops:.2f} of what it would need with "
+            f"    flops of all chips {compiled / 1e12:.0f} T: {compiled / planned.model_flops:.2f} of the model's "
+            f"({planned.model_flops / 1e12:.0f} T), {compiled / planned.repeated_flops:.2f} of what it would need with "
             f"prompts repeated per sample"
         )
     rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
@@ -107,25 +101,25 @@ def text_of(report: Any, chip: Any, devices: int) -> str:
 def as_json(report: Any, chip: Any) -> dict[str, Any]:
     names = ("arguments", "outputs", "aliased", "temporaries", "code", "resident", "total")
     names += ("flops", "model_flops", "repeated_flops", "seconds")
+    figures = vars(report.planned) | vars(report) | {"total": report.total}
     return {
-        "program": report.name,
+        "program": report.planned.name,
         "fits": report.fits(chip.hbm),
         "hbm": chip.hbm,
-        **{name: getattr(report, name) for name in names},
+        **{name: figures[name] for name in names},
         "collectives": [vars(moved) for moved in report.collectives],
     }
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else list(argv)
-    if not {"-h", "--help"} & set(given):
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not {"-h", "--help"} & set(arguments):
         prepare_environment()
     import jax
 
     from balcap_jax import rewards
     from balcap_jax.aot import memory, print_sharding
-    from balcap_jax.cli.arguments import CommandParser
     from balcap_jax.config import recipes as configuration
     from balcap_jax.parallel import sharding
 
@@ -142,12 +136,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
     parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there as well")
-    config, args = configuration.parse_command_line(given, parser)
+    config, args = configuration.parse_command_line(arguments, parser)
     rewards.check_settings(config)
 
     if args.slices < 1:
         raise UserError(f"--slices must be at least 1, got {args.slices}")
-    check_writable(args.json)
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):  # Before all compilation.
+        raise UserError(f"cannot write --json={args.json}: name a file in a directory that exists")
     devices = devices_of(args.topology, args.slices)
     kind = devices[0].device_kind
     if kind not in memory.CHIPS:
@@ -182,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(text_of(report, chip, len(devices)), flush=True)
         if not report.fits(chip.hbm):
             name, size = next(iter(report.parts().items()))
-            too_large.append(f"{report.name} needs {gib(report.total)} GiB, of it {gib(size)} {name}")
+            too_large.append(f"{planned.name} needs {gib(report.total)} GiB, of it {gib(size)} {name}")
     if not results and not too_large:
         raise UserError(
             f"--program={args.program}: the recipe has no such program in its last stage, "

@@ -61,25 +61,22 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One compiled program; bytes and flops are those of one device."""
+    """A compiled program; bytes and flops are those of one device."""
 
-    name: str
+    planned: Planned
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     code: int
-    resident: int
     flops: float
-    model_flops: float
-    repeated_flops: float
     collectives: tuple[hlo.Collective, ...]
     seconds: float
 
     @property
     def total(self) -> int:
         """Bytes in use at once: arguments that outputs overwrite count once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.resident
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.planned.resident
 
     def parts(self) -> dict[str, int]:
         """The terms of `total`, largest first."""
@@ -88,7 +85,7 @@ class Report:
             "new outputs": self.outputs - self.aliased,
             "temporaries": self.temporaries,
             "code": self.code,
-            "resident beside it": self.resident,
+            "resident beside it": self.planned.resident,
         }
         return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
@@ -137,16 +134,13 @@ def compile_and_read(planned: Planned) -> Report:
     memory = compiled.memory_analysis()
     analysis = hlo.Program(compiled.as_text()).analyse(planned.open_turns)
     return Report(
-        planned.name,
+        planned,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        planned.resident,
         analysis.flops,
-        planned.model_flops,
-        planned.repeated_flops,
         analysis.collectives,
         seconds,
     )
@@ -165,10 +159,11 @@ def model_flops(
 ) -> float:
     """Flops of one update on all devices as the mathematics has them: nothing is recomputed, nothing is padding's.
 
-    A weight takes 2 flops per token forward, 2 for the gradient of what goes in and 2 for its own if it is trained
-    (Kaplan et al., arXiv 2001.08361, section 2.1). Attention takes 4 per pair of positions, head and feature forward
-    and 8 backward, over whole squares as in PaLM (arXiv 2204.02311, appendix B). A frozen vision side, whose embeddings
-    come from the rollout, takes nothing in `rl`. `repeated` counts the prompt once per sample instead of once.
+    A weight takes 2 flops per token forward (Kaplan et al., arXiv 2001.08361, section 2.1). It takes 2 for the gradient
+    of what goes in, and 2 for its own if it is trained. Attention takes 4 per pair of positions, head and feature
+    forward and 8 backward, over whole squares as in PaLM (arXiv 2204.02311, appendix B). A frozen vision side, whose
+    embeddings come from the rollout, takes nothing in `rl`. `repeated` counts the prompt once per sample instead of
+    once.
     """
     config, policy = programs.config, programs.policy
     sizes = policy.decoder
@@ -176,7 +171,8 @@ def model_flops(
     every = {**trainable, **frozen}
 
     def per_token(flat: dict[str, Any], where: Callable[[str], bool]) -> float:
-        return float(sum(math.prod(leaf.shape) for path, leaf in flat.items() if where(path) and _is_matrix(path)))
+        matrices = {path: leaf for path, leaf in flat.items() if path.endswith(("/kernel", "/lora_a", "/lora_b"))}
+        return float(sum(math.prod(leaf.shape) for path, leaf in matrices.items() if where(path)))
 
     def matmuls(where: Callable[[str], bool]) -> float:
         return 6 * per_token(trainable, where) + 4 * per_token(frozen, where)
@@ -198,10 +194,6 @@ def model_flops(
         vision = per_token(every, lambda path: path.startswith("vision/"))
         flops += (6 if backward else 2) * vision * tokens * prompts
     return flops
-
-
-def _is_matrix(path: str) -> bool:
-    return path.endswith(("/kernel", "/lora_a", "/lora_b"))
 
 
 # ------------------------------------------------------------------------------------------------- what XLA refuses

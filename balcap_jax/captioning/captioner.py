@@ -189,7 +189,8 @@ def caption(
     """
     options.check()
     if options.prompt is None:
-        options = dataclasses.replace(options, prompt=_prompt_of(model))
+        provenance.existing(model)
+        options = dataclasses.replace(options, prompt=models.read_fields(model).get("prompt") or DEFAULT_PROMPT)
     items = list_items(source, options.prompt)
     wanted = {item.key for item in items}
     folder, out = Path(source), Path(out)
@@ -197,7 +198,7 @@ def caption(
     settings = provenance.identity(model) | options.settings()
     with AppendedLines(out) as lines, AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors:
         captioned, failed = _keys(lines, folder), _keys(errors, folder)
-        if lines.found or errors.found:
+        if lines.had_content or errors.had_content:
             provenance.check(out, settings)
         if retry_errors:
             errors.keep(lambda entry: _key(entry, folder) not in wanted)
@@ -245,12 +246,6 @@ def _keys(lines: AppendedLines, folder: Path) -> set[str]:
                 f'{lines.path}, line {number} names no picture: "id" or "image" must be text; mend or remove that line'
             )
     return {_key(entry, folder) for entry in lines.entries}
-
-
-def _prompt_of(model: str | os.PathLike) -> str:
-    """The prompt that the model was trained to answer."""
-    provenance.existing(model)
-    return models.read_fields(model).get("prompt") or DEFAULT_PROMPT
 
 
 @contextlib.contextmanager

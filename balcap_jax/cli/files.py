@@ -269,9 +269,9 @@ class AppendedLines:
     """Opens the JSONL file `path` to append to it. `entries` are the objects of its lines, or `remember` of each.
 
     A torn last line is no entry, and the first change cuts it off. Until then the file stays as it is, so that a caller
-    can still refuse a file that is not its own (`found`: the file was there and not empty). One process at a time may
-    hold the file. A missing file is made, at once or, if `lazy`, with its first line. A file that this object made or
-    emptied is removed again if it stays empty.
+    can still refuse a file that is not its own (`had_content`: the file was there and not empty). One process at a time
+    may hold the file. A missing file is made, at once or, if `lazy`, with its first line. A file that this object made
+    or emptied is removed again if it stays empty.
 
     Raises:
       UserError: it cannot be read or written, holds anything but objects, or another process holds it.
@@ -284,7 +284,7 @@ class AppendedLines:
         self._lazy = lazy
         self._remember = remember or (lambda entry: entry)
         self.entries: list[Any] = []
-        self.found = False
+        self.had_content = False
         self._made = False
         self._tail: Callable[[], Any] = lambda: None  # makes the end of the file the end of a line
         self._file: IO[bytes] | None = None
@@ -363,7 +363,7 @@ class AppendedLines:
         at = 0
         with open(os.dup(self._file.fileno()), "rb") as lines:  # Line by line: files of gigabytes are few entries.
             for number, line in enumerate(lines_of(lines), start=1):
-                self.found = True
+                self.had_content = True
                 where = f"{self.path}, line {number}"
                 try:
                     entry = json_text.parse_object(line, where, "mend or remove that line")

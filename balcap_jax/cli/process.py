@@ -28,11 +28,13 @@ TOO_LITTLE = (
 )
 
 
-def exit_on_user_error(main: Callable) -> Callable:
+def exit_on_user_error(main: Callable | None = None, *, resumes: bool = False) -> Callable:
     """Wraps a command: a UserError, a disk that fails, too little memory or Ctrl-C becomes one line on stderr.
 
-    The exit status is 2, or INTERRUPTED. `install` is called first.
+    The exit status is 2, or INTERRUPTED. `install` is called first. After Ctrl-C a command that `resumes` says so.
     """
+    if main is None:
+        return functools.partial(exit_on_user_error, resumes=resumes)
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -44,7 +46,7 @@ def exit_on_user_error(main: Callable) -> Callable:
         except UserError as error:
             end(str(error))
         except KeyboardInterrupt:
-            _say("interrupted")
+            _say("stopped; the same command goes on from here" if resumes else "interrupted")
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # The reader has left (`... | head`).
             _discard_output()
@@ -83,8 +85,7 @@ def prepare_import() -> None:
 def install() -> None:
     """Makes the changes that last as long as a command. A second call changes nothing more."""
     if not gc.get_freeze_count():
-        # What the imports have made stays to the end, and to walk it each time is a tenth of the CPU time of a run of a
-        # few steps.
+        # What the imports have made stays to the end. To walk it each time is a tenth of the CPU time of a short run.
         gc.freeze()
     if signal.getsignal(signal.SIGINT) is _end_now:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -98,8 +99,8 @@ def install() -> None:
 def quieten_libraries() -> None:
     """Drops what libraries print of failures that the caller reports, and of what is meant to be so.
 
-    After the first array that can't be read or written, TensorStore's other tasks end on an event loop that is gone,
-    at any time, also before the caller knows, or never begin. Each of them is a traceback or a warning.
+    After the first array that can't be read or written, TensorStore's other tasks never begin, or end on an event loop
+    that is gone. They do so at any time, also before the caller knows. Each of them is a traceback or a warning.
     """
     import absl.logging  # noqa: F401 - before getLogger: it makes a logger of a class of its own, where there is none.
 

@@ -15,13 +15,13 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import CommandParser, place, split_overrides
+from balcap_jax.cli.arguments import split_overrides
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
 from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.config.schema import FIELDS, Config, validated
@@ -65,17 +65,13 @@ def stage_order(config: ConfigDict) -> tuple[str, ...]:
     return tuple(part.strip() for part in config.stages.order.split(","))
 
 
-def check(config: ConfigDict) -> None:
-    """Checks names, types, ranges and what fields demand of each other.
+def check(config: ConfigDict, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """Checks names, types, ranges and what fields demand of each other; returns the configuration, locked.
 
     Raises:
       UserError: one line that names the field, what it must be and what it was.
     """
-    _checked(leaves(config))
-
-
-def _checked(given: Iterable[tuple[str, Any]], overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    values, overrides = dict(given), overrides or {}
+    values, overrides = dict(leaves(config)), overrides or {}
     for name, value in (values | overrides).items():
         if name not in FIELDS:
             raise _unknown(name, value)
@@ -125,25 +121,22 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         path, variant = recipe, None
     # What is in the ConfigDict is the recipe's code too, until every value has its type.
     with _running(path):
-        return _checked(leaves(_run_recipe(path, variant)), overrides)
+        return check(_run_recipe(path, variant), overrides)
 
 
-def take_group(argv: Sequence[str], group: str, **defaults: Any) -> tuple[list[str], ConfigDict]:
-    """Takes `--GROUP.FIELD=VALUE` out of the command line of a command that has no recipe.
-
-    Args:
-      group: such as "judge"; `defaults` are values of its fields that differ from the schema's.
+def take_judge(argv: Sequence[str] | None) -> tuple[list[str], ConfigDict]:
+    """Takes `--judge.FIELD=VALUE` out of the command line of a command that has no recipe (None = this process's).
 
     Returns:
-      (the other arguments, the checked group).
+      (the other arguments, the checked group `judge` of a remote one).
 
     Raises:
       UserError: a bad field or value.
     """
-    rest, overrides = split_overrides(argv, f"--{group}.")
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv, "--judge.")
     config = default_config()
-    config[group].update(defaults)
-    return rest, _checked(leaves(config), {f"{group}.{name}": text for name, text in overrides.items()})[group]
+    config.judge.name = "remote"
+    return rest, check(config, {f"judge.{name}": text for name, text in overrides.items()}).judge
 
 
 @contextlib.contextmanager
@@ -240,14 +233,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
-def parse_command_line(
-    argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
-) -> tuple[ConfigDict, argparse.Namespace]:
-    """Parses `--config=RECIPE --workdir=D --config.a.b=v ...` and loads the configuration.
+def parse_command_line(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[ConfigDict, argparse.Namespace]:
+    """Parses `--config=RECIPE --config.a.b=v ...` and loads the configuration.
 
     Args:
-      argv: arguments without the program's name; None = those of this process.
-      parser: a command's own parser, with `add_arguments` already applied; None = one with --config and --workdir.
+      argv: arguments without the program's name.
+      parser: a command's own parser, with `add_arguments` already applied.
 
     Returns:
       (checked configuration, the other arguments).
@@ -255,13 +246,7 @@ def parse_command_line(
     Raises:
       UserError: a bad recipe, field or argument.
     """
-    if parser is None:
-        parser = CommandParser()
-        add_arguments(parser)
-        parser.add_argument(
-            "--workdir", type=place, metavar="DIR", required=True, help="where the run is written, and resumed from"
-        )
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    rest, overrides = split_overrides(argv)
     args, unknown = parser.parse_known_args(rest)
     for argument in unknown:
         name = argument.partition("=")[0].lstrip("-")
@@ -273,7 +258,7 @@ def parse_command_line(
 
 def to_text(config: ConfigDict) -> str:
     """The checked configuration as JSON with sorted keys: equal configurations give equal text."""
-    return json_text.dumps(_checked(leaves(config)).to_dict(), indent=2, sort_keys=True) + "\n"
+    return json_text.dumps(check(config).to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def from_text(text: str | bytes, where: str = "the text", remedy: str = "give what `to_text` wrote") -> ConfigDict:
@@ -299,23 +284,22 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
     """
     old, new = dict(leaves(saved)), dict(leaves(current))
     last = stage_order(current)[-1]
-    found = []
+    changes = []
     for name in sorted(old.keys() | new.keys()):
         if name in FIELDS and FIELDS[name].resumable:
             continue
         if name not in old or name not in new:
-            found.append(f"{name}: only in the {'saved' if name in old else 'new'} configuration")
+            changes.append(f"{name}: only in the {'saved' if name in old else 'new'} configuration")
         elif old[name] != new[name] and not _lead_to_one_place(name, old[name], new[name]):
             grows = name == f"stages.{last}.steps" and json_text.is_number(old[name]) and new[name] > old[name]
             if grows and current.stages[last].schedule == "constant":
                 continue
             why = " (the cosine schedule depends on it)" if grows else ""
-            found.append(f"{name}: {shown(old[name])} -> {shown(new[name])}{why}")
-    return found
+            changes.append(f"{name}: {shown(old[name])} -> {shown(new[name])}{why}")
+    return changes
 
 
 def _lead_to_one_place(name: str, *paths: Any) -> bool:
     if name not in FIELDS or not FIELDS[name].is_path or not all(isinstance(path, str) for path in paths):
         return False
-    one, other = (path and resolved(path).absolute() for path in paths)
-    return one == other
+    return len({path and resolved(path).absolute() for path in paths}) == 1

@@ -40,7 +40,7 @@ _INCOMPLETE = "incomplete-"
 _BYTES = "__bytes__"
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores the state of one run under one directory; close it, or use it in a `with` block.
 
     Of several processes each makes one of the same directory and calls the same methods in the same order; each writes
@@ -66,7 +66,7 @@ class Checkpointer:
         """
         self.directory = resolved(directory).absolute()
         self._keep = keep
-        self._kept_also: dict[str, int | None] = {}
+        self._roles: dict[str, int | None] = {}
         self._beside, self._asynchronous = tuple(beside), asynchronous
         if distributed.is_first():
             try:
@@ -93,9 +93,6 @@ class Checkpointer:
                 arrays=ocp.handlers.PyTreeCheckpointHandler(), extra=ocp.handlers.JsonCheckpointHandler()
             ),
         )
-
-    def __enter__(self) -> "Checkpointer":
-        return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None or jax.process_count() == 1:
@@ -124,9 +121,9 @@ class Checkpointer:
 
     def keep_also(self, role: str, step: int | None) -> None:
         """Keeps `step`, such as the end of a stage, however old; the one that had the role goes with the next save."""
-        if role in self._kept_also:
+        if role in self._roles:
             self.wait()  # Until the step is whole, the one before it stays.
-        self._kept_also[role] = step
+        self._roles[role] = step
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending; only their sizes are looked at."""
@@ -134,7 +131,7 @@ class Checkpointer:
 
     def _steps_seen(self) -> list[int]:
         try:
-            return [step for step, path in self._directories() if not find_damage(path, content=False)]
+            return [step for step, path in _directories(self.directory) if not find_damage(path, content=False)]
         except OSError as error:
             raise _read_error(self.directory, error) from error
 
@@ -199,19 +196,12 @@ class Checkpointer:
         with self._writing("a checkpoint"):
             self._manager.close()
 
-    def _directories(self, prefix: str = "") -> list[tuple[int, Path]]:
-        """(step, path) of all that are called `prefix` and a step, ascending."""
-        if not self.directory.is_dir():
-            return []  # Removed under the run; the write that fails for it says so.
-        names = (path.name.removeprefix(prefix) for path in self.directory.glob(f"{prefix}*") if path.is_dir())
-        return [(step, self.directory / f"{prefix}{step}") for step in sorted(map(int, filter(_is_step, names)))]
-
     # ---- torn or whole: all processes agree
 
     def _pass_over_torn(self) -> None:
         """Sets what is newer than the newest whole step aside, where it is in nobody's way."""
         torn: dict[int, str] = {}
-        steps = distributed.from_first([step for step, _ in self._directories()] if distributed.is_first() else None)
+        steps = distributed.from_first([*dict(_directories(self.directory))] if distributed.is_first() else None)
         for step in reversed(steps):
             if not (damage := self._damage(step)):
                 break
@@ -283,13 +273,13 @@ class Checkpointer:
         seal(written)
         rename_directory(written, final)
         whole = self._steps_seen()
-        kept = {*whole[-self._keep :], *self._kept_also.values()}
-        for step, path in self._directories():
-            if step < whole[-1] and step not in kept:
+        lasting = {*whole[-self._keep :], *self._roles.values()}
+        for step, path in _directories(self.directory):
+            if step < whole[-1] and step not in lasting:
                 outdated = path.with_name(f"{step}{_TEMPORARY}-old")
                 path.rename(outdated)
                 shutil.rmtree(outdated)
-        for step, path in self._directories(_INCOMPLETE):
+        for step, path in _directories(self.directory, _INCOMPLETE):
             if step <= whole[-1]:
                 shutil.rmtree(path)
 
@@ -314,6 +304,12 @@ def _is_step(name: str) -> bool:
     return name.isdecimal() and str(int(name)) == name  # not 007, nor digits of other scripts
 
 
+def _directories(folder: Path, prefix: str = "") -> list[tuple[int, Path]]:
+    """(step, path) of all in `folder` that are called `prefix` and a step, ascending; none where there is no folder."""
+    names = (path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*") if path.is_dir())
+    return [(step, folder / f"{prefix}{step}") for step in sorted(map(int, filter(_is_step, names)))]
+
+
 def branch(source: Path, target: Path) -> int:
     """Makes `target` a checkpoint directory that holds the newest whole step of `source` alone; returns that step.
 
@@ -321,8 +317,7 @@ def branch(source: Path, target: Path) -> int:
       UserError: `source` holds no whole step, or the disk refuses.
     """
     try:
-        steps = sorted((int(path.name) for path in source.glob("*") if _is_step(path.name)), reverse=True)
-        step = next((step for step in steps if not find_damage(source / str(step))), None)
+        step = next((step for step, path in reversed(_directories(source)) if not find_damage(path)), None)
         if step is None:
             raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
         shutil.copytree(source / str(step), target / str(step))
@@ -354,8 +349,8 @@ def _committed_by(commit: Callable[[Path, Path], None]) -> type:
 
 
 # ---- trees ----------------------------------------------------------------------------------------------------------
-# Orbax gets nested dicts of arrays only: what it makes of NamedTuples, tuples, None and empty containers depends on
-# its version, while a path and an array always come back as they went in.
+# Orbax gets nested dicts of arrays only: a path and an array always come back as they went in. What it makes of
+# NamedTuples, tuples, None and empty containers depends on its version.
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:

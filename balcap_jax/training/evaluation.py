@@ -21,15 +21,13 @@ from balcap_jax.data.input import as_columns
 from balcap_jax.data.words import count_words
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import sharding
-from balcap_jax.parallel.host_batch import take
+from balcap_jax.parallel.host_batch import Rows, take
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
 from balcap_jax.rollout import Sampling, compile_rollout
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
 
 SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
-
-
 # Evaluations in summary.json: of sampled captions, and of greedy ones.
 KINDS = ("evaluations", "greedy")
 # Samples of evaluations draw from a stream of their own: no training step has this number.
@@ -49,7 +47,7 @@ class HeldOut:
         # Batches are of the last stage's size, and at most of as many images as there are.
         parts = math.prod(job.mesh.shape[axis] for axis in sharding.BATCH_AXES)
         size = min(-(-len(shown) // parts) * parts, config.stages[stage_order(config)[-1]].batch_size)
-        self._shown, self._validation = (batches(images, size, as_columns) for images in (shown, validation))
+        self._shown, self._validation = (batches(images, size) for images in (shown, validation))
         for columns, _ in (*self._shown, *self._validation):
             job.prompt(columns)
         length, temperature = config.rollout.max_tokens, config.rollout.eval_temperature
@@ -77,7 +75,7 @@ class HeldOut:
         # A stage may keep what it freezes in another type than the one before it did.
         key = (kind, *(leaf.dtype for leaf in jax.tree.leaves(params)))
         for columns, real in batches:
-            rows = job.rows(len(columns["id"]))
+            rows = Rows(job.mesh, len(columns["id"]))
             examples = take(columns, rows.held)
             inputs = (params, *job.rollout_inputs(rows, examples, EVALUATION_STEP))
             if key not in self._rollouts:
@@ -85,8 +83,8 @@ class HeldOut:
                     program = compile_rollout(job.policy, self._samplings[kind], config.model.dtype, *inputs)
                     self._rollouts[key] = program
             out = self._rollouts[key](*inputs)
-            drawn = rows.fetch(out._replace(image_embeds=None, mask=None, policy_log_probs=None))
-            judged = job.judging(rows, examples, drawn, measure)()
+            samples = rows.fetch(out._replace(image_embeds=None, mask=None, policy_log_probs=None))
+            judged = job.judging(rows, examples, samples, measure)()
             records += rows.gather_list(judged.records(measure.names, gate))[:real]
         return summarise(records, measure.names), records
 
@@ -148,9 +146,9 @@ class Best:
         return {"best": best}
 
 
-def references_as_samples(examples: Sequence[Mapping[str, Any]], columns: Callable) -> Samples:
+def references_as_samples(examples: Sequence[Mapping[str, Any]]) -> Samples:
     """Samples of two examples (of the only one, twice), with their references as three captions of each."""
-    ((batch, _),) = batches(examples[:2], 2, columns)
+    ((batch, _),) = batches(examples[:2], 2)
     captions = [[text] * 3 for text in batch["reference"]]
     return to_samples(batch, captions, np.array([list(map(count_words, group)) for group in captions]))
 
@@ -192,13 +190,13 @@ def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], image
     write_text(workdir / "samples" / f"eval-{label}.jsonl", json_text.lines(records))
 
 
-def batches(examples: Sequence[Mapping[str, Any]], size: int, columns: Callable) -> list[tuple[Mapping[str, Any], int]]:
+def batches(examples: Sequence[Mapping[str, Any]], size: int) -> list[tuple[Mapping[str, Any], int]]:
     """Columns of `size` examples at a time; the last is filled up with its first examples. -> [(columns, real rows)]"""
     result = []
     for start in range(0, len(examples), size):
         rows = list(examples[start : start + size])
         filled = rows + [rows[i % len(rows)] for i in range(size - len(rows))]
-        result.append((columns(filled), len(rows)))
+        result.append((as_columns(filled), len(rows)))
     return result
 
 

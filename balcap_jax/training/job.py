@@ -3,7 +3,7 @@
 import dataclasses
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -106,19 +106,14 @@ def picture_file(example_id: str) -> str:
 
 Examples = Mapping[str, Any]
 
-# (step, failed, calls) -> whether to ask more. It is called when a step's captions are judged and nothing is asked.
-Settle = Callable[[int, int, int], bool]
-
-
-def _always(*_: int) -> bool:
-    return True
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What all stages of a run share.
 
     measure: what evaluations score; None = the reward.
+    settle: (step, failed, calls) -> whether to ask more. It is called when a step's captions are judged and nothing is
+      asked.
     """
 
     config: ConfigDict
@@ -128,14 +123,7 @@ class Job:
     reward: RewardFn
     clock: PhaseClock
     measure: RewardFn | None = None
-    settle: Settle = _always
-
-    def programs(self, stage: str) -> Programs:
-        return Programs(self.config, stage, self.mesh, self.policy, self.processor)
-
-    def rows(self, batch_size: int) -> Rows:
-        """The rows of a batch that this process has; the methods below take and give those."""
-        return Rows(self.mesh, batch_size)
+    settle: Callable[[int, int, int], bool] = lambda *_: True
 
     def prompt(self, examples: Examples) -> Prompt:
         """Host arrays of the prompts of `examples`."""
@@ -151,17 +139,17 @@ class Job:
         with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.
             return jax.make_array_from_callback((), sharding.replicated(self.mesh), lambda _: np.uint32(value))
 
-    def judging(self, rows: Rows, examples: Examples, drawn: Rollout, reward: RewardFn) -> Callable[[], Judged]:
+    def judging(self, rows: Rows, examples: Examples, samples: Rollout, reward: RewardFn) -> Callable[[], Judged]:
         """The function that has `reward` score those of the held rows that this process judges.
 
-        `examples` and `drawn`, on the host, are the held rows. Any thread may call the function: what needs the
+        `examples` and `samples`, on the host, are the held rows. Any thread may call the function: what needs the
         tokenizer, which is not for two threads, is done here.
         """
-        own, tokens = take(examples, rows.own), drawn.tokens[rows.own]
+        own, tokens = take(examples, rows.own), samples.tokens[rows.own]
         shape = tokens.shape[:2]
         texts = self.processor.decode(tokens) if tokens.size else []
         captions = [texts[i : i + shape[1]] for i in range(0, len(texts), shape[1])]
-        lengths, truncated = drawn.lengths[rows.own], drawn.truncated[rows.own]
+        lengths, truncated = samples.lengths[rows.own], samples.truncated[rows.own]
 
         def ask() -> Judged:
             if captions:
@@ -174,7 +162,7 @@ class Job:
         return ask
 
 
-class Stage(Protocol):
+class Stage:
     """One stage of training. Its defaults are those of a stage that asks no judge.
 
     job: what it shares with others. programs: what it compiles. rows: which rows of a batch this process has.
@@ -183,16 +171,26 @@ class Stage(Protocol):
     """
 
     name: str
-    job: Job
-    programs: Programs
-    rows: Rows
     writes_captions: bool
     phases: tuple[str, ...] = ("update",)
     depth: int = 0
 
+    def __init__(self, job: Job):
+        self.job = job
+        self.programs = Programs(job.config, self.name, job.mesh, job.policy, job.processor)
+        self.rows = Rows(job.mesh, self.programs.settings.batch_size)
+        self._updates: dict[int, Any] = {}  # by length bucket
+
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict, Judged | None]:
         """One update. -> (state, values for the log, the captions that this process has judged)"""
-        ...
+        raise NotImplementedError
+
+    def compile_updates(self, state: TrainState, **arguments: Any) -> None:
+        """Compiles the update of every length bucket, once; `arguments`: as of `Programs.lower_update`."""
+        if not self._updates:
+            with self.job.clock.phase("compile"):
+                for bucket in self.job.config.rollout.buckets:
+                    self._updates[bucket] = self.programs.lower_update(state, bucket, **arguments).compile()
 
     def arrays(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds; see `Programs.abstract_checkpoint`."""

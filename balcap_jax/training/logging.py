@@ -15,14 +15,14 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, replace_file
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Writes each step's values to `workdir`/metrics.jsonl, to TensorBoard events and, if asked, to Weights & Biases.
 
     `wandb` is a project name; the rest of W&B (entity, run id, mode) is set by its own WANDB_* environment variables.
     A writer that is not `enabled` (every process but 0) touches no file. Opening drops a torn last line, which a killed
     process may have left. Call `truncate` with the restored step before the first `write` of a resumed run.
-    Raises UserError when the disk is full or not writable, when the file holds something else, or when wandb is asked
-    for and cannot be started.
+    Raises UserError when the disk is full or not writable, or when the file holds something else. It does so too when
+    wandb cannot be started.
     """
 
     def __init__(
@@ -102,9 +102,6 @@ class MetricsWriter:
         self._file = self._events = self._wandb = None
         self.enabled = False
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
     def __exit__(self, *exception) -> None:
         self.close()
 
@@ -136,14 +133,12 @@ def writing_below(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
     """PyTorch cannot be imported inside: tensorboardX would, wherever there is one, for a second or two and no use."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules["torch"]
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]
 
 
 class EventFile:
@@ -169,19 +164,18 @@ class EventFile:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        summary = self._summary.Summary(value=scalars)
-        with writing_below(self.directory):
-            self._writer.write_event(self._event.Event(wall_time=time.time(), step=int(step), summary=summary))
+        self._write(step, summary=self._summary.Summary(value=scalars))
         if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
             self.flush()
 
     def purge(self, from_step: int) -> None:
         """Tells TensorBoard to hide what earlier files logged at `from_step` or later (its purge_step)."""
-        start = self._event.SessionLog(status=self._event.SessionLog.START)
-        with writing_below(self.directory):
-            event = self._event.Event(wall_time=time.time(), step=max(int(from_step), 0), session_log=start)
-            self._writer.write_event(event)
+        self._write(from_step, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
         self.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        with writing_below(self.directory):
+            self._writer.write_event(self._event.Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
         with writing_below(self.directory):
@@ -225,9 +219,5 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[bytes, dict]]:
 
 
 def _json_number(value: Any) -> int | float | None:
-    if value is None:
-        return None
     number = value.item() if hasattr(value, "item") else value
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        number = float(number)
     return number if math.isfinite(number) else None

@@ -62,12 +62,12 @@ class Judging:
 class Flight:
     """A batch that is sampled and not yet learnt from.
 
-    `prompt` and `out`, with its `image_embeds`, are on the mesh. `drawn` is `out` on the host without `image_embeds`,
+    `prompt` and `out`, with its `image_embeds`, are on the mesh. `samples` is `out` on the host without `image_embeds`,
     in the rows that this process holds, which are those of `examples`.
     """
 
     examples: Mapping[str, Any]
     prompt: Prompt
     out: Rollout
-    drawn: Rollout
+    samples: Rollout
     judging: Judging | None = None

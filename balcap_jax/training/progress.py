@@ -117,12 +117,12 @@ PLAIN_LINES = 20  # lines over a run, when the output is no terminal
 _RECENT_STEPS = 20  # steps whose mean time gives s/step and the ETA
 
 
-class Progress:
-    """The progress line of one stage: redrawn in place on a terminal, else a plain line every `every` steps.
+class Progress(contextlib.AbstractContextManager):
+    """The progress line of one stage: redrawn in place on a terminal, else about PLAIN_LINES plain lines.
 
     `first_step` and `total_steps` count as `update`'s step does: a stage of the steps 101..300 has first_step 100 and
-    total_steps 300. A line of at most 140 characters shows step, ETA, s/step with the share of each phase, tokens/s,
-    and for RL each reward (x100), b-CapScore, mean words and in-band share, for SFT the loss.
+    total_steps 300. A line of at most 140 characters shows step, ETA, s/step with the share of each phase, tokens/s.
+    For RL it shows each reward (x100), b-CapScore, mean words and in-band share, for SFT the loss.
     """
 
     def __init__(
@@ -131,34 +131,18 @@ class Progress:
         stage: str = "rl",
         *,
         first_step: int = 0,
-        every: int | None = None,
         stream: IO[str] | None = None,
         enabled: bool = True,
-        now: Callable[[], float] = time.perf_counter,
     ):
         self.total_steps, self.stage, self.first_step = total_steps, stage, first_step
-        self.every = every or max(1, math.ceil((total_steps - first_step) / PLAIN_LINES))
+        self.every = max(1, math.ceil((total_steps - first_step) / PLAIN_LINES))
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
-        self._now = now
-        self._last: float | None = None
-        self._last_step = first_step
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._live = None
 
-    def __enter__(self) -> "Progress":
-        return self
-
     def __exit__(self, *exception) -> None:
         self._leave_line()
-
-    def _draw_line(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        # Redrawn on update only: a refreshing thread would take time from the step on a small machine.
-        self._live = Live(console=Console(file=self._stream), auto_refresh=False)
-        self._live.start()
 
     def _leave_line(self) -> None:
         """What is printed next comes below the line."""
@@ -167,17 +151,20 @@ class Progress:
             self._live = None
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows that `step` is done, with the values that go to metrics.jsonl."""
+        """Shows that `step` is done, with the values that go to metrics.jsonl, the clock's among them."""
         if not self._enabled:
             return
-        self._time_step(step, values)
+        self._recent.append(sum(_phase_seconds(values).values()))
         # isatty decides, not rich: FORCE_COLOR and the like must not put control codes into a log file.
         if self._stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
             from rich.text import Text
 
             if self._live is None:  # Not before: a stage that has nothing left to do would show an empty line.
-                self._draw_line()
-
+                # Redrawn on update only: a refreshing thread would take time from the step on a small machine.
+                self._live = Live(console=Console(file=self._stream), auto_refresh=False)
+                self._live.start()
             width = min(LINE_WIDTH, self._live.console.width - 1)
             self._live.update(Text(self.line(step, values, width), no_wrap=True), refresh=True)
         elif step == self.first_step + 1 or step % self.every == 0 or step == self.total_steps:
@@ -201,17 +188,15 @@ class Progress:
 
     def _parts(self, step: int, values: Mapping[str, float], letters: int | None) -> list[str]:
         parts = [f"{self.stage} {step}/{self.total_steps}"]
-        if self._recent:
-            seconds = statistics.fmean(self._recent)
-            left = self.total_steps - step
-            parts.append(f"eta {_duration(seconds * left)}" if left > 0 else "done")
-            parts.append(f"{_short(seconds)} s/step{_shares(values)}")
+        seconds, left = statistics.fmean(self._recent), self.total_steps - step
+        parts.append(f"eta {_duration(seconds * left)}" if left > 0 else "done")
+        parts.append(f"{_short(seconds)} s/step{_shares(values)}")
         if _known(values.get("tokens_per_second")):
             parts.append(f"{_short(values['tokens_per_second'])} tok/s")
         if _known(values.get("loss")) and self.stage != "rl":
             parts.append(f"loss {values['loss']:.4f}")
-        rewards = {name.removeprefix("reward/"): value for name, value in values.items() if _is_reward(name)}
-        parts.append(" ".join(f"{name[:letters]} {_points(value)}" for name, value in rewards.items()))
+        names = [name for name in values if name.startswith("reward/") and not name.endswith("_std")]
+        parts.append(" ".join(f"{name.removeprefix('reward/')[:letters]} {_points(values[name])}" for name in names))
         if _known(values.get("b_capscore")):
             parts.append(f"b-cap {values['b_capscore']:.1f}")
         if _known(values.get("length/mean")):
@@ -219,20 +204,6 @@ class Progress:
         if _known(values.get("gate/in_band")):
             parts.append(f"in band {100 * values['gate/in_band']:.0f}%")
         return parts
-
-    def _time_step(self, step: int, values: Mapping[str, float]) -> None:
-        """The clock's seconds where given (they leave compiling out), else the wall time between updates."""
-        now = self._now()
-        phases = _phase_seconds(values)
-        if phases:
-            self._recent.append(sum(phases.values()))
-        elif self._last is not None and step > self._last_step:
-            self._recent.append((now - self._last) / (step - self._last_step))
-        self._last, self._last_step = now, step
-
-
-def _is_reward(name: str) -> bool:
-    return name.startswith("reward/") and not name.endswith("_std")
 
 
 def _known(value: float | None) -> bool:

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import jax
 import pydantic
-from annotated_types import Len
 from ml_collections import ConfigDict
 
 from balcap_jax import judges, models, rewards
@@ -62,7 +61,7 @@ class Position(pydantic.BaseModel):
     stage: str
     iterator: str | bytes | dict[str, Any]
     clock: dict[str, int | float]
-    failures: list[Annotated[list[int], Len(2, 2)]]
+    failures: list[Annotated[list[int], pydantic.Field(min_length=2, max_length=2)]]
     best: dict[Annotated[str, pydantic.StringConstraints(pattern=r"^\d+$")], int | float | None] = {}
     config: Any = None
     versions: Any = None
@@ -425,6 +424,7 @@ class Run:
         self._checkpointer.wait()
         scale = getattr(job.policy, "scale", None)
         merge = functools.partial(lora.merge, scale=scale) if self.config.lora.rank else lambda params: params
+        save = functools.partial(models.save, processor=job.processor, source=self.config.model.path)
         like = jax.eval_shape(lambda params: params, params)
         for path, step in ((self.model, self.total), (self.best_model, self.best.step)):
             if step is None or distributed.from_first(self.leads and is_whole(path, jax.eval_shape(merge, like))):
@@ -432,12 +432,7 @@ class Run:
             if step != self.total:
                 params = None  # Two copies of a large model do not fit.
                 params = self.restore_params(step, like)
-            save = functools.partial(_save_model, path, fields, job, self.config.model.path)
-            distributed.write_whole(merge(params), save)
-
-
-def _save_model(path: Path, fields: Mapping[str, Any], job: Job, source: str, params: Params) -> None:
-    models.save(path, fields, params, job.processor, source=source)
+            distributed.write_whole(merge(params), lambda params, path=path: save(path, fields, params))
 
 
 def is_whole(model: Path, params: Params) -> bool:

@@ -4,8 +4,8 @@
     SFT      target captions -> update
     RL       rollout (compiled) -> judge (host) -> update (compiled); `pipeline` has another order of them
 
-A stage owns its compiled programs. All of them are compiled before its first step, one update per length bucket, so
-that no later step can meet a shape for the first time.
+A stage owns its compiled programs. All of them are compiled before its first step, one update per length bucket: no
+later step can meet a shape for the first time.
 """
 
 import math
@@ -34,15 +34,11 @@ def bucket_of(buckets: Sequence[int], longest: int) -> int:
 class SFTStage(Stage):
     """Cross-entropy on captions of the data set, G targets per image over one shared prompt.
 
-    As the stage "align" the targets are the references, as LLaVA first aligns its projector on plain captions. As "sft"
-    they are the data set's captions, faults included: what the base policy of RL imitates.
+    The captions have their faults: they are what the base policy of RL imitates.
     """
 
-    def __init__(self, job: Job, *, name: str = "sft"):
-        self.job, self.name, self.programs = job, name, job.programs(name)
-        self.rows = job.rows(self.programs.settings.batch_size)
-        self.writes_captions = name == "sft"
-        self._updates: dict[int, Any] = {}
+    name = "sft"
+    writes_captions = True
 
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], None]:
         """One update on the examples' captions. -> (state, values for the log, no samples)"""
@@ -51,15 +47,19 @@ class SFTStage(Stage):
         tokens, mask = job.processor.encode_responses(targets, buckets[-1])
         length = bucket_of(buckets, distributed.largest(mask.sum(-1).max()))
         batch = SFTBatch(*self.rows.put((job.prompt(examples), tokens[..., :length], mask[..., :length])))
-        if not self._updates:
-            with job.clock.phase("compile"):
-                for bucket in buckets:  # Photographs have as many captions as they come with, whatever the config says.
-                    lowered = self.programs.lower_update(state, bucket, group=mask.shape[1])
-                    self._updates[bucket] = lowered.compile()
+        # Photographs have as many captions as they come with, whatever the config says.
+        self.compile_updates(state, group=mask.shape[1])
         with job.clock.phase("update"):
             state, metrics = self._updates[length](state, batch)
             values = finalise(metrics)
         return state, values | {"tokens": values["length/tokens_mean"] * math.prod(batch.mask.shape[:2])}, None
+
+
+class AlignStage(SFTStage):
+    """As `SFTStage`, on the references: LLaVA first aligns its projector on plain captions."""
+
+    name = "align"
+    writes_captions = False
 
 
 class RLStage(Stage):
@@ -74,17 +74,15 @@ class RLStage(Stage):
     writes_captions = True
 
     def __init__(self, job: Job):
-        self.job, self.programs = job, job.programs("rl")
-        self.rows = job.rows(self.programs.settings.batch_size)
+        super().__init__(job)
         self.depth = job.config.pipeline.depth
         self._reference: Params | None = None
         self._flight: Flight | None = None
         self._restored: Rollout | None = None
         self._rollout: Any = None
-        self._updates: dict[int, Any] = {}
 
     def arrays(self, state: TrainState) -> dict[str, Any]:
-        parts = {"state": state, "reference": self._reference, "in_flight": self.in_flight if self.depth else None}
+        parts = {"state": state, "reference": self._reference, "in_flight": self._flight.out if self.depth else None}
         return {name: part for name, part in parts.items() if part is not None}
 
     def load(self, arrays: Mapping[str, Any]) -> TrainState:
@@ -93,11 +91,6 @@ class RLStage(Stage):
         if self._reference is None:  # The update consumes the state's arrays.
             self._reference = jax.tree.map(lambda x: x.copy(), self.programs.reference(state))
         return state
-
-    @property
-    def in_flight(self) -> Rollout:
-        """What a checkpoint must hold of the batch in flight."""
-        return self._flight.out
 
     def begin(self, state: TrainState, examples: Examples, step: int) -> None:
         """Puts the batch of `step`, the next one, in flight: sampled now, or as a checkpoint held it."""
@@ -145,25 +138,22 @@ class RLStage(Stage):
         if job.settle(step, failed, calls) and self.depth:
             self._judge_aside(self._flight)
 
-        if not self._updates:
-            with clock.phase("compile"):
-                for bucket in buckets:
-                    self._updates[bucket] = self.programs.lower_update(state, bucket, self._reference).compile()
+        self.compile_updates(state, reference=self._reference)
         length = bucket_of(buckets, int(lengths.max()))
-        drawn = flight.drawn
+        samples = flight.samples
         batch = RLBatch(
             flight.prompt,
             flight.out.image_embeds,
             *rows.put(
                 (
-                    drawn.tokens[..., :length],
-                    drawn.mask[..., :length],
-                    drawn.policy_log_probs[..., :length],
+                    samples.tokens[..., :length],
+                    samples.mask[..., :length],
+                    samples.policy_log_probs[..., :length],
                     scores[rows.held],
                     valid[rows.held],
                     words[rows.held],
                     np.array([count_words(text) for text in flight.examples["reference"]], np.int32),
-                    drawn.truncated,
+                    samples.truncated,
                 )
             ),
         )
@@ -190,8 +180,8 @@ class RLStage(Stage):
             # Laid out as a checkpoint is restored: programs are compiled for one layout.
             out = jax.device_put(self._rollout(params, *inputs), sharding.batch_sharding(job.mesh))
             # The small arrays come to the host whole: cut to their bucket there, they need no compiled slice here.
-            drawn = self.rows.fetch(out._replace(image_embeds=None))
-        return Flight(examples, inputs[0], out, drawn)
+            samples = self.rows.fetch(out._replace(image_embeds=None))
+        return Flight(examples, inputs[0], out, samples)
 
     def _judge_aside(self, flight: Flight) -> None:
         if flight.judging is None:
@@ -199,4 +189,4 @@ class RLStage(Stage):
                 flight.judging = Judging(self._judge(flight))
 
     def _judge(self, flight: Flight) -> Callable[[], Judged]:
-        return self.job.judging(self.rows, flight.examples, flight.drawn, self.job.reward)
+        return self.job.judging(self.rows, flight.examples, flight.samples, self.job.reward)

@@ -39,8 +39,7 @@ class VisionStage(Stage):
     writes_captions = False
 
     def __init__(self, job: Job):
-        self.job, self.programs = job, job.programs("vision")
-        self.rows = job.rows(self.programs.settings.batch_size)
+        super().__init__(job)
         # Families differ in the number of features that a tower of some width gives.
         size, processor = job.config.model.image_size, job.processor
         blank = processor([np.zeros((size, size, 3), np.uint8)], [""])
@@ -88,8 +87,8 @@ def make_vision_step(
     """The compiled update of vision pretraining: every image token is classified by each of A attributes.
 
     It stands in for the pretraining that a real model's CLIP tower brings. The classifier is a fixed orthonormal map
-    of the features (Hoffer et al., arXiv 1801.04540), so that the stage adds no parameters that the policy would have
-    to drop afterwards. `classes[a]` is the number of classes of attribute a; their sum must not exceed the tower's
+    of the features (Hoffer et al., arXiv 1801.04540). So the stage adds no parameters that the policy would have to
+    drop afterwards. `classes[a]` is the number of classes of attribute a; their sum must not exceed the tower's
     width.
     """
 
@@ -115,6 +114,4 @@ def make_vision_step(
 
 def _orthonormal(rows: int, columns: int) -> jax.Array:
     """A fixed [rows, columns] matrix with orthonormal columns, the same on every machine and in every run."""
-    if columns > rows:
-        raise ValueError(f"{columns} classes need a tower of at least as many features, model.vision_width is {rows}")
     return jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(rows, columns)))[0], jnp.float32)

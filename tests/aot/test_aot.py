@@ -131,7 +131,8 @@ def test_what_xla_says_of_memory_is_told():
     assert memory.largest_buffers(other) == ""
 
 
-REPORT = memory.Report("update", 6, 6, 4, 5, 1, 2, 10.0, 5.0, 20.0, (), 1.0)
+PLANNED = memory.Planned("update", None, 1, 2, 5.0, 20.0)
+REPORT = memory.Report(PLANNED, 6, 6, 4, 5, 1, 10.0, (), 1.0)
 
 
 def test_arguments_that_outputs_overwrite_count_once():

@@ -341,11 +341,11 @@ def test_another_judge_does_not_write_into_the_same_file(photos, tmp_path, capsy
 
 
 def test_judge_fields_on_a_command_line_are_those_of_the_schema():
-    rest, judge = configuration.take_group(["--a", "--judge.rpm=7", "--judge.model", "m"], "judge", name="remote")
+    rest, judge = configuration.take_judge(["--a", "--judge.rpm=7", "--judge.model", "m"])
     assert rest == ["--a"]
     assert (judge.name, judge.rpm, judge.model) == ("remote", 7, "m")
     with pytest.raises(UserError, match=r"judge\.rpm"):
-        configuration.take_group(["--judge.rpm=fast"], "judge")
+        configuration.take_judge(["--judge.rpm=fast"])
 
 
 def test_lines_of_students_are_checked(tmp_path):

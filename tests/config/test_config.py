@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from balcap_jax import rewards
+from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import __main__ as config
 from balcap_jax.config import recipes as config_lib
@@ -545,17 +546,22 @@ def test_a_copy_of_a_published_recipe(tmp_path, monkeypatch):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
+def parse(argv):
+    parser = CommandParser()
+    config_lib.add_arguments(parser)
+    parser.add_argument("--workdir", type=place, required=True)
+    return config_lib.parse_command_line(argv, parser)
+
+
 def test_command_line(write_recipe):
     recipe = write_recipe()
     argv = [f"--config={recipe}", "--config.seed=3", "--workdir", "w", "--config.rollout.top_k", "5", "--config.seed=4"]
-    config, args = config_lib.parse_command_line(argv)
+    config, args = parse(argv)
     assert (config.seed, config.rollout.top_k, args.workdir) == (4, 5, "w")
 
 
 def test_negative_number_after_a_space(write_recipe):
-    config, _ = config_lib.parse_command_line(
-        [f"--config={write_recipe()}", "--workdir=w", "--config.model.feature_layer", "-3"]
-    )
+    config, _ = parse([f"--config={write_recipe()}", "--workdir=w", "--config.model.feature_layer", "-3"])
     assert config.model.feature_layer == -3
 
 
@@ -574,7 +580,7 @@ def test_negative_number_after_a_space(write_recipe):
 )
 def test_bad_command_line(write_recipe, argv, parts):
     recipe = write_recipe()
-    message = error_of(config_lib.parse_command_line, [argument.format(recipe=recipe) for argument in argv])
+    message = error_of(parse, [argument.format(recipe=recipe) for argument in argv])
     for part in parts:
         assert part in message
 

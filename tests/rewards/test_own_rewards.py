@@ -13,7 +13,6 @@ from balcap_jax import rewards
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.json_text import lines
 from balcap_jax.config.recipes import default_config
-from balcap_jax.data.input import as_columns
 from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import LinguisticVerdict
 from balcap_jax.rewards.base import Scores
@@ -186,7 +185,7 @@ def test_trying_out_asks_the_judge_nothing():
 def test_what_is_tried_out_are_the_data_s_own_pictures_with_their_references():
     example = {"id": "e", "image": np.zeros((4, 5, 3), np.uint8), "reference": "a dog .", "reference_units": ["dog"]}
     example |= {"prompt": "p", "captions": ["a cat ."], "scene": "{}"}
-    samples = references_as_samples([example], as_columns)
+    samples = references_as_samples([example])
     assert samples.shape == (2, 3)
     assert samples.captions == [["a dog ."] * 3] * 2
     assert samples.images[1].shape == (4, 5, 3)

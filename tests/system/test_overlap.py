@@ -348,7 +348,7 @@ def test_a_judge_may_not_copy_unseen_either():
 def test_a_checkpoint_is_restored_in_the_layout_in_which_rollouts_are_kept(run):
     wanted = run.stage.programs.abstract_rollout(run.state.params)
     run.begin()
-    found = run.stage.in_flight
+    found = run.stage.arrays(run.state)["in_flight"]
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding)

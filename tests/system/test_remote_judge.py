@@ -155,13 +155,16 @@ def test_an_endpoint_that_is_down_is_found_before_anything_is_built(tmp_path, da
 
 def test_the_estimate_of_a_config(capsys, data_dir):
     from balcap_jax import train as training
+    from balcap_jax.cli.arguments import CommandParser
     from balcap_jax.config import recipes as configuration
 
     given = [one for one in arguments("unused", data_dir) if "workdir" not in one]
     remote_judge = ["--config.judge.name=remote", "--config.judge.price_in=2", "--config.judge.price_out=10"]
     training.main([*given, *remote_judge, "--estimate_judge"])
     text = capsys.readouterr().out
-    config, _ = configuration.parse_command_line([*given, *remote_judge, "--workdir=x"])
+    parser = CommandParser()
+    configuration.add_arguments(parser)
+    config, _ = configuration.parse_command_line([*given, *remote_judge], parser)
     # 6 steps of 4 x 3 captions; sft, rl-4 and rl evaluated on 4 pictures with 3 + 1 captions each.
     assert captions_of(config, ("sft", "rl")) == 72 + 3 * 16
     assert "120 captions to judge" in text

@@ -315,14 +315,14 @@ def test_plain_lines_when_not_a_terminal():
     assert "\x1b" not in stream.getvalue()
 
 
-def test_sft_shows_the_loss_and_times_itself_without_a_clock():
-    stream, ticks = io.StringIO(), Ticks()
-    with Progress(40, "sft", every=20, stream=stream, now=ticks) as progress:
+def test_sft_shows_the_loss():
+    stream = io.StringIO()
+    with Progress(40, "sft", stream=stream) as progress:
         for step in range(1, 41):
-            ticks.seconds += 0.5
-            progress.update(step, {"loss": 1.25, "tokens_per_second": math.nan})
-    assert stream.getvalue().splitlines() == [
-        "sft 1/40  loss 1.2500",
+            progress.update(step, {"loss": 1.25, "tokens_per_second": math.nan, "time/other": 0.5})
+    lines = stream.getvalue().splitlines()
+    assert [lines[0], lines[10], lines[20]] == [
+        "sft 1/40  eta 0:20  0.5 s/step  loss 1.2500",
         "sft 20/40  eta 0:10  0.5 s/step  loss 1.2500",
         "sft 40/40  done  0.5 s/step  loss 1.2500",
     ]
