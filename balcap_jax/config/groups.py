@@ -414,14 +414,14 @@ class Log(Group):
     tensorboard: Resumable[bool] = Field(True, description="write TensorBoard events")
     wandb: Resumable[Text] = Field("", description="Weights & Biases project; empty = off")
     profile: Resumable[Text] = ""
-    """updates first:last of each stage of which a trace is written for xprof; empty = none"""
+    """first:last, the updates of which a trace is written for xprof, as metrics.jsonl counts them; empty = none"""
     eval_images: Images = Field(48, description="held-out images of an evaluation")
     eval_samples: Few = Field(4, description="captions per image of an evaluation")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         ends = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", self.profile)
         if self.profile and not (ends and 1 <= int(ends[1]) <= int(ends[2])):
-            demand = "must be first:last, two whole numbers with 1 <= first <= last"
+            demand = "must be first:last, two whole numbers of at most nine digits with 1 <= first <= last"
             yield "log.profile", f"{demand}, got {shown(self.profile)}"
 
 

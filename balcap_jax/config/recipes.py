@@ -160,7 +160,8 @@ def _running(path: str) -> Iterator[None]:
             raise UserError(f"recipe {path}, line {error.lineno}: {error.msg}") from error
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
         where = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"recipe {path}{where}: {raised(error)}") from error
+        hint = "; modules of a recipe, such as vlm.py, lie beside it" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"recipe {path}{where}: {raised(error)}{hint}") from error
     finally:
         sys.dont_write_bytecode = writes_none
         if is_added and folder in sys.path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -81,24 +82,34 @@ class ProfileWindow:
 
     An empty window traces nothing, and so does one that is not `enabled`: every process but 0, since processes of one
     host would write the same file. Each step is the event "train" with its number, and each phase of the clock is an
-    event of the phase's name. A window that the run ends inside is closed when the `with` block ends. `say` gets the
-    line that tells where the trace is.
+    event of the phase's name. A window that the run ends inside is closed when the `with` block ends. Writing the trace
+    is the phase "profile" of `clock`. `say` gets the line that tells where the trace is, or why there is none.
     """
 
-    def __init__(self, window: str, directory: Path, *, enabled: bool = True, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        window: str,
+        directory: Path,
+        clock: PhaseClock,
+        *,
+        enabled: bool = True,
+        say: Callable[[str], None] = print,
+    ):
         self._steps: Sequence[int] = ()
         if window and enabled:
             first, last = map(int, window.split(":"))
             self._steps = range(first, last + 1)
-        self._directory, self.say = directory, say
+        self._directory, self._clock, self.say = directory, clock, say
         self._traced: list[int] = []
+        self._earlier: set[Path] = set()
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """The block is step `step`."""
         if step in self._steps:
             if not self._traced:
-                jax.profiler.start_trace(self._directory)
+                self._earlier = self._traces()
+                self._try(jax.profiler.start_trace, self._directory)
             self._traced.append(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
@@ -106,10 +117,26 @@ class ProfileWindow:
             self.close()
 
     def close(self) -> None:
-        if self._traced:
-            jax.profiler.stop_trace()
-            self.say(f"profile of the steps {self._traced[0]} to {self._traced[-1]}: {self._directory}")
-            self._traced = []
+        if self._traced and self._steps:
+            with self._clock.phase("profile"):
+                if self._try(jax.profiler.stop_trace):
+                    self.say(f"profile of the steps {self._traced[0]} to {self._traced[-1]}: {self._directory}")
+        self._traced = []
+
+    def _try(self, call: Callable[..., None], *arguments: Path) -> bool:
+        """Whether the profiler did it. A trace that cannot be written is no reason to lose a run."""
+        try:
+            call(*arguments)
+        except (RuntimeError, OSError) as error:  # JAX's errors are RuntimeErrors.
+            self._steps = ()
+            for torn in self._traces() - self._earlier:
+                shutil.rmtree(torn, ignore_errors=True)
+            self.say(f"no profile in {self._directory} ({' '.join(str(error).split())[:160]}); the run goes on")
+            return False
+        return True
+
+    def _traces(self) -> set[Path]:
+        return set(self._directory.glob("plugins/profile/*"))
 
 
 LINE_WIDTH = 140

@@ -149,7 +149,7 @@ class Run:
             sharding.check_batch(self.mesh, name, settings.batch_size, settings.micro_batches)
         if config.log.wandb and self.leads:
             import_wandb()
-        self.profile = ProfileWindow(config.log.profile, self.workdir / "profile", enabled=self.leads)
+        self.profile = ProfileWindow(config.log.profile, self.workdir / "profile", self.clock, enabled=self.leads)
         self.summary: dict[str, Any] = {}
         self.failures: deque[tuple[int, int]] = deque(maxlen=failure_window(config))
         self._position: Position | None = None

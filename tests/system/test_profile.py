@@ -8,7 +8,7 @@ import jax
 from commands import arguments, finish, start_afresh
 from jax.profiler import ProfileData
 
-from balcap_jax.training.progress import ProfileWindow
+from balcap_jax.training.progress import PhaseClock, ProfileWindow
 
 PHASES = ("rollout", "judge", "update")
 # Scopes that operations of a program must have, in the paths of their names.
@@ -66,7 +66,7 @@ def test_two_steps_of_rl_are_traced(tmp_path, data_dir, monkeypatch):
 
 def test_a_window_that_the_run_ends_inside_is_closed(tmp_path):
     lines: list[str] = []
-    window = ProfileWindow("2:5", tmp_path, say=lines.append)
+    window = ProfileWindow("2:5", tmp_path, PhaseClock(), say=lines.append)
     for step in (1, 2, 3):
         with window.step(step):
             jax.numpy.ones(3).block_until_ready()
@@ -80,7 +80,20 @@ def test_a_window_that_the_run_ends_inside_is_closed(tmp_path):
 def test_a_run_that_resumes_past_its_window_or_has_none_traces_nothing(tmp_path):
     lines: list[str] = []
     for window, enabled in (("2:3", True), ("", True), ("4:5", False)):
-        with ProfileWindow(window, tmp_path, enabled=enabled, say=lines.append).step(4):
+        with ProfileWindow(window, tmp_path, PhaseClock(), enabled=enabled, say=lines.append).step(4):
             pass
     assert lines == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_that_cannot_be_written_is_one_line_and_the_run_goes_on(tmp_path):
+    (tmp_path / "profile").symlink_to(tmp_path / "nowhere" / "else")
+    lines: list[str] = []
+    window = ProfileWindow("1:1", tmp_path / "profile", PhaseClock(), say=lines.append)
+    for step in (1, 2):
+        with window.step(step):
+            pass
+    window.close()
+    (line,) = lines
+    assert line.startswith(f"no profile in {tmp_path}/profile (")
+    assert line.endswith("; the run goes on")
