@@ -73,7 +73,10 @@ def assert_same(a, b):
 def run_script(body: str, *arguments: object, wait: bool = True):
     """Runs a script in a process of its own that sees one device, as a user's does."""
     command = [sys.executable, "-c", textwrap.dedent(body), *map(str, arguments)]
-    process = subprocess.Popen(command, text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # As commands set it: where PyTorch is not installed, transformers says so on stderr.
+    environment = os.environ | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    options = {"text": True, "cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **options)
     if not wait:
         return process
     output, errors = process.communicate(timeout=120)
