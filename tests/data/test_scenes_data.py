@@ -424,7 +424,8 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=os.environ | environment | {"PYTHONPATH": path},
+        # As commands set it: where PyTorch is not installed, transformers says so on stderr.
+        env=os.environ | environment | {"PYTHONPATH": path, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
         timeout=120,
     )
 
