@@ -4,8 +4,8 @@
     SFT      target captions -> update
     RL       rollout (compiled) -> judge (host) -> update (compiled); `pipeline` has another order of them
 
-A stage owns its compiled programs. All of them are compiled before its first step, one update per length bucket: no
-later step can meet a shape for the first time.
+A stage owns its compiled programs. Its first step compiles all of them, one update per length bucket: no later step
+can meet a shape for the first time.
 """
 
 import math
