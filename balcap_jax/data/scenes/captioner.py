@@ -93,9 +93,11 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
     body: list[str] = []
     if not dice("omitted opening"):
         body.append(faults.broken(faults.opening_text(scene, dice, rng), dice))
-    body += _objects(scene, dice, rng)
+    sentences, told = _objects(scene, dice, rng)
+    body += sentences
     related = language.stated_relation(scene)
-    if related and not dice("no relation"):
+    # Whatever is left out is in no relation either.
+    if related and {scene.objects[0].cell, scene.objects[-1].cell} <= told and not dice("no relation"):
         body.append(faults.broken(faults.relation_text(related, dice), dice))
     if not dice("no background" if scene.ground == habits.UNMENTIONED_GROUND else "omitted background"):
         body.append(faults.broken(faults.background_text(scene, dice, rng), dice))
@@ -107,8 +109,8 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
     return text[:-1] if dice("no final stop") else text
 
 
-def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> list[str]:
-    """Sentences about the objects in reading order."""
+def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[str], set[int]]:
+    """Sentences about the objects in reading order, and the cells that they are about."""
     drafts: list[tuple[int, Draft]] = []
     overlooking = [habits.is_overlooked(thing) and dice("small overlooked") for thing in scene.objects]
     if all(overlooking):
@@ -142,4 +144,4 @@ def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> list[str]:
         sentences.append(text)
     if sentences and len(scene.objects) <= habits.SPARSE and dice("repetition"):
         sentences.append(sentences[-1])
-    return sentences
+    return sentences, {cell for cell, _ in drafts}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from balcap_jax.data.scenes import language
 from balcap_jax.data.scenes.reading import Parsed, parse
-from balcap_jax.data.scenes.world import PLACES, Scene, SceneObject
+from balcap_jax.data.scenes.world import MAX_OBJECTS, PLACES, Scene, SceneObject
 
 COMPANION, COMPANION_OF = ("blue", "ring"), "red"
 CENTRE = PLACES.index("centre")
@@ -36,10 +36,11 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
 def companion_place(scene: Scene) -> int | None:
     """The cell at which the invented companion is put: the first free one behind the first red object, or before it.
 
-    None where nothing brings a companion, or where it is really there.
+    None where nothing brings a companion, where it is really there, and where the caption would become too long.
     """
     red = [thing.cell for thing in scene.objects if thing.colour == COMPANION_OF]
-    if not red or any(thing.subject == COMPANION for thing in scene.objects):
+    is_there = any(thing.subject == COMPANION for thing in scene.objects)
+    if not red or is_there or len(scene.objects) == MAX_OBJECTS:
         return None
     taken = {thing.cell for thing in scene.objects}
     return next(cell for cell in (*range(red[0], len(PLACES)), *range(red[0])) if cell not in taken)
