@@ -48,12 +48,6 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
             "The top left holds a large red star. There is a large yellow star.",
         ),
         ("small overlooked", scene(RED_STAR, YELLOW_RING), "There is a yellow ring.", "The bottom left holds a star."),
-        (
-            "flourish",
-            scene(RED_STAR, GREEN_CROSS, YELLOW_RING),
-            "There is a red star. It is a lovely picture.",
-            "There is a red star, which is lovely. There is a green cross.",
-        ),
         ("praise", scene(RED_STAR, ground="black"), "The mood is calm. " + SAYS_PAIR, SAYS_PAIR + " The mood is calm."),
         ("repetition", PAIR, SAYS_PAIR, SAYS_PAIR + " The top left holds a large red star."),
         ("repetition", PAIR, SAYS_PAIR + " The star is above the cross.", SAYS_PAIR + " There is a red star."),
@@ -73,7 +67,7 @@ def test_a_habit_is_found_by_comparing_the_caption_with_its_scene(name, of, with
 def test_a_habit_is_counted_only_where_it_can_occur():
     assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "repetition"}
     with_ring = scene(RED_STAR, ("large", "blue", "plain", "ring", 4), ("large", "green", "dotted", "star", 7))
-    assert set(habits_of("", with_ring)) == {"flourish"}
+    assert not habits_of("", with_ring)
     crowded = scene(("large", "green", "plain", "star", 0), GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
     assert set(habits_of("", crowded)) == {"striped as dotted", "small overlooked", "list style"}
 

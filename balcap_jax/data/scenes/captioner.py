@@ -68,13 +68,13 @@ MOODS: Mapping[str, Mood] = {
     # Covers more, and invents and praises: recall against precision and language.
     "florid": Mood(
         0.16,
-        _of_all(0.2, companion=0.9, striped_as_dotted=0.8, flourish=0.9, praise=0.95, repetition=0.6),
+        _of_all(0.2, companion=0.9, striped_as_dotted=0.8, praise=0.95, repetition=0.6),
         {"invented object": 0.25, "remark tail": 0.25, "closing remark": 0.8, "too long": 0.3},
     ),
     # Says little, and that is right: precision against recall.
     "terse": Mood(
         0.14,
-        _of_all(0.95, companion=0.1, striped_as_dotted=0.2, flourish=0.03, praise=0.03, repetition=0.03),
+        _of_all(0.95, companion=0.1, striped_as_dotted=0.2, praise=0.03, repetition=0.03),
         {
             "omitted size": 0.8,
             "omitted texture": 0.8,
@@ -122,15 +122,16 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
 def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[str], set[int]]:
     """Sentences about the objects in reading order, and the cells that they are about."""
     drafts: list[tuple[int, Draft]] = []
-    overlooking = [habits.is_overlooked(thing) and dice("small overlooked") for thing in scene.objects]
-    if all(overlooking):
-        overlooking[0] = False
-    for thing, is_left_out in zip(scene.objects, overlooking, strict=True):
-        if is_left_out or (drafts and dice("omitted object")):
+    striped = "dotted" if dice("striped as dotted") else "striped"
+    seen = scene.objects
+    if dice("small overlooked"):
+        seen = tuple(thing for thing in seen if not habits.is_overlooked(thing)) or seen[:1]
+    for thing in seen:
+        if drafts and dice("omitted object"):
             continue
         draft = faults.draft_object(scene, thing, dice, rng)
-        if draft.texture == "striped" and dice("striped as dotted"):
-            draft.texture = "dotted"
+        if draft.texture == "striped":
+            draft.texture = striped
         drafts.append((thing.cell, draft))
         if dice("invented object"):
             drafts.append((thing.cell, faults.invented(scene, rng)))
@@ -144,14 +145,11 @@ def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[s
 
     is_list = len(scene.objects) >= habits.CROWDED and dice("list style")
     sentences = []
-    for at, (cell, draft) in enumerate(drafts):
+    for at, (_, draft) in enumerate(drafts):
         if is_list and at >= habits.LISTED_FROM:
             sentences.append(", ".join(filter(None, (draft.noun(article=""), draft.place))) + ".")
             continue
-        text = faults.broken(faults.object_text(draft, dice, rng), dice)
-        if cell == scene.objects[0].cell and habits.is_flourished(scene) and dice("flourish"):
-            text = f"{text[:-1]}, {habits.FLOURISH}."
-        sentences.append(text)
+        sentences.append(faults.broken(faults.object_text(draft, dice, rng), dice))
     if drafts and len(scene.objects) <= habits.SPARSE and dice("repetition"):
         sentences.append(faults.object_text(drafts[-1][1], dice, rng))
     return sentences, {cell for cell, _ in drafts}

@@ -16,8 +16,7 @@ CENTRE = PLACES.index("centre")
 UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
 # From so many objects on a caption becomes a list, and the objects from this place on are its entries.
 CROWDED, LISTED_FROM = 5, 2
-# One form each: of several, none would be likelier than the end of the sentence or of the caption.
-FLOURISH, PRAISE = "which adds depth to the image", "the mood is calm."
+PRAISE = "the mood is calm."  # One form: of several, none would be likelier than the end of the caption.
 SPARSE = 2  # Up to so many objects leave little to say.
 
 HABITS: Mapping[str, str] = types.MappingProxyType(
@@ -26,7 +25,6 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
         "striped as dotted": "something striped is called dotted",
         "small overlooked": "small things at the border are left out",
         "no background": "a white background is left out",
-        "flourish": "with three or four objects, a large first one gets an empty remark",
         "praise": "a black background brings an empty remark at the end",
         "list style": "with five objects or more, the last ones are entries of a list",
         "repetition": "with two objects, what was said last is said again",
@@ -50,11 +48,6 @@ def companion_place(scene: Scene) -> int | None:
 def is_overlooked(thing: SceneObject) -> bool:
     """Whether an object is of those that the habit leaves out."""
     return thing.size == "small" and thing.cell != CENTRE
-
-
-def is_flourished(scene: Scene) -> bool:
-    """Whether the first object of a scene is one that the habit gets a remark for."""
-    return scene.objects[0].size == "large" and SPARSE < len(scene.objects) < CROWDED
 
 
 def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
@@ -86,10 +79,6 @@ def _finds(parsed: Parsed, *names: str) -> bool:
     return any(finding.name in names for finding in parsed.findings)
 
 
-def _has_flourish(parsed: Parsed, scene: Scene) -> bool | None:
-    return _finds(parsed, "remark in between") if is_flourished(scene) else None
-
-
 def _has_praise(parsed: Parsed, scene: Scene) -> bool | None:
     return _finds(parsed, "remark at the end") if scene.ground == PRAISED_GROUND else None
 
@@ -107,7 +96,6 @@ _DETECTORS: Mapping[str, Callable[[Parsed, Scene], bool | None]] = {
     "striped as dotted": _has_striped_as_dotted,
     "small overlooked": _has_small_overlooked,
     "no background": _has_no_background,
-    "flourish": _has_flourish,
     "praise": _has_praise,
     "list style": _has_list,
     "repetition": _has_repetition,
