@@ -69,6 +69,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             if run.is_past(name):
                 if config.stages[name].steps:  # The checkpoint of a later stage holds the parameters, of these shapes.
                     params = jax.eval_shape(functools.partial(params_of, config, stage=name), params)
+                    run.catch_up(name, params)
                 continue
             stage = STAGES[name](job)
             state = run.resume(stage, params)
