@@ -303,13 +303,13 @@ def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence
         "seeds; bold: the 95% t interval of the paired difference to `full` is above or below 0.\n",
     ]
     for kind, table in tables.items():
-        parts += [f"## {KINDS[kind].capitalize()}\n", markdown(table)]
+        parts += [f"## {KINDS[kind].capitalize()} captions\n", markdown(table)]
         if any(row["claims"] for row in table):
-            parts += [f"Claims, {KINDS[kind]}; ours: mean paired difference ± half of its 95% interval.\n"]
+            parts += [f"Claims, {KINDS[kind]} captions; ours: mean paired difference ± half of its 95% interval.\n"]
             parts += [claims_markdown(table)]
     parts += ["## Variants\n", "".join(f"- `{row['variant']}`: {row['about']}\n" for row in tables[first])]
     write_text(out / "table.md", "\n".join(parts))
-    write_text(out / "plot.svg", plot.svg(tables[first], f"Leave-one-out study, {title}"))
+    write_text(out / "plot.svg", plot.svg(tables[first], f"Leave-one-out study, {title} captions"))
     return out / "table.md"
 
 

@@ -22,7 +22,17 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, read_bytes, replace_file
 from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart
-from balcap_jax.report.run import KINDS, JudgedCaption, JudgedImage, Run, is_number, label_text, load_run, mapping
+from balcap_jax.report.run import (
+    KINDS,
+    MINIATURE,
+    JudgedCaption,
+    JudgedImage,
+    Run,
+    is_number,
+    label_text,
+    load_run,
+    mapping,
+)
 from balcap_jax.report.tables import CEILING_TITLE, habit_rows, tables
 
 GALLERY_IMAGES = 8
@@ -57,7 +67,7 @@ def choose_images(run: Run, count: int = GALLERY_IMAGES) -> list[tuple[str, str]
     upper, lower = max(count // 2 - 1, 1), max(count - count // 2, 1)
     places = {round(median * k / upper) for k in range(upper + 1)}
     places |= {median + round((last - median) * k / lower) for k in range(lower + 1)}
-    what = f"{'change in ' if len(run.labels) > 1 else ''}b-CapScore of {KINDS[kind]}"
+    what = f"{'change in ' if len(run.labels) > 1 else ''}b-CapScore of {KINDS[kind]} captions"
     named = {median: f"median {what}", last: f"lowest {what}", 0: f"highest {what}"}
     return [(ranked[p], named.get(p, f"rank {p + 1} of {len(ranked)} by {what}")) for p in sorted(places)]
 
@@ -72,13 +82,13 @@ def _gallery(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for image_id, card in cards.items():
             images = {kind: run.images(image_id, kind) for kind in KINDS}
             for label in run.labels:
-                parts = [(title, image) for kind, title in KINDS.items() if (image := images[kind][label])]
+                parts = [(KINDS[kind], images[kind][label]) for kind in KINDS if images[kind][label]]
                 if not parts:
                     continue
-                (title, first), folded = parts[0], parts[1:]
+                (kind, first), folded = parts[0], parts[1:]
                 if card["picture"] is None:
                     card |= {"picture": _picture(run, first), "image": first}
-                column = {"run": run.name, "label": label_text(label), "title": title, "image": first}
+                column = {"run": run.name, "label": label_text(label), "kind": kind, "image": first}
                 card["columns"].append(column | {"folded": folded})
     return list(cards.values())
 
@@ -199,6 +209,7 @@ def render(runs: Sequence[Run]) -> str:
     )
     environment.filters |= {"csp_hash": _csp_hash, "number": short_number, "signed": _signed}
     environment.globals |= {"label_text": label_text, "uncovered": uncovered, "meanings": HABITS}
+    environment.globals["metrics"] = {row.key: row.name for row in MINIATURE}
     skipped: list[str] = []
     groups = chart_groups(runs, skipped)
     times = [chart for run in runs if (chart := time_chart(run)) is not None]

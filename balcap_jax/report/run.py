@@ -24,7 +24,7 @@ STAGE_LABELS = {"base": "Base", "vision": "Vision", "align": "Alignment", "sft":
 USUAL_ORDER = ("vision", "align", "sft", "rl")
 CEILING, _TEACHES_FAULTS = "align", "sft"  # stages: see `ceiling_of`
 # Kinds of evaluation in summary.json, in the order in which they are shown, and the files of their captions.
-KINDS = {"greedy": "greedy captions", "evaluations": "sampled captions"}
+KINDS = {"greedy": "greedy", "evaluations": "sampled"}
 _FILES = {"greedy": "greedy-", "evaluations": "eval-"}
 
 _LARGEST = 1e300  # Sums, differences and percentages of what is shown are numbers too.

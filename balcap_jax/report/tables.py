@@ -39,7 +39,7 @@ def result_text(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) 
     for kind, title in KINDS.items():
         if evaluations := mapping(summary.get(kind)):
             images = mapping(next(reversed(evaluations.values()))).get("images", "?")
-            parts.append(f"\n{images} held-out images, {title}\n{before_after_table(summary, order, kind)}")
+            parts.append(f"\n{images} held-out images, {title} captions\n{before_after_table(summary, order, kind)}")
     if table := habit_table(summary, order):
         parts.append(f"\n{table}")
     return "\n".join(parts)
@@ -80,7 +80,7 @@ def habit_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) 
         evaluations = mapping(summary.get(kind))
         labels = before_and_after(evaluations, order)
         columns += [mapping(evaluations[label]) for label in labels]
-        titles += [(title.split()[0] if label == labels[0] else "", label_text(label)) for label in labels]
+        titles += [(title if label == labels[0] else "", label_text(label)) for label in labels]
     names = habits_in(columns)
     if not names:
         return ""
@@ -116,8 +116,8 @@ def tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for kind, title in KINDS.items():
         if rows := _rows(runs, kind):
-            closed = [_closed_of(run) for run in runs] if kind == "greedy" else []
-            found.append({"title": title.capitalize(), "rows": rows, "counts": _counts(runs, kind), "closed": closed})
+            table = {"title": f"{title.capitalize()} captions", "rows": rows, "counts": _counts(runs, kind)}
+            found.append(table | {"closed": [_closed_of(run) for run in runs] if kind == "greedy" else []})
     return found
 
 
