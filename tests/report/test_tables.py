@@ -169,7 +169,7 @@ class Cells(html.parser.HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.rows = []
+        self.rows, self._inside = [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -177,9 +177,13 @@ class Cells(html.parser.HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+            self._inside = True
+
+    def handle_endtag(self, tag):
+        self._inside &= tag not in ("td", "th")
 
     def handle_data(self, data):
-        if self.rows and self.rows[-1]:
+        if self._inside:
             self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
 
 
