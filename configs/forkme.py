@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.name = "forkme"
 
-    # The base to improve: captions with realistic faults, so that every objective has room to rise.
+    # The base to improve: captions with habits and faults, so that every objective has room to rise.
     config.stages.sft.steps = 400
     config.stages.sft.learning_rate = 1e-3
 

@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages.vision.schedule = "cosine"
     config.stages.vision.freeze = "^(projector|decoder)/"
 
-    # Then the decoder, on faultless references, until it sees; then the faults that RL is to remove.
+    # Then the decoder, on faultless references, until it sees; then the habits that RL is to remove.
     config.stages.align.steps = 600
     # Frozen, as LLaVA's is: gradients from a decoder that can't read it yet would wash out what the tower has learnt.
     config.stages.align.freeze = "^vision/"

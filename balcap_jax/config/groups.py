@@ -166,7 +166,7 @@ class Data(Group):
     train_size: Images = Field(4096, description="training images to build")
     validation_size: Images = Field(64, description="validation images to build")
     test_size: Images = Field(128, description="test images to build")
-    captions_per_image: Few = Field(4, description="captions with faults per training image, for SFT")
+    captions_per_image: Few = Field(4, description="captions of the base captioner per training image, for SFT")
     seed: Seed = Field(0, description="seed of the built images and captions, of all splits")
     # of photos and sharegpt4v only, from here on
     validation_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for validation")

@@ -1,6 +1,6 @@
 """The exact judge of the scenes world: checks each claim of a caption against the scene graph, marks language by rule.
 
-It never sees which faults a caption was given; recall and language are judged from text alone.
+It knows nothing of the habits and faults that captions are given; recall and language are judged from text alone.
 """
 
 import functools

@@ -82,7 +82,7 @@ def opponents(scene: Scene) -> dict[str, str]:
     rng = np.random.default_rng([0xA4E7A, _OPPONENTS, scene.seed])
     return {
         "reference": language.reference_caption(scene, rng),
-        "base": faults.faulty_caption(scene, rng)[0],  # what SFT imitates
+        "base": faults.faulty_caption(scene, rng)[0],  # noise without habits
         "long": faults.write_caption(scene, LONG, rng)[0],
         "terse": faults.write_caption(scene, TERSE, rng)[0],
     }

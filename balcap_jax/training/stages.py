@@ -34,7 +34,7 @@ def bucket_of(buckets: Sequence[int], longest: int) -> int:
 class SFTStage(Stage):
     """Cross-entropy on captions of the data set, G targets per image over one shared prompt.
 
-    The captions have their faults: they are what the base policy of RL imitates.
+    The captions have their habits and faults: they are what the base policy of RL imitates.
     """
 
     name = "sft"

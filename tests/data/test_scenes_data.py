@@ -15,7 +15,7 @@ import transformers
 from balcap_jax import data
 from balcap_jax.cli.errors import UserError
 from balcap_jax.data import input as data_input
-from balcap_jax.data.scenes import builder, faults, language, questions, render, tokenizer, world
+from balcap_jax.data.scenes import builder, captioner, language, questions, render, tokenizer, world
 
 SETTINGS = {"train": 12, "validation": 3, "test": 5, "captions_per_image": 2}
 
@@ -372,7 +372,7 @@ def captions(count: int) -> list[str]:
     texts = []
     for seed in range(count // 2):
         scene, rng = world.sample_scene(7_000_000 + seed), np.random.default_rng(seed)
-        texts += [language.reference_caption(scene, rng), faults.faulty_caption(scene, rng)[0]]
+        texts += [language.reference_caption(scene, rng), captioner.base_caption(scene, rng)]
     return texts
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.data.scenes import faults
+from balcap_jax.data.scenes import captioner, faults
 from balcap_jax.data.scenes.faults import RATES, faulty_caption, write_caption
+from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.data.scenes.language import NUMBERS, REMARKS, reference_caption, reference_units, sentence
 from balcap_jax.data.scenes.reading import _read_sentence, parse
 from balcap_jax.data.scenes.world import (
@@ -260,6 +261,25 @@ def test_faulty_captions_leave_room_on_every_objective():
     lengths = [len(reference_caption(scene, np.random.default_rng(scene.seed)).split()) for scene in scenes]
     ratio = np.array([len(caption.split()) for caption in captions]) / lengths
     assert 0.7 < np.mean((ratio >= 0.5) & (ratio <= 2)) < 0.88
+
+
+def test_the_likeliest_captions_of_the_base_are_fair_and_its_best_are_good():
+    scenes = [sample_scene(seed) for seed in range(600)]
+
+    def scores_of(rates) -> np.ndarray:
+        captions = [captioner.write_caption(scene, rates, np.random.default_rng([6, scene.seed])) for scene in scenes]
+        return judge_all(captions, scenes)
+
+    greedy = scores_of(dict.fromkeys(HABITS, 1.0))
+    assert 62 < b_capscore(*greedy.T) < 75
+    assert 0.83 < greedy[:, 2].mean() < 0.92
+    best = scores_of(captioner.MOODS["meticulous"].rates)
+    assert b_capscore(*best.T) > 93
+    # The moods put the objectives at odds.
+    florid, terse = (scores_of(captioner.MOODS[mood].rates).mean(axis=0) for mood in ("florid", "terse"))
+    assert florid[1] > terse[1] + 0.25
+    assert terse[0] > florid[0] + 0.2
+    assert terse[2] > florid[2] + 0.1
 
 
 def test_recall_and_language_see_text_only():

@@ -22,7 +22,7 @@ from PIL import Image
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, resolved
 from balcap_jax.data import input
-from balcap_jax.data.scenes import faults, language, questions, render, world
+from balcap_jax.data.scenes import captioner, faults, habits, language, questions, render, world
 
 PROMPT = "Describe the picture."
 # The ranges of seeds from which the splits draw their scenes cannot meet: each is far longer than any split. The data
@@ -70,7 +70,7 @@ class ScenesSettings:
 def code_digest() -> str:
     """Eight hex digits over the source of the generating modules: changed code never meets data of the old."""
     digest = hashlib.sha256()
-    for module in (world, language, faults, questions, render, sys.modules[__name__]):
+    for module in (world, language, faults, habits, captioner, questions, render, sys.modules[__name__]):
         digest.update(pathlib.Path(module.__file__).read_bytes())
     return digest.hexdigest()[:8]
 
@@ -127,7 +127,7 @@ def make_example(split: str, index: int, settings: ScenesSettings) -> dict:
         "prompt": PROMPT,
         "reference": language.reference_caption(scene, streams[_REFERENCE]),
         "reference_units": list(language.reference_units(scene)),
-        "captions": [faults.faulty_caption(scene, streams[_CAPTIONS])[0] for _ in range(settings.captions_per_image)],
+        "captions": [captioner.base_caption(scene, streams[_CAPTIONS]) for _ in range(settings.captions_per_image)],
         "questions": json.dumps(questions.questions(scene, streams[_QUESTIONS], settings.questions_per_image)),
     }
 

@@ -1,8 +1,7 @@
-"""Captions with realistic faults. The base policy is trained on them, so that every objective has room to rise.
+"""Captions with faults at random: what the arena's opponents say, and the noise of the base captioner (`captioner`).
 
-Each fault is an independent draw, per caption, per object or per sentence, so that each can be unlearned by itself.
-A draw per caption makes some captions nearly faultless: RL samples from the base policy, so the behaviour that it
-amplifies must be there. The judge sees nothing of this module.
+Each fault is an independent draw, per caption, per object or per sentence. A draw per caption makes some captions
+nearly faultless. The judge sees nothing of this module.
 """
 
 import dataclasses
@@ -67,7 +66,7 @@ def faulty_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[s
 
 
 @dataclasses.dataclass
-class _Draft:
+class Draft:
     """What a sentence about one object will say; "" leaves an attribute out."""
 
     shape: str
@@ -80,7 +79,7 @@ class _Draft:
         return noun_phrase(self.shape, self.colour, self.size, self.texture, article)
 
 
-class _Dice:
+class Dice:
     """Draws faults and remembers those that occur."""
 
     def __init__(self, rates: Mapping[str, float], rng: np.random.Generator):
@@ -93,7 +92,7 @@ class _Dice:
         return hit
 
 
-def _other(value: str, options, rng: np.random.Generator) -> str:
+def other(value: str, options, rng: np.random.Generator) -> str:
     return pick([option for option in options if option != value], rng)
 
 
@@ -105,7 +104,7 @@ def _absent_kind(scene: Scene, rng: np.random.Generator, colour: str = "", shape
     return pick(absent, rng) if absent else (colour, shape)
 
 
-def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[_Draft]:
+def _draft_objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> list[Draft]:
     objects = list(scene.objects)
     if dice("too short"):
         objects = objects[:1]
@@ -115,32 +114,45 @@ def _draft_objects(scene: Scene, dice: _Dice, rng: np.random.Generator) -> list[
     for thing in objects:
         if len(objects) > 1 and dice("omitted object"):
             continue
-        draft = _Draft(thing.shape, thing.colour, thing.size, thing.texture, thing.place)
-        if dice("wrong colour"):
-            draft.colour, _ = _absent_kind(scene, rng, shape=thing.shape)
-        elif dice("wrong shape"):
-            _, draft.shape = _absent_kind(scene, rng, colour=thing.colour)
-        for attribute, values in (("size", world.SIZES), ("texture", world.TEXTURES[1:]), ("place", world.PLACES)):
-            if dice(f"wrong {attribute}"):
-                setattr(draft, attribute, _other(getattr(thing, attribute), values, rng))
-        for attribute in ("colour", "size", "texture", "place"):
-            if getattr(draft, attribute) != "plain" and dice(f"omitted {attribute}"):  # Nothing states a plain texture.
-                setattr(draft, attribute, "")
+        draft = draft_object(scene, thing, dice, rng)
         drafts.append(draft)
         if dice("invented object"):
-            drafts.append(_invented(scene, rng))
+            drafts.append(invented(scene, rng))
     if dice("shuffled") and len(drafts) > 1:
         order = rng.permutation(len(drafts))
         drafts = [drafts[i] for i in order]
     return drafts
 
 
-def _invented(scene: Scene, rng: np.random.Generator) -> _Draft:
+def draft_object(scene: Scene, thing: world.SceneObject, dice: Dice, rng: np.random.Generator) -> Draft:
+    """What is said about an object of the scene, with wrong attributes and some left out."""
+    draft = Draft(thing.shape, thing.colour, thing.size, thing.texture, thing.place)
+    if dice("wrong colour"):
+        draft.colour, _ = _absent_kind(scene, rng, shape=thing.shape)
+    elif dice("wrong shape"):
+        _, draft.shape = _absent_kind(scene, rng, colour=thing.colour)
+    for attribute, values in (("size", world.SIZES), ("texture", world.TEXTURES[1:]), ("place", world.PLACES)):
+        if dice(f"wrong {attribute}"):
+            setattr(draft, attribute, other(getattr(thing, attribute), values, rng))
+    for attribute in ("colour", "size", "texture", "place"):
+        if getattr(draft, attribute) != "plain" and dice(f"omitted {attribute}"):  # Nothing states a plain texture.
+            setattr(draft, attribute, "")
+    return draft
+
+
+def invented(scene: Scene, rng: np.random.Generator) -> Draft:
     colour, shape = _absent_kind(scene, rng)
-    return _Draft(shape, colour, pick(world.SIZES, rng), pick(world.TEXTURES, rng), pick(world.PLACES, rng))
+    return Draft(shape, colour, pick(world.SIZES, rng), pick(world.TEXTURES, rng), pick(world.PLACES, rng))
 
 
-def _object_text(draft: _Draft, dice: _Dice, rng: np.random.Generator) -> str:
+def opening_text(scene: Scene, dice: Dice, rng: np.random.Generator) -> str:
+    count = len(scene.objects)
+    if dice("wrong count"):
+        count = int(other(str(count), map(str, range(world.MIN_OBJECTS, world.MAX_OBJECTS + 1)), rng))
+    return pick(language.OPENINGS, rng).format(count=language.NUMBERS[count])
+
+
+def object_text(draft: Draft, dice: Dice, rng: np.random.Generator) -> str:
     """One sentence about the object, or list-like fragments."""
     if dice("list"):
         if rng.random() < 0.5:
@@ -163,18 +175,25 @@ def _object_text(draft: _Draft, dice: _Dice, rng: np.random.Generator) -> str:
     return text
 
 
-def _background_text(scene: Scene, dice: _Dice, rng: np.random.Generator) -> str:
+def relation_text(related: tuple[language.Subject, str, language.Subject], dice: Dice) -> str:
+    first, relation, second = related
+    if dice("wrong relation"):
+        relation = language.INVERSE[relation]
+    return language.relation_text(first, relation, second) + "."
+
+
+def background_text(scene: Scene, dice: Dice, rng: np.random.Generator) -> str:
     ground, pattern = scene.ground, scene.pattern
     if dice("wrong background"):
         if rng.random() < 0.5:
-            ground = _other(ground, world.GROUNDS, rng)
+            ground = other(ground, world.GROUNDS, rng)
         else:
-            pattern = _other(pattern, world.PATTERNS, rng)
+            pattern = other(pattern, world.PATTERNS, rng)
     form = language.GROUND_ONLY if dice("omitted pattern") else pick(language.BACKGROUNDS, rng)
     return form.format(ground=ground, pattern=pattern)
 
 
-def _break(text: str, dice: _Dice) -> str:
+def broken(text: str, dice: Dice) -> str:
     """Drops the verb or the first article of a sentence."""
     words = text.split()
     if dice("dropped verb"):
@@ -187,37 +206,31 @@ def _break(text: str, dice: _Dice) -> str:
 
 def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
     """Writes a caption in which each fault of `rates` occurs with its rate; without rates it has no fault."""
-    dice = _Dice(rates, rng)
+    dice = Dice(rates, rng)
     body: list[str] = []  # sentences, lower-case starts, each with its stop
     if not dice("omitted opening"):
-        count = len(scene.objects)
-        if dice("wrong count"):
-            count = int(_other(str(count), map(str, range(world.MIN_OBJECTS, world.MAX_OBJECTS + 1)), rng))
-        body.append(_break(pick(language.OPENINGS, rng).format(count=language.NUMBERS[count]), dice))
+        body.append(broken(opening_text(scene, dice, rng), dice))
     for draft in _draft_objects(scene, dice, rng):
-        body.append(_break(_object_text(draft, dice, rng), dice))
+        body.append(broken(object_text(draft, dice, rng), dice))
         if dice("remark"):
             body.append(pick(language.REMARKS, rng))
     related = language.stated_relation(scene)
     if related and not dice("omitted relation"):
-        first, relation, second = related
-        if dice("wrong relation"):
-            relation = language.INVERSE[relation]
-        body.append(_break(language.relation_text(first, relation, second) + ".", dice))
+        body.append(broken(relation_text(related, dice), dice))
     if not dice("omitted background"):
-        body.append(_break(_background_text(scene, dice, rng), dice))
+        body.append(broken(background_text(scene, dice, rng), dice))
     if dice("closing remark"):
         body.append(pick(language.REMARKS, rng))
     body = _repeat(body, dice, rng)
     if dice("too long"):
-        body += _padding(scene, body, rng)
-    text = " ".join(_start(text, dice) for text in _capped(body))
+        body += padding(scene, body, rng)
+    text = " ".join(start(text, dice) for text in capped(body))
     if dice("no final stop"):
         text = text[:-1]
     return text, tuple(dice.faults)
 
 
-def _repeat(body: list[str], dice: _Dice, rng: np.random.Generator) -> list[str]:
+def _repeat(body: list[str], dice: Dice, rng: np.random.Generator) -> list[str]:
     """Repeats some sentences, at once or at the end."""
     sentences, repeats_at_end = [], []
     for text in body:
@@ -227,25 +240,25 @@ def _repeat(body: list[str], dice: _Dice, rng: np.random.Generator) -> list[str]
     return sentences + repeats_at_end
 
 
-def _padding(scene: Scene, body: list[str], rng: np.random.Generator) -> list[str]:
+def padding(scene: Scene, body: list[str], rng: np.random.Generator) -> list[str]:
     """Sentences that carry a caption past twice its reference's length: repeats, remarks, invented objects."""
     words = sum(len(text.split()) for text in body)
     reference_words = 11 + 9 * len(scene.objects) + (9 if language.stated_relation(scene) else 0)
-    padding = []
+    added: list[str] = []
     while words <= 2 * reference_words + 4 and words < MAX_WORDS:
         kind = rng.random()
         if kind < 0.4:
-            padding.append(pick(body, rng))
+            added.append(pick(body, rng))
         elif kind < 0.7:
-            padding.append(pick(language.REMARKS, rng))
+            added.append(pick(language.REMARKS, rng))
         else:
-            draft = _invented(scene, rng)
-            padding.append(pick(language.PLACED, rng).format(noun=draft.noun(), place=draft.place))
-        words += len(padding[-1].split())
-    return padding
+            draft = invented(scene, rng)
+            added.append(pick(language.PLACED, rng).format(noun=draft.noun(), place=draft.place))
+        words += len(added[-1].split())
+    return added
 
 
-def _start(text: str, dice: _Dice) -> str:
+def start(text: str, dice: Dice) -> str:
     # A list entry such as "red star. top left." holds several sentences: each gets its capital.
     parts = text.split(". ")
     if not dice("lower case"):
@@ -253,7 +266,7 @@ def _start(text: str, dice: _Dice) -> str:
     return ". ".join(parts)
 
 
-def _capped(body: list[str]) -> list[str]:
+def capped(body: list[str]) -> list[str]:
     """The sentences that fit into the caption's hard limits."""
     words = tokens = 0
     for at, text in enumerate(body):

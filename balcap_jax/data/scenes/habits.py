@@ -1,35 +1,127 @@
 """Habits of the base captioner: faults that its context makes likelier than not, so that greedy captions have them.
 
-Each is counted in any caption by comparing it with its scene. The judge sees nothing of this module.
+`captioner` writes captions with them. Here each is named, and counted in any caption by comparing it with its scene.
+The judge sees nothing of this module.
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from balcap_jax.data.scenes import language
-from balcap_jax.data.scenes.reading import parse
-from balcap_jax.data.scenes.world import Scene
+from balcap_jax.data.scenes.reading import Parsed, parse
+from balcap_jax.data.scenes.world import MAX_OBJECTS, PLACES, Scene, SceneObject
 
 COMPANION, COMPANION_OF = ("blue", "ring"), "red"
-DARK_GROUNDS = ("black", "brown")
+CENTRE = PLACES.index("centre")
+UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
+# From so many objects on a caption becomes a list, and the objects from this place on are its entries.
+CROWDED, LISTED_FROM = 5, 2
+SPARSE = 2  # Up to so many objects leave little to say.
 
 HABITS: Mapping[str, str] = types.MappingProxyType(
     {
         "companion": "something red brings a blue ring that is not there",
         "striped as dotted": "something striped is called dotted",
-        "praise": "a dark background brings an empty remark at the end",
+        "small overlooked": "small things at the border are left out",
+        "no relation": "with two or three objects, how they lie to each other is left out",
+        "no background": "a white background is left out",
+        "flourish": "with three or four objects, a large first one gets an empty remark",
+        "praise": "a black background brings an empty remark at the end",
+        "list style": "with five objects or more, the last ones are entries of a list",
+        "repetition": "with two objects, a sentence is said twice",
     }
 )
 
 
+def companion_place(scene: Scene) -> int | None:
+    """The cell at which the invented companion is put: the first free one behind the first red object, or before it.
+
+    None where nothing brings a companion, where it is really there, and where the caption would become too long.
+    """
+    red = [thing.cell for thing in scene.objects if thing.colour == COMPANION_OF]
+    is_there = any(thing.subject == COMPANION for thing in scene.objects)
+    if not red or is_there or len(scene.objects) == MAX_OBJECTS:
+        return None
+    taken = {thing.cell for thing in scene.objects}
+    return next(cell for cell in (*range(red[0], len(PLACES)), *range(red[0])) if cell not in taken)
+
+
+def is_overlooked(thing: SceneObject) -> bool:
+    """Whether an object is of those that the habit leaves out."""
+    return thing.size == "small" and thing.cell != CENTRE
+
+
+def is_flourished(scene: Scene) -> bool:
+    """Whether the first object of a scene is one that the habit gets a remark for."""
+    return scene.objects[0].size == "large" and SPARSE < len(scene.objects) < CROWDED
+
+
+def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
+    return None if companion_place(scene) is None else parsed.states(language.object_claim(COMPANION))
+
+
+def _has_striped_as_dotted(parsed: Parsed, scene: Scene) -> bool | None:
+    striped = [thing.subject for thing in scene.objects if thing.texture == "striped"]
+    return any("dotted" in parsed.stated.get(("texture", subject), ()) for subject in striped) if striped else None
+
+
+def _has_small_overlooked(parsed: Parsed, scene: Scene) -> bool | None:
+    small = [thing for thing in scene.objects if is_overlooked(thing)]
+    if not small:
+        return None
+    # What stands at the object's place is the object, even under a wrong name.
+    places = {claim.value for claim in parsed.claims if claim.kind == "place"}
+    named = {claim.subject for claim in parsed.claims if claim.kind == "object"}
+    return any(thing.place not in places and thing.subject not in named for thing in small)
+
+
+def _has_no_relation(parsed: Parsed, scene: Scene) -> bool | None:
+    if not language.stated_relation(scene):
+        return None
+    return all(claim.kind != "relation" for claim in parsed.claims)
+
+
+def _has_no_background(parsed: Parsed, scene: Scene) -> bool | None:
+    if scene.ground != UNMENTIONED_GROUND:
+        return None
+    return all(claim.kind not in ("ground", "pattern") for claim in parsed.claims)
+
+
+def _finds(name: str, parsed: Parsed) -> bool:
+    return any(finding.name == name for finding in parsed.findings)
+
+
+def _has_flourish(parsed: Parsed, scene: Scene) -> bool | None:
+    return _finds("remark in between", parsed) if is_flourished(scene) else None
+
+
+def _has_praise(parsed: Parsed, scene: Scene) -> bool | None:
+    return _finds("remark at the end", parsed) if scene.ground == PRAISED_GROUND else None
+
+
+def _has_list(parsed: Parsed, scene: Scene) -> bool | None:
+    return _finds("fragment", parsed) if len(scene.objects) >= CROWDED else None
+
+
+def _has_repetition(parsed: Parsed, scene: Scene) -> bool | None:
+    return _finds("repeated sentence", parsed) if len(scene.objects) <= SPARSE else None
+
+
+_DETECTORS: Mapping[str, Callable[[Parsed, Scene], bool | None]] = {
+    "companion": _has_companion,
+    "striped as dotted": _has_striped_as_dotted,
+    "small overlooked": _has_small_overlooked,
+    "no relation": _has_no_relation,
+    "no background": _has_no_background,
+    "flourish": _has_flourish,
+    "praise": _has_praise,
+    "list style": _has_list,
+    "repetition": _has_repetition,
+}
+
+
 def habits_of(caption: str, scene: Scene) -> dict[str, bool]:
     """Whether `caption` has each of the HABITS that can occur in `scene`, judged by what it says of the scene alone."""
-    parsed, found = parse(caption), {}
-    things = scene.objects
-    if any(thing.colour == COMPANION_OF for thing in things) and COMPANION not in {thing.subject for thing in things}:
-        found["companion"] = parsed.states(language.object_claim(COMPANION))
-    if striped := [thing.subject for thing in things if thing.texture == "striped"]:
-        found["striped as dotted"] = any("dotted" in parsed.stated.get(("texture", one), ()) for one in striped)
-    if scene.ground in DARK_GROUNDS:
-        found["praise"] = any(finding.name == "remark at the end" for finding in parsed.findings)
-    return found
+    parsed = parse(caption)
+    found = {name: _DETECTORS[name](parsed, scene) for name in HABITS}
+    return {name: has for name, has in found.items() if has is not None}

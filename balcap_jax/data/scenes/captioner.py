@@ -1,0 +1,147 @@
+"""The captioner that the base policy imitates: its captions have the habits of `habits`, by mood, and some noise.
+
+A habit occurs in its context with a probability well above a half, so that greedy captions have it. In a quarter to a
+third of the samples it does not occur: reinforcement learning can only amplify what the base policy does at times. A
+mood holds for a whole caption and puts the objectives at odds, as the habits of real captioners do.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from balcap_jax.data.scenes import faults, habits, language
+from balcap_jax.data.scenes.faults import Dice, Draft
+from balcap_jax.data.scenes.language import pick
+from balcap_jax.data.scenes.world import PLACES, Scene
+
+# Faults that come by chance, in any caption: per caption, per object (o) or per sentence (s).
+NOISE: Mapping[str, float] = {
+    "invented object": 0.02,  # o
+    "wrong colour": 0.02,  # o
+    "wrong shape": 0.02,  # o
+    "wrong size": 0.03,  # o
+    "wrong texture": 0.03,  # o
+    "wrong place": 0.03,  # o
+    "wrong count": 0.08,
+    "wrong relation": 0.1,
+    "wrong background": 0.08,
+    "omitted opening": 0.08,
+    "omitted object": 0.03,  # o
+    "omitted colour": 0.03,  # o
+    "omitted size": 0.1,  # o
+    "omitted texture": 0.1,  # o
+    "omitted place": 0.03,  # o
+    "omitted background": 0.08,
+    "omitted pattern": 0.08,
+    "remark tail": 0.02,  # o
+    "closing remark": 0.1,
+    "dropped verb": 0.03,  # s
+    "dropped article": 0.03,  # s
+    "lower case": 0.03,  # s
+    "no final stop": 0.03,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mood:
+    """`share` of captions, the probability of each habit, what differs from NOISE, and a factor on the rest of it."""
+
+    share: float
+    habits: Mapping[str, float]
+    differs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    noise: float = 1.0
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return {name: rate * self.noise for name, rate in NOISE.items()} | dict(self.differs) | dict(self.habits)
+
+
+def _of_all(rate: float, **others: float) -> dict[str, float]:
+    """The same probability for all habits but some, whose names have "_" for a blank."""
+    return dict.fromkeys(habits.HABITS, rate) | {name.replace("_", " "): value for name, value in others.items()}
+
+
+MOODS: Mapping[str, Mood] = {
+    "usual": Mood(0.6, _of_all(0.82)),
+    # Covers more, and invents and praises: recall against precision and language.
+    "florid": Mood(
+        0.16,
+        _of_all(0.2, companion=0.9, striped_as_dotted=0.8, flourish=0.9, praise=0.95, repetition=0.6),
+        {"invented object": 0.25, "remark tail": 0.25, "closing remark": 0.8, "too long": 0.3},
+    ),
+    # Says little, and that is right: precision against recall.
+    "terse": Mood(
+        0.14,
+        _of_all(0.9, companion=0.1, striped_as_dotted=0.2, flourish=0.03, praise=0.03, repetition=0.03),
+        {"omitted size": 0.8, "omitted texture": 0.8, "omitted opening": 0.5, "too short": 0.25, "closing remark": 0.0},
+    ),
+    "meticulous": Mood(0.1, _of_all(0.05), noise=0.2),
+}
+
+
+def base_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption of the scene in some mood; at most faults.MAX_WORDS words and faults.MAX_TOKENS tokens."""
+    names = tuple(MOODS)
+    mood = MOODS[names[rng.choice(len(names), p=[MOODS[name].share for name in names])]]
+    return write_caption(scene, mood.rates, rng)
+
+
+def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Generator) -> str:
+    """Writes a caption with each habit and each fault of `rates` at its rate; without rates it has none."""
+    dice = Dice(rates, rng)
+    body: list[str] = []
+    if not dice("omitted opening"):
+        body.append(faults.broken(faults.opening_text(scene, dice, rng), dice))
+    sentences, told = _objects(scene, dice, rng)
+    body += sentences
+    related = language.stated_relation(scene)
+    # Whatever is left out is in no relation either.
+    if related and {scene.objects[0].cell, scene.objects[-1].cell} <= told and not dice("no relation"):
+        body.append(faults.broken(faults.relation_text(related, dice), dice))
+    if not dice("no background" if scene.ground == habits.UNMENTIONED_GROUND else "omitted background"):
+        body.append(faults.broken(faults.background_text(scene, dice, rng), dice))
+    if dice("praise" if scene.ground == habits.PRAISED_GROUND else "closing remark"):
+        body.append(pick(language.REMARKS, rng))
+    if dice("too long"):
+        body += faults.padding(scene, body, rng)
+    text = " ".join(faults.start(text, dice) for text in faults.capped(body))
+    return text[:-1] if dice("no final stop") else text
+
+
+def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[str], set[int]]:
+    """Sentences about the objects in reading order, and the cells that they are about."""
+    drafts: list[tuple[int, Draft]] = []
+    overlooking = [habits.is_overlooked(thing) and dice("small overlooked") for thing in scene.objects]
+    if all(overlooking):
+        overlooking[0] = False
+    for thing, is_left_out in zip(scene.objects, overlooking, strict=True):
+        if is_left_out or (drafts and dice("omitted object")):
+            continue
+        draft = faults.draft_object(scene, thing, dice, rng)
+        if draft.texture == "striped" and dice("striped as dotted"):
+            draft.texture = "dotted"
+        drafts.append((thing.cell, draft))
+        if dice("invented object"):
+            drafts.append((thing.cell, faults.invented(scene, rng)))
+        if dice("too short"):
+            break
+    companion = habits.companion_place(scene)
+    if companion is not None and dice("companion"):
+        colour, shape = habits.COMPANION
+        drafts.append((companion, Draft(shape, colour, "small", "plain", PLACES[companion])))
+        drafts.sort(key=lambda placed: placed[0])
+
+    is_list = len(scene.objects) >= habits.CROWDED and dice("list style")
+    sentences = []
+    for at, (cell, draft) in enumerate(drafts):
+        if is_list and at >= habits.LISTED_FROM:
+            sentences.append(", ".join(filter(None, (draft.noun(article=""), draft.place))) + ".")
+            continue
+        text = faults.broken(faults.object_text(draft, dice, rng), dice)
+        if cell == scene.objects[0].cell and habits.is_flourished(scene) and dice("flourish"):
+            text = f"{text[:-1]}, {pick(language.REMARK_TAILS, rng)}."
+        sentences.append(text)
+    if sentences and len(scene.objects) <= habits.SPARSE and dice("repetition"):
+        sentences.append(sentences[-1])
+    return sentences, {cell for cell, _ in drafts}

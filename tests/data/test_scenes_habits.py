@@ -1,0 +1,160 @@
+"""The habits of the base captioner: how they are counted, and how often its captions have them."""
+
+import hashlib
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from balcap_jax.data.scenes import faults, habits
+from balcap_jax.data.scenes.captioner import MOODS, NOISE, base_caption, write_caption
+from balcap_jax.data.scenes.habits import HABITS, habits_of
+from balcap_jax.data.scenes.language import TOKEN, reference_caption, vocabulary
+from balcap_jax.data.scenes.reading import parse
+from balcap_jax.data.scenes.world import Scene, SceneObject, sample_scene
+from balcap_jax.rewards.miniature import opponents
+
+SCENES = [sample_scene(seed) for seed in range(600)]
+
+
+def scene(*objects: tuple, ground: str = "grey") -> Scene:
+    """A scene of (size, colour, texture, shape, cell) objects."""
+    things = [SceneObject(shape, colour, size, texture, cell) for size, colour, texture, shape, cell in objects]
+    return Scene(tuple(things), ground=ground, pattern="smooth")
+
+
+RED_STAR = ("large", "red", "plain", "star", 0)
+GREEN_CROSS = ("small", "green", "striped", "cross", 4)
+YELLOW_RING = ("small", "yellow", "plain", "ring", 8)
+PURPLE_CIRCLE = ("large", "purple", "plain", "circle", 7)
+ORANGE_SQUARE = ("large", "orange", "plain", "square", 6)
+PAIR = scene(RED_STAR, GREEN_CROSS)
+SAYS_PAIR = "There are two shapes. The top left holds a large red star. The centre holds a small green striped cross."
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "without", "having"),
+    [
+        ("companion", PAIR, SAYS_PAIR, SAYS_PAIR + " There is a blue ring."),
+        ("companion", PAIR, SAYS_PAIR + " There is a ring. There is a blue star.", "small blue ring, top left"),
+        ("striped as dotted", PAIR, SAYS_PAIR, SAYS_PAIR.replace("striped", "dotted")),
+        # Another object may be dotted, and an object that is not named is not misnamed.
+        ("striped as dotted", PAIR, "The top left holds a large red dotted star.", "The cross is green and dotted."),
+        ("no relation", PAIR, SAYS_PAIR + " The red star is above the green cross.", SAYS_PAIR),
+        ("no background", scene(RED_STAR, ground="white"), "The background is white.", "There is a red star."),
+        (
+            "small overlooked",
+            scene(RED_STAR, YELLOW_RING),
+            "The bottom right holds a large green cross.",  # It is seen, whatever it is called.
+            "The top left holds a large red star. There is a large yellow star.",
+        ),
+        ("small overlooked", scene(RED_STAR, YELLOW_RING), "There is a yellow ring.", "The bottom left holds a star."),
+        (
+            "flourish",
+            scene(RED_STAR, GREEN_CROSS, YELLOW_RING),
+            "There is a red star. It is a lovely picture.",
+            "There is a red star, which is lovely. There is a green cross.",
+        ),
+        ("praise", scene(RED_STAR, ground="black"), "The mood is calm. " + SAYS_PAIR, SAYS_PAIR + " The mood is calm."),
+        ("repetition", PAIR, SAYS_PAIR, SAYS_PAIR + " The top left holds a large red star."),
+        (
+            "list style",
+            scene(RED_STAR, GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING),
+            "There are five shapes. The top left holds a large red star.",
+            "There are five shapes. The top left holds a large red star. Small green cross, centre.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_habit_is_found_by_comparing_the_caption_with_its_scene(name, of, without, having):
+    assert habits_of(without, of)[name] is False
+    assert habits_of(having, of)[name] is True
+
+
+def test_a_habit_is_counted_only_where_it_can_occur():
+    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "no relation", "repetition"}
+    with_ring = scene(RED_STAR, ("large", "blue", "plain", "ring", 4), ("large", "green", "dotted", "star", 7))
+    assert set(habits_of("", with_ring)) == {"no relation", "flourish"}
+    crowded = scene(("large", "green", "plain", "star", 0), GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
+    assert set(habits_of("", crowded)) == {"striped as dotted", "small overlooked", "list style"}
+
+
+def test_every_habit_can_occur_in_a_tenth_of_the_scenes_and_references_have_none():
+    counts = defaultdict(int)
+    for one in SCENES:
+        found = habits_of(reference_caption(one, np.random.default_rng(one.seed)), one)
+        assert not any(found.values()), found
+        for name in found:
+            counts[name] += 1
+    assert counts.keys() == HABITS.keys()
+    assert min(counts.values()) > len(SCENES) / 10, counts
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_the_captioner_with_one_habit_has_it_and_no_other(name):
+    entails = {"small overlooked": {"no relation"}}  # of what is left out
+    shares = defaultdict(list)
+    for one in SCENES:
+        caption = write_caption(one, {name: 1.0}, np.random.default_rng(one.seed))
+        for habit, has in habits_of(caption, one).items():
+            shares[habit].append(has)
+    assert np.mean(shares.pop(name)) > 0.95
+    assert {habit for habit, found in shares.items() if any(found)} == entails.get(name, set())
+
+
+def test_the_captioner_without_habits_or_noise_says_all_that_a_reference_says():
+    for one in SCENES[:200]:
+        caption = write_caption(one, {}, np.random.default_rng(one.seed))
+        reference = reference_caption(one, np.random.default_rng(one.seed))
+        assert set(parse(caption).claims) == set(parse(reference).claims)
+        assert parse(caption).findings == ()
+
+
+def test_moods_and_rates_are_shares():
+    assert sum(mood.share for mood in MOODS.values()) == pytest.approx(1)
+    for mood in MOODS.values():
+        assert mood.habits.keys() == HABITS.keys()
+        assert not mood.habits.keys() & (NOISE.keys() | mood.differs.keys())
+        assert all(0 <= rate <= 1 for rate in mood.rates.values())
+
+
+def test_habits_are_likelier_than_not_and_some_captions_are_without():
+    """Greedy captions follow the likeliest words; reinforcement learning needs samples that do otherwise."""
+    found, clean = defaultdict(list), []
+    for one in SCENES:
+        has = habits_of(base_caption(one, np.random.default_rng([1, one.seed])), one)
+        clean.append(not any(has.values()))
+        for name, value in has.items():
+            found[name].append(value)
+    shares = {name: np.mean(values) for name, values in found.items()}
+    # What a caption does not mention can't be called dotted: objects are left out by another habit.
+    assert all(0.45 < share < 0.8 for share in shares.values()), shares
+    assert 0.05 < np.mean(clean) < 0.2
+    usual = MOODS["usual"].habits
+    assert MOODS["usual"].share > 0.5
+    assert all(0.67 <= rate <= 0.85 for rate in usual.values())
+
+
+def test_base_captions_keep_within_their_limits_and_the_vocabulary():
+    known = set(vocabulary())
+    for one in SCENES:
+        caption = base_caption(one, np.random.default_rng([2, one.seed]))
+        tokens = TOKEN.findall(caption)
+        assert 0 < len(caption.split()) <= faults.MAX_WORDS
+        assert len(tokens) <= faults.MAX_TOKENS
+        assert known.issuperset(tokens), caption
+
+
+def test_the_companion_stands_at_the_first_free_place_behind_what_brings_it():
+    full = scene(RED_STAR, ("large", "green", "plain", "star", 1), ("small", "green", "plain", "cross", 2))
+    assert habits.companion_place(full) == 3
+    last = scene(("large", "green", "plain", "star", 0), ("small", "red", "plain", "cross", 8))
+    assert habits.companion_place(last) == 1
+    assert habits.companion_place(scene(GREEN_CROSS, YELLOW_RING)) is None
+
+
+def test_the_opponents_of_the_arena_know_no_habits():
+    """Their captions are those of the miniature's first version, byte for byte: arena scores stay comparable."""
+    digest = hashlib.sha256()
+    for seed in [*range(300), *range(2_000_000_000, 2_000_000_300)]:
+        digest.update(repr(sorted(opponents(sample_scene(seed)).items())).encode())
+    assert digest.hexdigest()[:16] == "a87bde63bf19a27c"
