@@ -243,10 +243,10 @@ def copy_base(base: Path, workdir: Path) -> None:
     kept = {kind: {CEILING: summary[kind][CEILING]} for kind in KINDS if CEILING in summary.get(kind, {})}
     if kept:
         write_text(aside / "summary.json", json_text.dumps(kept, indent=2) + "\n")
+        (aside / "samples").mkdir()
     for kind in kept:
-        captions = captions_file(base, kind, CEILING)
-        if captions.exists():
-            write_text(captions_file(aside, kind, CEILING), captions.read_text())
+        if captions_file(base, kind, CEILING).exists():
+            shutil.copyfile(captions_file(base, kind, CEILING), captions_file(aside, kind, CEILING))
     sync_tree(aside)
     rename_directory(aside, workdir)
 
