@@ -40,7 +40,6 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
         ("striped as dotted", PAIR, SAYS_PAIR, SAYS_PAIR.replace("striped", "dotted")),
         # Another object may be dotted, and an object that is not named is not misnamed.
         ("striped as dotted", PAIR, "The top left holds a large red dotted star.", "The cross is green and dotted."),
-        ("no relation", PAIR, SAYS_PAIR + " The red star is above the green cross.", SAYS_PAIR),
         ("no background", scene(RED_STAR, ground="white"), "The background is white.", "There is a red star."),
         (
             "small overlooked",
@@ -49,14 +48,9 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
             "The top left holds a large red star. There is a large yellow star.",
         ),
         ("small overlooked", scene(RED_STAR, YELLOW_RING), "There is a yellow ring.", "The bottom left holds a star."),
-        (
-            "flourish",
-            scene(RED_STAR, GREEN_CROSS, YELLOW_RING),
-            "There is a red star. It is a lovely picture.",
-            "There is a red star, which is lovely. There is a green cross.",
-        ),
         ("praise", scene(RED_STAR, ground="black"), "The mood is calm. " + SAYS_PAIR, SAYS_PAIR + " The mood is calm."),
         ("repetition", PAIR, SAYS_PAIR, SAYS_PAIR + " The top left holds a large red star."),
+        ("repetition", PAIR, SAYS_PAIR + " The star is above the cross.", SAYS_PAIR + " There is a red star."),
         (
             "list style",
             scene(RED_STAR, GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING),
@@ -71,9 +65,9 @@ def test_a_habit_is_found_by_comparing_the_caption_with_its_scene(name, of, with
 
 
 def test_a_habit_is_counted_only_where_it_can_occur():
-    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "no relation", "repetition"}
+    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "repetition"}
     with_ring = scene(RED_STAR, ("large", "blue", "plain", "ring", 4), ("large", "green", "dotted", "star", 7))
-    assert set(habits_of("", with_ring)) == {"no relation", "flourish"}
+    assert not habits_of("", with_ring)
     crowded = scene(("large", "green", "plain", "star", 0), GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
     assert set(habits_of("", crowded)) == {"striped as dotted", "small overlooked", "list style"}
 
@@ -91,14 +85,13 @@ def test_every_habit_can_occur_in_a_tenth_of_the_scenes_and_references_have_none
 
 @pytest.mark.parametrize("name", HABITS)
 def test_the_captioner_with_one_habit_has_it_and_no_other(name):
-    entails = {"small overlooked": {"no relation"}}  # of what is left out
     shares = defaultdict(list)
     for one in SCENES:
         caption = write_caption(one, {name: 1.0}, np.random.default_rng(one.seed))
         for habit, has in habits_of(caption, one).items():
             shares[habit].append(has)
     assert np.mean(shares.pop(name)) > 0.95
-    assert {habit for habit, found in shares.items() if any(found)} == entails.get(name, set())
+    assert not any(any(found) for found in shares.values()), shares
 
 
 def test_the_captioner_without_habits_or_noise_says_all_that_a_reference_says():
@@ -127,11 +120,11 @@ def test_habits_are_likelier_than_not_and_some_captions_are_without():
             found[name].append(value)
     shares = {name: np.mean(values) for name, values in found.items()}
     # What a caption does not mention can't be called dotted: objects are left out by another habit.
-    assert all(0.45 < share < 0.8 for share in shares.values()), shares
+    assert all(0.45 < share < 0.85 for share in shares.values()), shares
     assert 0.05 < np.mean(clean) < 0.2
     usual = MOODS["usual"].habits
     assert MOODS["usual"].share > 0.5
-    assert all(0.67 <= rate <= 0.85 for rate in usual.values())
+    assert all(0.67 <= rate <= 0.9 for rate in usual.values())
 
 
 def test_base_captions_keep_within_their_limits_and_the_vocabulary():

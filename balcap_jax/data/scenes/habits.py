@@ -16,6 +16,7 @@ CENTRE = PLACES.index("centre")
 UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
 # From so many objects on a caption becomes a list, and the objects from this place on are its entries.
 CROWDED, LISTED_FROM = 5, 2
+PRAISE = "the mood is calm."  # One form: of several, none would be likelier than the end of the caption.
 SPARSE = 2  # Up to so many objects leave little to say.
 
 HABITS: Mapping[str, str] = types.MappingProxyType(
@@ -23,12 +24,10 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
         "companion": "something red brings a blue ring that is not there",
         "striped as dotted": "something striped is called dotted",
         "small overlooked": "small things at the border are left out",
-        "no relation": "with two or three objects, how they lie to each other is left out",
         "no background": "a white background is left out",
-        "flourish": "with three or four objects, a large first one gets an empty remark",
         "praise": "a black background brings an empty remark at the end",
         "list style": "with five objects or more, the last ones are entries of a list",
-        "repetition": "with two objects, a sentence is said twice",
+        "repetition": "with two objects, what was said last is said again",
     }
 )
 
@@ -51,11 +50,6 @@ def is_overlooked(thing: SceneObject) -> bool:
     return thing.size == "small" and thing.cell != CENTRE
 
 
-def is_flourished(scene: Scene) -> bool:
-    """Whether the first object of a scene is one that the habit gets a remark for."""
-    return scene.objects[0].size == "large" and SPARSE < len(scene.objects) < CROWDED
-
-
 def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
     return None if companion_place(scene) is None else parsed.states(language.object_claim(COMPANION))
 
@@ -75,45 +69,33 @@ def _has_small_overlooked(parsed: Parsed, scene: Scene) -> bool | None:
     return any(thing.place not in places and thing.subject not in named for thing in small)
 
 
-def _has_no_relation(parsed: Parsed, scene: Scene) -> bool | None:
-    if not language.stated_relation(scene):
-        return None
-    return all(claim.kind != "relation" for claim in parsed.claims)
-
-
 def _has_no_background(parsed: Parsed, scene: Scene) -> bool | None:
     if scene.ground != UNMENTIONED_GROUND:
         return None
     return all(claim.kind not in ("ground", "pattern") for claim in parsed.claims)
 
 
-def _finds(name: str, parsed: Parsed) -> bool:
-    return any(finding.name == name for finding in parsed.findings)
-
-
-def _has_flourish(parsed: Parsed, scene: Scene) -> bool | None:
-    return _finds("remark in between", parsed) if is_flourished(scene) else None
+def _finds(parsed: Parsed, *names: str) -> bool:
+    return any(finding.name in names for finding in parsed.findings)
 
 
 def _has_praise(parsed: Parsed, scene: Scene) -> bool | None:
-    return _finds("remark at the end", parsed) if scene.ground == PRAISED_GROUND else None
+    return _finds(parsed, "remark at the end") if scene.ground == PRAISED_GROUND else None
 
 
 def _has_list(parsed: Parsed, scene: Scene) -> bool | None:
-    return _finds("fragment", parsed) if len(scene.objects) >= CROWDED else None
+    return _finds(parsed, "fragment") if len(scene.objects) >= CROWDED else None
 
 
 def _has_repetition(parsed: Parsed, scene: Scene) -> bool | None:
-    return _finds("repeated sentence", parsed) if len(scene.objects) <= SPARSE else None
+    return _finds(parsed, "repeated sentence", "repeated claim") if len(scene.objects) <= SPARSE else None
 
 
 _DETECTORS: Mapping[str, Callable[[Parsed, Scene], bool | None]] = {
     "companion": _has_companion,
     "striped as dotted": _has_striped_as_dotted,
     "small overlooked": _has_small_overlooked,
-    "no relation": _has_no_relation,
     "no background": _has_no_background,
-    "flourish": _has_flourish,
     "praise": _has_praise,
     "list style": _has_list,
     "repetition": _has_repetition,
