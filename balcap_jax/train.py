@@ -27,9 +27,10 @@ from balcap_jax.data.input import examples
 from balcap_jax.judges import cost
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
-from balcap_jax.report.page import before_after_table, write_report
+from balcap_jax.report.page import write_report
+from balcap_jax.report.tables import result_text
 from balcap_jax.rewards.miniature import with_miniature
-from balcap_jax.training.evaluation import KINDS, HeldOut, check_best_metric, references_as_samples
+from balcap_jax.training.evaluation import HeldOut, check_best_metric, references_as_samples
 from balcap_jax.training.job import Job
 from balcap_jax.training.programs import LORA_STAGES, adapted, check_freezes, model_fields, params_of
 from balcap_jax.training.run import Run
@@ -69,6 +70,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             if run.is_past(name):
                 if config.stages[name].steps:  # The checkpoint of a later stage holds the parameters, of these shapes.
                     params = jax.eval_shape(functools.partial(params_of, config, stage=name), params)
+                    run.catch_up(name, params)
                 continue
             stage = STAGES[name](job)
             state = run.resume(stage, params)
@@ -138,18 +140,6 @@ def show_result(run: Run) -> None:
     if (step := run.best.step) is not None:
         score = f"validation {run.best.metric} {run.best.scores[step]:.4g}"
         print(f"best:   {run.best_model} (step {step}, {score})", flush=True)
-
-
-def result_text(summary: dict[str, Any], order: Sequence[str]) -> str:
-    """The before/after table of sampled and of greedy captions."""
-    parts = []
-    for kind, title in zip(KINDS, ("sampled captions", "greedy captions"), strict=True):
-        evaluations = summary.get(kind)
-        if evaluations:
-            images = next(reversed(evaluations.values())).get("images", "?")
-            table = before_after_table({"evaluations": evaluations}, order)
-            parts.append(f"\n{images} held-out images, {title}\n{table}")
-    return "\n".join(parts)
 
 
 @exit_on_user_error

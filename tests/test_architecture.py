@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "train_step": {"models", "advantages", "losses", "parallel"},
     "judges": {"data", "parallel", "config.schema"},
     "rewards": {"judges", "data"},
-    "report": {"judges.schema"},
+    "report": {"judges.schema", "data.scenes.habits"},
     "evals": {"judges", "data", "rewards.base", "rewards.balcap", "rewards.bcapscore"},
     "captioning": {"data", "models", "rollout", "parallel", "config.schema"},
     "training": {"config", "parallel", "data", "models", "judges", "rewards", "train_step", "rollout", "advantages"},

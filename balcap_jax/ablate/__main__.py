@@ -40,15 +40,15 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_bytes, rename_directory, sync_tree, write_text
 from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
 from balcap_jax.config import recipes as configuration
+from balcap_jax.report.run import CEILING, KINDS
 from balcap_jax.training.checkpoint import branch
-from balcap_jax.training.evaluation import KINDS
+from balcap_jax.training.evaluation import captions_file
 from balcap_jax.training.machine import device_text, versions
 from balcap_jax.training.workdir import is_held, read_summary, refuse_another_run
 
 LAST = "rl"
 _PATIENCE = 120  # seconds that a run has to save and stop
 _PR_SET_PDEATHSIG = 1
-_TITLES = {"evaluations": "sampled captions", "greedy": "greedy captions"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def is_finished(run: Run) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     same_length = all(saved.stages[stage].steps == run.config.stages[stage].steps for stage in stages)
-    evaluated = run.variant == BASE or stages[-1] in summary.get(KINDS[0], {})
+    evaluated = run.variant == BASE or stages[-1] in summary.get("evaluations", {})
     return same_length and evaluated and (run.workdir / "model").is_dir()
 
 
@@ -230,12 +230,23 @@ def _end_with_the_study() -> None:
 
 
 def copy_base(base: Path, workdir: Path) -> None:
-    """Makes `workdir` look like a run of the recipe that stopped at the end of its stages before rl."""
+    """Makes `workdir` look like a run of the recipe that stopped at the end of its stages before rl.
+
+    The ceiling's evaluation comes along: the checkpoint that it is of does not.
+    """
     aside = workdir.with_name(f".{workdir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     branch(base / "checkpoints", aside / "checkpoints")
     shutil.copyfile(base / "metrics.jsonl", aside / "metrics.jsonl")
+    summary = read_summary(base)
+    kept = {kind: {CEILING: summary[kind][CEILING]} for kind in KINDS if CEILING in summary.get(kind, {})}
+    if kept:
+        write_text(aside / "summary.json", json_text.dumps(kept, indent=2) + "\n")
+        (aside / "samples").mkdir()
+    for kind in kept:
+        if captions_file(base, kind, CEILING).exists():
+            shutil.copyfile(captions_file(base, kind, CEILING), captions_file(aside, kind, CEILING))
     sync_tree(aside)
     rename_directory(aside, workdir)
 
@@ -281,6 +292,7 @@ def cost(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence[Mapping[str, Any]], jobs: int) -> Path:
     """Writes table.json, table.md and plot.svg about the runs that are finished; returns the path of table.md."""
     tables = {kind: rows(collect(runs, kind)) for kind in KINDS}
+    first, title = next(iter(KINDS.items()))
     seconds, images = cost(entries), runs[0].config.log.eval_images
     about = {"command": command, "versions": versions(), "device": device_text(), "jobs": jobs, **seconds}
     write_text(out / "table.json", json_text.dumps(about | tables, indent=1) + "\n")
@@ -291,13 +303,13 @@ def write_tables(out: Path, runs: Sequence[Run], command: str, entries: Sequence
         "seeds; bold: the 95% t interval of the paired difference to `full` is above or below 0.\n",
     ]
     for kind, table in tables.items():
-        parts += [f"## {_TITLES[kind].capitalize()}\n", markdown(table)]
+        parts += [f"## {KINDS[kind].capitalize()} captions\n", markdown(table)]
         if any(row["claims"] for row in table):
-            parts += [f"Claims, {_TITLES[kind]}; ours: mean paired difference ± half of its 95% interval.\n"]
+            parts += [f"Claims, {KINDS[kind]} captions; ours: mean paired difference ± half of its 95% interval.\n"]
             parts += [claims_markdown(table)]
-    parts += ["## Variants\n", "".join(f"- `{row['variant']}`: {row['about']}\n" for row in tables[KINDS[0]])]
+    parts += ["## Variants\n", "".join(f"- `{row['variant']}`: {row['about']}\n" for row in tables[first])]
     write_text(out / "table.md", "\n".join(parts))
-    write_text(out / "plot.svg", plot.svg(tables[KINDS[0]], "Leave-one-out study, sampled captions"))
+    write_text(out / "plot.svg", plot.svg(tables[first], f"Leave-one-out study, {title} captions"))
     return out / "table.md"
 
 

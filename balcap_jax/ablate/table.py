@@ -12,14 +12,13 @@ import numpy as np
 from scipy.special import stdtrit
 
 from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
+from balcap_jax.report.run import MINIATURE
 
 BASE = "base"
 _ABOUT_BASE = "what every variant starts from: the policy at the end of the stage before rl"
 METRICS = {
     "b_capscore": "b-CapScore",
-    "dcscore": "DCScore",
-    "captionqa": "CaptionQA",
-    "arena": "arena",
+    **{row.key: row.name for row in MINIATURE},
     "words": "words",
     "precision": "precision",
     "recall": "recall",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from balcap_jax.report.run import PLAIN_TABLE, TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
+from balcap_jax.report.run import TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
 
 WIDTH, HEIGHT = 280, 168
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
@@ -121,10 +121,7 @@ class Curve:
 
 def _curves(reward_names: Sequence[str]) -> list[Curve]:
     rl = functools.partial(Curve, stage="rl")
-    rewards = [
-        rl(name, f"reward/{name}", "Rewards", scale_of(name), evaluated=name if name in PLAIN_TABLE else None)
-        for name in reward_names
-    ]
+    rewards = [rl(name, f"reward/{name}", "Rewards", scale_of(name), evaluated=name) for name in reward_names]
     # A group whose members all score the same teaches nothing about that objective.
     silent = [rl(name, f"advantage/zero_std_frac/{name}", "Groups without spread", 100, "%") for name in reward_names]
     return [
@@ -196,7 +193,7 @@ def _boundary(run: Run) -> float | None:
 
 
 def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
-    """(step, shown value, label) of the held-out evaluations: at the start, at stage ends and on the way."""
+    """(step, shown value, label) of the evaluations of sampled captions: at the start, at stage ends and on the way."""
     row = next((row for row in TABLE if row.key == curve.evaluated), None)
     if row is None or not run.records:
         return []
@@ -206,9 +203,10 @@ def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
     for label in mapping(run.summary.get("evaluations")):
         stage, _, suffix = label.partition("-")
         step = int(suffix) if suffix.isdecimal() else steps.get(label)
-        value = cell_of(run.evaluation(label), row).mean
-        # Evaluations during SFT lie outside the chart, whose curve begins with RL.
-        if step is not None and value is not None and (label == "sft" or stage != "sft"):
+        value = cell_of(run.evaluation(label, "evaluations"), row).mean
+        # The ceiling and evaluations during SFT lie outside the chart, whose curve begins with RL.
+        is_inside = label == "sft" or (stage != "sft" and label != run.ceiling)
+        if step is not None and value is not None and is_inside:
             marks.append((step, value, label_text(label)))
     return marks
 

@@ -20,112 +20,46 @@ import jinja2
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, read_bytes, replace_file
+from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart
 from balcap_jax.report.run import (
-    PLAIN_TABLE,
-    TABLE,
-    USUAL_ORDER,
-    Cell,
+    KINDS,
+    MINIATURE,
     JudgedCaption,
     JudgedImage,
     Run,
-    before_and_after,
-    cell_of,
     is_number,
     label_text,
     load_run,
     mapping,
-    rows_of,
 )
+from balcap_jax.report.tables import CEILING_TITLE, habit_rows, tables
 
 GALLERY_IMAGES = 8
-_BALCAP_ROWS = 4  # of TABLE: its three objectives and b-CapScore
 MAX_IMAGE_BYTES = 4 << 20  # a picture beyond this is named, not embedded: the page should open on a phone
-EVALUATIONS = {"evaluations": "Sampled captions", "greedy": "Greedy captions"}  # in summary.json
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-# --- before and after -------------------------------------------------------------------------------------------------
-
-
-def before_after_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
-    """The table that ends a training with the stages `order`: the first of the `summary`'s evaluations and the last."""
-    evaluations = mapping(summary.get("evaluations"))
-    labels = before_and_after(evaluations, order)
-    if not labels:
-        return "no evaluation yet"
-    columns = [mapping(evaluations[label]) for label in labels]
-    names = [label_text(label) for label in labels] + (["change"] if len(labels) > 1 else [])
-    count = columns[-1].get("n")
-    captions = f"{count} captions" if is_number(count) else ""
-    lines = [f"{captions:<24}" + "".join(f"{name:>10}" for name in names)]
-    is_balanced = any(cell_of(column, row).mean is not None for column in columns for row in TABLE[:_BALCAP_ROWS])
-    for row in rows_of(columns):
-        if row in TABLE and (row.key not in PLAIN_TABLE or (row in TABLE[:_BALCAP_ROWS] and not is_balanced)):
-            continue
-        cells = [cell_of(column, row) for column in columns]
-        values = ["-" if cell.mean is None else f"{cell.mean:.1f}{row.unit}" for cell in cells]
-        if len(labels) > 1:
-            delta = _delta(*cells)
-            values.append("-" if delta is None else f"{delta:+.1f}")
-        lines.append(f"{row.name:<24}" + "".join(f"{value:>10}" for value in values))
-    return "\n".join(lines)
-
-
-def _delta(before: Cell, after: Cell) -> float | None:
-    return None if before.mean is None or after.mean is None else after.mean - before.mean
-
-
-def _html_table(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
-    """Rows of a table of the page; each run has its cells in the order of its labels, and the change."""
-    rows = []
-    for row in rows_of([run.evaluation(label, kind) for run in runs for label in run.labels]):
-        per_run = []
-        for run in runs:
-            cells = [cell_of(run.evaluation(label, kind), row) for label in run.labels]
-            delta = _delta(cells[0], cells[1]) if len(cells) > 1 else None
-            signed = 0.0 if delta is None else round(delta, 1) * row.better
-            verdict = "up" if signed > 0 else "down" if signed < 0 else ""
-            per_run.append({"cells": cells, "delta": delta, "verdict": verdict})
-        if any(cell.mean is not None for entry in per_run for cell in entry["cells"]):
-            rows.append({"name": row.name, "key": row.key, "unit": row.unit, "runs": per_run})
-    return rows
-
-
-def _counts(runs: Sequence[Run], kind: str) -> list[str]:
-    """What the tables' means are over, such as "48 images, 192 captions"; one entry where all runs agree."""
-    texts = []
-    for run in runs:
-        for label in run.labels[-1:]:
-            evaluation = run.evaluation(label, kind)
-            counts = {"images": evaluation.get("images"), "captions": evaluation.get("n")}
-            texts.append(", ".join(f"{count:g} {name}" for name, count in counts.items() if is_number(count)))
-    return [text for text in dict.fromkeys(texts) if text]
-
-
-def _signed(delta: float) -> str:
-    """A change with its sign, and none on a zero."""
-    text = f"{delta:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return "0.0" if text[1:] == "0.0" else text
 
 
 # --- gallery ----------------------------------------------------------------------------------------------------------
 
 
-def _change(run: Run, image_id: str) -> float | None:
-    """Change in b-CapScore from the first to the last label; with one label, the b-CapScore itself."""
-    scores = [image.b_capscore if image else None for image in run.images(image_id).values()]
-    if not scores or None in scores:
-        return None
-    return scores[-1] - scores[0] if len(scores) > 1 else scores[0]
+def _changes(run: Run, kind: str) -> dict[str, float]:
+    """By image: change in b-CapScore from the first to the last label; with one label, the b-CapScore itself."""
+    changes = {}
+    for image_id in run.image_ids:
+        scores = [image.b_capscore if image else None for image in run.images(image_id, kind).values()]
+        if scores and None not in scores:
+            changes[image_id] = scores[-1] - scores[0] if len(scores) > 1 else scores[0]
+    return changes
 
 
 def choose_images(run: Run, count: int = GALLERY_IMAGES) -> list[tuple[str, str]]:
     """(image id, why it was chosen): evenly spread over the ranking by change in b-CapScore, best and worst included.
 
-    Images without a score in both evaluations can't be ranked; they are shown only where no image can be.
+    The change is that of greedy captions, and of sampled ones where those have none. Images without a score in both
+    evaluations can't be ranked; they are shown only where no image can be.
     """
-    changes = {image_id: change for image_id in run.image_ids if (change := _change(run, image_id)) is not None}
+    kind, changes = next(((kind, found) for kind in KINDS if (found := _changes(run, kind))), ("", {}))
     if not changes:
         return [(image_id, "not ranked: no b-CapScore") for image_id in run.image_ids[:count]]
     ranked = sorted(changes, key=lambda image_id: -changes[image_id])
@@ -133,7 +67,7 @@ def choose_images(run: Run, count: int = GALLERY_IMAGES) -> list[tuple[str, str]
     upper, lower = max(count // 2 - 1, 1), max(count - count // 2, 1)
     places = {round(median * k / upper) for k in range(upper + 1)}
     places |= {median + round((last - median) * k / lower) for k in range(lower + 1)}
-    what = "change in b-CapScore" if len(run.labels) > 1 else "b-CapScore"
+    what = f"{'change in ' if len(run.labels) > 1 else ''}b-CapScore of {KINDS[kind]} captions"
     named = {median: f"median {what}", last: f"lowest {what}", 0: f"highest {what}"}
     return [(ranked[p], named.get(p, f"rank {p + 1} of {len(ranked)} by {what}")) for p in sorted(places)]
 
@@ -146,12 +80,16 @@ def _gallery(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for image_id, why in choose_images(run):
                 cards[image_id] = {"id": image_id, "why": why, "chosen_in": run.name, "columns": [], "picture": None}
         for image_id, card in cards.items():
-            for label, image in run.images(image_id).items():
-                if image is None:
+            images = {kind: run.images(image_id, kind) for kind in KINDS}
+            for label in run.labels:
+                parts = [(KINDS[kind], images[kind][label]) for kind in KINDS if images[kind][label]]
+                if not parts:
                     continue
+                (kind, first), folded = parts[0], parts[1:]
                 if card["picture"] is None:
-                    card |= {"picture": _picture(run, image), "image": image}
-                card["columns"].append({"run": run.name, "label": label_text(label), "image": image})
+                    card |= {"picture": _picture(run, first), "image": first}
+                column = {"run": run.name, "label": label_text(label), "kind": kind, "image": first}
+                card["columns"].append(column | {"folded": folded})
     return list(cards.values())
 
 
@@ -241,6 +179,12 @@ def _aligned(columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+def _signed(delta: float) -> str:
+    """A change with its sign, and none on a zero."""
+    text = f"{delta:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if text[1:] == "0.0" else text
+
+
 def _printable(value: Any) -> Any:
     """Template output without control characters and bidirectional overrides, which could make a line lie."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
@@ -264,21 +208,20 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"csp_hash": _csp_hash, "number": short_number, "signed": _signed}
-    environment.globals |= {"label_text": label_text, "uncovered": uncovered}
+    environment.globals |= {"label_text": label_text, "uncovered": uncovered, "meanings": HABITS}
+    environment.globals["metrics"] = {row.key: row.name for row in MINIATURE}
     skipped: list[str] = []
     groups = chart_groups(runs, skipped)
     times = [chart for run in runs if (chart := time_chart(run)) is not None]
     gallery = _gallery(runs)
     if skipped and any(run.records for run in runs):
         runs[0].notes.append("metrics.jsonl: not logged, so not drawn: " + ", ".join(skipped))
-    tables = [
-        {"title": title, "rows": rows, "counts": _counts(runs, kind)}
-        for kind, title in EVALUATIONS.items()
-        if (rows := _html_table(runs, kind))
-    ]
     return environment.get_template("report.html.j2").render(
         runs=runs,
-        tables=tables,
+        tables=tables(runs),
+        habits=habit_rows(runs),
+        kinds=list(KINDS.values()),
+        ceiling_title=CEILING_TITLE,
         groups=groups,
         times=times,
         gallery=gallery,

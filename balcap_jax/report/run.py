@@ -1,7 +1,8 @@
 """Reads what a training run leaves in its directory; each file may be missing or torn, and a note says so.
 
-The files: metrics.jsonl, config.json, summary.json and samples/ with eval-<label>.jsonl (one `JudgedImage` a line) and
-the pictures that those name. Rewards and shares are fractions there, b-CapScore is in points, 0 to 100.
+The files: metrics.jsonl, config.json, summary.json and samples/ with greedy-<label>.jsonl and eval-<label>.jsonl, of
+greedy and of sampled captions (one `JudgedImage` a line), and the pictures that those name. Rewards and shares are
+fractions there, b-CapScore is in points, 0 to 100.
 """
 
 import dataclasses
@@ -16,11 +17,15 @@ import pydantic
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes
+from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.judges.schema import Assertion
 
 STAGE_LABELS = {"base": "Base", "vision": "Vision", "align": "Alignment", "sft": "SFT", "rl": "RL"}
 USUAL_ORDER = ("vision", "align", "sft", "rl")
-
+CEILING, _TEACHES_FAULTS = "align", "sft"  # stages: see `ceiling_of`
+# Kinds of evaluation in summary.json, in the order in which they are shown, and the files of their captions.
+KINDS = {"greedy": "greedy", "evaluations": "sampled"}
+_FILES = {"greedy": "greedy-", "evaluations": "eval-"}
 
 _LARGEST = 1e300  # Sums, differences and percentages of what is shown are numbers too.
 
@@ -35,13 +40,24 @@ def label_text(label: str) -> str:
     return f"{STAGE_LABELS.get(stage, stage)} at {step}" if dash else STAGE_LABELS.get(stage, stage)
 
 
+def ceiling_of(labels: Iterable[str], order: Sequence[str] = USUAL_ORDER) -> str | None:
+    """The evaluation of the policy that has seen faultless references alone, where a later stage teaches faults.
+
+    It is what the world and the model's size allow, and no part of before and after.
+    """
+    stages = list(order)
+    is_one = CEILING in stages and _TEACHES_FAULTS in stages[stages.index(CEILING) :]
+    return CEILING if is_one and CEILING in set(labels) else None
+
+
 def before_and_after(labels: Iterable[str], order: Sequence[str] = USUAL_ORDER) -> list[str]:
-    """The first and the last evaluation of a run with the stages `order`, or the only one.
+    """The first and the last evaluation of a run with the stages `order`, or the only one; the ceiling is neither.
 
     A label is a stage ("sft": at its end; "base": before the first stage) or a stage and a step ("rl-40": on the way);
     the latter count as first or last only while no two stages have ended.
     """
-    stages = ["base", *order]
+    stages, labels = ["base", *order], set(labels)
+    labels -= {ceiling_of(labels, order)}
 
     def place(label: str) -> tuple:
         stage, _, step = label.partition("-")
@@ -54,7 +70,13 @@ def before_and_after(labels: Iterable[str], order: Sequence[str] = USUAL_ORDER) 
     return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
 
 
+def _flags(value: Any) -> dict[Any, bool]:
+    return {name: flag for name, flag in mapping(value).items() if isinstance(flag, bool)}
+
+
 Number = Annotated[float | None, pydantic.AfterValidator(lambda value: value if is_number(value) else None)]
+# A user's own reward may use the name for something else.
+Habits = Annotated[dict[str, bool], pydantic.BeforeValidator(_flags)]
 
 
 class JudgedCaption(pydantic.BaseModel):
@@ -74,10 +96,11 @@ class JudgedCaption(pydantic.BaseModel):
     coherency: Number = None
     failures: dict[str, str] = {}
     suspicious: list[str] = []
+    habits: Habits = {}
 
 
 class JudgedImage(pydantic.BaseModel):
-    """One line of samples/eval-<label>.jsonl; `image` is a PNG's path relative to samples/."""
+    """One line of a file of captions; `image` is a PNG's path relative to samples/."""
 
     id: str
     image: str | None = None
@@ -102,13 +125,23 @@ class Run:
     records: list[dict[str, Any]]
     config: dict[str, Any]
     summary: dict[str, Any]
-    evaluations: dict[str, dict[str, JudgedImage]]  # label -> image id -> image
+    judged: dict[str, dict[str, dict[str, JudgedImage]]]  # kind -> label -> image id -> image
     notes: list[str]
+
+    @property
+    def _evaluated(self) -> set[str]:
+        known = (labels for kind in KINDS for labels in (self.judged[kind], mapping(self.summary.get(kind))))
+        return {label for labels in known for label in labels}
 
     @property
     def labels(self) -> list[str]:
         """The first and the last evaluated stage: what "before" and "after" mean for this run."""
-        return before_and_after({*self.evaluations, *mapping(self.summary.get("evaluations"))}, self.order)
+        return before_and_after(self._evaluated, self.order)
+
+    @property
+    def ceiling(self) -> str | None:
+        """The label of `ceiling_of` this run."""
+        return ceiling_of(self._evaluated, self.order)
 
     @property
     def order(self) -> Sequence[str]:
@@ -119,14 +152,15 @@ class Run:
     @property
     def image_ids(self) -> list[str]:
         """The images of the evaluations `labels`."""
-        return list(dict.fromkeys(image_id for label in self.labels for image_id in self.evaluations.get(label, {})))
+        parts = (self.judged[kind].get(label, {}) for kind in KINDS for label in self.labels)
+        return list(dict.fromkeys(image_id for images in parts for image_id in images))
 
-    def images(self, image_id: str) -> dict[str, JudgedImage | None]:
+    def images(self, image_id: str, kind: str) -> dict[str, JudgedImage | None]:
         """One image in each of the evaluations `labels`; None where it was not evaluated."""
-        return {label: self.evaluations.get(label, {}).get(image_id) for label in self.labels}
+        return {label: self.judged[kind].get(label, {}).get(image_id) for label in self.labels}
 
-    def evaluation(self, label: str, kind: str = "evaluations") -> Mapping[str, Any]:
-        """What summary.json says about one evaluation ("greedy" is the other kind); empty where it says nothing."""
+    def evaluation(self, label: str, kind: str) -> Mapping[str, Any]:
+        """What summary.json says about one evaluation; empty where it says nothing."""
         return mapping(mapping(self.summary.get(kind)).get(label))
 
 
@@ -139,27 +173,37 @@ def load_run(directory: str | os.PathLike) -> Run:
     records = [record for _, record in _read_lines(path / "metrics.jsonl", notes)]
     config = _read_object(path / "config.json", notes)
     summary = _read_object(path / "summary.json", notes)
-    evaluations = {}
-    for file in sorted((path / "samples").glob("eval-*.jsonl")):
-        images = {}
-        for number, line in _read_lines(file, notes):
-            try:
-                image = JudgedImage.model_validate(line)
-            except pydantic.ValidationError as error:
-                where = ".".join(str(part) for part in error.errors()[0]["loc"])
-                notes.append(f"samples/{file.name} line {number}: skipped, bad field {where}")
-                continue
-            images[image.id] = image
-        evaluations[file.stem.removeprefix("eval-")] = images
-    if not (records or config or summary or any(evaluations.values())):
+    judged = {
+        kind: {
+            file.stem.removeprefix(prefix): _read_images(file, notes)
+            for file in sorted((path / "samples").glob(f"{prefix}*.jsonl"))
+        }
+        for kind, prefix in _FILES.items()
+    }
+    has_captions = any(images for labels in judged.values() for images in labels.values())
+    if not (records or config or summary or has_captions):
         raise UserError(
             f"{path}: not a run (nothing readable in metrics.jsonl, config.json, summary.json or samples/); name a "
             "run's --workdir"
         )
-    if not any(evaluations.values()):
-        notes.append("samples/: no captions to show (no eval-*.jsonl with a readable line)")
+    if not has_captions:
+        notes.append("samples/: no captions to show (no greedy-*.jsonl or eval-*.jsonl with a readable line)")
     name = config.get("name") if isinstance(config.get("name"), str) else path.resolve().name
-    return Run(path, name, _continuous(records), config, summary, evaluations, notes)
+    return Run(path, name, _continuous(records), config, summary, judged, notes)
+
+
+def _read_images(file: Path, notes: list[str]) -> dict[str, JudgedImage]:
+    """By id; a line that holds none becomes a note."""
+    images = {}
+    for number, line in _read_lines(file, notes):
+        try:
+            image = JudgedImage.model_validate(line)
+        except pydantic.ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            notes.append(f"samples/{file.name} line {number}: skipped, bad field {where}")
+            continue
+        images[image.id] = image
+    return images
 
 
 def _read_lines(file: Path, notes: list[str]) -> list[tuple[int, dict]]:
@@ -230,19 +274,27 @@ class Row:
     unit: str = ""
 
 
-TABLE = (
+BALANCED = (
     Row("precision", "precision", 100),
     Row("recall", "recall", 100),
     Row("linguistic", "linguistic", 100),
     Row("b-CapScore", "b_capscore"),
     Row("b-CapScore, corpus", "corpus_b_capscore"),
+)
+# Metrics of the miniature after published ones, whose scores they are not to be taken for.
+MINIATURE = (
+    Row("DCScore (mini)", "dcscore", 100),
+    Row("CaptionQA (mini)", "captionqa", 100),
+    Row("arena (mini)", "arena", 100),
+)
+LENGTHS = (
     Row("mean words", "words", better=0),
     Row("in band", "in_band", 100, unit="%"),
     Row("truncated", "truncated", 100, better=-1, unit="%"),
 )
-# What an evaluation holds beside the means of rewards.
-_OTHERS = frozenset({*(row.key for row in TABLE), "tokens", "n", "images", "invalid"})
-PLAIN_TABLE = ("precision", "recall", "linguistic", "b_capscore", "words", "in_band")
+TABLE = (*BALANCED, *MINIATURE, *LENGTHS)
+# What an evaluation holds beside the means of a run's own rewards.
+_OTHERS = frozenset({*(row.key for row in TABLE), "tokens", "n", "images", "invalid", "habits"})
 
 
 def scale_of(reward: str) -> float:
@@ -251,10 +303,11 @@ def scale_of(reward: str) -> float:
 
 
 def rows_of(evaluations: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
-    """TABLE, and before it a row for each other reward that was evaluated."""
+    """TABLE, with a row for each other reward that was evaluated behind those of BalCap."""
     names = (name for evaluation in evaluations for name, value in evaluation.items() if isinstance(value, dict))
     others = [name for name in dict.fromkeys(names) if name not in _OTHERS]
-    return (*(Row(name.replace("_", " "), name, scale_of(name)) for name in others), *TABLE)
+    own = (Row(name.replace("_", " "), name, scale_of(name)) for name in others)
+    return (*BALANCED, *own, *MINIATURE, *LENGTHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,3 +321,40 @@ def cell_of(evaluation: Mapping[str, Any], row: Row) -> Cell:
     value = evaluation.get(row.key)
     parts = value if isinstance(value, dict) else {"mean": value}
     return Cell(*(row.scale * parts[key] if is_number(parts.get(key)) else None for key in ("mean", "std")))
+
+
+_LEAST_DISTANCE = 1.0  # points of b-CapScore; a share of less is noise
+
+
+def closed_share(labels: Sequence[str], ceiling: str | None, evaluations: Mapping[str, Any]) -> float | None:
+    """The share of the distance in b-CapScore from the first of the two `labels` to the ceiling that the last closed.
+
+    None where one of the three has no score, or the first is not below the ceiling.
+    """
+    if ceiling is None or len(labels) < 2:
+        return None
+    row = next(row for row in BALANCED if row.key == "b_capscore")
+    before, after, most = (cell_of(mapping(evaluations.get(label)), row).mean for label in (*labels, ceiling))
+    if None in (before, after, most) or most - before < _LEAST_DISTANCE:
+        return None
+    return (after - before) / (most - before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Percentage of the `n` captions in which a habit could occur that have it."""
+
+    percent: float | None
+    n: float | None
+
+
+def habits_in(evaluations: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The habits that were counted, in the order of HABITS; unknown names last."""
+    counted = dict.fromkeys(name for evaluation in evaluations for name in mapping(evaluation.get("habits")))
+    return [*(name for name in HABITS if name in counted), *(name for name in counted if name not in HABITS)]
+
+
+def share_of(evaluation: Mapping[str, Any], habit: str) -> Share:
+    value = mapping(mapping(evaluation.get("habits")).get(habit))
+    share, n = (value.get(key) if is_number(value.get(key)) else None for key in ("share", "n"))
+    return Share(None if share is None else 100 * share, n)

@@ -16,6 +16,7 @@ import numpy as np
 
 from balcap_jax.data.choices import lettered
 from balcap_jax.data.scenes import faults, language
+from balcap_jax.data.scenes.habits import habits_of
 from balcap_jax.data.scenes.questions import questions
 from balcap_jax.data.scenes.reading import claim_from_unit, covers, parse
 from balcap_jax.data.scenes.world import Scene
@@ -104,7 +105,10 @@ def _questions_of(scene: Scene) -> list[dict]:
 
 
 class Miniature(RewardFn):
-    """The three metrics in the form of a reward with K = 3, so that evaluations score them beside the objectives."""
+    """The three metrics in the form of a reward with K = 3, so that evaluations score them beside the objectives.
+
+    A detail holds under "habits" which habits of the base captioner the caption has, of those that its scene allows.
+    """
 
     names: tuple[str, ...] = ("dcscore", "captionqa", "arena")
     gated: tuple[bool, ...] = (False, False, False)
@@ -116,8 +120,13 @@ class Miniature(RewardFn):
             scene, units = scene_of(samples.metadata[b]), samples.reference_units[b]
             caption = samples.captions[b][g]
             values = dcscore(caption, scene, units), captionqa(caption, scene), arena(caption, scene, units)
-            scored.append([(value, {}) for value in values])
+            scored.append([(value, {"habits": habits_of(caption, scene)}) for value in values])
         return collect(self, samples, scored, None)
+
+
+def is_exact(judge: Judge, fields: Collection[str]) -> bool:
+    """Whether the judge is exact about examples with these `fields`, so that evaluating them costs no call."""
+    return judge.is_exact and set(Miniature.needs) <= set(fields)
 
 
 def with_miniature(measure: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn:
@@ -125,5 +134,4 @@ def with_miniature(measure: RewardFn, judge: Judge, fields: Collection[str]) -> 
 
     `fields` are those that examples have.
     """
-    exact = judge.is_exact and set(Miniature.needs) <= set(fields)
-    return Joined(measure, Miniature()) if exact else measure
+    return Joined(measure, Miniature()) if is_exact(judge, fields) else measure

@@ -18,6 +18,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_bytes, write_text
 from balcap_jax.config.recipes import stage_order
 from balcap_jax.data.input import as_columns
+from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.data.words import count_words
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import sharding
@@ -28,8 +29,9 @@ from balcap_jax.rollout import Sampling, compile_rollout
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
 
 SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
-# Evaluations in summary.json: of sampled captions, and of greedy ones.
-KINDS = ("evaluations", "greedy")
+# Evaluations in summary.json: of greedy captions, and of sampled ones; and the files of samples/ that hold them.
+KINDS = ("greedy", "evaluations")
+_FILES = {"greedy": "greedy-{}.jsonl", "evaluations": "eval-{}.jsonl"}
 # Samples of evaluations draw from a stream of their own: no training step has this number.
 EVALUATION_STEP = 2**31 - 1
 
@@ -52,7 +54,8 @@ class HeldOut:
             job.prompt(columns)
         length, temperature = config.rollout.max_tokens, config.rollout.eval_temperature
         sampled = Sampling(config.log.eval_samples, length, temperature or 1.0, greedy=not temperature)
-        self._samplings = dict(zip(KINDS, (sampled, Sampling(1, length, temperature or 1.0, greedy=True)), strict=True))
+        greedy = Sampling(1, length, temperature or 1.0, greedy=True)
+        self._samplings = {"greedy": greedy, "evaluations": sampled}
         self._rollouts: dict[tuple, Any] = {}
 
     def evaluate(self, params: Params) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
@@ -154,7 +157,11 @@ def references_as_samples(examples: Sequence[Mapping[str, Any]]) -> Samples:
 
 
 def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Means of an evaluation: {name: {"mean", "std"}} with the spread over captions, "n" captions, "invalid" scores."""
+    """Means of an evaluation: {name: {"mean", "std"}} with the spread over captions, "n" captions, "invalid" scores.
+
+    Where captions are compared with their scenes, "habits" is {habit: {"share", "n"}}: of the n captions in which the
+    habit could occur, the share that has it.
+    """
     captions = [caption for record in records for caption in record["captions"]]
     columns = {name: [caption["rewards"][name] for caption in captions] for name in names}
     invalid = sum(None in scores for scores in zip(*columns.values(), strict=True))
@@ -170,11 +177,32 @@ def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
         complete = np.array([None not in scores for scores in zip(*objectives, strict=True)])
         summary["b_capscore"]["mean"] = _finite(b_capscore(*values, complete))
         summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, complete)), "std": None}
-    return summary | {"n": len(captions), "images": len(records), "invalid": invalid}
+    summary |= {"n": len(captions), "images": len(records), "invalid": invalid}
+    habits = _count_habits(captions)
+    return summary | ({"habits": habits} if habits else {})
 
 
-def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]) -> None:
-    """Writes samples/eval-<label>.jsonl and the pictures it names, where they are not there yet.
+def _count_habits(captions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """In the order of HABITS; those that could occur in none of the captions are left out."""
+    counted = {}
+    details = [caption.get("habits") for caption in captions]
+    details = [detail for detail in details if isinstance(detail, Mapping)]  # A user's own reward may use the name.
+    for name in HABITS:
+        found = [detail[name] for detail in details if isinstance(detail.get(name), bool)]
+        if found:
+            counted[name] = {"share": sum(found) / len(found), "n": len(found)}
+    return counted
+
+
+def captions_file(workdir: Path, kind: str, label: str) -> Path:
+    """The file of samples/ that holds the captions of an evaluation."""
+    return workdir / "samples" / _FILES[kind].format(label)
+
+
+def write(
+    workdir: Path, kind: str, label: str, records: Sequence[Mapping[str, Any]], images: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the captions of an evaluation and the pictures that they name, where these are not there yet.
 
     Photographs are shrunk to SHOWN_PIXELS: they are there to be looked at in the report.
     """
@@ -187,7 +215,7 @@ def write(workdir: Path, label: str, records: Sequence[Mapping[str, Any]], image
                 picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
             picture.save(file, format="PNG")
             write_bytes(path, file.getvalue())
-    write_text(workdir / "samples" / f"eval-{label}.jsonl", json_text.lines(records))
+    write_text(captions_file(workdir, kind, label), json_text.lines(records))
 
 
 def batches(examples: Sequence[Mapping[str, Any]], size: int) -> list[tuple[Mapping[str, Any], int]]:

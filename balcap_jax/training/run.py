@@ -33,6 +33,7 @@ from balcap_jax.models.formats import loading
 from balcap_jax.models.formats import orbax as model_arrays
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
+from balcap_jax.rewards import miniature
 from balcap_jax.train_step import TrainState
 from balcap_jax.training import evaluation
 from balcap_jax.training.checkpoint import Checkpointer
@@ -46,6 +47,8 @@ from balcap_jax.training.workdir import claim, dump_samples, read_summary, reada
 # Values of a step that are for the run itself and not for the log.
 _UNLOGGED = ("tokens", "nonfinite", "failed_calls", "calls")
 _SEEDS_OF_A_RUN = 4  # stages that there are; each shuffles the data by a seed of its own
+# The stage on faultless references. What it ends with is evaluated where that costs nothing: what the miniature allows.
+CEILING = "align"
 
 
 class Position(pydantic.BaseModel):
@@ -181,7 +184,7 @@ class Run:
             write_text(workdir / "config.json", configuration.to_text(config))
             if data.left_out:
                 write_text(workdir / "left_out.jsonl", json_text.lines(entry._asdict() for entry in data.left_out))
-        self._held_out = held_out
+        self._held_out, self._is_exact = held_out, miniature.is_exact(self.judge, data.fields)
         log, checkpoint, enter = config.log, config.checkpoint, self._open.enter_context
         files = {"keep": checkpoint.keep, "beside": [workdir / "metrics.jsonl"]}
         self._checkpointer = enter(Checkpointer(workdir / "checkpoints", **files, asynchronous=checkpoint.asynchronous))
@@ -377,8 +380,20 @@ class Run:
 
     def end(self, stage: Stage, state: TrainState) -> None:
         """Evaluates what a stage ends with."""
-        if stage.writes_captions and not self._is_evaluated(stage.name):
+        if (stage.writes_captions or self._is_ceiling(stage.name)) and not self._is_evaluated(stage.name):
             self._evaluate(stage.name, state.params)
+
+    def catch_up(self, name: str, params: Params) -> None:
+        """Evaluates the ceiling of a past stage where it is missing, if the checkpoint that ends the stage is there.
+
+        `params` are the shapes of what the stage left.
+        """
+        last = self.last[name]
+        if self._is_ceiling(name) and not self._is_evaluated(name) and last in self._checkpointer.steps():
+            self._evaluate(name, self.restore_params(last, params))
+
+    def _is_ceiling(self, name: str) -> bool:
+        return name == CEILING and self._is_exact and self.config.stages[name].steps > 0
 
     def _is_evaluated(self, label: str) -> bool:
         return label in self.summary.get("evaluations", {})
@@ -388,8 +403,8 @@ class Run:
         with self.clock.phase("evaluate"):
             for kind, means, records in self._held_out.evaluate(params):
                 self.summary.setdefault(kind, {})[label] = means
-                if kind == "evaluations" and self.leads:
-                    evaluation.write(self.workdir, label, records, self._held_out.images)
+                if self.leads:
+                    evaluation.write(self.workdir, kind, label, records, self._held_out.images)
         self._spending.update()
         self._write_summary()
 
@@ -412,8 +427,8 @@ class Run:
         if self.leads:
             for path in (self.model, self.best_model):
                 shutil.rmtree(path, ignore_errors=True)
-            for label in labels:
-                (self.workdir / "samples" / f"eval-{label}.jsonl").unlink(missing_ok=True)
+            for kind, label in itertools.product(evaluation.KINDS, labels):
+                evaluation.captions_file(self.workdir, kind, label).unlink(missing_ok=True)
             if (self.workdir / "summary.json").exists():
                 self._write_summary()
 

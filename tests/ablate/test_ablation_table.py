@@ -104,7 +104,7 @@ def test_tables():
     assert table[2]["metrics"]["b_capscore"]["seeds"] == {"0": 74.0, "1": 74.0, "2": 74.0}
     assert "against_full" not in table[0]["metrics"]["b_capscore"]
     assert markdown(table).splitlines() == [
-        "| variant | b-CapScore | DCScore | words |",
+        "| variant | b-CapScore | DCScore (mini) | words |",
         "|---|---|---|---|",
         "| base | 40.0 | - | - |",
         "| full | 79.0 ± 1.0 | 60.0 ± 0.0 | 40.0 ± 0.0 |",
@@ -112,7 +112,7 @@ def test_tables():
         "| mine<&> | 79.5 | - | - |",
     ]
     assert claims_markdown(table).splitlines()[2:] == [
-        "| grpo | DCScore | falls (paper) | full | +0.0 ± 38.1 | not told apart |",
+        "| grpo | DCScore (mini) | falls (paper) | full | +0.0 ± 38.1 | not told apart |",
         "| grpo | b-CapScore | falls (method) | full | -5.0 ± 2.5 | yes |",
     ]
 
@@ -122,7 +122,7 @@ def test_the_plot_is_whole_and_places_values_in_order():
     space = "{http://www.w3.org/2000/svg}"
     texts = [text.text for text in root.iter(f"{space}text")]
     assert [*VALUES] == texts[:4]
-    assert [text for text in texts if text in METRICS.values()] == ["b-CapScore", "DCScore", "words"]
+    assert [text for text in texts if text in METRICS.values()] == ["b-CapScore", "DCScore (mini)", "words"]
     seeds = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{space}circle") if c.get("class") == "s"]
     assert len(seeds) == sum(
         metric in one for by_seed in VALUES.values() for one in by_seed.values() for metric in METRICS

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from balcap_jax.data.scenes import faults, language
+from balcap_jax.data.scenes.habits import habits_of
 from balcap_jax.data.scenes.questions import questions
 from balcap_jax.data.scenes.reading import parse
 from balcap_jax.data.scenes.world import Scene, SceneObject, sample_scene
@@ -143,6 +144,7 @@ def test_evaluations_of_scenes_score_them_beside_the_objectives():
     np.testing.assert_allclose(scores.rewards[0, 0, 3:], expected, rtol=1e-6)
     np.testing.assert_allclose(scores.rewards[0, 0, :3], [7 / 9, 7 / 11, 12 / 15], rtol=1e-6)
     assert scores.rewards[0, 1, 3] == 0.0
+    assert [detail["habits"] for detail in scores.detail[0]] == [habits_of(CAPTION, SCENE), habits_of("", SCENE)]
     assert with_miniature(reward := BalCapReward(judge), judge, {"reference"}) is reward
     assert with_miniature(reward, Judge(), fields) is reward
     assert set(Miniature.needs) <= fields

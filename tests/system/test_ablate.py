@@ -6,7 +6,17 @@ import signal
 import time
 
 import pytest
-from commands import RECIPE, assert_same_run, finish, read_metrics, rewind, start, start_afresh
+from commands import (
+    RECIPE,
+    assert_same_run,
+    checkpoints,
+    finish,
+    read_metrics,
+    read_summary,
+    rewind,
+    start,
+    start_afresh,
+)
 
 from balcap_jax.ablate import __main__ as ablate
 from balcap_jax.ablate.__main__ import cost, is_finished, plan, with_variant
@@ -113,6 +123,21 @@ def test_a_study_that_was_killed_goes_on(tmp_path, data_dir, finished, recipe):
     assert len(read_metrics(grpo)) == 10
     done = finish(start("balcap_jax.ablate", *given))
     assert done.stdout == f"table: {out / 'table.md'}\n"
+
+
+def test_a_variant_has_the_ceiling_of_its_base(tmp_path, finished):
+    """And no more of its results: what rl starts from is evaluated in the variant's own run."""
+    base, workdir = tmp_path / "base", tmp_path / "runs" / "full-seed0"
+    rewind(finished.workdir, base, 4)
+    summary = read_summary(base)
+    ceiling = {kind: {"align": evaluations["rl"]} for kind, evaluations in summary.items()}
+    both = {kind: ceiling[kind] | {"sft": evaluations["sft"]} for kind, evaluations in summary.items()}
+    (base / "summary.json").write_text(json.dumps(both | {"seconds": {"wall": 3.0}}))
+    (base / "samples" / "greedy-align.jsonl").write_text("a line\n")
+    ablate.copy_base(base, workdir)
+    assert json.loads((workdir / "summary.json").read_text()) == ceiling
+    assert [path.name for path in (workdir / "samples").iterdir()] == ["greedy-align.jsonl"]
+    assert checkpoints(workdir) == [4]
 
 
 def test_runs_of_a_plan(tmp_path, recipe):

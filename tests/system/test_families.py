@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import assert_same_run, read_arrays, read_metrics, rewind, train
+from commands import assert_same_run, read_arrays, read_metrics, read_summary, rewind, train
 
 from balcap_jax import models
 
@@ -81,8 +81,12 @@ def assert_merged(model: dict[str, np.ndarray], trained: dict[str, np.ndarray]) 
 # After step 3 the parameters hold no adapters yet.
 @pytest.mark.parametrize(("step", "stage"), [(3, "align"), (6, "rl")])
 def test_all_stages_resumed_equal_uninterrupted(tmp_path, data_dir, whole, step, stage):
+    """Nothing was evaluated, or all of it was lost: the ends of align and of sft are evaluated from checkpoints."""
     resumed = tmp_path / "resumed"
     rewind(whole, resumed, step)
+    (resumed / "summary.json").unlink()
+    for file in (resumed / "samples").glob("*.jsonl"):
+        file.unlink()
     done = train(resumed, data_dir, **ALL)
     assert f"going on after step {step} of 8 ({stage})" in done.stdout
     assert_same_run(resumed, whole)
@@ -95,6 +99,9 @@ def test_what_each_stage_trains(whole):
     assert divergence[0] < 1e-6 < divergence[-1], "the KL term never left 0: nothing was tested"
     assert max(line["drift/max_abs_logp"] for line in log if line["stage"] == "rl") < 1e-3
     assert "b-CapScore" in (whole / "report.html").read_text()
+    for evaluations in read_summary(whole).values():
+        assert list(evaluations) == ["align", "sft", "rl"]
+        assert evaluations["align"] != evaluations["sft"]
 
     before, seen, sft, rl = (state_of(whole, step) for step in (2, 3, 5, 8))
     assert not any(map(is_adapter, seen))

@@ -138,22 +138,26 @@ def of_runs(root: Path) -> list[Target]:
         "fluency": 4,
         "coherency": 4,
         "failures": {"recall": "down"},
+        "habits": {"companion": True},
     }
     image = {"id": "a", "prompt": "p", "reference": "r", "reference_units": ["u"], "captions": [caption] * 2}
     means = {"precision": {"mean": 0.5, "std": 0.1}, "b_capscore": 50.0, "words": 8.0, "n": 4, "images": 2}
+    means |= {"habits": {"companion": {"share": 0.5, "n": 2}}}
     records = [
         {"step": step, "stage": stage, "loss": 1.0, "reward/precision": 0.5, "time/update": 0.1, "kl": 0.0}
         for stage in ("sft", "rl")
         for step in range(1, 4)
     ]
-    summary = {kind: {"sft": means, "rl": means} for kind in ("evaluations", "greedy")}
+    ceiling = means | {"b_capscore": 90.0}
+    summary = {kind: {"align": ceiling, "sft": means, "rl": means} for kind in ("evaluations", "greedy")}
     summary |= {"seconds": {"sft": 3.0}, "judge": {"calls": 3, "failures": {"x": 1}}}
     files = {
         "metrics.jsonl": records,
-        "config.json": {"name": "x", "stages": {"order": "sft,rl"}, "data": {"name": "scenes"}},
+        "config.json": {"name": "x", "stages": {"order": "align,sft,rl"}, "data": {"name": "scenes"}},
         "summary.json": summary,
         "samples/eval-sft.jsonl": [image],
         "samples/eval-rl.jsonl": [image, image | {"id": "b"}],
+        "samples/greedy-rl.jsonl": [image, image | {"id": "b"}],
     }
     written = [write(run / name, content) for name, content in files.items()]
     page = root / "report.html"

@@ -1,9 +1,17 @@
-"""The report of a real run, from another directory and through a path with spaces."""
+"""The report of a real run, from another directory and through a path with spaces; and what it is made from."""
 
 import html
+import itertools
 import json
 
-from commands import finish, start_afresh
+import pytest
+from commands import RECIPE, finish, read_summary, start_afresh
+
+from balcap_jax import data
+from balcap_jax.config import recipes
+from balcap_jax.data.input import examples
+from balcap_jax.data.scenes.habits import HABITS, habits_of
+from balcap_jax.data.scenes.world import Scene
 
 
 def test_captions_of_before_and_after(finished):
@@ -15,13 +23,38 @@ def test_captions_of_before_and_after(finished):
     assert done.stderr == ""
     text = page.read_text()
     assert str(page.relative_to(elsewhere)) in done.stdout
-    for label in ("sft", "rl"):
-        lines = (finished.workdir / "samples" / f"eval-{label}.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        assert len(records) == 4
+    for label, (kind, count) in itertools.product(("sft", "rl"), (("greedy", 1), ("eval", 3))):
+        records = captions_of(finished.workdir, kind, label)
+        assert [len(record["captions"]) for record in records] == [count] * 4
         shown = [
             html.escape(record["captions"][0]["caption"]) in text
             and html.escape(record["captions"][0]["caption"]) in written_by_training
             for record in records
         ]
-        assert all(shown), label
+        assert all(shown), (kind, label)
+
+
+def captions_of(workdir, kind, label):
+    return [json.loads(line) for line in (workdir / "samples" / f"{kind}-{label}.jsonl").read_text().splitlines()]
+
+
+def test_habits_of_all_captions_are_counted(finished, data_dir):
+    """Of each caption against its own scene, and the shares of the summary against a slow count."""
+    recipe = recipes.load(str(RECIPE))
+    splits = data.load(recipe.data.to_dict() | {"data_dir": str(data_dir)}, recipe.model.image_size)
+    scenes = {one["id"]: Scene.from_json(one["scene"]) for one in examples(splits.test, 4)}
+    summary = read_summary(finished.workdir)
+    for (kind, prefix), label in itertools.product(
+        (("greedy", "greedy"), ("evaluations", "eval")), ("sft", "rl-8", "rl")
+    ):
+        found = []
+        for record in captions_of(finished.workdir, prefix, label):
+            for caption in record["captions"]:
+                assert caption["habits"] == habits_of(caption["caption"], scenes[record["id"]])
+                found += caption["habits"].items()
+        counted = summary[kind][label]["habits"]
+        assert counted, "no habit could occur: nothing was tested"
+        assert list(counted) == [name for name in HABITS if name in dict(found)]
+        for name, entry in counted.items():
+            of_habit = [has for other, has in found if other == name]
+            assert entry == {"share": pytest.approx(sum(of_habit) / len(of_habit)), "n": len(of_habit)}

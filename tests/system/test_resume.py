@@ -182,6 +182,7 @@ def test_a_finished_run_whose_files_were_deleted_or_damaged(tmp_path, data_dir, 
     kill_at("log:11", workdir, data_dir, stages__rl__steps=8)
     assert not (workdir / "model").exists(), "a model of 10 steps under the name of one of 12"
     assert not (workdir / "samples" / "eval-rl.jsonl").exists()
+    assert not (workdir / "samples" / "greedy-rl.jsonl").exists()
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path, data_dir, finished):
@@ -216,11 +217,13 @@ def test_a_run_of_all_stages_killed_while_aligning_equals_uninterrupted(tmp_path
     train(whole, data_dir, **stages)
     kill_at("log:2", resumed, data_dir, **stages)  # while the tower is pretrained
     kill_at("log:6", resumed, data_dir, **stages)  # while aligning
+    kill_at("rename:eval-align.jsonl", resumed, data_dir, **stages)  # aligned, and not evaluated
+    assert not (resumed / "summary.json").exists()
     done = train(resumed, data_dir, **stages)
-    assert "going on after step 4 of 10 (align)" in done.stdout
+    assert "going on after step 6 of 10 (align)" in done.stdout
     assert_same_run(resumed, whole)
     assert [line["stage"] for line in read_metrics(whole)] == ["vision"] * 3 + ["align"] * 3 + ["sft"] * 2 + ["rl"] * 2
-    assert list(read_summary(whole)["evaluations"]) == ["sft", "rl"]
+    assert list(read_summary(whole)["evaluations"]) == ["align", "sft", "rl"]
 
 
 # A corner: no recipe has such a stage.

@@ -1,0 +1,182 @@
+"""The report's tables: evaluations before, after and at the ceiling, and habits; as text, and as rows of the page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from balcap_jax.data.scenes.habits import HABITS
+from balcap_jax.report.run import (
+    BALANCED,
+    KINDS,
+    TABLE,
+    USUAL_ORDER,
+    Cell,
+    Run,
+    before_and_after,
+    ceiling_of,
+    cell_of,
+    closed_share,
+    habits_in,
+    is_number,
+    label_text,
+    mapping,
+    rows_of,
+    share_of,
+)
+
+CEILING_TITLE = "ceiling"
+# Rows that the terminal leaves out.
+_ONLY_ON_THE_PAGE = ("corpus_b_capscore", "truncated")
+_OF_BALCAP = BALANCED[:4]  # its three objectives and b-CapScore
+_NAMES, _NUMBERS = 24, 10  # characters: width of a row's name, of a column
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def result_text(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
+    """What ends a training with the stages `order`: the tables of greedy and of sampled captions, and of habits."""
+    parts = []
+    for kind, title in KINDS.items():
+        if evaluations := mapping(summary.get(kind)):
+            images = mapping(next(reversed(evaluations.values()))).get("images", "?")
+            parts.append(f"\n{images} held-out images, {title} captions\n{before_after_table(summary, order, kind)}")
+    if table := habit_table(summary, order):
+        parts.append(f"\n{table}")
+    return "\n".join(parts)
+
+
+def before_after_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER, kind: str = "greedy") -> str:
+    """The first and the last of the `summary`'s evaluations of one of KINDS, their difference, and the ceiling."""
+    evaluations = mapping(summary.get(kind))
+    labels, ceiling = before_and_after(evaluations, order), ceiling_of(evaluations, order)
+    if not labels:
+        return "no evaluation yet"
+    columns = [mapping(evaluations[label]) for label in (*labels, *([ceiling] if ceiling else []))]
+    names = [label_text(label) for label in labels] + (["change"] if len(labels) > 1 else [])
+    names += [CEILING_TITLE] if ceiling else []
+    count = columns[len(labels) - 1].get("n")
+    lines = [_line(f"{count} captions" if is_number(count) else "", names)]
+    is_balanced = any(cell_of(column, row).mean is not None for column in columns for row in _OF_BALCAP)
+    for row in rows_of(columns):
+        cells = [cell_of(column, row) for column in columns]
+        if row.key in _ONLY_ON_THE_PAGE or (row in _OF_BALCAP and not is_balanced):
+            continue
+        if row in TABLE and row not in _OF_BALCAP and all(cell.mean is None for cell in cells):
+            continue
+        values = ["-" if cell.mean is None else f"{cell.mean:.1f}{row.unit}" for cell in cells]
+        if len(labels) > 1:
+            delta = difference(*cells[:2])
+            values.insert(2, "-" if delta is None else f"{delta:+.1f}")
+        lines.append(_line(row.name, values))
+    if kind == "greedy" and (closed := closed_text(labels, ceiling, evaluations)):
+        lines.append(closed)
+    return "\n".join(lines)
+
+
+def habit_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
+    """Percentages of captions that have each habit, where it could occur; empty where no habit was counted."""
+    columns, titles = [], []
+    for kind, title in KINDS.items():
+        evaluations = mapping(summary.get(kind))
+        labels = before_and_after(evaluations, order)
+        columns += [mapping(evaluations[label]) for label in labels]
+        titles += [(title if label == labels[0] else "", label_text(label)) for label in labels]
+    names = habits_in(columns)
+    if not names:
+        return ""
+    lines = [_line("", [kind for kind, _ in titles]).rstrip(), _line("habits, % of captions", [t for _, t in titles])]
+    for name in names:
+        shares = [share_of(column, name).percent for column in columns]
+        lines.append(_line(name, ["-" if share is None else f"{share:.1f}" for share in shares]))
+    return "\n".join(lines)
+
+
+def _line(name: str, values: Sequence[str]) -> str:
+    return f"{name:<{_NAMES}}" + "".join(f"{value:>{_NUMBERS}}" for value in values)
+
+
+def difference(before: Cell, after: Cell) -> float | None:
+    return None if before.mean is None or after.mean is None else after.mean - before.mean
+
+
+def closed_text(labels: Sequence[str], ceiling: str | None, evaluations: Mapping[str, Any]) -> str:
+    """One sentence of `closed_share`; empty where there is none."""
+    share = closed_share(labels, ceiling, evaluations)
+    if share is None:
+        return ""
+    before, after = (label_text(label) for label in labels)
+    return f"{after} closes {100 * share:.0f}% of the distance from {before} to the ceiling in b-CapScore"
+
+
+# --- as rows of the page ----------------------------------------------------------------------------------------------
+
+
+def tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One table for each kind of evaluation that any of the runs has."""
+    found = []
+    for kind, title in KINDS.items():
+        if rows := _rows(runs, kind):
+            table = {"title": f"{title.capitalize()} captions", "rows": rows, "counts": _counts(runs, kind)}
+            found.append(table | {"closed": [_closed_of(run) for run in runs] if kind == "greedy" else []})
+    return found
+
+
+def _rows(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
+    """Each run has its cells in the order of its labels, the change, and the ceiling (None: the run has none)."""
+    shown = {run.path: [*run.labels, *([run.ceiling] if run.ceiling else [])] for run in runs}
+    rows = []
+    for row in rows_of([run.evaluation(label, kind) for run in runs for label in shown[run.path]]):
+        per_run = []
+        for run in runs:
+            cells = [cell_of(run.evaluation(label, kind), row) for label in run.labels]
+            ceiling = cell_of(run.evaluation(run.ceiling, kind), row) if run.ceiling else None
+            delta = difference(*cells) if len(cells) > 1 else None
+            signed = 0.0 if delta is None else round(delta, 1) * row.better
+            verdict = "up" if signed > 0 else "down" if signed < 0 else ""
+            per_run.append({"cells": cells, "delta": delta, "verdict": verdict, "ceiling": ceiling})
+        if any(cell.mean is not None for entry in per_run for cell in (*entry["cells"], entry["ceiling"]) if cell):
+            rows.append({"name": row.name, "key": row.key, "unit": row.unit, "runs": per_run})
+    return rows
+
+
+def _closed_of(run: Run) -> dict[str, Any]:
+    """The share of `closed_share` in percent, and the sentence about it."""
+    evaluations = mapping(run.summary.get("greedy"))
+    share = closed_share(run.labels, run.ceiling, evaluations)
+    text = closed_text(run.labels, run.ceiling, evaluations)
+    return {"run": run.name, "percent": None if share is None else 100 * share, "text": text}
+
+
+def _counts(runs: Sequence[Run], kind: str) -> list[str]:
+    """What the tables' means are over, such as "48 images, 192 captions"; one entry where all runs agree."""
+    texts = []
+    for run in runs:
+        for label in run.labels[-1:]:
+            evaluation = run.evaluation(label, kind)
+            counts = {"images": evaluation.get("images"), "captions": evaluation.get("n")}
+            texts.append(", ".join(f"{count:g} {name}" for name, count in counts.items() if is_number(count)))
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def habit_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each habit: its meaning, and by run the shares of each kind, the ceiling's, and captions by kind.
+
+    The ceiling's share is that of its greedy captions.
+    """
+    evaluations = [run.evaluation(label, kind) for run in runs for kind in KINDS for label in run.labels]
+    rows = []
+    for name in habits_in(evaluations):
+        per_run = []
+        for run in runs:
+            shares = {kind: [share_of(run.evaluation(label, kind), name) for label in run.labels] for kind in KINDS}
+            ceiling = share_of(run.evaluation(run.ceiling, "greedy"), name).percent if run.ceiling else None
+            counts = [found[-1].n for found in shares.values() if found]
+            per_run.append(
+                {
+                    "percents": [[share.percent for share in found] for found in shares.values()],
+                    "ceiling": ceiling,
+                    "counts": " / ".join("–" if n is None else f"{n:g}" for n in counts),
+                }
+            )
+        rows.append({"name": name, "meaning": HABITS.get(name, ""), "runs": per_run})
+    return rows
