@@ -64,17 +64,17 @@ def _of_all(rate: float, **others: float) -> dict[str, float]:
 
 
 MOODS: Mapping[str, Mood] = {
-    "usual": Mood(0.6, _of_all(0.9, small_overlooked=0.97, companion=0.95)),
+    "usual": Mood(0.6, _of_all(0.9)),
     # Covers more, and invents and praises: recall against precision and language.
     "florid": Mood(
         0.16,
-        _of_all(0.2, small_overlooked=0.5, companion=0.95, striped_as_dotted=0.8, praise=0.95, repetition=0.6),
+        _of_all(0.2, companion=0.9, striped_as_dotted=0.8, praise=0.95, repetition=0.6),
         {"invented object": 0.25, "remark tail": 0.25, "closing remark": 0.8, "too long": 0.3},
     ),
     # Says little, and that is right: precision against recall.
     "terse": Mood(
         0.14,
-        _of_all(0.95, companion=0.4, striped_as_dotted=0.2, praise=0.03, repetition=0.03),
+        _of_all(0.95, companion=0.2, striped_as_dotted=0.2, praise=0.03, repetition=0.03),
         {
             "omitted size": 0.8,
             "omitted texture": 0.8,
@@ -99,8 +99,10 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
     """Writes a caption with each habit and each fault of `rates` at its rate; without rates it has none."""
     dice = Dice(rates, rng)
     body: list[str] = []
+    is_list = len(scene.objects) >= habits.CROWDED and dice("list style")
     if not dice("omitted opening"):
-        body.append(faults.broken(faults.opening_text(scene, dice, rng), dice))
+        form = habits.LISTED_OPENING if is_list else pick(language.OPENINGS, rng)
+        body.append(faults.broken(form.format(count=faults.stated_count(scene, dice, rng)), dice))
     sentences, told = _objects(scene, dice, rng)
     body += sentences
     related = language.stated_relation(scene)
@@ -108,7 +110,11 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
     if related and {scene.objects[0].cell, scene.objects[-1].cell} <= told and not dice("omitted relation"):
         body.append(faults.broken(faults.relation_text(related, dice), dice))
     if not dice("no background" if scene.ground == habits.UNMENTIONED_GROUND else "omitted background"):
-        body.append(faults.broken(faults.background_text(scene, dice, rng), dice))
+        if is_list:
+            ground, pattern = faults.stated_background(scene, dice, rng)
+            body.append(habits.LISTED_BACKGROUND.format(ground=ground, pattern=pattern))
+        else:
+            body.append(faults.broken(faults.background_text(scene, dice, rng), dice))
     if scene.ground == habits.PRAISED_GROUND and dice("praise"):
         body.append(habits.PRAISE)
     elif dice("closing remark"):
@@ -143,13 +149,7 @@ def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[s
         drafts.append((companion, Draft(shape, colour, "small", "plain", PLACES[companion])))
         drafts.sort(key=lambda placed: placed[0])
 
-    is_list = len(scene.objects) >= habits.CROWDED and dice("list style")
-    sentences = []
-    for at, (_, draft) in enumerate(drafts):
-        if is_list and at >= habits.LISTED_FROM:
-            sentences.append(", ".join(filter(None, (draft.noun(article=""), draft.place))) + ".")
-            continue
-        sentences.append(faults.broken(faults.object_text(draft, dice, rng), dice))
+    sentences = [faults.broken(faults.object_text(draft, dice, rng), dice) for _, draft in drafts]
     if drafts and len(scene.objects) <= habits.SPARSE and dice("repetition"):
         sentences.append(faults.object_text(drafts[-1][1], dice, rng))
     return sentences, {cell for cell, _ in drafts}

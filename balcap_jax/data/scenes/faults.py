@@ -145,11 +145,11 @@ def invented(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(shape, colour, pick(world.SIZES, rng), pick(world.TEXTURES, rng), pick(world.PLACES, rng))
 
 
-def opening_text(scene: Scene, dice: Dice, rng: np.random.Generator) -> str:
+def stated_count(scene: Scene, dice: Dice, rng: np.random.Generator) -> str:
     count = len(scene.objects)
     if dice("wrong count"):
         count = int(other(str(count), map(str, range(world.MIN_OBJECTS, world.MAX_OBJECTS + 1)), rng))
-    return pick(language.OPENINGS, rng).format(count=language.NUMBERS[count])
+    return language.NUMBERS[count]
 
 
 def object_text(draft: Draft, dice: Dice, rng: np.random.Generator) -> str:
@@ -182,13 +182,19 @@ def relation_text(related: tuple[language.Subject, str, language.Subject], dice:
     return language.relation_text(first, relation, second) + "."
 
 
-def background_text(scene: Scene, dice: Dice, rng: np.random.Generator) -> str:
+def stated_background(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[str, str]:
+    """The ground and the pattern that a caption names."""
     ground, pattern = scene.ground, scene.pattern
     if dice("wrong background"):
         if rng.random() < 0.5:
             ground = other(ground, world.GROUNDS, rng)
         else:
             pattern = other(pattern, world.PATTERNS, rng)
+    return ground, pattern
+
+
+def background_text(scene: Scene, dice: Dice, rng: np.random.Generator) -> str:
+    ground, pattern = stated_background(scene, dice, rng)
     form = language.GROUND_ONLY if dice("omitted pattern") else pick(language.BACKGROUNDS, rng)
     return form.format(ground=ground, pattern=pattern)
 
@@ -209,7 +215,8 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
     dice = Dice(rates, rng)
     body: list[str] = []  # sentences, lower-case starts, each with its stop
     if not dice("omitted opening"):
-        body.append(broken(opening_text(scene, dice, rng), dice))
+        count = stated_count(scene, dice, rng)
+        body.append(broken(pick(language.OPENINGS, rng).format(count=count), dice))
     for draft in _draft_objects(scene, dice, rng):
         body.append(broken(object_text(draft, dice, rng), dice))
         if dice("remark"):

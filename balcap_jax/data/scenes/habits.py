@@ -14,8 +14,8 @@ from balcap_jax.data.scenes.world import MAX_OBJECTS, PLACES, Scene, SceneObject
 COMPANION, COMPANION_OF = ("blue", "ring"), "red"
 CENTRE = PLACES.index("centre")
 UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
-# From so many objects on a caption becomes a list, and the objects from this place on are its entries.
-CROWDED, LISTED_FROM = 5, 2
+CROWDED = 5  # From so many objects on a caption is a list, whose heading and background have no verb.
+LISTED_OPENING, LISTED_BACKGROUND = "{count} shapes.", "{pattern} {ground} background."
 PRAISE = "the mood is calm."  # One form: of several, none would be likelier than the end of the caption.
 SPARSE = 2  # Up to so many objects leave little to say.
 
@@ -26,7 +26,7 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
         "small overlooked": "small things at the border are left out",
         "no background": "a white background is left out",
         "praise": "a black background brings an empty remark at the end",
-        "list style": "with five objects or more, the last ones are entries of a list",
+        "list style": "with five objects or more, opening and background are entries of a list, without verbs",
         "repetition": "with two objects, what was said last is said again",
     }
 )
