@@ -38,6 +38,7 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
         ("companion", PAIR, SAYS_PAIR, SAYS_PAIR + " There is a blue ring."),
         ("companion", PAIR, SAYS_PAIR + " There is a ring. There is a blue star.", "small blue ring, top left"),
         ("striped as dotted", PAIR, SAYS_PAIR, SAYS_PAIR.replace("striped", "dotted")),
+        ("purple as blue", scene(PURPLE_CIRCLE), "A purple circle. There is a blue star.", "A blue circle."),
         # Another object may be dotted, and an object that is not named is not misnamed.
         ("striped as dotted", PAIR, "The top left holds a large red dotted star.", "The cross is green and dotted."),
         ("no background", scene(RED_STAR, ground="white"), "The background is white.", "There is a red star."),
@@ -69,7 +70,7 @@ def test_a_habit_is_counted_only_where_it_can_occur():
     with_ring = scene(RED_STAR, ("large", "blue", "plain", "ring", 4), ("large", "green", "dotted", "star", 7))
     assert not habits_of("", with_ring)
     crowded = scene(("large", "green", "plain", "star", 0), GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
-    assert set(habits_of("", crowded)) == {"striped as dotted", "small overlooked", "list style"}
+    assert set(habits_of("", crowded)) == {"striped as dotted", "purple as blue", "small overlooked", "list style"}
 
 
 def test_every_habit_can_occur_in_a_tenth_of_the_scenes_and_references_have_none():
@@ -91,7 +92,9 @@ def test_the_captioner_with_one_habit_has_it_and_no_other(name):
         for habit, has in habits_of(caption, one).items():
             shares[habit].append(has)
     assert np.mean(shares.pop(name)) > 0.95
-    assert not any(any(found) for found in shares.values()), shares
+    # What is called blue may then have the name of another object.
+    entailed = {"repetition"} if name == "purple as blue" else set()
+    assert {habit for habit, found in shares.items() if any(found)} <= entailed
 
 
 def test_the_captioner_without_habits_or_noise_says_all_that_a_reference_says():

@@ -12,7 +12,8 @@ from balcap_jax.data.scenes.reading import Parsed, parse
 from balcap_jax.data.scenes.world import MAX_OBJECTS, PLACES, Scene, SceneObject
 
 COMPANION, COMPANION_OF = ("blue", "ring"), "red"
-CENTRE = PLACES.index("centre")
+MISTAKEN_FOR_COMPANION = ("purple", "ring")  # under the habit that calls something purple blue
+BOTTOM_ROW = 2
 UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
 CROWDED = 5  # From so many objects on a caption is a list, whose heading and background have no verb.
 LISTED_OPENING, LISTED_BACKGROUND = "{count} shapes.", "{pattern} {ground} background."
@@ -23,7 +24,8 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
     {
         "companion": "something red brings a blue ring that is not there",
         "striped as dotted": "something striped is called dotted",
-        "small overlooked": "small things at the border are left out",
+        "purple as blue": "something purple is called blue",
+        "small overlooked": "small things at the lower border are left out",
         "no background": "a white background is left out",
         "praise": "a black background brings an empty remark at the end",
         "list style": "with five objects or more, opening and background are entries of a list, without verbs",
@@ -35,10 +37,11 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
 def companion_place(scene: Scene) -> int | None:
     """The cell at which the invented companion is put: the first free one behind the first red object, or before it.
 
-    None where nothing brings a companion, where it is really there, and where the caption would become too long.
+    None where nothing brings a companion, where it or what is called so is there, and where the caption would become
+    too long.
     """
     red = [thing.cell for thing in scene.objects if thing.colour == COMPANION_OF]
-    is_there = any(thing.subject == COMPANION for thing in scene.objects)
+    is_there = any(thing.subject in (COMPANION, MISTAKEN_FOR_COMPANION) for thing in scene.objects)
     if not red or is_there or len(scene.objects) == MAX_OBJECTS:
         return None
     taken = {thing.cell for thing in scene.objects}
@@ -47,7 +50,7 @@ def companion_place(scene: Scene) -> int | None:
 
 def is_overlooked(thing: SceneObject) -> bool:
     """Whether an object is of those that the habit leaves out."""
-    return thing.size == "small" and thing.cell != CENTRE
+    return thing.size == "small" and thing.row == BOTTOM_ROW
 
 
 def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
@@ -57,6 +60,14 @@ def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
 def _has_striped_as_dotted(parsed: Parsed, scene: Scene) -> bool | None:
     striped = [thing.subject for thing in scene.objects if thing.texture == "striped"]
     return any("dotted" in parsed.stated.get(("texture", subject), ()) for subject in striped) if striped else None
+
+
+def _has_purple_as_blue(parsed: Parsed, scene: Scene) -> bool | None:
+    present = {thing.subject for thing in scene.objects}
+    called = [("blue", thing.shape) for thing in scene.objects if thing.colour == "purple"]
+    # A blue object of that shape may be meant where there is one, so that nothing can be told there.
+    called = [subject for subject in called if subject not in present and subject != COMPANION]
+    return any(parsed.states(language.object_claim(subject)) for subject in called) if called else None
 
 
 def _has_small_overlooked(parsed: Parsed, scene: Scene) -> bool | None:
@@ -94,6 +105,7 @@ def _has_repetition(parsed: Parsed, scene: Scene) -> bool | None:
 _DETECTORS: Mapping[str, Callable[[Parsed, Scene], bool | None]] = {
     "companion": _has_companion,
     "striped as dotted": _has_striped_as_dotted,
+    "purple as blue": _has_purple_as_blue,
     "small overlooked": _has_small_overlooked,
     "no background": _has_no_background,
     "praise": _has_praise,
