@@ -51,13 +51,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.layers = 3
     config.model.mlp = 256
     config.rollout.max_tokens = 80
-    config.rollout.buckets = (64, 80)
+    # One of 64 would be compiled in three stages and hold few of their batches: references have up to 73 tokens.
+    config.rollout.buckets = (80,)
     config.stages.order = "vision,align,sft,rl"
 
     # The tower first, on what is seen where: LLaVA's comes from CLIP, this one from nowhere.
-    config.stages.vision.steps = 700
-    config.stages.vision.batch_size = 64
-    config.stages.vision.learning_rate = 2e-3
+    config.stages.vision.steps = 1000
+    config.stages.vision.batch_size = 32
+    config.stages.vision.learning_rate = 3e-3
+    config.stages.vision.warmup_steps = 40
     config.stages.vision.schedule = "cosine"
     config.stages.vision.freeze = "^(projector|decoder)/"
 

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax.data import photos, sharegpt4v
-from balcap_jax.data.input import Data
+from balcap_jax.data.input import Data, Kept
 from balcap_jax.data.scenes import builder as scenes
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
+
+# A training split whose pictures fill no more bytes stays in memory as it is read.
+# To decode a picture again takes half as long as to learn from it.
+KEPT_BYTES = 1 << 29
 
 
 def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True) -> Data:
@@ -33,5 +37,7 @@ def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True) 
         captions_per_image=config["captions_per_image"],
         seed=config["seed"],
     )
-    splits = (built.as_data_source(split) for split in ("train", "validation", "test"))
-    return Data(*splits, fields=frozenset(built.info.features), tokenizer=scenes_tokenizer())
+    train, *held_out = (built.as_data_source(split) for split in ("train", "validation", "test"))
+    if len(train) * 3 * image_size**2 <= KEPT_BYTES:
+        train = Kept(train)
+    return Data(train, *held_out, fields=frozenset(built.info.features), tokenizer=scenes_tokenizer())

@@ -39,6 +39,26 @@ class Data(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+class Kept(Sequence):
+    """A source whose examples stay in memory from their first reading on: those of a small data set are read often.
+
+    Threads may read at once. Nobody may write into an example.
+    """
+
+    def __init__(self, source: Sequence[Mapping[str, Any]]):
+        self._source = source
+        self._examples: dict[int, Mapping[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        index = range(len(self))[index]
+        if index not in self._examples:
+            self._examples[index] = self._source[index]
+        return self._examples[index]
+
+
 def make_dataset(
     source: Sequence[Mapping[str, Any]],
     *,

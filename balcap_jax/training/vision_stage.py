@@ -64,7 +64,8 @@ class VisionStage(Stage):
         """One update on the examples' images. -> (state, values for the log, no samples)"""
         job = self.job
         classes = np.stack([labels.of_tokens(Scene.from_json(text), self._side) for text in examples["scene"]])
-        batch = VisionBatch(*self.rows.put((job.prompt(examples).images, classes)))
+        images = job.processor.prepare_images(examples["image"], examples["id"])
+        batch = VisionBatch(*self.rows.put((images, classes)))
         if self._update is None:
             options = {"freeze": self.programs.freeze, "micro_batches": self.programs.settings.micro_batches}
             update = make_vision_step(job.policy, self.programs.optimizer, labels.CLASSES, **options)

@@ -80,17 +80,39 @@ def test_unshuffled_and_not_repeated():
     assert [indices(batch) for batch in iterator] == [list(range(i, i + 10)) for i in range(0, 50, 10)]
 
 
+class Counted(Source):
+    """Counts its readings."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = 0
+
+    def __getitem__(self, i):
+        self.read += 1
+        return super().__getitem__(i)
+
+
+def test_what_is_kept_is_read_once_and_is_the_same():
+    source = Counted()
+    kept = data_input.make_dataset(data_input.Kept(source), batch_size=10, seed=2, threads=0, prefetch=0)
+    expected = data_input.make_dataset(Source(), batch_size=10, seed=2)
+    for _ in range(3 * LENGTH // 10):
+        batch, same = next(kept), next(expected)
+        assert [batch["id"], batch["captions"]] == [same["id"], same["captions"]]
+        np.testing.assert_array_equal(batch["image"], same["image"])
+    assert source.read <= LENGTH
+
+
+def test_what_is_kept_ends_where_the_source_does():
+    kept = data_input.Kept(Source())
+    assert len(kept) == LENGTH
+    assert kept[-1]["index"] == LENGTH - 1
+    with pytest.raises(IndexError):
+        kept[LENGTH]
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_parts_of_a_batch_make_up_the_whole_whoever_reads_them(count):
-    class Counted(Source):
-        def __init__(self):
-            super().__init__()
-            self.read = 0
-
-        def __getitem__(self, i):
-            self.read += 1
-            return super().__getitem__(i)
-
     whole = take(data_input.make_dataset(Source(), batch_size=6, seed=4), 20)
     parts, states = [], []
     for index in range(count):

@@ -269,6 +269,7 @@ def test_second_preparation_reads_what_the_first_wrote(tmp_path, capsys):
 
 def test_default_settings_are_the_default_config(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "make_example", _refuse)
+    monkeypatch.setattr(builder.spread, "processors", lambda: 1)
     with pytest.raises(AssertionError, match="scenes: train 0 of 4096"):
         builder.prepare(tmp_path)
     assert builder.Scenes(data_dir=tmp_path).builder_config.settings == builder.ScenesSettings()

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from PIL import Image
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, resolved
-from balcap_jax.data import input
+from balcap_jax.data import input, spread
 from balcap_jax.data.scenes import captioner, faults, habits, language, questions, render, world
 
 PROMPT = "Describe the picture."
@@ -31,6 +32,7 @@ FIRST_SEED = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000}
 SEEDS_OF_A_DATA_SET = 3_000_000_000
 # Streams of random numbers of one scene, apart from each other, so that one more question changes no caption.
 _REFERENCE, _CAPTIONS, _QUESTIONS = 1, 2, 3
+_WORTH_A_PROCESS = 1000  # examples: to start Python takes as long as to make half of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +113,12 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, getattr(settings, split)) for split in FIRST_SEED}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
-        for index in range(count):
-            yield index, make_example(split, index, self.builder_config.settings)
+        arguments = [(split, index, self.builder_config.settings) for index in range(count)]
+        processes = min(spread.processors(), count // _WORTH_A_PROCESS)
+        if processes > 1:
+            yield from enumerate(spread.spread(make_example, arguments, processes))
+        else:
+            yield from enumerate(itertools.starmap(make_example, arguments))
 
 
 def make_example(split: str, index: int, settings: ScenesSettings) -> dict:

@@ -91,7 +91,9 @@ def _draw_texture(draw: ImageDraw.ImageDraw, thing: SceneObject, centre, angle: 
     mark = _mix(COLOUR_RGB[thing.colour], (90, 50, 0) if dark else (255, 255, 255), 0.7 if dark else 0.78)
     period = TEXTURE_PERIOD * unit
     x, y = centre
-    steps = range(-5, 6)
+    # Marks further out than the farthest corner, 1.16 radii away, would not show.
+    reach = math.ceil(1.2 * RADIUS[thing.size] / TEXTURE_PERIOD)
+    steps = range(-reach, reach + 1)
     if thing.texture == "striped":
         along = (math.cos(angle - math.pi / 4), math.sin(angle - math.pi / 4))
         across = (-along[1], along[0])
