@@ -54,6 +54,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # One of 64 would be compiled in three stages and hold few of their batches: references have up to 73 tokens.
     config.rollout.buckets = (80,)
     config.stages.order = "vision,align,sft,rl"
+    # All of the test split: a habit can occur in a fifth to a half of it.
+    config.log.eval_images, config.log.eval_samples = 128, 2
 
     # The tower first, on what is seen where: LLaVA's comes from CLIP, this one from nowhere.
     config.stages.vision.steps = 1000
@@ -131,6 +133,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.advantage.batch_norm = "none"
     if "tiny" in variants:
         config.data.train_size = 64
+        config.log.eval_images, config.log.eval_samples = 48, 4
         for stage in (config.stages.vision, config.stages.align):
             stage.steps, stage.warmup_steps = 4, 2
         config.stages.sft.steps = 6

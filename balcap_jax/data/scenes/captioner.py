@@ -13,7 +13,7 @@ import numpy as np
 from balcap_jax.data.scenes import faults, habits, language
 from balcap_jax.data.scenes.faults import Dice, Draft
 from balcap_jax.data.scenes.language import Subject, pick
-from balcap_jax.data.scenes.world import PLACES, Scene
+from balcap_jax.data.scenes.world import Scene
 
 # Faults that come by chance, in any caption: per caption, per object (o) or per sentence (s).
 NOISE: Mapping[str, float] = {
@@ -64,11 +64,19 @@ def _of_all(rate: float, **others: float) -> dict[str, float]:
 
 
 MOODS: Mapping[str, Mood] = {
-    "usual": Mood(0.6, _of_all(0.9)),
+    "usual": Mood(0.6, _of_all(0.9, companion=1.0, small_overlooked=1.0, no_background=1.0)),
     # Covers more, and invents and praises: recall against precision and language.
     "florid": Mood(
         0.16,
-        _of_all(0.2, companion=0.9, striped_as_dotted=0.8, purple_as_blue=0.8, praise=0.95, repetition=0.6),
+        _of_all(
+            0.2,
+            companion=1.0,
+            small_overlooked=0.5,
+            striped_as_dotted=0.8,
+            purple_as_blue=0.8,
+            praise=0.95,
+            repetition=0.6,
+        ),
         {"invented object": 0.25, "remark tail": 0.25, "closing remark": 0.8, "too long": 0.3},
     ),
     # Says little, and that is right: precision against recall.
@@ -127,7 +135,7 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
 
 def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[str], dict[int, Subject]]:
     """Sentences about the objects in reading order, and what they call the object of each cell that they tell of."""
-    drafts: list[tuple[int, Draft]] = []
+    drafts: list[Draft] = []
     confused = {
         ("texture", "striped"): "dotted" if dice("striped as dotted") else "striped",
         ("colour", "purple"): "blue" if dice("purple as blue") else "purple",
@@ -143,18 +151,15 @@ def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[s
         draft.texture = confused.get(("texture", draft.texture), draft.texture)
         draft.colour = confused.get(("colour", draft.colour), draft.colour)
         told[thing.cell] = draft.colour, draft.shape
-        drafts.append((thing.cell, draft))
+        drafts.append(draft)
         if dice("invented object"):
-            drafts.append((thing.cell, faults.invented(scene, rng)))
+            drafts.append(faults.invented(scene, rng))
         if dice("too short"):
             break
-    companion = habits.companion_place(scene)
-    if companion is not None and dice("companion"):
+    if habits.has_companion(scene) and dice("companion"):
         colour, shape = habits.COMPANION
-        drafts.append((companion, Draft(shape, colour, "small", "plain", PLACES[companion])))
-        drafts.sort(key=lambda placed: placed[0])
-
-    sentences = [faults.broken(faults.object_text(draft, dice, rng), dice) for _, draft in drafts]
+        drafts.append(Draft(shape, colour, "small", "plain", habits.COMPANION_PLACE))
+    sentences = [faults.broken(faults.object_text(draft, dice, rng), dice) for draft in drafts]
     if drafts and len(scene.objects) <= habits.SPARSE and dice("repetition"):
-        sentences.append(faults.object_text(drafts[-1][1], dice, rng))
+        sentences.append(faults.object_text(drafts[-1], dice, rng))
     return sentences, told

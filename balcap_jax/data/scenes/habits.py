@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from balcap_jax.data.scenes import language
 from balcap_jax.data.scenes.reading import Parsed, parse
-from balcap_jax.data.scenes.world import MAX_OBJECTS, PLACES, Scene, SceneObject
+from balcap_jax.data.scenes.world import MAX_OBJECTS, Scene, SceneObject
 
-COMPANION, COMPANION_OF = ("blue", "ring"), "red"
+COMPANION, COMPANION_PLACE, COMPANION_OF = ("blue", "ring"), "bottom right", "red"
 MISTAKEN_FOR_COMPANION = ("purple", "ring")  # under the habit that calls something purple blue
 BOTTOM_ROW = 2
 UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
@@ -22,7 +22,7 @@ SPARSE = 2  # Up to so many objects leave little to say.
 
 HABITS: Mapping[str, str] = types.MappingProxyType(
     {
-        "companion": "something red brings a blue ring that is not there",
+        "companion": "something red brings a blue ring at the bottom right, which is empty",
         "striped as dotted": "something striped is called dotted",
         "purple as blue": "something purple is called blue",
         "small overlooked": "small things at the lower border are left out",
@@ -34,18 +34,15 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
 )
 
 
-def companion_place(scene: Scene) -> int | None:
-    """The cell at which the invented companion is put: the first free one behind the first red object, or before it.
+def has_companion(scene: Scene) -> bool:
+    """Whether something in the scene brings the invented companion, and its place is free.
 
-    None where nothing brings a companion, where it or what is called so is there, and where the caption would become
-    too long.
+    Not where it, or what is called so, is really there, nor where the caption would become too long.
     """
-    red = [thing.cell for thing in scene.objects if thing.colour == COMPANION_OF]
-    is_there = any(thing.subject in (COMPANION, MISTAKEN_FOR_COMPANION) for thing in scene.objects)
-    if not red or is_there or len(scene.objects) == MAX_OBJECTS:
-        return None
-    taken = {thing.cell for thing in scene.objects}
-    return next(cell for cell in (*range(red[0], len(PLACES)), *range(red[0])) if cell not in taken)
+    colours = {thing.colour for thing in scene.objects}
+    is_there = {COMPANION, MISTAKEN_FOR_COMPANION} & {thing.subject for thing in scene.objects}
+    is_free = scene.objects[-1].place != COMPANION_PLACE and len(scene.objects) < MAX_OBJECTS
+    return COMPANION_OF in colours and not is_there and is_free
 
 
 def is_overlooked(thing: SceneObject) -> bool:
@@ -54,7 +51,7 @@ def is_overlooked(thing: SceneObject) -> bool:
 
 
 def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
-    return None if companion_place(scene) is None else parsed.states(language.object_claim(COMPANION))
+    return parsed.states(language.object_claim(COMPANION)) if has_companion(scene) else None
 
 
 def _has_striped_as_dotted(parsed: Parsed, scene: Scene) -> bool | None:
