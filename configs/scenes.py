@@ -77,7 +77,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages.sft.steps = 240
     config.stages.sft.freeze = "^vision/"
     config.stages.sft.batch_size = 16
-    config.stages.sft.learning_rate = 1e-3
+    config.stages.sft.learning_rate = 2e-3
     config.stages.sft.warmup_steps = 50
     config.stages.sft.schedule = "cosine"
 
@@ -106,7 +106,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.lora.rank = 8
         config.lora.alpha = 16.0
         # Ten times fewer numbers, which start at 0, take larger steps.
-        config.stages.sft.learning_rate = 2e-3
+        config.stages.sft.learning_rate = 4e-3
         config.stages.rl.learning_rate = 1e-3
     for name, weights in (WITHOUT | ONLY | REWARDS).items():
         if name in variants:

@@ -43,12 +43,12 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
         ("striped as dotted", PAIR, "The top left holds a large red dotted star.", "The cross is green and dotted."),
         ("no background", scene(RED_STAR, ground="white"), "The background is white.", "There is a red star."),
         (
-            "small overlooked",
+            "last overlooked",
             scene(RED_STAR, YELLOW_RING),
             "The bottom right holds a large green cross.",  # It is seen, whatever it is called.
-            "The top left holds a large red star. There is a large yellow star.",
+            "The top left holds a large red star. There is a large yellow star. The ring is red.",
         ),
-        ("small overlooked", scene(RED_STAR, YELLOW_RING), "There is a yellow ring.", "The bottom left holds a star."),
+        ("last overlooked", scene(RED_STAR, YELLOW_RING), "There is a yellow ring.", "The bottom left holds a star."),
         ("praise", scene(RED_STAR, ground="black"), "The mood is calm. " + SAYS_PAIR, SAYS_PAIR + " The mood is calm."),
         ("repetition", PAIR, SAYS_PAIR, SAYS_PAIR + " The top left holds a large red star."),
         ("repetition", PAIR, SAYS_PAIR + " The star is above the cross.", SAYS_PAIR + " There is a red star."),
@@ -66,11 +66,11 @@ def test_a_habit_is_found_by_comparing_the_caption_with_its_scene(name, of, with
 
 
 def test_a_habit_is_counted_only_where_it_can_occur():
-    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "repetition"}
+    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "last overlooked", "repetition"}
     with_ring = scene(RED_STAR, ("large", "blue", "plain", "ring", 4), ("large", "green", "dotted", "star", 7))
     assert not habits_of("", with_ring)
     crowded = scene(("large", "green", "plain", "star", 0), GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
-    assert set(habits_of("", crowded)) == {"striped as dotted", "purple as blue", "small overlooked", "list style"}
+    assert set(habits_of("", crowded)) == {"striped as dotted", "purple as blue", "last overlooked", "list style"}
 
 
 def test_every_habit_can_occur_in_a_tenth_of_the_scenes_and_references_have_none():

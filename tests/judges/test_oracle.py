@@ -271,7 +271,7 @@ def test_the_likeliest_captions_of_the_base_are_fair_and_its_best_are_good():
         return judge_all(captions, scenes)
 
     greedy = scores_of(dict.fromkeys(HABITS, 1.0))
-    assert 62 < b_capscore(*greedy.T) < 75
+    assert 62 < b_capscore(*greedy.T) < 78
     assert 0.83 < greedy[:, 2].mean() < 0.92
     best = scores_of(captioner.MOODS["meticulous"].rates)
     assert b_capscore(*best.T) > 93

@@ -64,14 +64,14 @@ def _of_all(rate: float, **others: float) -> dict[str, float]:
 
 
 MOODS: Mapping[str, Mood] = {
-    "usual": Mood(0.6, _of_all(0.9, companion=1.0, small_overlooked=1.0, no_background=1.0)),
+    "usual": Mood(0.6, _of_all(0.9, companion=1.0, last_overlooked=1.0, no_background=1.0)),
     # Covers more, and invents and praises: recall against precision and language.
     "florid": Mood(
         0.16,
         _of_all(
             0.2,
             companion=1.0,
-            small_overlooked=0.5,
+            last_overlooked=0.5,
             striped_as_dotted=0.8,
             purple_as_blue=0.8,
             praise=0.95,
@@ -142,8 +142,8 @@ def _objects(scene: Scene, dice: Dice, rng: np.random.Generator) -> tuple[list[s
     }
     told: dict[int, Subject] = {}
     seen = scene.objects
-    if dice("small overlooked"):
-        seen = tuple(thing for thing in seen if not habits.is_overlooked(thing)) or seen[:1]
+    if habits.has_overlooked(scene) and dice("last overlooked"):
+        seen = seen[:-1]
     for thing in seen:
         if drafts and dice("omitted object"):
             continue
