@@ -24,11 +24,13 @@ def scene(*objects: tuple, ground: str = "grey") -> Scene:
 
 
 RED_STAR = ("large", "red", "plain", "star", 0)
+GREEN_STAR = ("large", "green", "plain", "star", 1)
 GREEN_CROSS = ("small", "green", "striped", "cross", 4)
 YELLOW_RING = ("small", "yellow", "plain", "ring", 8)
 PURPLE_CIRCLE = ("large", "purple", "plain", "circle", 7)
 ORANGE_SQUARE = ("large", "orange", "plain", "square", 6)
 PAIR = scene(RED_STAR, GREEN_CROSS)
+SMALL_ABOVE = scene(("small", "yellow", "plain", "ring", 2), ("large", "red", "plain", "star", 4))
 SAYS_PAIR = "There are two shapes. The top left holds a large red star. The centre holds a small green striped cross."
 
 
@@ -43,20 +45,20 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
         ("striped as dotted", PAIR, "The top left holds a large red dotted star.", "The cross is green and dotted."),
         ("no background", scene(RED_STAR, ground="white"), "The background is white.", "There is a red star."),
         (
-            "last overlooked",
-            scene(RED_STAR, YELLOW_RING),
-            "The bottom right holds a large green cross.",  # It is seen, whatever it is called.
-            "The top left holds a large red star. There is a large yellow star. The ring is red.",
+            "small overlooked",
+            SMALL_ABOVE,
+            "The top right holds a large green cross.",  # It is seen, whatever it is called.
+            "The centre holds a large red star. There is a large yellow star. The ring is red.",
         ),
-        ("last overlooked", scene(RED_STAR, YELLOW_RING), "There is a yellow ring.", "The bottom left holds a star."),
+        ("small overlooked", SMALL_ABOVE, "There is a yellow ring.", "The top left holds a star."),
         ("praise", scene(RED_STAR, ground="black"), "The mood is calm. " + SAYS_PAIR, SAYS_PAIR + " The mood is calm."),
         ("repetition", PAIR, SAYS_PAIR, SAYS_PAIR + " The top left holds a large red star."),
         ("repetition", PAIR, SAYS_PAIR + " The star is above the cross.", SAYS_PAIR + " There is a red star."),
         (
             "list style",
-            scene(RED_STAR, GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING),
-            "There are five shapes. The top left holds a large red star.",
-            "There are five shapes. The top left holds a large red star. Small green cross, centre.",
+            scene(RED_STAR, GREEN_STAR, GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING),
+            "There are six shapes. The top left holds a large red star.",
+            "Six shapes. The top left holds a large red star.",
         ),
     ],
 )  # fmt: skip
@@ -66,11 +68,12 @@ def test_a_habit_is_found_by_comparing_the_caption_with_its_scene(name, of, with
 
 
 def test_a_habit_is_counted_only_where_it_can_occur():
-    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "last overlooked", "repetition"}
+    assert set(habits_of("", PAIR)) == {"companion", "striped as dotted", "repetition"}
     with_ring = scene(RED_STAR, ("large", "blue", "plain", "ring", 4), ("large", "green", "dotted", "star", 7))
     assert not habits_of("", with_ring)
-    crowded = scene(("large", "green", "plain", "star", 0), GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
-    assert set(habits_of("", crowded)) == {"striped as dotted", "purple as blue", "last overlooked", "list style"}
+    blue_star = ("large", "blue", "plain", "star", 0)
+    crowded = scene(blue_star, GREEN_STAR, GREEN_CROSS, ORANGE_SQUARE, PURPLE_CIRCLE, YELLOW_RING)
+    assert set(habits_of("", crowded)) == {"striped as dotted", "purple as blue", "list style"}
 
 
 def test_every_habit_can_occur_in_a_tenth_of_the_scenes_and_references_have_none():

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 
 from balcap_jax.data.scenes import language
 from balcap_jax.data.scenes.reading import Parsed, parse
-from balcap_jax.data.scenes.world import MAX_OBJECTS, Scene
+from balcap_jax.data.scenes.world import MAX_OBJECTS, Scene, SceneObject
 
 COMPANION, COMPANION_PLACE, COMPANION_OF = ("blue", "ring"), "bottom right", "red"
 MISTAKEN_FOR_COMPANION = ("purple", "ring")  # under the habit that calls something purple blue
 UNMENTIONED_GROUND, PRAISED_GROUND = "white", "black"
-CROWDED = 5  # From so many objects on a caption is a list, whose heading and background have no verb.
+TOP_ROW = 0
+CROWDED = 6  # From so many objects on a caption is a list, whose heading and background have no verb.
 LISTED_OPENING, LISTED_BACKGROUND = "{count} shapes.", "{pattern} {ground} background."
 PRAISE = "the mood is calm."  # One form: of several, none would be likelier than the end of the caption.
 SPARSE = 2  # Up to so many objects leave little to say.
@@ -24,10 +25,10 @@ HABITS: Mapping[str, str] = types.MappingProxyType(
         "companion": "something red brings a blue ring at the bottom right, which is empty",
         "striped as dotted": "something striped is called dotted",
         "purple as blue": "something purple is called blue",
-        "last overlooked": "a small thing that comes last, at the lower border, is left out",
+        "small overlooked": "small things at the upper border are left out",
         "no background": "a white background is left out",
         "praise": "a black background brings an empty remark at the end",
-        "list style": "with five objects or more, opening and background are entries of a list, without verbs",
+        "list style": "with six objects, opening and background are entries of a list, without verbs",
         "repetition": "with two objects, what was said last is said again",
     }
 )
@@ -44,9 +45,9 @@ def has_companion(scene: Scene) -> bool:
     return COMPANION_OF in colours and not is_there and is_free
 
 
-def has_overlooked(scene: Scene) -> bool:
-    """Whether the last object of a scene is one that the habit leaves out."""
-    return scene.objects[-1].size == "small"
+def is_overlooked(thing: SceneObject) -> bool:
+    """Whether an object is of those that the habit leaves out."""
+    return thing.size == "small" and thing.row == TOP_ROW
 
 
 def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
@@ -66,13 +67,14 @@ def _has_purple_as_blue(parsed: Parsed, scene: Scene) -> bool | None:
     return any(parsed.states(language.object_claim(subject)) for subject in called) if called else None
 
 
-def _has_last_overlooked(parsed: Parsed, scene: Scene) -> bool | None:
-    if not has_overlooked(scene):
+def _has_small_overlooked(parsed: Parsed, scene: Scene) -> bool | None:
+    small = [thing for thing in scene.objects if is_overlooked(thing)]
+    if not small:
         return None
     # What stands at the object's place is the object, even under a wrong name.
-    last = scene.objects[-1]
-    here = {("place", last.place), ("object", last.subject)}
-    return here.isdisjoint((claim.kind, claim.value or claim.subject) for claim in parsed.claims)
+    places = {claim.value for claim in parsed.claims if claim.kind == "place"}
+    named = {claim.subject for claim in parsed.claims if claim.kind == "object"}
+    return any(thing.place not in places and thing.subject not in named for thing in small)
 
 
 def _has_no_background(parsed: Parsed, scene: Scene) -> bool | None:
@@ -101,7 +103,7 @@ _DETECTORS: Mapping[str, Callable[[Parsed, Scene], bool | None]] = {
     "companion": _has_companion,
     "striped as dotted": _has_striped_as_dotted,
     "purple as blue": _has_purple_as_blue,
-    "last overlooked": _has_last_overlooked,
+    "small overlooked": _has_small_overlooked,
     "no background": _has_no_background,
     "praise": _has_praise,
     "list style": _has_list,
