@@ -83,9 +83,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     # As in the paper, the vision side stays as it is; the rate suits a model of a million parameters.
     # Once habits are gone, smaller and smaller steps settle what is said of each object: a constant rate ends lower.
-    config.stages.rl.steps = 200
+    config.stages.rl.steps = 150
     config.stages.rl.batch_size = 16
-    config.stages.rl.learning_rate = 5e-4
+    config.stages.rl.learning_rate = 8e-4
     config.stages.rl.schedule = "cosine"
     config.stages.rl.freeze = "^(vision|projector)/"
 
@@ -107,7 +107,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.lora.alpha = 16.0
         # Ten times fewer numbers, which start at 0, take larger steps.
         config.stages.sft.learning_rate = 4e-3
-        config.stages.rl.learning_rate = 1e-3
+        config.stages.rl.learning_rate = 1.6e-3
     for name, weights in (WITHOUT | ONLY | REWARDS).items():
         if name in variants:
             config.rewards.weights = weights
