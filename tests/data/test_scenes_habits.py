@@ -1,17 +1,20 @@
 """The habits of the base captioner: how they are counted, and how often its captions have them."""
 
+import ast
 import hashlib
+import pathlib
 from collections import defaultdict
 
 import numpy as np
 import pytest
 
-from balcap_jax.data.scenes import faults, habits
+from balcap_jax.data.scenes import answering, faults, habits, language, questions, reading, world
 from balcap_jax.data.scenes.captioner import MOODS, NOISE, base_caption, write_caption
 from balcap_jax.data.scenes.habits import HABITS, habits_of
 from balcap_jax.data.scenes.language import TOKEN, reference_caption, vocabulary
 from balcap_jax.data.scenes.reading import parse
 from balcap_jax.data.scenes.world import Scene, SceneObject, sample_scene
+from balcap_jax.judges import oracle
 from balcap_jax.rewards.miniature import opponents
 
 SCENES = [sample_scene(seed) for seed in range(600)]
@@ -149,6 +152,18 @@ def test_the_companion_needs_something_red_and_its_place():
     assert not habits.has_companion(scene(RED_STAR, YELLOW_RING))
     for colour in ("blue", "purple"):  # Purple is called blue.
         assert not habits.has_companion(scene(RED_STAR, ("large", colour, "plain", "ring", 4)))
+
+
+@pytest.mark.parametrize("module", [oracle, reading, answering, language, questions, world], ids=lambda m: m.__name__)
+def test_what_the_judge_is_made_of_imports_no_habits(module):
+    imported = set()
+    for node in ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    writers = {f"balcap_jax.data.scenes.{name}" for name in ("habits", "captioner", "faults")}
+    assert not imported & writers
 
 
 def test_the_opponents_of_the_arena_know_no_habits():
