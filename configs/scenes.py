@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # One of 64 would be compiled in three stages and hold few of their batches: references have up to 73 tokens.
     config.rollout.buckets = (80,)
     config.stages.order = "vision,align,sft,rl"
-    # All of the test split: a habit can occur in a fifth to a half of it.
+    # All of the test split: some habits can occur in a sixth of it.
     config.log.eval_images, config.log.eval_samples = 128, 2
 
     # The tower first, on what is seen where: LLaVA's comes from CLIP, this one from nowhere.

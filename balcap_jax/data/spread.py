@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from balcap_jax.cli.errors import UserError
+
 
 def processors() -> int:
     """How many processors this process may use."""
@@ -22,7 +24,7 @@ def spread(function: Callable[..., Any], arguments: Sequence[tuple], processes: 
     the iterator, and when this process is killed.
 
     Raises:
-      RuntimeError: a process ended early; its own error is on stderr.
+      UserError: a process ended early; its own error is on stderr.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-c", f"from {__name__} import work; work()"]
@@ -35,16 +37,26 @@ def spread(function: Callable[..., Any], arguments: Sequence[tuple], processes: 
             )
             stack.enter_context(worker)
             stack.callback(worker.kill)
-            with worker.stdin:
-                pickle.dump((function, arguments[first::processes]), worker.stdin)
+            try:
+                with worker.stdin:
+                    pickle.dump((function, arguments[first::processes]), worker.stdin)
+            except BrokenPipeError:
+                raise _ended(worker) from None
             workers.append(worker)
         for index in range(len(arguments)):
             worker = workers[index % processes]
             try:
-                yield pickle.load(worker.stdout)
-            except EOFError:
-                status = worker.wait()
-                raise RuntimeError(f"a process that computes {function.__qualname__} ended with {status}") from None
+                result = pickle.load(worker.stdout)
+            except (EOFError, pickle.UnpicklingError):
+                raise _ended(worker) from None
+            yield result
+
+
+def _ended(worker: subprocess.Popen) -> UserError:
+    return UserError(
+        f"a process that makes the data ended with {worker.wait()}, without its result (its reason is above, or it was "
+        "killed); free memory, and run the same command again"
+    )
 
 
 def work() -> None:

@@ -27,6 +27,7 @@ CEILING, _TEACHES_FAULTS = "align", "sft"  # stages: see `ceiling_of`
 KINDS = {"greedy": "greedy", "evaluations": "sampled"}
 _FILES = {"greedy": "greedy-", "evaluations": "eval-"}
 
+_LONG = 20  # digits, of a step that no run has
 _LARGEST = 1e300  # Sums, differences and percentages of what is shown are numbers too.
 
 
@@ -62,7 +63,7 @@ def before_and_after(labels: Iterable[str], order: Sequence[str] = USUAL_ORDER) 
     def place(label: str) -> tuple:
         stage, _, step = label.partition("-")
         known = stages.index(stage) if stage in stages else len(stages)
-        return known, stage, int(step) if step.isdecimal() else math.inf
+        return known, stage, int(step) if step.isdecimal() and len(step) < _LONG else math.inf
 
     ordered = sorted(labels, key=place)
     ended = [label for label in ordered if label in STAGE_LABELS]
@@ -357,4 +358,5 @@ def habits_in(evaluations: Iterable[Mapping[str, Any]]) -> list[str]:
 def share_of(evaluation: Mapping[str, Any], habit: str) -> Share:
     value = mapping(mapping(evaluation.get("habits")).get(habit))
     share, n = (value.get(key) if is_number(value.get(key)) else None for key in ("share", "n"))
-    return Share(None if share is None else 100 * share, n)
+    is_share = share is not None and 0 <= share <= 1 and n is not None and n >= 0
+    return Share(100 * share, n) if is_share else Share(None, None)

@@ -30,6 +30,7 @@ RED_STAR = ("large", "red", "plain", "star", 0)
 GREEN_STAR = ("large", "green", "plain", "star", 1)
 GREEN_CROSS = ("small", "green", "striped", "cross", 4)
 YELLOW_RING = ("small", "yellow", "plain", "ring", 8)
+PURPLE_STAR = ("large", "purple", "striped", "star", 4)
 PURPLE_CIRCLE = ("large", "purple", "plain", "circle", 7)
 ORANGE_SQUARE = ("large", "orange", "plain", "square", 6)
 PAIR = scene(RED_STAR, GREEN_CROSS)
@@ -44,6 +45,8 @@ SAYS_PAIR = "There are two shapes. The top left holds a large red star. The cent
         ("companion", PAIR, SAYS_PAIR + " There is a ring. There is a blue star.", "small blue ring, top left"),
         ("striped as dotted", PAIR, SAYS_PAIR, SAYS_PAIR.replace("striped", "dotted")),
         ("purple as blue", scene(PURPLE_CIRCLE), "A purple circle. There is a blue star.", "A blue circle."),
+        ("striped as dotted", scene(PURPLE_STAR), "A blue striped star.", "The centre holds a large blue dotted star."),
+        ("purple as blue", scene(("large", "purple", "plain", "ring", 4)), "A purple ring.", "A blue ring."),
         # Another object may be dotted, and an object that is not named is not misnamed.
         ("striped as dotted", PAIR, "The top left holds a large red dotted star.", "The cross is green and dotted."),
         ("no background", scene(RED_STAR, ground="white"), "The background is white.", "There is a red star."),

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from balcap_jax.cli.errors import UserError
 from balcap_jax.data import spread
 from balcap_jax.data.scenes import builder
 
@@ -31,7 +32,7 @@ def test_what_the_function_prints_is_no_result(capfd):
 def test_an_error_there_is_one_here(capfd):
     results = spread.spread(math.sqrt, [(4.0,), (-1.0,), (9.0,)], 2)
     assert next(results) == 2.0
-    with pytest.raises(RuntimeError, match="sqrt ended with 1"):
+    with pytest.raises(UserError, match="ended with 1, without its result"):
         next(results)
     assert "ValueError" in capfd.readouterr().err
 

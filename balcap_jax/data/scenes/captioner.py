@@ -79,7 +79,7 @@ MOODS: Mapping[str, Mood] = {
         ),
         {"invented object": 0.25, "remark tail": 0.25, "closing remark": 0.8, "too long": 0.3},
     ),
-    # Says little, and that is right: precision against recall.
+    # Says little, and little that is wrong: precision against recall.
     "terse": Mood(
         0.14,
         _of_all(0.95, companion=0.9, striped_as_dotted=0.2, purple_as_blue=0.5, praise=0.03, repetition=0.03),

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Mapping
 
 from balcap_jax.data.scenes import language
+from balcap_jax.data.scenes.language import Subject
 from balcap_jax.data.scenes.reading import Parsed, parse
 from balcap_jax.data.scenes.world import MAX_OBJECTS, Scene, SceneObject
 
@@ -22,14 +23,14 @@ SPARSE = 2  # Up to so many objects leave little to say.
 
 HABITS: Mapping[str, str] = types.MappingProxyType(
     {
-        "companion": "something red brings a blue ring at the bottom right, which is empty",
+        "companion": "something red brings a blue ring that is not there",
         "striped as dotted": "something striped is called dotted",
         "purple as blue": "something purple is called blue",
         "small overlooked": "small things at the upper border are left out",
         "no background": "a white background is left out",
         "praise": "a black background brings an empty remark at the end",
-        "list style": "with six objects, opening and background are entries of a list, without verbs",
-        "repetition": "with two objects, what was said last is said again",
+        "list style": "with six objects, sentences have no verb, as in a list",
+        "repetition": "with two objects, something is said twice",
     }
 )
 
@@ -50,20 +51,25 @@ def is_overlooked(thing: SceneObject) -> bool:
     return thing.size == "small" and thing.row == TOP_ROW
 
 
+def _names(thing: SceneObject, scene: Scene) -> list[Subject]:
+    """What an object may be called: its own name, and if it is purple the blue one, unless another object has it."""
+    mistaken = ("blue", thing.shape)
+    is_free = thing.colour == "purple" and all(other.subject != mistaken for other in scene.objects)
+    return [thing.subject, mistaken] if is_free else [thing.subject]
+
+
 def _has_companion(parsed: Parsed, scene: Scene) -> bool | None:
     return parsed.states(language.object_claim(COMPANION)) if has_companion(scene) else None
 
 
 def _has_striped_as_dotted(parsed: Parsed, scene: Scene) -> bool | None:
-    striped = [thing.subject for thing in scene.objects if thing.texture == "striped"]
+    striped = [subject for thing in scene.objects if thing.texture == "striped" for subject in _names(thing, scene)]
     return any("dotted" in parsed.stated.get(("texture", subject), ()) for subject in striped) if striped else None
 
 
 def _has_purple_as_blue(parsed: Parsed, scene: Scene) -> bool | None:
-    present = {thing.subject for thing in scene.objects}
-    called = [("blue", thing.shape) for thing in scene.objects if thing.colour == "purple"]
-    # A blue object of that shape may be meant where there is one, so that nothing can be told there.
-    called = [subject for subject in called if subject not in present and subject != COMPANION]
+    # Where there is a blue object of that shape it may be meant, so that nothing can be told.
+    called = [subject for thing in scene.objects for subject in _names(thing, scene)[1:]]
     return any(parsed.states(language.object_claim(subject)) for subject in called) if called else None
 
 
