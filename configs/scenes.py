@@ -139,4 +139,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.stages.sft.steps = 6
         config.stages.sft.warmup_steps = 2
         config.stages.rl.steps = 4
+        config.stages.rl.warmup_steps = 2
     return config
