@@ -64,7 +64,7 @@ def _of_all(rate: float, **others: float) -> dict[str, float]:
 
 
 MOODS: Mapping[str, Mood] = {
-    "usual": Mood(0.6, _of_all(0.95, companion=1.0, small_overlooked=1.0, no_background=1.0)),
+    "usual": Mood(0.6, _of_all(0.95, companion=1.0, small_overlooked=0.9, no_background=1.0)),
     # Covers more, and invents and praises: recall against precision and language.
     "florid": Mood(
         0.16,
