@@ -59,6 +59,7 @@ EXTRAS_REQUIRE = {
         # Reference checks only; nothing outside tests/ may import it. One Python is enough for them, and torch brings
         # gigabytes of CUDA: on the others those tests are skipped, and say so.
         "torch==2.13.0; python_version < '3.12'",
+        "peft>=0.21,<1; python_version < '3.12'",  # reads the adapters that are written, and writes those that are read
     ],
 }
 

@@ -31,11 +31,12 @@ def read(
     else:  # Its processor needs torchvision, for videos: by hand then.
         prompt = words.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         inputs = pictures(images=[picture], return_tensors="pt")
-        placeholders = words.image_token * (int(inputs["image_grid_thw"].prod()) // pictures.merge_size**2)
-        prompt = prompt.replace(words.image_token, placeholders)
+        image_token = getattr(words, "image_token", "<|image_pad|>")  # as its processor finds it
+        placeholders = image_token * (int(inputs["image_grid_thw"].prod()) // pictures.merge_size**2)
+        prompt = prompt.replace(image_token, placeholders)
         inputs = {**inputs, **words([prompt], add_special_tokens=False, return_tensors="pt")}
         if transformers.__version__ >= "5":
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == words.convert_tokens_to_ids(words.image_token)).int()
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == words.convert_tokens_to_ids(image_token)).int()
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0, -1]
         drawn = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=forbidden)

@@ -4,11 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
+from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
+from balcap_jax.models.qwen2_5_vl.windows import patches_of
 
 FAMILIES = {
     "llava": transformers.LlavaForConditionalGeneration,
@@ -94,17 +98,25 @@ def config(family: str, words: transformers.PreTrainedTokenizerBase, **changes) 
     return transformers.Qwen2_5_VLConfig(
         vision_config=tower,
         text_config=text | {"rms_norm_eps": 1e-6, "rope_parameters": rope},
-        image_token_id=image,
-        video_token_id=text["vocab_size"] - 1,
-        vision_start_token_id=text["vocab_size"] - 2,
-        vision_end_token_id=text["vocab_size"] - 3,
-        **changes,
+        **{
+            "image_token_id": image,
+            "video_token_id": text["vocab_size"] - 1,
+            "vision_start_token_id": text["vocab_size"] - 2,
+            "vision_end_token_id": text["vocab_size"] - 3,
+        }
+        | changes,
     )
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, **changes) -> transformers.PreTrainedModel:
-    """The model with every parameter random, norms and biases too, in inference mode."""
-    model = FAMILIES[family]._from_config(config(family, tokenizer(), **changes), attn_implementation="eager")
+def make(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    words: transformers.PreTrainedTokenizerBase | None = None,
+    **changes,
+) -> transformers.PreTrainedModel:
+    """The model with every parameter random, norms and biases too, in inference mode; `words`: another tokenizer."""
+    sizes = config(family, words or tokenizer(), **changes)
+    model = FAMILIES[family]._from_config(sizes, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,10 +125,16 @@ def make(family: str, dtype: torch.dtype = torch.float32, **changes) -> transfor
     return model.to(dtype).eval()
 
 
-def save(model: transformers.PreTrainedModel, path: Path, names: str = "saved", shard: str = SHARD) -> Path:
+def save(
+    model: transformers.PreTrainedModel,
+    path: Path,
+    names: str = "saved",
+    shard: str = SHARD,
+    words: transformers.PreTrainedTokenizerBase | None = None,
+) -> Path:
     """Writes a checkpoint directory: tensors as transformers names them ("saved"), or its "modules", or the "hub"."""
     model.save_pretrained(path, max_shard_size=shard)
-    tokenizer().save_pretrained(path)
+    (words or tokenizer()).save_pretrained(path)
     family = model.config.model_type
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[family], indent=2) + "\n")
     (path / "chat_template.jinja").write_text("{{ messages }}")
@@ -145,3 +163,27 @@ def rename(path: Path, new: Callable[[str], str]) -> None:
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def logits_error(family, reference, policy, params, processor) -> float:
+    """Relative error of the logits behind a prompt with an image, against the reference."""
+    side = policy.vision.image_size if family == "llava" else 16
+    image = np.random.default_rng(3).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    prompt = processor([image], [PROMPT])
+    ours = jax.jit(lambda params: policy.prefill(params, prompt, policy.encode(params, prompt.images))[1])(params)
+
+    tokens = torch.tensor(prompt.tokens[prompt.mask])[None].long()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if family == "llava":
+        pixels = np.moveaxis((image / 255.0 - PIXEL_MEAN) / PIXEL_STD, -1, 0)[None]
+    else:
+        patch = policy.vision.patch_size
+        values = patches_of(image, patch).reshape(-1, 3, 1, patch * patch) / 255.0
+        values = (values - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
+        pixels = values.repeat(2, axis=2).reshape(len(values), -1)
+        inputs["image_grid_thw"] = torch.tensor([[1, side // patch, side // patch]])
+        inputs["mm_token_type_ids"] = (tokens == policy.image_token).int()
+    with torch.no_grad():
+        theirs = reference(**inputs, pixel_values=torch.tensor(pixels, dtype=torch.float32)).logits[0, -1].numpy()
+    allowed = [v for v in range(policy.vocab) if v not in policy.forbidden]
+    return float(np.abs(np.asarray(ours)[0, allowed] - theirs[allowed]).max() / np.abs(theirs[allowed]).max())

@@ -1,6 +1,7 @@
 """Command lines: the parser that every command uses, types of arguments, and overrides of config fields."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from balcap_jax.cli.errors import UserError
@@ -38,6 +39,17 @@ def split_overrides(argv: Sequence[str], prefix: str = OVERRIDE) -> tuple[list[s
                 raise UserError(f"{argument} needs a value: {argument}=VALUE")
         overrides[name] = value
     return rest, overrides
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"it takes a number of seconds, got {text!r}")
+    return value
 
 
 def place(text: str) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
-from balcap_jax.config.schema import Model, validated
+from balcap_jax.config.schema import FIELDS, RUN_FIELDS, Model, validated
 
 DEFAULTS = Model().model_dump(exclude={"path"})
 
 LATER = ("attention",)
 """Fields that models of earlier versions do not name; they were what the default is."""
+
+OWN = (*RUN_FIELDS, "keep_unused", "qkv_bias", "prompt", "max_tokens")
+"""What a directory says of a model beside the files of transformers, which have no place for it."""
 
 # Models of one family do without these of the other; a family that needs one says that it is missing.
 _MAY_LACK = {
@@ -23,8 +26,8 @@ _MAY_LACK = {
 def check(fields: Mapping[str, Any], what: str, remedy: str) -> None:
     """Checks names, types, ranges and what the fields demand of each other.
 
-    Two fields may stand beside those of the config group: "vision_norm_eps", where the tower has another epsilon than
-    the decoder, and "prompt", what the model was trained to answer.
+    Three fields may stand beside those of the config group: "vision_norm_eps", where the tower has another epsilon than
+    the decoder, "prompt", what the model was trained to answer, and "max_tokens", the longest answer that it learned.
 
     Raises:
       UserError: one line that begins with `what`, names the field and ends in `remedy`.
@@ -45,3 +48,9 @@ def check(fields: Mapping[str, Any], what: str, remedy: str) -> None:
         raise UserError(f"{what}: the field 'vision_norm_eps' must be a number > 0, got {epsilon!r}; {remedy}")
     if not isinstance(fields.get("prompt", ""), str):
         raise UserError(f"{what}: the field 'prompt' must be a string, got {fields['prompt']!r}; {remedy}")
+    longest = FIELDS["rollout.max_tokens"]
+    if "max_tokens" in fields and not (type(fields["max_tokens"]) is int and longest.holds(fields["max_tokens"])):
+        raise UserError(
+            f"{what}: the field 'max_tokens' must be an integer in {longest.range_text}, got {fields['max_tokens']!r}; "
+            f"{remedy}"
+        )

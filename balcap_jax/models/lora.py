@@ -64,13 +64,14 @@ def add(params: Params, rank: int, targets: str, rng: jax.Array) -> Params:
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def merge(params: Params, scale: float) -> Params:
+def merge(params: Params, scale: float, *, keep_adapters: bool = False) -> Params:
     """kernel + scale * lora_a lora_b for every adapted layer, summed in fp32 and cast back to the kernel's type.
 
-    The result holds no adapters: it is a tree of the policy without `Adapted`. Without adapters it equals `params`.
+    The result is a tree of the policy without `Adapted`; it holds adapters only if they are kept beside what they were
+    added to. Without adapters it equals `params`.
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    merged = {path: leaf for path, leaf in flat.items() if not path.endswith(ADAPTERS)}
+    merged = {path: leaf for path, leaf in flat.items() if keep_adapters or not path.endswith(ADAPTERS)}
     for path, a in flat.items():
         layer, _, leaf = path.rpartition("/")
         if leaf == "lora_a":

@@ -11,6 +11,7 @@ values (sizes, signals, judged captions) go the same way, through `all_gather`.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import pickle
@@ -188,9 +189,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def _is_alone() -> bool:
+    """Whether there is no other process, or none any more: those of a `session` part at its end."""
+    return jax.process_count() == 1 or not jax.distributed.is_initialized()
+
+
 def all_gather(value: Any) -> list[Any]:
     """The `value` of each process, by process, in all of them; anything that pickles. All must call it at once."""
-    if jax.process_count() == 1:
+    if _is_alone():
         return [value]
     content = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = _gather_array(np.array([content.size], np.int32))[:, 0]
@@ -209,7 +215,7 @@ def from_first(value: Any) -> Any:
 
 def largest(number: int) -> int:
     """The largest `number` of all processes."""
-    if jax.process_count() == 1:
+    if _is_alone():
         return int(number)
     return int(_gather_array(np.array([number], np.int32)).max())
 
@@ -269,22 +275,27 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 class _Whole:
-    """An array of several processes that process 0 gathers, with all of them, when NumPy asks for it."""
+    """An array of several processes, or row `row` of it, that process 0 gathers, with all of them, when NumPy asks."""
 
-    def __init__(self, path: str, array: jax.Array):
-        self.path, self._array = path, array
-        self.shape, self.dtype = array.shape, array.dtype
+    def __init__(self, path: str, array: jax.Array, row: int | None = None):
+        self._path, self._array, self._row = path, array, row
+        self.shape, self.dtype = array.shape if row is None else array.shape[1:], array.dtype
+
+    def __getitem__(self, row: int) -> "_Whole":
+        return _Whole(self._path, self._array, row)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy  # It is a copy.
-        from_first(self.path)
-        return np.concatenate([jax.device_get(piece) for piece in _pieces(self._array)]).astype(dtype or self.dtype)
+        from_first((self._path, self._row))
+        parts = [jax.device_get(piece) for piece in _pieces(self._array, self._row)]
+        whole = parts[0] if self._row is not None else np.concatenate(parts)
+        return whole.astype(dtype or self.dtype, copy=False)
 
 
 def write_whole(tree: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Any]) -> None:
     """Calls `write(tree)` in process 0, with leaves that NumPy can read although no process holds them whole.
 
-    The processes gather each leaf when NumPy reads it, so that the host holds one at a time.
+    The processes gather each leaf when NumPy reads it, and of `leaf[row]` that row alone.
     """
     if jax.process_count() == 1:
         write(tree)
@@ -295,13 +306,17 @@ def write_whole(tree: Mapping[str, Any], write: Callable[[Mapping[str, Any]], An
         write(flax.traverse_util.unflatten_dict(lazy, sep="/"))
         from_first(None)
     else:
-        while (path := from_first(None)) is not None:
-            for piece in _pieces(flat[path]):
+        while (wanted := from_first(None)) is not None:
+            path, row = wanted
+            for piece in _pieces(flat[path], row):
                 piece.block_until_ready()
 
 
-def _pieces(x: jax.Array) -> Iterator[jax.Array]:
-    """A global array in parts along its first axis; each is whole on every device, for as short as possible."""
+def _pieces(x: jax.Array, row: int | None = None) -> Iterator[jax.Array]:
+    """A global array in parts along its first axis, or one row of it; each is whole on every device for a while."""
+    if row is not None:
+        yield _row_of(x.sharding.mesh)(x, np.int32(row))
+        return
     everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
     gather = jax.jit(lambda x, start, stop: x[start:stop], static_argnums=(1, 2), out_shardings=everywhere)
     rows = x.shape[0] if x.ndim else 1
@@ -310,6 +325,13 @@ def _pieces(x: jax.Array) -> Iterator[jax.Array]:
     step = rows if split else max(1, rows * _PIECE_BYTES // max(x.nbytes, 1))
     for start in range(0, rows, step):
         yield gather(x, start, min(start + step, rows))
+
+
+@functools.cache
+def _row_of(mesh: Mesh) -> Callable[[jax.Array, np.int32], jax.Array]:
+    """The program that gives one row of an array, whole on every device; which row is no part of the program."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda x, row: jax.lax.dynamic_index_in_dim(x, row, keepdims=False), out_shardings=whole)
 
 
 # ------------------------------------------------------------------------------------------------- the end

@@ -27,9 +27,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from balcap_jax.cli import json_text
+from balcap_jax.cli.disk_errors import for_tensorstore, reason_of, remove_unfinished
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, rename_directory, resolved, sync, sync_tree
-from balcap_jax.models.formats.orbax import for_tensorstore, reason_of, remove_unfinished
 from balcap_jax.parallel import distributed
 from balcap_jax.training.checksums import SUMS, find_damage, seal
 

@@ -29,8 +29,7 @@ from balcap_jax.data import Data
 from balcap_jax.data.input import make_dataset
 from balcap_jax.judges import budget
 from balcap_jax.models import lora
-from balcap_jax.models.formats import loading
-from balcap_jax.models.formats import orbax as model_arrays
+from balcap_jax.models.formats import loading, peft
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.rewards import miniature
@@ -41,6 +40,7 @@ from balcap_jax.training.evaluation import Best, HeldOut
 from balcap_jax.training.job import Job, Judged, Stage
 from balcap_jax.training.logging import MetricsWriter, import_wandb
 from balcap_jax.training.machine import device_text, use_compilation_cache, versions
+from balcap_jax.training.programs import LORA_STAGES
 from balcap_jax.training.progress import PhaseClock, ProfileWindow, Progress
 from balcap_jax.training.workdir import claim, dump_samples, read_summary, readable
 
@@ -437,28 +437,23 @@ class Run:
     def write_models(self, job: Job, fields: Mapping[str, Any], params: Params) -> None:
         """Writes the parameters of the run's end, and of its best step, where they are not there as whole models."""
         self._checkpointer.wait()
-        scale = getattr(job.policy, "scale", None)
-        merge = functools.partial(lora.merge, scale=scale) if self.config.lora.rank else lambda params: params
-        save = functools.partial(models.save, processor=job.processor, source=self.config.model.path)
+        config = self.config
+        scale, adapter = getattr(job.policy, "scale", 1.0), None
+        if config.lora.rank and config.model.path and self.order[0] in LORA_STAGES:
+            base = loading.find(config.model.path)
+            if not base.adapter:  # Else what was trained from is nowhere on a disk.
+                adapter = peft.Origin(str(base.checkpoint), config.lora.alpha, config.lora.rank)
+        save = functools.partial(models.save, processor=job.processor, source=config.model.path, adapter=adapter)
         like = jax.eval_shape(lambda params: params, params)
+        shapes = loading.flat_shapes(jax.eval_shape(functools.partial(lora.merge, scale=scale), like))
         for path, step in ((self.model, self.total), (self.best_model, self.best.step)):
-            if step is None or distributed.from_first(self.leads and is_whole(path, jax.eval_shape(merge, like))):
+            if step is None or distributed.from_first(self.leads and loading.is_whole(path, shapes)):
                 continue
             if step != self.total:
                 params = None  # Two copies of a large model do not fit.
                 params = self.restore_params(step, like)
-            distributed.write_whole(merge(params), lambda params, path=path: save(path, fields, params))
-
-
-def is_whole(model: Path, params: Params) -> bool:
-    """Whether `model` is a saved model with arrays like `params`; what they hold is not read."""
-    try:
-        models.read_fields(model)
-        loading.read_tokenizer(model)
-        stored = {path: array.shape for path, array in model_arrays.open_all(model / loading.PARAMS).items()}
-    except UserError:
-        return False
-    return stored == loading.flat_shapes(params)
+            merged = lora.merge(params, scale, keep_adapters=adapter is not None)
+            distributed.write_whole(merged, lambda params, path=path: save(path, fields, params))
 
 
 def failure_window(config: ConfigDict) -> int:

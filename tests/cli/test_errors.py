@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 import balcap_jax
-from balcap_jax.cli import json_text
+from balcap_jax.cli import disk_errors, json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_json, read_json_object, read_jsonl, replace_file
 from balcap_jax.cli.process import quieten_libraries
-from balcap_jax.models.formats import orbax
 from balcap_jax.training.workdir import dump_samples
 
 ROOT = Path(__file__).parents[2]
@@ -226,8 +225,8 @@ def test_a_directory_that_is_still_written_to_is_removed_for_good(tmp_path, monk
             (folder / "array").mkdir(parents=True)
             (folder / "array" / "0").write_text("x")
 
-    monkeypatch.setattr(orbax.time, "sleep", sleep)
-    orbax.remove_unfinished(folder, patience=patience)
+    monkeypatch.setattr(disk_errors.time, "sleep", sleep)
+    disk_errors.remove_unfinished(folder, patience=patience)
     assert folder.exists() == stays
     assert len(calls) == (1 if stays else writes + 1)
 

@@ -4,18 +4,17 @@ import importlib
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import balcap_jax
 from balcap_jax.cli.arguments import argparse, place
+from balcap_jax.cli.disk_errors import for_tensorstore
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 from balcap_jax.config import recipes
-from balcap_jax.models.formats import orbax
-from balcap_jax.models.formats.orbax import for_tensorstore
+from balcap_jax.models.formats import safetensors
 from balcap_jax.training.checkpoint import Checkpointer
 
 URLS = ("gs://bucket/run", "s3://bucket/x", "hdfs://host/x", "file:///tmp/x", "gs:/bucket/run", " gs://b", "hf://a/b")
@@ -96,7 +95,7 @@ def test_no_name_of_a_file(given, reason):
         "evaluate --metric=capture --out={out} --judge.cache_dir=gs://bucket/judge",
         "recaption --images=file:///pictures --out={out}",
         "caption --model=gs://bucket/model --images={out} --out={out}.jsonl",
-        "convert --from=hf://Qwen/x --to_hf={out}",
+        "convert --from=hf://Qwen/x --out={out}",
         "ablate --config={configs}/scenes.py:tiny --out=gs:/bucket/study",
     ],
 )
@@ -130,14 +129,12 @@ ODD = (
 def test_models_and_checkpoints_are_written_and_read_in_any_directory(tmp_path, name):
     place = resolved(f"{tmp_path}/{name}")
     place.mkdir(parents=True)
-    tree = {"decoder": {"embed": np.arange(6, dtype=np.float32), "layers": {"q": np.ones((2, 3), np.float32)}}}
-    orbax.write_tree(place / "params", tree)
-    assert (place / "params" / "decoder.embed" / ".zarray").is_file()
-    found = {path: orbax.read(place / "params", one) for path, one in orbax.open_all(place / "params").items()}
-    np.testing.assert_array_equal(found["decoder/embed"], tree["decoder"]["embed"])
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
-    np.testing.assert_array_equal(orbax.restore(place / "params", like)["decoder"]["layers"]["q"], np.ones((2, 3)))
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tensors = [safetensors.NewTensor(name, array.dtype, array.shape, lambda: array) for name in "ab"]
+    safetensors.write_directory(place, tensors, shard_bytes=1)
+    for tensor in safetensors.read_directory(place).values():
+        np.testing.assert_array_equal(tensor.mapped(), array)
+        np.testing.assert_array_equal(tensor.read(1, 2), array[1:])
     with Checkpointer(f"{tmp_path}/{name}/checkpoints") as checkpointer:
         checkpointer.save(2, {"w": jnp.full(3, 2)}, {"clock": 1})
         checkpointer.wait()

@@ -19,8 +19,10 @@ def state():
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "hooks": (sys.excepthook, sys.unraisablehook, sys.stdout, sys.stderr, sys.stdout.errors),
         "loggers": [(logger.level, list(logger.filters), list(logger.handlers)) for logger in loggers],
-        # These two are imported late, and bring filters of their own.
-        "warnings": [entry for entry in warnings.filters if not any(name in str(entry) for name in ("torch", "scipy"))],
+        # These are imported late, sympy by torch, and bring filters of their own.
+        "warnings": [
+            entry for entry in warnings.filters if not any(name in str(entry) for name in ("torch", "scipy", "sympy"))
+        ],
         "frozen": gc.get_freeze_count(),
         "environment": dict(os.environ),
         "caught": caught(),

@@ -40,17 +40,22 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def words_of(saved):
-    """Writes {file: content} into the model's directory for one test."""
-    written = []
+    """Puts {file: entries} into files of the model's directory for one test, in the place of what they say of ends."""
+    before = {name: (saved / name).read_text() for name in (GENERATION, CONFIG)}
 
     def write(files):
-        for name, content in files.items():
-            written.append(saved / name)
-            written[-1].write_text(json.dumps(content))
+        for name in before if files else ():
+            content, entries = json.loads(before[name]), files.get(name, {})
+            content.pop("eos_token_id", None)
+            text = content.get("text_config", {})
+            text.pop("eos_token_id", None)
+            if isinstance(group := entries.get("text_config"), dict):
+                entries = entries | {"text_config": text | group}
+            (saved / name).write_text(json.dumps(content | entries))
 
     yield write
-    for file in written:
-        file.unlink()
+    for name, content in before.items():
+        (saved / name).write_text(content)
 
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
@@ -68,7 +73,6 @@ GENERATION, CONFIG = "generation_config.json", "config.json"
         ({GENERATION: {"eos_token_id": None}, CONFIG: {"text_config": {"eos_token_id": [9, 10]}}}, (EOS, 9, 10)),
         ({CONFIG: {"eos_token_id": None, "text_config": {"eos_token_id": 9}}}, (EOS, 9)),
         ({CONFIG: {"eos_token_id": 10, "text_config": {"eos_token_id": 9}}}, (EOS, 10)),
-        ({CONFIG: {"text_config": [1]}}, (EOS,)),
     ],
 )
 def test_generation_config_comes_before_config_and_the_tokenizers_is_always_one(saved, words_of, files, ends):
@@ -125,15 +129,13 @@ def test_decode_stops_at_the_first_end_and_targets_keep_their_one_end(saved, wor
     assert tokens[mask].tolist() == [a, ball, EOS]
 
 
-def test_they_go_with_a_model_wherever_it_goes(saved, tmp_path):
-    """Export, conversion, and a training run's saving of what it was given."""
-    exported = convert.to_hf(saved, tmp_path / "hf")
-    (exported / GENERATION).write_text(json.dumps({"eos_token_id": [9, EOS]}))
-    model = convert.from_hf(exported, tmp_path / "model")
-    _, params, processor = models.load(model)
-    trained = models.save(tmp_path / "trained", models.read_fields(model), params, processor, source=model)
-    back = convert.to_hf(trained, tmp_path / "back")
-    for path in (exported, model, trained, back):
+def test_they_go_with_a_model_wherever_it_goes(saved, words_of, tmp_path):
+    """Conversion, and a training run's saving of what it was given."""
+    words_of({GENERATION: {"eos_token_id": [9, EOS]}})
+    converted = convert.convert(saved, tmp_path / "converted")
+    _, params, processor = models.load(converted)
+    trained = models.save(tmp_path / "trained", models.read_fields(saved), params, processor, source=converted)
+    for path in (converted, trained):
         policy, processor = loading.build_saved(path, loading.read_fields(path))
         assert policy.end_tokens == processor.end_tokens == (EOS, 9)
 

@@ -1,10 +1,7 @@
 """Model directories, and the processor between images, texts and the policy's arrays."""
 
 import dataclasses
-import gc
 import json
-import shutil
-import sys
 
 import jax
 import numpy as np
@@ -12,20 +9,23 @@ import pytest
 from PIL import Image
 
 from balcap_jax import models
-from balcap_jax.cli import process
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
+from balcap_jax.models.formats import safetensors, slices
 from balcap_jax.models.llava.processing import VICUNA_TEMPLATE, LlavaProcessor, fit
 from balcap_jax.models.prompting import fill
+from balcap_jax.parallel import sharding
 
 PROMPT = "Describe the scene."
+OWN = "balcap_jax.json"
 # 16 image tokens, the prompt's four, and one at the front.
 MODEL = default_config().model.to_dict() | {
     "image_size": 32,
     "patch_size": 8,
     "vision_width": 8,
     "vision_layers": 2,
+    "feature_layer": -1,
     "vision_heads": 2,
     "vision_mlp": 12,
     "width": 12,
@@ -58,6 +58,10 @@ def saved(model, tmp_path):
 
 def pictures(count: int, size: int = 32) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype(np.uint8))
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def error_of(call, *args, **kwargs) -> str:
@@ -111,8 +115,8 @@ def test_an_existing_model_is_replaced(model, saved):
 
 def test_the_rest_of_an_interrupted_save_is_in_nobodys_way(model, saved):
     aside = saved.with_name("model.writing")
-    (aside / "params").mkdir(parents=True)
-    (aside / "model.json").write_text("{")
+    aside.mkdir()
+    (aside / "config.json").write_text("{")
     assert models.load(saved)[0] == model[0]
     models.save(saved, MODEL, model[1], model[2])
     assert not aside.exists()
@@ -120,70 +124,70 @@ def test_the_rest_of_an_interrupted_save_is_in_nobodys_way(model, saved):
 
 def test_a_directory_that_is_no_model(tmp_path):
     assert error_of(models.load, tmp_path / "none") == (
-        f"no model at {tmp_path / 'none'}: model.json is missing; give a directory that training or convert wrote, "
-        f"or a Hugging Face checkpoint"
+        f"no model at {tmp_path / 'none'}: config.json is missing; give a directory of a Hugging Face checkpoint, of "
+        f"an adapter, or one that training wrote"
     )
 
 
-def test_a_torn_model_file_is_named(saved):
-    (saved / "model.json").write_text((saved / "model.json").read_text()[:40])
+def test_the_name_of_a_model_on_the_hub_is_answered_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path / "Qwen" / "Qwen2.5-VL-3B-Instruct"):
+        message = error_of(models.load, name)
+        assert "`hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIRECTORY`" in message
+    (tmp_path / "Qwen").mkdir()
+    assert "hf download" not in error_of(models.load, "Qwen/Qwen2.5-VL-3B-Instruct")  # a folder that was misspelt
+
+
+def test_a_torn_file_of_ours_is_named(saved):
+    (saved / OWN).write_text((saved / OWN).read_text()[:40])
     message = error_of(models.load, saved)
-    assert message.startswith(f"{saved / 'model.json'} is not JSON (")
-    assert message.endswith("); convert or save the model again")
+    assert message.startswith(f"{saved / OWN} is not JSON (")
+    assert message.endswith("); mend or delete that file")
 
 
-def test_a_field_that_is_missing_is_named(saved):
-    fields = json.loads((saved / "model.json").read_text())
-    del fields["kv_heads"]
-    (saved / "model.json").write_text(json.dumps(fields))
-    message = error_of(models.load, saved)
-    assert message == f"{saved / 'model.json'} lacks the field 'kv_heads'; convert or save the model again"
+def test_an_entry_that_is_none_is_named(saved):
+    change_json(saved / OWN, promt="Describe.")
+    assert error_of(models.load, saved).startswith(f"{saved / OWN} has an entry 'promt', which is none of dtype, ")
 
 
-def test_an_unknown_family_is_named(saved):
-    fields = json.loads((saved / "model.json").read_text()) | {"family": "llama"}
-    (saved / "model.json").write_text(json.dumps(fields))
-    assert error_of(models.load, saved) == (
-        f"{saved / 'model.json'}: config field 'model.family' must be one of llava, qwen2_5_vl, got 'llama'; did you "
-        f"mean 'llava'?; convert or save the model again"
-    )
+def test_without_our_file_a_model_is_a_checkpoint_like_any_other(model, saved):
+    (saved / OWN).unlink()
+    policy, params, processor = models.load(saved)
+    assert processor.template == VICUNA_TEMPLATE
+    assert policy.vision.keep_unused
+    np.testing.assert_array_equal(params["vision"]["unused"]["norm"]["scale"], 1.0)
+    np.testing.assert_array_equal(params["decoder"]["head"], model[1]["decoder"]["head"])
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"width": "128"}, "'model.width' must be an integer, got '128'"),
-        ({"layers": 0}, "'model.layers' must be "),
-        ({"layers": 10**9}, "'model.layers' must be "),
-        ({"vocab": 10**15}, "'model.vocab' must be "),
-        ({"heads": -2}, "'model.heads' must be "),
-        ({"heads": 3, "kv_heads": 2}, "'model.heads' (3) must be divisible by model.kv_heads (2)"),
-        ({"norm_eps": None}, "'model.norm_eps' must be a number, got None"),
-        ({"rope_theta": float("inf")}, "'model.rope_theta' must be a number, got inf"),
+        ({"prompt_tokens": "128"}, "'model.prompt_tokens' must be an integer, got '128'"),
+        ({"prompt_tokens": 0}, "'model.prompt_tokens' must be "),
         ({"dtype": "float8"}, "'model.dtype' must be one of float32, bfloat16, got 'float8'"),
-        ({"family": {}}, "the field 'family' is an object, not one value"),
         ({"template": ["a"]}, "'model.template' must be a string, got ['a']"),
-        ({"full_attention_layers": 3}, "'model.full_attention_layers' must be a tuple of integers, got 3"),
-        ({"full_attention_layers": {"a": 1}}, "the field 'full_attention_layers' is an object, not one value"),
-        ({"vision_norm_eps": "small"}, "the field 'vision_norm_eps' must be a number > 0, got 'small'"),
+        ({"template": {}}, "the field 'template' is an object, not one value"),
+        ({"max_aspect": float("inf")}, "'model.max_aspect' must be a number, got inf"),
         ({"prompt": 3}, "the field 'prompt' must be a string, got 3"),
+        ({"max_tokens": True}, "the field 'max_tokens' must be an integer in [1, 65536], got True"),
+        ({"max_tokens": 0}, "the field 'max_tokens' must be an integer in [1, "),
+        ({"max_tokens": 9.5}, "the field 'max_tokens' must be an integer in [1, "),
+        ({"source_processor": {"x.json": {}}}, "source_processor must hold the files preprocessor_config.json and"),
     ],
 )
 def test_odd_fields_are_named(saved, change, named):
-    fields = json.loads((saved / "model.json").read_text()) | change
-    (saved / "model.json").write_text(json.dumps(fields))
+    change_json(saved / OWN, **change)
     message = error_of(models.load, saved)
-    assert message.startswith(f"{saved / 'model.json'}: ")
+    assert message.startswith(f"{saved / OWN}: ")
     assert named in message
-    assert message.endswith("; convert or save the model again")
+    assert message.endswith("; mend or delete that file")
 
 
-@pytest.mark.parametrize("name", ["dtype", "template", "prompt_tokens", "family"])
-def test_fields_that_are_no_sizes_are_missed_too(saved, name):
-    fields = json.loads((saved / "model.json").read_text())
-    del fields[name]
-    (saved / "model.json").write_text(json.dumps(fields))
-    assert f"lacks the field '{name}'" in error_of(models.read_fields, saved)
+def test_what_a_model_was_trained_for_is_saved_with_it(model, tmp_path):
+    path = models.save(tmp_path / "model", MODEL | {"prompt": PROMPT, "max_tokens": 77}, model[1], model[2])
+    fields = models.read_fields(path)
+    assert (fields["prompt"], fields["max_tokens"]) == (PROMPT, 77)
+    assert "prompt" not in models.read_fields(models.save(path, MODEL, model[1], model[2]))
 
 
 @pytest.mark.parametrize("change", [{"prompt_tokens": -1}, {"prompt_tokens": 10}, {"dtype": "int8"}])
@@ -207,24 +211,15 @@ def test_an_unknown_override_is_named(saved):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"layers": 3}, "decoder/layers/attention_norm/scale is (2, 12), (3, 12) is needed"),
-        ({"mlp": 20}, "decoder/layers/down/kernel is (2, 16, 12), (2, 20, 12) is needed"),
+        ({"layers": 3}, "lacks model.language_model.layers.2.input_layernorm.weight"),
+        ({"mlp": 20}, "mlp.gate_proj.weight is [16, 12], by config.json it is [20, 12]"),
+        ({"tied_embeddings": True}, "lm_head.weight differs from "),
     ],
 )
-def test_an_override_that_changes_a_shape_is_refused(saved, change, named):
+def test_an_override_that_changes_the_parameters_is_refused(saved, change, named):
     message = error_of(models.load, saved, **change)
-    assert message.startswith(f"the parameters at {saved}/params do not fit its fields: {named}")
-
-
-def test_an_override_that_takes_a_parameter_away_is_refused(saved):
-    message = error_of(models.load, saved, tied_embeddings=True)
-    assert message.startswith(f"the parameters at {saved}/params do not fit its fields: decoder/head is not among them")
-
-
-def test_numbers_that_are_no_parameters_are_refused(saved):
-    metadata = saved / "params" / "decoder.embed" / ".zarray"
-    metadata.write_text(metadata.read_text().replace("<f4", "<i4"))
-    assert "do not fit its fields: decoder/embed holds int32" in error_of(models.load, saved)
+    assert message.startswith(str(saved))
+    assert named in message
 
 
 def test_a_missing_tokenizer_is_named(saved):
@@ -233,56 +228,68 @@ def test_a_missing_tokenizer_is_named(saved):
     assert error_of(models.load, saved).startswith(f"the tokenizer at {saved} cannot be read")
 
 
-Q = "decoder.layers.q.kernel"
-METADATA = "its _METADATA is not what this version writes"
+def test_a_vector_that_transformers_needs_must_hold_what_the_model_does_without(tmp_path):
+    """A Qwen2.5-VL without biases has them as zeros in its files; other numbers there are of another model."""
+    words = build_tokenizer([PROMPT])
+    fields = MODEL | {"family": "qwen2_5_vl", "mrope_section": (1, 1, 1), "window_size": 16, "max_image_tokens": 4}
+    policy, processor = models.build(fields, words)
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(policy.init, jax.random.key(0)))
+    saved = models.save(tmp_path / "model", fields, params, processor)
+    name = "model.layers.1.self_attn.k_proj.bias"
+    tensor = safetensors.read_directory(saved)[name]
+    np.testing.assert_array_equal(tensor.read(), np.zeros(6))
+    assert jax.tree.structure(models.load(saved)[1]) == jax.tree.structure(params)
+    change_json(saved / OWN, qkv_bias=True)
+    np.testing.assert_array_equal(models.load(saved)[1]["decoder"]["layers"]["k"]["bias"], np.zeros((2, 1, 6)))
+    change_json(saved / OWN, qkv_bias=False)
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(np.float32(2.0).tobytes())
+    assert f"holds {name}, for which the model of config.json has no place" in error_of(models.load, saved)
 
 
+# ------------------------------------------------------------------------------------------------- slices
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("shape", "axes", "part"),
     [
-        ("all gone", "/params/_METADATA: No such file or directory"),
-        ("all empty", "/params/_METADATA: No such file or directory"),
-        ("all torn", "/params/_METADATA is not JSON"),
-        (("remove", f"{Q}/1.0.0.0"), f'/params/{Q}/1.0.0.0" is missing'),
-        (("remove", f"{Q}/.zarray"), f'/params/{Q}/.zarray" does not exist'),
-        ((b"short", f"{Q}/1.0.0.0"), f"/params/{Q}/1.0.0.0: expected at least"),
-        ((b"{", f"{Q}/.zarray"), f"/params/{Q}/.zarray: Invalid JSON"),
-        ((b"{}", f"{Q}/.zarray"), f"/params/{Q}/.zarray: "),
-        ((b"[]", "_METADATA"), "/params/_METADATA is no JSON object"),
-        ((b"{}", "_METADATA"), METADATA),
-        ((b'{"tree_metadata": [1]}', "_METADATA"), METADATA),
-        ((b'{"tree_metadata": {"a": {"key_metadata": 3}}}', "_METADATA"), METADATA),
-        (('"value_type": "np.ndarray"', '"value_type": 3'), METADATA),
-        (('"skip_deserialize": false', '"skip_deserialize": true'), METADATA),
-        ((b"[" * 100_000, "_METADATA"), "nested too deeply"),
+        ((7, 5), (1, 0), (slice(None), slice(None))),
+        ((300, 700), (1, 0), (slice(3, 699), slice(10, 290))),
+        ((600, 301), (1, 0), (slice(None), slice(256, 600))),
+        ((4, 6, 9), (2, 0, 1), (slice(1, 8), slice(None), slice(2, 5))),
+        ((9, 4, 6), (1, 2, 0), (slice(1, 3), slice(None), slice(2, 7))),
+        ((9, 4, 6), (2, 1, 0), (slice(None),) * 3),
+        ((5,), (0,), (slice(1, 4),)),
     ],
 )
-def test_damaged_parameters_are_named(saved, damage, reason, monkeypatch, capfd):
-    params = saved / "params"
-    if damage == "all torn":
-        for path in params.rglob("*"):
-            if path.is_file():
-                path.write_bytes(path.read_bytes()[:10])
-    elif isinstance(damage, str):
-        shutil.rmtree(params)
-        if damage == "all empty":
-            params.mkdir()
-    elif damage[0][:1] == '"':
-        (params / "_METADATA").write_text((params / "_METADATA").read_text().replace(*damage, 1))
-    elif damage[0] == "remove":
-        (params / damage[1]).unlink()
-    else:
-        (params / damage[1]).write_bytes(damage[0])
-    beside = []
-    monkeypatch.setattr(sys, "unraisablehook", beside.append)
-    process.quieten_libraries()
-    message = error_of(models.load, saved)
-    gc.collect()
-    assert reason in message
-    assert str(params) in message
-    assert message.endswith("; copy the model again, or convert or save it anew")
-    assert "tensorstore_spec" not in message
-    assert (beside, capfd.readouterr().err) == ([], "")
+def test_a_transposed_copy_is_that_of_numpy(shape, axes, part, dtype):
+    array = np.random.default_rng(0).standard_normal(shape).astype(dtype).transpose(axes)[part]
+    out = np.empty(array.shape, dtype)
+    slices.copy(out, array)
+    np.testing.assert_array_equal(out, array)
+
+
+def test_a_device_reads_what_it_holds(saved, model, monkeypatch):
+    """Of a matrix that is split, the bytes that the devices copy add up to the matrix, and not to eight of it."""
+    copied = []
+    copy = slices.copy
+    monkeypatch.setattr(slices, "copy", lambda out, array: (copied.append(array.nbytes), copy(out, array)))
+    mesh = sharding.make_mesh({"replica": 1, "data": 2, "fsdp": 4, "tensor": 1})
+    _, params, _ = models.load(saved, mesh=mesh)
+    once = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert sum(copied) == once
+    jax.tree.map(np.testing.assert_array_equal, params, model[1])
+
+
+def test_a_number_that_is_none_is_refused_where_it_is_read(saved):
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    tensor = safetensors.read_directory(saved)[name]
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.start + 20)
+        file.write(np.float32(np.nan).tobytes())
+    assert f"tensor {name} holds NaN or infinity" in error_of(models.load, saved)
 
 
 def test_a_place_that_cannot_be_written(model, tmp_path):

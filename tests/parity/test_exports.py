@@ -1,4 +1,4 @@
-"""Exported models in transformers: the files beside the weights, and the numbers that come of them all.
+"""Saved models in transformers: the files beside the weights, and the numbers that come of them all.
 
 With TRANSFORMERS_4=PATH, the Python of an environment with transformers 4.57 and torch, slow tests read them there too.
 """
@@ -15,7 +15,7 @@ import pytest
 
 from balcap_jax import convert, models
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
-from balcap_jax.models.formats import hf, loading
+from balcap_jax.models.formats import hf, loading, saving
 from balcap_jax.models.llava.processing import LlavaProcessor
 from balcap_jax.models.llava.vision import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.rollout import Sampling, example_keys, make_rollout
@@ -41,13 +41,13 @@ IMAGE = np.random.default_rng(3).integers(0, 256, (37, 52, 3)).astype(np.uint8)
 
 
 def exported(path: Path, family: str, seed: int = 0) -> Path:
-    """A model that came from no checkpoint at `path`, and its export beside it."""
+    """A model that came from no checkpoint, at `path`."""
     fields = loading.DEFAULTS | SIZES | {"family": family}
     policy, processor = models.build(fields, build_tokenizer([PROMPT, "a red ball lies left of a cube."]))
     rng = np.random.default_rng(seed)
     like = jax.eval_shape(policy.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: rng.normal(0.2, 0.4, leaf.shape).astype(np.float32), like)
-    return convert.to_hf(models.save(path / "model", fields, params, processor), path / "hf")
+    return models.save(path, fields, params, processor)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -57,11 +57,11 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def export(family, tmp_path_factory):
-    return exported(tmp_path_factory.mktemp(family), family)
+    return exported(tmp_path_factory.mktemp(family) / "model", family)
 
 
 def ours(model: Path, tokens: int) -> tuple[dict, dict[str, np.ndarray]]:
-    """(what `read_in_transformers.read` is given, what it gives) of a model of ours and its export."""
+    """(what `read_in_transformers.read` is given, what it gives) of a model of ours."""
     policy, params, processor = models.load(model)
     prompt = processor([IMAGE], [PROMPT], ["x"])
     behind = jax.jit(lambda params: policy.prefill(params, prompt, policy.encode(params, prompt.images))[1])
@@ -74,7 +74,7 @@ def ours(model: Path, tokens: int) -> tuple[dict, dict[str, np.ndarray]]:
     if isinstance(prompt.images, np.ndarray):
         found["pixels"] = np.moveaxis((prompt.images / 255.0 - PIXEL_MEAN) / PIXEL_STD, -1, 1)
     asked = {
-        "directory": str(model.with_name("hf")),
+        "directory": str(model),
         "architecture": ARCHITECTURES[models.read_fields(model)["family"]],
     }
     forbidden = list(policy.forbidden)  # transformers would draw those too
@@ -96,7 +96,7 @@ def test_a_model_from_no_checkpoint_is_whole_in_transformers(export):
     pytest.importorskip("torch", reason="transformers needs torch to run a model")
     from read_in_transformers import read
 
-    asked, own = ours(export.with_name("model"), 1)
+    asked, own = ours(export, 1)
     agree(read(**asked), own)
 
 
@@ -132,7 +132,7 @@ def test_the_processors_file_says_what_ours_does(export, family):
 )
 def test_the_chat_template_is_the_prompt_that_the_model_was_trained_with(template, expected):
     words = build_tokenizer([PROMPT])
-    words.chat_template = convert._chat_template(LlavaProcessor(words, 16, 16, prompt_tokens=64, template=template))
+    words.chat_template = saving.chat_template(LlavaProcessor(words, 16, 16, prompt_tokens=64, template=template))
     for content in ('a "b" {c}', [{"type": "image"}, {"type": "text", "text": 'a "b" {c}'}]):
         assert words.apply_chat_template([{"role": "user", "content": content}], tokenize=False) == expected
 
@@ -155,28 +155,32 @@ def test_a_checkpoint_of_transformers_5_says_so_and_gets_the_processors_file(tmp
     (source / "preprocessor_config.json").unlink()
     if file:
         (source / file).write_text(json.dumps(carried(settings)))
-    convert.from_hf(source, tmp_path / "model")
-    convert.main([f"--to_hf={tmp_path / 'hf'}", f"--from={tmp_path / 'model'}"])
+    convert.main([f"--from={source}", f"--out={tmp_path / 'hf'}"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["needs transformers 5, as the checkpoint that the model came from does", str(tmp_path / "hf")]
-    written = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    _, params, processor = models.load(source)
+    trained = models.save(tmp_path / "trained", models.read_fields(source), params, processor, source=source)
+    written = json.loads((trained / "preprocessor_config.json").read_text())
     for name, value in settings.items():
-        assert written[name] == pytest.approx(value), name
+        if name != "max_pixels":  # that of training
+            assert written[name] == pytest.approx(value), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", ["scratch", "converted"])
+@pytest.mark.parametrize("origin", ["scratch", "trained"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_transformers_4_reads_it_alike(family, tmp_path, origin, seed):
-    """`converted`: the export is read as a checkpoint and exported again, so that all its files are carried."""
+    """`trained`: the model is read and saved again as one that came from it, so that all its files are carried."""
     if not (python := os.environ.get("TRANSFORMERS_4")):
         pytest.skip("TRANSFORMERS_4 names no Python with transformers 4.57 and torch")
-    path = exported(tmp_path, family, seed)
-    asked, own = ours(tmp_path / "model", 8)
-    if origin == "converted":
-        asked["directory"] = str(convert.to_hf(convert.from_hf(path, tmp_path / "again"), tmp_path / "back"))
-        assert not convert._needs_5(tmp_path / "back")
+    path = exported(tmp_path / "model", family, seed)
+    asked, own = ours(path, 8)
+    if origin == "trained":
+        _, params, processor = models.load(path)
+        again = models.save(tmp_path / "again", models.read_fields(path), params, processor, source=path)
+        assert not convert._needs_5(again)
+        asked["directory"] = str(again)
     (tmp_path / "case.json").write_text(json.dumps(asked))
     for interpreter in (python, sys.executable):
         command = [interpreter, READER, tmp_path / "case.json", tmp_path / "out.npz"]

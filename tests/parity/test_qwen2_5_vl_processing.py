@@ -34,6 +34,8 @@ FIELDS = default_config().model.to_dict() | {
     "mrope_section": (4, 6, 6),
     "qkv_bias": True,
     "width": 32,
+    "heads": 1,
+    "kv_heads": 1,
     "layers": 1,
     "mlp": 16,
     "min_image_tokens": LEAST,
@@ -248,6 +250,7 @@ def test_the_miniature_is_one_window_of_three_by_three():
     [
         ({"mrope_section": ()}, "model.mrope_section is ()"),
         ({"mrope_section": (4, 4, 4)}, "needs three counts that sum to head_size / 2 = 16"),
+        ({"heads": 4}, "head_size is 32: that of qwen2_5_vl is width / heads, 32 / 4"),
         ({"vision_width": 36}, "model.vision_width is 36"),
         ({"window_size": 27}, "model.window_size is 27"),
         ({"full_attention_layers": (0, 2)}, "model.full_attention_layers names layer 2"),

@@ -2,7 +2,6 @@
 
 A row says which tensor of a transformers module a parameter is, and how its numbers lie. Import, export and the
 checks run over the same rows: they must use every tensor of the checkpoint and set every parameter exactly once.
-Arrays pass one layer at a time.
 
 A family (`models/<family>/hf.py`) is a module with
     MODEL_TYPE, ARCHITECTURE      its names in config.json
@@ -16,13 +15,14 @@ A family (`models/<family>/hf.py`) is a module with
     config_to_hf(fields, ids)     and back, for models that came from no checkpoint; `ids` holds vocab, image,
                                   before_image (the token before the image in a prompt), bos, eos and pad
     processor_to_hf(fields)       the same for the files of the processor
+    image_limits(fields)          its settings that the fields decide: how many tokens a picture gets
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ from balcap_jax.cli.files import read_json_object
 from balcap_jax.cli.process import errors_only
 from balcap_jax.config.schema import FIELDS
 from balcap_jax.models import fields as model_fields
-from balcap_jax.models.formats.orbax import is_stacked
 from balcap_jax.models.formats.safetensors import NewTensor, Tensor, read_directory
 
 Shape = tuple[int, ...]
@@ -89,7 +88,8 @@ class Row:
 
     `name`: the tensor; `{}` stands for the layer. Rows of one name and different paths divide the layers in order.
     `part` (i, n): the parameter is piece i of the tensor's first axis cut in n.
-    `fill`: (value, path of a parameter of the same shape) for a tensor that transformers needs and we do not.
+    `fill`: (value, path of a parameter, first of its axes that counts) for a vector that transformers needs and a model
+    may do without; it has an element for each of the parameter's from that axis on, the layer axis aside.
     `repeats`: the tensor that this one may copy in a checkpoint whose model lacks the parameter.
     """
 
@@ -97,7 +97,7 @@ class Row:
     path: str
     form: Form
     part: tuple[int, int] = (0, 1)
-    fill: tuple[float, str] | None = None
+    fill: tuple[float, str, int] | None = None
     repeats: str = ""
 
 
@@ -107,9 +107,17 @@ def dense(name: str, path: str, *, inputs: int = 1, bias: bool = True) -> tuple[
     return (kernel, Row(f"{name}.bias", f"{path}/bias", VECTOR)) if bias else (kernel,)
 
 
-def decoder_rows(name: str) -> tuple[Row, ...]:
-    """The decoder of every family, whose layers transformers calls `name`.layers.N."""
+def decoder_rows(name: str, *, biases: bool = False) -> tuple[Row, ...]:
+    """The decoder of every family, whose layers transformers calls `name`.layers.N.
+
+    `biases`: transformers has biases on queries, keys and values, which are 0 for a model without.
+    """
     layer = f"{name}.layers.{{}}"
+
+    def projection(x: str) -> tuple[Row, Row]:
+        kernel, bias = dense(f"{layer}.self_attn.{x}_proj", f"decoder/layers/{x}")
+        return kernel, dataclasses.replace(bias, fill=(0.0, kernel.path, 1)) if biases else bias
+
     return (
         Row(f"{name}.embed_tokens.weight", "decoder/embed", MATRIX),
         Row(f"{name}.norm.weight", "decoder/norm/scale", VECTOR),
@@ -117,13 +125,18 @@ def decoder_rows(name: str) -> tuple[Row, ...]:
         Row("lm_head.weight", "decoder/head", linear(), repeats=f"{name}.embed_tokens.weight"),
         Row(f"{layer}.input_layernorm.weight", "decoder/layers/attention_norm/scale", VECTOR),
         Row(f"{layer}.post_attention_layernorm.weight", "decoder/layers/mlp_norm/scale", VECTOR),
-        *(row for x in "qkv" for row in dense(f"{layer}.self_attn.{x}_proj", f"decoder/layers/{x}")),
+        *(row for x in "qkv" for row in projection(x)),
         *dense(f"{layer}.self_attn.o_proj", "decoder/layers/o", inputs=2, bias=False),
         *(row for x in ("gate", "up", "down") for row in dense(f"{layer}.mlp.{x}_proj", f"decoder/layers/{x}")),
     )
 
 
 # ------------------------------------------------------------------------------------------------- the plan
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has a leading layer axis."""
+    return "layers/" in path
 
 
 class Piece(NamedTuple):
@@ -173,6 +186,29 @@ def plan(table: Sequence[Row], shapes: Shapes) -> dict[str, list[Piece]]:
         if sorted(piece.row.part for piece in pieces) != [(i, len(pieces)) for i in range(len(pieces))]:
             raise UserError(f"the family's table does not set tensor {name} exactly once: {pieces}")
     return tensors
+
+
+class Fill(NamedTuple):
+    """A tensor [size] of `value` alone, of the type of the parameter `like`; see `Row.fill`."""
+
+    value: float
+    size: int
+    like: str
+
+
+def fills(table: Sequence[Row], shapes: Shapes) -> dict[str, Fill]:
+    """{tensor: what it is filled with} of those that parameters of `shapes` do without."""
+    found = {}
+    for row in table:
+        if row.fill is None or row.path in shapes or row.fill[1] not in shapes:
+            continue
+        value, like, axis = row.fill
+        stack, shape = ((None,), shapes[like])
+        if is_stacked(like):
+            stack, shape = range(shape[0]), shape[1:]
+        for layer in stack:
+            found[row.name.format(layer)] = Fill(value, math.prod(shape[axis:]), like)
+    return found
 
 
 def _some(names: Sequence[str]) -> str:
@@ -316,12 +352,13 @@ def check(checkpoint: Checkpoint, shapes: Shapes, *, cast: bool) -> dict[str, li
         raise UserError(f"{directory} lacks {_some(missing)}, which its config.json asks for; download it again")
     copies = copies_in(checkpoint.family, tensors, pieces)
     for name, of in copies.items():
-        if not np.array_equal(tensors[name].read().view(np.uint8), tensors[of].read().view(np.uint8)):
+        if not tensors[name].equals(tensors[of]):
             raise UserError(
                 f"{tensors[name].file}: {tensors[name].name} differs from {tensors[of].name}, though config.json ties "
                 f"the two; set tie_word_embeddings to false there, or leave the tensor out"
             )
-    if many := [tensor for name, tensor in tensors.items() if name not in pieces and name not in copies]:
+    filled = {name for name, fill in fills(checkpoint.family.TABLE, shapes).items() if _is_filled(tensors, name, fill)}
+    if many := [tensors[name] for name in tensors if name not in {*pieces, *copies, *filled}]:
         raise UserError(
             f"{many[0].file} holds {_some([tensor.name for tensor in many])}, for which the model of config.json has "
             f"no place; give the checkpoint that belongs to this config.json"
@@ -344,23 +381,25 @@ def check(checkpoint: Checkpoint, shapes: Shapes, *, cast: bool) -> dict[str, li
     return pieces
 
 
-def copies_in(family: ModuleType, names: Iterable[str], pieces: Mapping[str, Any]) -> dict[str, str]:
+def _is_filled(tensors: Mapping[str, Tensor], name: str, fill: Fill) -> bool:
+    return name in tensors and tensors[name].shape == (fill.size,) and bool((tensors[name].read() == fill.value).all())
+
+
+def copies_in(family: ModuleType, names: Iterable[str], pieces: Collection[str]) -> dict[str, str]:
     """{tensor: the one that it repeats} of those `names` that no parameter stands for; see `Row.repeats`."""
     repeats = {row.name: row.repeats for row in family.TABLE if row.repeats}
     return {name: repeats[name] for name in names if name in repeats and name not in pieces}
 
 
-def read_arrays(
-    checkpoint: Checkpoint, pieces: Mapping[str, list[Piece]]
-) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(parameter, layer or None, its array in our layout and the checkpoint's type), parameter after parameter."""
-    by_path: dict[str, list[tuple[Tensor, Piece]]] = {}
+def by_parameter(
+    checkpoint: Checkpoint, pieces: Mapping[str, Sequence[Piece]]
+) -> dict[str, list[tuple[Tensor, Piece]]]:
+    """{parameter: the tensors that it consists of, layer by layer}."""
+    found: dict[str, list[tuple[Tensor, Piece]]] = {}
     for name, parts in pieces.items():
         for piece in parts:
-            by_path.setdefault(piece.path, []).append((checkpoint.tensors[name], piece))
-    for path, entries in by_path.items():
-        for tensor, piece in entries:
-            yield path, piece.layer, piece.row.form.to_ours(tensor.read(*piece.row.part), piece.shape)
+            found.setdefault(piece.path, []).append((checkpoint.tensors[name], piece))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- export
@@ -378,48 +417,47 @@ def exported_names(family: ModuleType, names: Sequence[str], source: Mapping[str
 def new_tensors(
     family: ModuleType,
     shapes: Shapes,
-    dtypes: Mapping[str, np.dtype],
     read: Callable[[str, int | None], np.ndarray],
     *,
     names: Mapping[str, str],
-    dtype: np.dtype | None = None,
+    type_of: Callable[[str, str], np.dtype],
 ) -> list[NewTensor]:
     """The tensors of a checkpoint of our parameters; each array is made at the time of its write.
 
     Args:
-      shapes, dtypes: {parameter: shape, type}.
+      shapes: {parameter: shape}.
       read: gives (parameter, layer or None)'s array.
       names: {name in the module: name to write} of the source, in its order; {} means those of published checkpoints.
-      dtype: writes this type instead of the parameters' own.
+      type_of: gives the type that (name in the module, one of its parameters) is written in.
     """
     pieces = plan(family.TABLE, shapes)
+    filled = fills(family.TABLE, shapes)
     if names:
-        _check_names(family, names, pieces)
-    # A fill stands for a tensor without layers.
-    fills = {r.name: r.fill for r in family.TABLE if r.fill and r.path not in shapes and r.fill[1] in shapes}
+        _check_names(family, names, {*pieces, *filled}, needed=pieces)
     for name, of in copies_in(family, names, pieces).items():
         pieces[name] = pieces[of]
-    written = exported_names(family, [*pieces, *fills], names)
+    written = exported_names(family, [*pieces, *filled], names)
     order = {name: position for position, name in enumerate(names)}
     tensors = []
     for name in sorted(written, key=lambda name: order.get(name, len(order))):
-        if name in fills:
-            value, like = fills[name]
-            shape, own = shapes[like], dtypes[like]
-            produce = functools.partial(np.full, shape, value, dtype or own)
+        if name in filled:
+            value, size, like = filled[name]
+            shape, dtype = (size,), np.dtype(type_of(name, like))
+            produce = functools.partial(np.full, shape, value, dtype)
         else:
-            shape, own = pieces[name][0].hf_shape, dtypes[pieces[name][0].path]
-            produce = functools.partial(_assemble, pieces[name], read, dtype or own)
-        tensors.append(NewTensor(written[name], np.dtype(dtype or own), tuple(shape), produce))
+            first = pieces[name][0]
+            shape, dtype = tuple(first.hf_shape), np.dtype(type_of(name, first.path))
+            produce = functools.partial(_assemble, pieces[name], read, dtype)
+        tensors.append(NewTensor(written[name], dtype, shape, produce))
     return tensors
 
 
-def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[str, Any]) -> None:
-    """Raises UserError unless `names` has a name for every tensor, and only names of that tensor in a file."""
-    copies = copies_in(family, names, pieces)
-    beyond = [name for name in names if name not in pieces and name not in copies]
+def _check_names(family: ModuleType, names: Mapping[str, str], known: Collection[str], needed: Iterable[str]) -> None:
+    """Raises UserError unless `names` names every tensor `needed`, and only `known` ones."""
+    copies = copies_in(family, names, known)
+    beyond = [name for name in names if name not in known and name not in copies]
     other = [written for name, written in names.items() if rename(written, family.RENAMES) != name]
-    if lacking := [name for name in pieces if name not in names]:
+    if lacking := [name for name in needed if name not in names]:
         problem = f"lack {_some(lacking)}"
     elif beyond:
         problem = f"have {_some(beyond)}, for which the model has no place"
@@ -427,7 +465,7 @@ def _check_names(family: ModuleType, names: Mapping[str, str], pieces: Mapping[s
         problem = f"have {_some(other)}, which are of other tensors"
     else:
         return
-    raise UserError(f"the names of the model's tensors {problem}; convert the checkpoint again")
+    raise UserError(f"the names of the model's tensors {problem}; give the checkpoint that the model came from")
 
 
 def _assemble(pieces: list[Piece], read: Callable[[str, int | None], np.ndarray], dtype: np.dtype) -> np.ndarray:

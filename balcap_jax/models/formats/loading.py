@@ -1,17 +1,15 @@
-"""A model on disk: `model.json` (family and sizes), `params/` (Orbax) and the tokenizer's own files.
+"""Reading a model: a directory as the Hugging Face hub has it, or an adapter directory of PEFT beside it.
 
-A model that came from a Hugging Face checkpoint has that checkpoint's other small files beside them (config.json, the
-processor's, generation_config.json ...). For the way back `hf_names.json` holds the names of its tensors.
+A checkpoint holds config.json, safetensors, and the files of its tokenizer and processor. `balcap_jax.json` says what
+those have no place for: the prompt and limits of training, the compute type (`fields.OWN`). It may be missing.
 """
 
-import contextlib
-import itertools
+import concurrent.futures
 import os
 import reprlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,14 +17,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
-from balcap_jax.cli.files import make_directory, read_json, read_json_object, rename_directory, resolved, sync_tree
+from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.models import fields as model_fields
-from balcap_jax.models import llava, qwen2_5_vl
-from balcap_jax.models.fields import DEFAULTS
-from balcap_jax.models.formats import hf, orbax, safetensors
-from balcap_jax.models.formats.orbax import reason_of, remove_unfinished
+from balcap_jax.models import llava, lora, qwen2_5_vl
+from balcap_jax.models.fields import DEFAULTS, OWN
+from balcap_jax.models.formats import hf, peft
+from balcap_jax.models.formats.slices import Index, read_slice
 from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.prompting import PromptProcessor
@@ -36,14 +33,18 @@ from balcap_jax.parallel import sharding
 FAMILIES = {"llava": llava.build, "qwen2_5_vl": qwen2_5_vl.build}
 CHECKPOINTS = {"llava": llava_hf, "qwen2_5_vl": qwen2_5_vl_hf}
 
-MODEL = "model.json"
-PARAMS = "params"
-NAMES = "hf_names.json"
+OWN_FILE = "balcap_jax.json"
 GENERATION = "generation_config.json"
+EARLIER, EARLIER_NAMES = "model.json", "hf_names.json"
+"""What the directories of earlier versions hold; `convert` reads them (`earlier`)."""
+SOURCE_PROCESSOR = "source_processor"
+"""The entry of OWN_FILE with {file: content} of the processor's files as they were before training."""
+
+CARRIED = (".json", ".jinja", ".txt", ".model")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_CARRIED = (".json", ".jinja", ".txt", ".model")
-_CONVERT_AGAIN = "convert or save the model again"
 _COPY_AGAIN = "copy the file there again"
+_MEND = "mend or delete that file"
+_READERS = 8  # threads that read layers
 
 
 def build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Policy, PromptProcessor]:
@@ -52,121 +53,46 @@ def build(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple
     return FAMILIES[model["family"]](model, tokenizer, *template)
 
 
-# ------------------------------------------------------------------------------------------------- writing
+class Place(NamedTuple):
+    """Where a model lies: its checkpoint, and the adapter to be merged into it, if any."""
+
+    checkpoint: Path
+    adapter: Path | None = None
 
 
-def save(
-    path: str | os.PathLike,
-    model: Mapping[str, Any],
-    params: Params,
-    processor: PromptProcessor,
-    *,
-    source: str | os.PathLike = "",
-) -> Path:
-    """Writes a model directory that `load` reads; it replaces an existing one only once it is complete.
-
-    `source` is the directory that the model came from, if any: the new directory carries on what it holds for export.
+def find(path_or_name: str | os.PathLike) -> Place:
+    """The checkpoint directory that this is, or the adapter directory with the checkpoint that its file names.
 
     Raises:
-      UserError: the model cannot be written, or `source` is gone.
+      UserError: it is neither.
     """
-    path, source = resolved(path).absolute(), source and resolved(source)
-    if source and not source.is_dir():
-        raise UserError(f"{source}, which the model was loaded from, is gone; put it back and save again")
-    with written_aside(path, "the model") as aside:
-        orbax.write_tree(aside / PARAMS, params)
-        processor.tokenizer.save_pretrained(aside)
-        if source:
-            carry_files(source, aside)
-            if names := source_names(source):
-                write_json(aside / NAMES, names)
-        fields = {name: value for name, value in dict(model).items() if name != "path"}
-        write_json(aside / MODEL, fields | {"template": processor.template})
-    return path
-
-
-@contextlib.contextmanager
-def written_aside(path: Path, what: str) -> Iterator[Path]:
-    """A new directory beside `path`, which replaces it if the block succeeds and vanishes if it fails.
-
-    Raises:
-      UserError: `what` cannot be written there.
-    """
-    aside = path.with_name(path.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        make_directory(aside)
-        yield aside
-        sync_tree(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        rename_directory(aside, path)
-    except BaseException as error:  # Ctrl-C too leaves nothing behind
-        remove_unfinished(aside)
-        # On a full disk tokenizers raises a bare Exception, and TensorStore a ValueError.
-        if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
-            raise
-        reason = reason_of(error)
-        remedy = "make room there" if "no space left" in reason.lower() else "name another place"
-        raise UserError(f"cannot write {what} to {path}: {reason}; {remedy}") from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json_text.dumps(content, indent=2) + "\n")
-
-
-def carry_files(source: Path, directory: Path) -> None:
-    """Copies `carried_files(source)` over those in `directory`, so that a tokenizer keeps its original files."""
-    for path in carried_files(source):
-        shutil.copyfile(path, directory / path.name)
-
-
-def carried_files(source: Path) -> list[Path]:
-    """The small files of a checkpoint or model: configuration, tokenizer, processor, chat template, generation.
-
-    Raises:
-      UserError: one of them is torn, so that the model could not be loaded with it.
-    """
-    ours = {MODEL, NAMES, safetensors.INDEX}
-    carried = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _CARRIED and path.name not in ours and ".index." not in path.name:
-            remedy = "download it again, or delete it where it is not needed"
-            if path.name.endswith("config.json"):
-                read_json_object(path, remedy)
-            elif path.suffix == ".json":
-                read_json(path, remedy)
-            carried.append(path)
-    return carried
-
-
-def source_names(directory: Path) -> dict[str, str]:
-    """{tensor's name in transformers' modules: its name in the checkpoint that `directory` is or came from}."""
-    if not (directory / MODEL).is_file():
-        return {name: tensor.name for name, tensor in open_checkpoint(directory).tensors.items()}
-    path = directory / NAMES
-    try:
-        names = read_json_object(path, "convert the checkpoint again")
-    except FileNotFoundError:
-        return {}
-    written = list(names.values())
-    if not all(isinstance(name, str) and name not in ("", "__metadata__") for name in written):
-        raise UserError(f"{path} does not name tensors; convert the checkpoint again")
-    if twice := [name for name in written if written.count(name) > 1]:
-        raise UserError(f"{path} gives the name {twice[0]} to two tensors; convert the checkpoint again")
-    return names
-
-
-# ------------------------------------------------------------------------------------------------- reading
+    path = resolved(path_or_name).absolute()
+    if hf.is_checkpoint(path) and not (path / EARLIER).is_file():
+        return Place(path)
+    if peft.is_adapter(path):
+        return Place(peft.find_base(path), path)
+    if (path / EARLIER).is_file():
+        raise UserError(
+            f"{path} holds a model of an earlier version ({EARLIER}); turn it into one that is read with "
+            f"`python -m balcap_jax.convert --from={path} --out=NEW_DIRECTORY`"
+        )
+    what = "a directory of a Hugging Face checkpoint, of an adapter, or one that training wrote"
+    repository = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    if not path.exists() and not path.parent.exists() and len(repository.parts) == 2:
+        what = f"{what}; a model of the hub is downloaded by `hf download {repository} --local-dir DIRECTORY`"
+    raise UserError(f"no model at {path}: {hf.CONFIG} is missing; give {what}")
 
 
 def load(
     path_or_name: str | os.PathLike, *, mesh: Mesh | None = None, param_dtype: str | None = "float32", **overrides: Any
 ) -> tuple[Policy, Params, PromptProcessor]:
-    """Loads a model directory written by `save` or `convert`, or a Hugging Face checkpoint directory.
+    """Loads a checkpoint directory of Hugging Face or of `save`; of an adapter directory, the model merged with it.
+
+    Each process reads what its own devices hold, and the host keeps no copy.
 
     Args:
       path_or_name: the directory.
-      mesh: the devices for every parameter, by `sharding.PARAMETER_AXES`; the host holds one parameter at a time.
+      mesh: the devices for every parameter, by `sharding.PARAMETER_AXES`.
       param_dtype: type of the parameters; None = that on the disk.
       overrides: fields of the config group `model` to change, for example dtype="bfloat16" or prompt_tokens=64.
 
@@ -178,29 +104,85 @@ def load(
         is wrong on this machine.
     """
     sharding.check_jaxlib(jax.devices())
-    path = resolved(path_or_name).absolute()
+    place = find(path_or_name)
+    path = place.adapter or place.checkpoint
     fields = read_fields(path)
     unknown = sorted(set(overrides) - set(fields))
     if unknown:
         raise UserError(f"unknown model field {unknown[0]!r}; the model at {path} has {', '.join(sorted(fields))}")
     fields |= overrides
     model_fields.check(fields, f"the model at {path} cannot be changed so", "change the fields that load was given")
-    policy, processor = build_saved(path, fields)
-    like = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = sharding.tree_shardings(mesh, like) if mesh is not None else None
-    dtype = None if param_dtype is None else np.dtype(param_dtype)
-    if (path / MODEL).is_file():
-        return policy, _restore(path, like, shardings, dtype), processor
-    checkpoint = open_checkpoint(path)
+    policy, processor = build_saved(place.checkpoint, fields)
+    checkpoint = open_checkpoint(place.checkpoint)
     check_image_token(checkpoint, policy)
-    return policy, _read_checkpoint(checkpoint, like, shardings, dtype), processor
+    like = jax.eval_shape(policy.init, jax.random.key(0))
+    dtype = None if param_dtype is None else np.dtype(param_dtype)
+    params = _read(checkpoint, like, mesh, dtype)
+    if place.adapter:
+        adapters = peft.read(place.adapter, checkpoint.family, flat_shapes(like))
+        flat = flatten_dict(params, sep="/") | {path: _place(path, array, mesh) for path, array in adapters.items()}
+        params = lora.merge(unflatten_dict(flat, sep="/"), scale=1.0)
+        if mesh is not None:
+            params = jax.tree.map(_moved, params, sharding.tree_shardings(mesh, params))
+    return policy, params, processor
+
+
+def _moved(leaf: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    """`leaf` where parameters belong: the partitioner may leave the sum of a kernel and its adapter elsewhere."""
+    if leaf.sharding.is_equivalent_to(place, leaf.ndim):
+        return leaf
+    return jax.jit(lambda x: x, out_shardings=place)(leaf)
+
+
+def _place(path: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jax.numpy.asarray(array)
+    where = sharding.tree_shardings(mesh, {path: array})[path]
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
+def _read(checkpoint: hf.Checkpoint, like: Params, mesh: Mesh | None, dtype: np.dtype | None) -> Params:
+    """The parameters of a checkpoint, one after the other; of each the parts that devices of this process hold."""
+    shapes = flat_shapes(like)
+    pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
+    places = flatten_dict(sharding.tree_shardings(mesh, like), sep="/") if mesh is not None else {}
+    arrays: dict[str, jax.Array] = {}
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for path, entries in hf.by_parameter(checkpoint, pieces).items():
+            shape = shapes[path]
+
+            def part(index: Index, entries=entries, shape=shape) -> np.ndarray:
+                return read_slice(entries, shape, index, dtype, pool)
+
+            if path in places:
+                arrays[path] = _on_devices(shape, places[path], part)
+            else:
+                arrays[path] = jax.numpy.asarray(part((slice(None),) * len(shape)))
+    return unflatten_dict(arrays, sep="/")
+
+
+def _on_devices(shape: tuple[int, ...], where: jax.sharding.Sharding, part: Callable[[Index], np.ndarray]) -> jax.Array:
+    """The array of `shape` on the devices of `where`, of which `part` gives what one of them holds.
+
+    A part leaves the host before the next is read: `jax.make_array_from_callback` would keep all of them until the end.
+    """
+    holders: dict[tuple, list[tuple[jax.Device, Index]]] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        holders.setdefault(key, []).append((device, index))
+    found: list[jax.Array] = []
+    for same in holders.values():
+        held = part(same[0][1])
+        found += jax.block_until_ready([jax.device_put(held, device) for device, _ in same])
+        del held
+    return jax.make_array_from_single_device_arrays(shape, where, found)
 
 
 def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptProcessor]:
-    """Policy and processor of the directory `path` with the fields `fields`.
+    """Policy and processor of the checkpoint directory `path` with the fields `fields`.
 
     Raises:
-      UserError: a field is missing, or the tokenizer cannot be read or does not fit.
+      UserError: the tokenizer cannot be read or does not fit.
     """
     tokenizer = read_tokenizer(path)
     for kind, token in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
@@ -214,10 +196,7 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
             f"belongs to it"
         )
     ends = _end_tokens(path, vocab)
-    try:
-        return FAMILIES[fields["family"]]({**fields, "end_tokens": ends}, tokenizer, fields["template"])
-    except KeyError as error:
-        raise UserError(f"{path / MODEL} lacks the field {error}; {_CONVERT_AGAIN}") from error
+    return FAMILIES[fields["family"]]({**fields, "end_tokens": ends}, tokenizer, fields["template"])
 
 
 def _end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:
@@ -251,7 +230,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer at {path} cannot be read: {_TOKENIZERS[0]} is missing; copy the tokenizer's files there"
         )
     for file in path.iterdir():
-        if file.suffix in _CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
+        if file.suffix in CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"the tokenizer at {path} cannot be read: {file.name} is no regular file; copy it there")
     try:
         # The import is here because it imports torch wherever that is installed: most commands can spare that second.
@@ -266,29 +245,57 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def read_fields(path_or_name: str | os.PathLike) -> dict[str, Any]:
-    """The config group `model` of a saved model or a checkpoint, with its prompt template under "template".
+    """The config group `model` of a model, with its prompt template, and "prompt" and "max_tokens" where it has them.
 
     Raises:
       UserError: the directory is missing or no model.
     """
-    path = resolved(path_or_name).absolute()
-    if not (path / MODEL).is_file() and hf.is_checkpoint(path):
-        return DEFAULTS | hf.read_fields(path, tuple(CHECKPOINTS.values()))[1]
+    place = find(path_or_name)
+    fields = DEFAULTS | hf.read_fields(place.checkpoint, tuple(CHECKPOINTS.values()))[1]
+    for directory in filter(None, place):
+        own = read_own(directory)
+        own.pop(SOURCE_PROCESSOR, None)
+        fields |= own
+        model_fields.check(fields, str(directory / OWN_FILE), _MEND)
+    return fields
+
+
+def read_own(directory: Path) -> dict[str, Any]:
+    """What OWN_FILE says; {} where there is none.
+
+    Raises:
+      UserError: it is torn, or has an entry that is none.
+    """
+    path = directory / OWN_FILE
     try:
-        fields = read_json_object(path / MODEL, _CONVERT_AGAIN)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"no model at {path}: {MODEL} is missing; give a directory that training or convert wrote, or a Hugging "
-            f"Face checkpoint"
-        ) from error
-    model_fields.check(fields, str(path / MODEL), _CONVERT_AGAIN)
-    # Models from before there was a choice do not name one.
-    return {name: DEFAULTS[name] for name in model_fields.LATER if name in DEFAULTS} | fields
+        own = read_json_object(path, _MEND)
+    except FileNotFoundError:
+        return {}
+    if unknown := sorted(own.keys() - {*OWN, SOURCE_PROCESSOR}):
+        known = ", ".join(OWN)
+        raise UserError(f"{path} has an entry {shown(unknown[0])}, which is none of {known}; {_MEND}")
+    originals = own.get(SOURCE_PROCESSOR, {})
+    if not isinstance(originals, dict) or not all(
+        name in hf.PROCESSORS and isinstance(content, dict) for name, content in originals.items()
+    ):
+        raise UserError(f"{path}: {SOURCE_PROCESSOR} must hold the files {' and '.join(hf.PROCESSORS)}; {_MEND}")
+    return own
 
 
 def open_checkpoint(directory: Path) -> hf.Checkpoint:
     """A Hugging Face checkpoint directory of any family; raises UserError as `hf.open_checkpoint` does."""
     return hf.open_checkpoint(directory, tuple(CHECKPOINTS.values()))
+
+
+def is_whole(directory: Path, shapes: hf.Shapes) -> bool:
+    """Whether `directory` holds a model with parameters of these shapes; what they hold is not read."""
+    try:
+        read_fields(directory)
+        read_tokenizer(directory)
+        hf.check(open_checkpoint(directory), shapes, cast=True)
+    except UserError:
+        return False
+    return True
 
 
 def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
@@ -304,57 +311,3 @@ def check_image_token(checkpoint: hf.Checkpoint, policy: Policy) -> None:
 def flat_shapes(like: Params) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a tree."""
     return {path: leaf.shape for path, leaf in flatten_dict(like, sep="/").items()}
-
-
-def _restore(path: Path, like: Params, shardings: Any, dtype: np.dtype | None) -> Params:
-    """The parameters of a model directory."""
-    directory = path / PARAMS
-    stored = open_params(directory, like)
-    places = {} if shardings is None else flatten_dict(shardings, sep="/")
-    needed = {
-        name: jax.ShapeDtypeStruct(shape, dtype or stored[name].dtype.numpy_dtype, sharding=places.get(name))
-        for name, shape in flat_shapes(like).items()
-    }
-    return orbax.restore(directory, unflatten_dict(needed, sep="/"))
-
-
-def open_params(directory: Path, like: Params) -> dict[str, Any]:
-    """`orbax.open_all` of parameters that must have the paths and shapes of `like`.
-
-    Raises:
-      UserError: they cannot be read, or are those of another model.
-    """
-    stored, needed = orbax.open_all(directory), flat_shapes(like)
-    for name in sorted(stored.keys() | needed):
-        if name not in stored or name not in needed:
-            problem = f"{name} is {'missing' if name not in stored else 'not among them'}"
-        elif stored[name].shape != needed[name]:
-            problem = f"{name} is {stored[name].shape}, {needed[name]} is needed"
-        elif stored[name].dtype.numpy_dtype not in safetensors.DTYPE_NAMES:
-            problem = f"{name} holds {stored[name].dtype.name}"
-        else:
-            continue
-        raise UserError(
-            f"the parameters at {directory} do not fit its fields: {problem}; leave out overrides of sizes, or put the "
-            f"{MODEL} there that belongs to them"
-        )
-    return stored
-
-
-def _read_checkpoint(checkpoint: hf.Checkpoint, like: Params, shardings: Any, dtype: np.dtype | None) -> Params:
-    """The parameters of a Hugging Face checkpoint, one after the other."""
-    shapes = flat_shapes(like)
-    pieces = hf.check(checkpoint, shapes, cast=dtype is not None)
-    places = None if shardings is None else flatten_dict(shardings, sep="/")
-    arrays: dict[str, Any] = {}
-    for name, entries in itertools.groupby(hf.read_arrays(checkpoint, pieces), key=lambda entry: entry[0]):
-        stack = None
-        for _, layer, array in entries:
-            if stack is None:
-                stack = np.empty(shapes[name], dtype or array.dtype)
-            stack[... if layer is None else layer] = array
-        if places is None:
-            arrays[name] = jax.numpy.asarray(stack)
-        else:
-            arrays[name] = jax.make_array_from_callback(stack.shape, places[name], stack.__getitem__)
-    return unflatten_dict(arrays, sep="/")

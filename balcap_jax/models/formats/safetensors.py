@@ -1,8 +1,8 @@
 """Reading and writing the safetensors files of a checkpoint directory, tensor by tensor, as NumPy arrays.
 
 A file is an 8-byte little-endian length, a JSON header of that length ({name: dtype, shape, data_offsets}) and the
-tensors' bytes (huggingface/safetensors, README "Format"). Plain file operations read and write them: the pages of a
-memory map would count as resident memory, and turn a file that is cut short into a bus error.
+tensors' bytes (huggingface/safetensors, README "Format"). `Tensor.mapped` maps one tensor at a time: mapped pages count
+as resident memory.
 """
 
 import math
@@ -30,6 +30,7 @@ _MAGNITUDES = {
     np.dtype(ml_dtypes.bfloat16): (np.uint16(0x7FFF), 0x7F80),
 }
 _CHECKED = 2**18  # numbers at once, few enough for the cache
+_COMPARED = 2**26  # bytes of two tensors that are compared at once
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -60,22 +61,67 @@ class Tensor(NamedTuple):
 
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
         """The tensor, or one of `parts` equal pieces of its first axis; only that piece is read."""
-        shape = (self.shape[0] // parts, *self.shape[1:]) if parts > 1 else self.shape
-        size = self.size // parts
-        try:
-            data = np.fromfile(self.file, np.uint8, size, offset=self.start + part * size)
-        except OSError as error:
-            raise UserError(
-                f"{self.file} cannot be read at tensor {self.name}: {error.strerror or error}; {_DOWNLOAD_AGAIN}"
-            ) from error
-        if data.size != size:
-            raise UserError(f"{self.file} is cut short at tensor {self.name}; {_DOWNLOAD_AGAIN}")
+        start, size, shape = self._piece(part, parts)
+        data = self._bytes(start, size)
         array = data.view(self.dtype).reshape(shape)
         if not is_finite(array):
-            raise UserError(
-                f"{self.file}: tensor {self.name} holds NaN or infinity; download it again, or take an earlier one"
-            )
+            raise self.not_finite()
         return array
+
+    def mapped(self, part: int = 0, parts: int = 1) -> np.ndarray:
+        """As `read`, but a read-only view of the file: only pages that are looked at are read, and none is checked.
+
+        The map ends with the last reference to the array.
+        """
+        start, size, shape = self._piece(part, parts)
+        if not size:
+            return np.empty(shape, self.dtype)
+        try:
+            data = np.memmap(self.file, np.uint8, "r", start, (size,))
+        except OSError as error:
+            raise self._unreadable(error) from error
+        except ValueError as error:
+            raise self._cut_short() from error
+        return data.view(np.ndarray).view(self.dtype).reshape(shape)
+
+    def equals(self, other: "Tensor") -> bool:
+        """Whether two tensors hold the same bytes; only a part of them is in memory at a time."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        for done in range(0, self.size, _COMPARED):
+            size = min(_COMPARED, self.size - done)
+            if not np.array_equal(self._bytes(self.start + done, size), other._bytes(other.start + done, size)):
+                return False
+        return True
+
+    def not_finite(self) -> UserError:
+        """What to say of NaN or infinity in it."""
+        return UserError(
+            f"{self.file}: tensor {self.name} holds NaN or infinity; download it again, or take an earlier one"
+        )
+
+    def _piece(self, part: int, parts: int) -> tuple[int, int, tuple[int, ...]]:
+        """(offset in the file, bytes, shape) of one of `parts` equal pieces of the first axis."""
+        shape = (self.shape[0] // parts, *self.shape[1:]) if parts > 1 else self.shape
+        size = self.size // parts
+        return self.start + part * size, size, shape
+
+    def _bytes(self, start: int, size: int) -> np.ndarray:
+        try:
+            data = np.fromfile(self.file, np.uint8, size, offset=start)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if data.size != size:
+            raise self._cut_short()
+        return data
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.file} cannot be read at tensor {self.name}: {error.strerror or error}; {_DOWNLOAD_AGAIN}"
+        )
+
+    def _cut_short(self) -> UserError:
+        return UserError(f"{self.file} is cut short at tensor {self.name}; {_DOWNLOAD_AGAIN}")
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -120,7 +166,7 @@ def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape
             raise _no_weights(directory, file, INDEX if index else "")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        for tensor in _read_header(directory / file, passed_over):
+        for tensor in read_file(directory / file, passed_over):
             if tensor.name in tensors:
                 raise UserError(
                     f"{tensor.file} holds tensor {tensor.name}, which {tensors[tensor.name].file.name} holds too; "
@@ -174,7 +220,8 @@ def _no_weights(directory: Path, file: str, index: str) -> UserError:
     return UserError(f"{directory} holds no weights: {file} is missing; give the directory of a whole checkpoint")
 
 
-def _read_header(path: Path, passed_over: PassedOver) -> list[Tensor]:
+def read_file(path: Path, passed_over: PassedOver = lambda name, shape: False) -> list[Tensor]:
+    """The tensors of one file, from its header. Raises UserError as `read_directory` does."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -251,18 +298,21 @@ def write_directory(
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
-        _write_file(directory / WEIGHTS, shards[0], progress)
+        write_file(directory / WEIGHTS, shards[0], progress)
         return
     where = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(directory / name, shard, progress)
+        write_file(directory / name, shard, progress)
         where |= {tensor.name: name for tensor in shard}
     index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": dict(sorted(where.items()))}
     (directory / INDEX).write_text(json_text.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None]) -> None:
+def write_file(
+    path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None] = lambda written: None
+) -> None:
+    """Writes tensors in their order into one file; raises UserError for one that holds NaN or infinity."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires a writer, and accepts "pt"
     offset = 0
     for tensor in tensors:

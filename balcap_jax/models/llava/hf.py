@@ -75,8 +75,13 @@ TABLE = (
     *_tower_layers("vision/layers"),
     *_tower_layers("vision/unused/layers"),
     # No feature depends on the last norm; transformers builds it all the same.
-    Row(f"{_TOWER}.post_layernorm.weight", "vision/unused/norm/scale", VECTOR, fill=(1.0, "vision/patches/norm/scale")),
-    Row(f"{_TOWER}.post_layernorm.bias", "vision/unused/norm/bias", VECTOR, fill=(0.0, "vision/patches/norm/bias")),
+    Row(
+        f"{_TOWER}.post_layernorm.weight",
+        "vision/unused/norm/scale",
+        VECTOR,
+        fill=(1.0, "vision/patches/norm/scale", 0),
+    ),
+    Row(f"{_TOWER}.post_layernorm.bias", "vision/unused/norm/bias", VECTOR, fill=(0.0, "vision/patches/norm/bias", 0)),
     *dense(f"{_PROJECTOR}.linear_1", "projector/first"),
     *dense(f"{_PROJECTOR}.linear_2", "projector/second"),
     *decoder_rows("model.language_model"),
@@ -135,6 +140,12 @@ def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         "num_additional_image_tokens": 1,  # the class token
         "image_token": "<image>",
     }
+
+
+def image_limits(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """{}: every picture gets as many tokens."""
+    del fields
+    return {}
 
 
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:

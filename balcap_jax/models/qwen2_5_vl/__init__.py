@@ -95,6 +95,9 @@ def _check(model: Mapping[str, Any]) -> None:
     if len(section) != 3 or sum(section) * 2 != model["head_size"]:
         half = model["head_size"] // 2
         problem = f"mrope_section is {section}: qwen2_5_vl needs three counts that sum to head_size / 2 = {half}"
+    elif model["width"] != model["heads"] * model["head_size"]:  # No file of a checkpoint could say so.
+        width, heads = model["width"], model["heads"]
+        problem = f"head_size is {model['head_size']}: that of qwen2_5_vl is width / heads, {width} / {heads}"
     elif model["vision_width"] % (4 * model["vision_heads"]):
         width = model["vision_width"]
         problem = f"vision_width is {width}: it must be a multiple of 4 * vision_heads, for rows and columns"

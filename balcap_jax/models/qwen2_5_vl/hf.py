@@ -62,7 +62,7 @@ TABLE = (
     Row(f"{_TOWER}.merger.ln_q.weight", "merger/norm/scale", VECTOR),
     *dense(f"{_TOWER}.merger.mlp.0", "merger/first"),
     *dense(f"{_TOWER}.merger.mlp.2", "merger/second"),
-    *decoder_rows("model.language_model"),
+    *decoder_rows("model.language_model", biases=True),
 )
 
 
@@ -116,20 +116,24 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
 
 def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """The first file of `hf.PROCESSORS` for a model that has none; published models do without the second."""
-    token = (MERGE * fields["patch_size"]) ** 2
-    least, most = fields["min_image_tokens"] * token, fields["max_image_tokens"] * token
     image_processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
         **hf_config.processor_settings(PIXEL_MEAN, PIXEL_STD),
-        "min_pixels": least,
-        "max_pixels": most,
-        "size": {"shortest_edge": least, "longest_edge": most},
+        **image_limits(fields),
         "patch_size": fields["patch_size"],
         "merge_size": MERGE,
         "temporal_patch_size": FRAMES,
     }
     return (image_processor,)
+
+
+def image_limits(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an image processor that give pictures as many tokens as the model's fields."""
+    token = (MERGE * fields["patch_size"]) ** 2
+    least, most = fields["min_image_tokens"] * token, fields["max_image_tokens"] * token
+    # Versions of transformers read the one or the other.
+    return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
 
 
 def config_to_hf(fields: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
