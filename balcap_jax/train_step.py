@@ -246,7 +246,6 @@ def _rl_metrics(objective, batch: RLBatch, advantage: advantages.Advantages, in_
         metrics[f"reward/{name}_std"] = _group_std(rewards, valid)
     every = jnp.ones_like(in_band)
     return metrics | {
-        "judge/failure_rate": masked_mean(1.0 - batch.valid, jnp.ones_like(batch.valid)),
         "gate/in_band": masked_mean(in_band, every),
         "length/mean": masked_mean(batch.words, every),
         "length/tokens_mean": masked_mean(batch.mask.sum(-1), every),

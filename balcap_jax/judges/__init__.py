@@ -5,8 +5,16 @@ from typing import Any
 
 import jax
 
+from balcap_jax.config.schema import parse_shares
 from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import Judge
+
+__all__ = ["Judge", "build", "parse_shares", "sees"]
+
+
+def sees(asks: Collection[str]) -> bool:
+    """Whether any of the methods `asks` is about a picture."""
+    return not {"precision", "preference"}.isdisjoint(asks)
 
 
 def build(config: Mapping[str, Any], seed: int, asks: Collection[str] = ()) -> Judge:
@@ -23,12 +31,12 @@ def build(config: Mapping[str, Any], seed: int, asks: Collection[str] = ()) -> J
     if config["name"] == "policy":
         from balcap_jax.judges.mesh_judge import build_judge  # The judges know models only where a model judges.
 
-        return build_judge(config)
+        return build_judge(config, asks)
     from balcap_jax.judges.chat_judge import RemoteJudge, make_client  # HTTP only where it is needed.
 
     client = make_client(config, seed, jax.process_count())
     try:
-        client.connect(sees="precision" in asks)
+        client.connect(sees=sees(asks))
     except BaseException:
         client.close()
         raise

@@ -4,8 +4,9 @@ Each request holds one caption, so that whatever a caption does to its judge, it
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -15,7 +16,7 @@ from balcap_jax.judges import prompts, schema
 from balcap_jax.judges.chat.cache import AnswerFile
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.forms import of_length
-from balcap_jax.judges.chat.types import Ask, ChatSettings
+from balcap_jax.judges.chat.types import Ask, ChatSettings, picture_hash
 from balcap_jax.judges.schema import PLAIN, Failure, Judge, Mark, Usage
 
 
@@ -82,6 +83,17 @@ class _Rubric(pydantic.BaseModel):
         return schema.RubricVerdict(passed=[each.passed for each in in_order])
 
 
+class _Preference(pydantic.BaseModel):
+    why: str
+    winner: Literal["caption 1", "caption 2", "tie"]
+
+    def verdict(self) -> schema.PreferenceVerdict:
+        return schema.PreferenceVerdict(winner=("tie", "caption 1", "caption 2").index(self.winner))
+
+
+_METHODS = ("precision", "recall", "linguistic", "choice", "rubric", "preference")
+
+
 class RemoteJudge(Judge):
     """A judge by prompts. `client` is a ChatClient, or answers as one does, as `mesh_judge.PolicyClient`."""
 
@@ -91,28 +103,27 @@ class RemoteJudge(Judge):
     @property
     def about(self) -> Mapping[str, str]:
         """The model, and name and version of each prompt."""
-        names = ("precision", "recall", "linguistic", "choice", "rubric")
-        return {"model": self.client.model} | {name: prompts.name_of(name) for name in names}
+        return {"model": self.client.model} | {name: prompts.name_of(name) for name in _METHODS}
 
     def mixed(self, questions: Sequence[Any]) -> list[Any]:
         """One verdict or Failure for each of questions of any kinds, which are all under way at once.
 
         No request is made about an empty caption: models make something up. An answer of a choice without a letter is
-        an answer, and a wrong one. Raises UserError for a question about precision without a picture.
+        an answer, and a wrong one. Raises UserError for a question about a picture without one.
         """
-        rendered = [self._render(question) for question in questions]
-        is_empty = [not question.caption.strip() for question in questions]
-        answers = iter(self.client.ask([ask for (ask, _), empty in zip(rendered, is_empty, strict=True) if not empty]))
+        known = [_without_asking(question) for question in questions]
+        pictures: dict[Any, str] = {}
+        asked = [question for question, verdict in zip(questions, known, strict=True) if verdict is None]
+        answers = iter(self.client.ask([self._render(question, pictures) for question in asked]))
         verdicts = []
-        for (_, verdict_on_nothing), empty in zip(rendered, is_empty, strict=True):
-            if empty:
-                verdicts.append(verdict_on_nothing)
-                continue
-            answer = next(answers)
-            verdicts.append(answer if isinstance(answer, Failure) else answer.value.verdict())
+        for verdict in known:
+            if verdict is None:
+                answer = next(answers)
+                verdict = answer if isinstance(answer, Failure) else answer.value.verdict()
+            verdicts.append(verdict)
         return verdicts
 
-    precision = recall = linguistic = choice = rubric = mixed
+    precision = recall = linguistic = choice = rubric = preference = mixed
 
     def usage(self) -> Usage:
         return self.client.usage()
@@ -120,42 +131,77 @@ class RemoteJudge(Judge):
     def close(self) -> None:
         self.client.close()
 
-    def _render(self, question: Any) -> tuple[Ask, Any]:
-        """The question as it is sent, and the verdict on an empty caption."""
+    def _render(self, question: Any, pictures: dict[Any, str]) -> Ask:
+        """The question as it is sent; `pictures` keeps the hash of each picture."""
         match question:
             case schema.PrecisionQuestion():
-                if question.image is None:
-                    raise UserError("the judge of precision looks at pictures, which this data set does not have")
-                ask = self._ask(question, _Precision, image=question.image)
-                return ask, schema.PrecisionVerdict(assertions=[])
+                return self._of_picture(question, _Precision, {"caption": question.caption}, pictures)
+            case schema.PreferenceQuestion():
+                texts = {"first": question.first, "second": question.second}
+                return self._of_picture(question, _Preference, texts, pictures)
             case schema.RecallQuestion():
                 units = list(question.units)
                 check = numbered(range(1, len(units) + 1), "units", lambda answer: [each.unit for each in answer.units])
-                ask = self._ask(question, of_length(_Recall, len(units)), {"units": units}, check=check)
-                return ask, schema.RecallVerdict(covered=[False] * len(units))
+                texts = {"units": units, "caption": question.caption}
+                return self._ask(question, of_length(_Recall, len(units)), texts, units, check=check)
             case schema.LinguisticQuestion():
-                lowest = schema.LinguisticVerdict(clarity=1, fluency=1, coherency=1)
-                return self._ask(question, _Linguistic), lowest
+                return self._ask(question, _Linguistic, {"caption": question.caption})
             case schema.ChoiceQuestion():
                 options = [list(option) for option in question.options]
                 answer = _choice_schema(tuple(letter for letter, _ in options))
-                texts = {"question": question.question, "options": options}
-                ask = self._ask(question, answer, texts, draw=question.draw)
-                return ask, schema.ChoiceVerdict(answer="")
+                texts = {"caption": question.caption, "question": question.question, "options": options}
+                return self._ask(question, answer, texts, question.caption, draw=question.draw)
             case schema.RubricQuestion():
                 criteria = list(question.criteria)
                 check = numbered(
                     range(1, len(criteria) + 1), "criteria", lambda answer: [each.criterion for each in answer.criteria]
                 )
-                ask = self._ask(question, of_length(_Rubric, len(criteria)), {"criteria": criteria}, check=check)
-                return ask, schema.RubricVerdict(passed=[False] * len(criteria))
+                texts = {"criteria": criteria, "caption": question.caption}
+                return self._ask(question, of_length(_Rubric, len(criteria)), texts, criteria, check=check)
             case _:
                 raise TypeError(f"no question that a judge knows: {type(question).__name__}")
 
-    def _ask(self, about: Any, answer: type[pydantic.BaseModel], texts: Mapping[str, Any] | None = None, **rest) -> Ask:
-        """`texts` are the variables of the prompt beside the caption, `rest` the other fields of the question."""
-        messages = prompts.render(about.method, caption=about.caption, **(texts or {}))
-        return Ask(prompts.name_of(about.method), messages, answer, self.max_tokens, **rest)
+    def _of_picture(
+        self, question: Any, answer: type[pydantic.BaseModel], texts: Mapping[str, Any], pictures: dict[Any, str]
+    ) -> Ask:
+        image = question.image
+        buffer = image.ctypes.data, image.shape, image.strides
+        if buffer not in pictures:  # Hashing a photograph takes milliseconds.
+            pictures[buffer] = picture_hash(image)
+        return self._ask(question, answer, texts, pictures[buffer], image=image)
+
+    def _ask(
+        self, about: Any, answer: type[pydantic.BaseModel], texts: Mapping[str, Any], begins: Any = None, **rest
+    ) -> Ask:
+        """`texts` are the variables of the prompt; `begins` is what it shows first, where others begin so too."""
+        name = prompts.name_of(about.method)
+        digest = hashlib.sha256(repr((name, begins)).encode(errors="replace")).hexdigest()
+        prefix = "" if begins is None else f"{name}/{digest[:24]}"
+        return Ask(name, prompts.render(about.method, **texts), answer, self.max_tokens, prefix=prefix, **rest)
+
+
+def _without_asking(question: Any) -> Any:
+    """The verdict where an empty caption, or two equal ones, decide it; else None.
+
+    Raises UserError for a question about a picture without one.
+    """
+    if isinstance(question, schema.PrecisionQuestion | schema.PreferenceQuestion) and question.image is None:
+        raise UserError(f"the judge of {question.method} looks at pictures, which this data set does not have")
+    match question:
+        case schema.PreferenceQuestion():
+            return schema.preferred_unseen(question)
+        case _ if question.caption.strip():
+            return None
+        case schema.PrecisionQuestion():
+            return schema.PrecisionVerdict(assertions=[])
+        case schema.RecallQuestion():
+            return schema.RecallVerdict(covered=[False] * len(question.units))
+        case schema.LinguisticQuestion():
+            return schema.LinguisticVerdict(clarity=1, fluency=1, coherency=1)
+        case schema.ChoiceQuestion():
+            return schema.ChoiceVerdict(answer="")
+        case schema.RubricQuestion():
+            return schema.RubricVerdict(passed=[False] * len(question.criteria))
 
 
 @functools.cache
@@ -166,7 +212,7 @@ def _choice_schema(letters: tuple[str, ...]) -> type[pydantic.BaseModel]:
 
 
 def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> ChatClient:
-    """The client of the config group `judge`, not yet connected. Raises UserError where the key is not set.
+    """The client of the config group `judge`, not yet connected. Raises UserError without endpoints or a key.
 
     Each of `processes` that judge at once gets its share of the limits, at least one request at a time and a minute.
     """
@@ -174,6 +220,11 @@ def make_client(config: Mapping[str, Any], seed: int, processes: int = 1) -> Cha
     def share(limit: int) -> int:
         return max(limit // processes, 1) if limit else 0
 
+    if not config["endpoints"].strip():
+        raise UserError(
+            "config field 'judge.endpoints' is empty: name the servers of the judge, such as http://judge:8000/v1 "
+            "(launch/judge_server.sh starts one)"
+        )
     settings = ChatSettings(
         endpoints=parse_endpoints(config["endpoints"]),
         attempt_timeout=config["timeout"],

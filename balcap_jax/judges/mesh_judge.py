@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,15 @@ from balcap_jax.judges import prompts, schema
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.chat.types import Answer, Ask
 from balcap_jax.judges.chat_judge import RemoteJudge
-from balcap_jax.judges.schema import ChoiceVerdict, Failure, Judge, LinguisticVerdict, PrecisionVerdict, Usage
+from balcap_jax.judges.schema import (
+    ChoiceVerdict,
+    Failure,
+    Judge,
+    LinguisticVerdict,
+    PrecisionVerdict,
+    PreferenceVerdict,
+    Usage,
+)
 from balcap_jax.models.policy import Params, Policy, Prompt, Wrapped
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
 from balcap_jax.parallel import sharding
@@ -36,6 +44,7 @@ from balcap_jax.rollout import Sampling, compile_rollout
 YES_NO = ("yes", "no")
 MARKS = ("one", "two", "three", "four", "five")
 LETTERS = tuple("ABCDEFGHI")
+PREFERENCES = ("tie", "one", "two")  # in the order of PreferenceVerdict.winner
 HALF = 0.5  # the probability from which yes is the answer
 _ASPECTS = ("clarity", "fluency", "coherency")
 _SPELLINGS = 6  # of a word, at most: with and without a space, and in three cases
@@ -252,6 +261,7 @@ class YesNoJudge(Judge):
             "linguistic": ("mark",),
             "choice": ("letter",),
             "rubric": ("passed",),
+            "preference": ("better",),
         }
         texts = {method: ", ".join(map(prompts.name_of, of_method)) for method, of_method in names.items()}
         self.about: Mapping[str, str] = {"model": name} | texts
@@ -319,6 +329,21 @@ class YesNoJudge(Judge):
         pairs = zip(questions, probabilities, strict=True)
         return [p if isinstance(p, Failure) else likeliest(question, p) for question, p in pairs]
 
+    def preference(self, questions: Sequence[schema.PreferenceQuestion]) -> list[PreferenceVerdict | Failure]:
+        """The likeliest of tie, one and two. Raises UserError for a question without a picture."""
+        if any(question.image is None for question in questions):
+            raise UserError("the judge of preference looks at pictures, which this data set does not have")
+        known = [schema.preferred_unseen(question) for question in questions]
+        asked = [question for question, verdict in zip(questions, known, strict=True) if verdict is None]
+        rendered = [Question(prompts.render("better", first=q.first, second=q.second), q.image) for q in asked]
+        answers = iter(self._model.probabilities(rendered, PREFERENCES) if rendered else [])
+        verdicts: list[PreferenceVerdict | Failure] = []
+        for verdict in known:
+            answer = verdict or next(answers)
+            is_known = isinstance(answer, PreferenceVerdict | Failure)
+            verdicts.append(answer if is_known else PreferenceVerdict(winner=int(np.argmax(answer))))
+        return verdicts
+
     def usage(self) -> Usage:
         return _usage(self._model)
 
@@ -352,7 +377,7 @@ def _failure_in(answers: Iterable[Any]) -> Failure | None:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def build_judge(config: Mapping[str, Any]) -> RemoteJudge | YesNoJudge:
+def build_judge(config: Mapping[str, Any], asks: Collection[str] = ()) -> RemoteJudge | YesNoJudge:
     """The judge of the config group `judge` with name "policy", on this process's own devices.
 
     Raises:
@@ -372,7 +397,7 @@ def build_judge(config: Mapping[str, Any]) -> RemoteJudge | YesNoJudge:
     name = path.resolve().name
     if config["scoring"] == "generate":
         return RemoteJudge(PolicyClient(model, name), config["max_tokens"])
-    for words in (YES_NO, MARKS):
+    for words in (YES_NO, MARKS, *([PREFERENCES] if "preference" in asks else [])):
         model.word_ids(words)
     return YesNoJudge(model, name)
 

@@ -15,9 +15,19 @@ from balcap_jax.data.scenes.language import NUMBERS, Claim, Subject
 from balcap_jax.data.scenes.reading import Parsed, covers, parse
 from balcap_jax.data.scenes.world import Scene, SceneObject
 from balcap_jax.judges import schema
-from balcap_jax.judges.schema import ChoiceVerdict, Failure, Judge, LinguisticVerdict, PrecisionVerdict, RecallVerdict
+from balcap_jax.judges.schema import (
+    ChoiceVerdict,
+    Failure,
+    Judge,
+    LinguisticVerdict,
+    PrecisionVerdict,
+    PreferenceVerdict,
+    RecallVerdict,
+)
 
 CRITERIA = ("clarity", "fluency", "coherency")
+TIE = 0.05  # captions whose worth differs by no more than this are equal
+_HIGHEST_MARK = 5
 # What one slip of language costs each mark, in sentences: a caption whose every sentence holds a slip of weight 1 gets
 # the mark 1. One slip is never free, and the costs add up slowly enough that fixing each one shows.
 SLIPS: dict[str, tuple[float, float, float]] = {
@@ -82,6 +92,15 @@ class OracleJudge(Judge):
         """
         return [self._failure("choice", q.caption, q.question, str(q.draw)) or judge_choice(q) for q in questions]
 
+    def preference(self, questions: Sequence[schema.PreferenceQuestion]) -> list[PreferenceVerdict | Failure]:
+        """Needs `metadata["scene"]`, as precision does; see `judge_preference`."""
+        verdicts: list[PreferenceVerdict | Failure] = []
+        for question in questions:
+            seed = str(scene_of(question.metadata).seed)
+            failure = self._failure("preference", question.first, question.second, seed)
+            verdicts.append(failure or judge_preference(question))
+        return verdicts
+
     def _failure(self, *content: str) -> Failure | None:
         if not self.failure_rate:
             return None
@@ -120,6 +139,30 @@ def judge_choice(question: schema.ChoiceQuestion) -> ChoiceVerdict:
     stated = answer_from(parse(question.caption), question.query, [text for _, text in question.options])
     letters = [letter for letter, text in question.options if text == stated]
     return ChoiceVerdict(answer=letters[0] if letters else question.options[-1][0])
+
+
+def judge_preference(question: schema.PreferenceQuestion) -> PreferenceVerdict:
+    """The caption of more worth; a tie where they differ by no more than TIE."""
+    scene = scene_of(question.metadata)
+    margin = worth(question.first, scene, question.units) - worth(question.second, scene, question.units)
+    return PreferenceVerdict(winner=1 if margin > TIE else 2 if margin < -TIE else 0)
+
+
+def worth(caption: str, scene: Scene, units: Sequence[str]) -> float:
+    """The worth of a caption to a reader: (covered units - assertions that don't hold) / units + linguistic score.
+
+    A false statement costs as much as a true one gives. This is an average, unlike b-CapScore: one part can stand in
+    for another. Without units, assertions that hold count in their place, over all objects of the scene.
+    """
+    return _worth(caption, scene, tuple(units))
+
+
+@functools.lru_cache(maxsize=8192)
+def _worth(caption: str, scene: Scene, units: tuple[str, ...]) -> float:
+    assertions = judge_precision(caption, scene).assertions
+    wrong = sum(not assertion.verified for assertion in assertions)
+    covered = sum(judge_recall(caption, units).covered) if units else len(assertions) - wrong
+    return (covered - wrong) / len(units or scene.objects) + sum(_marks(parse(caption))) / (_HIGHEST_MARK * 3)
 
 
 def _marks(parsed: Parsed) -> list[int]:

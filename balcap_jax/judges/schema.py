@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -57,6 +57,13 @@ class Failure:
     """A judge call that gave no usable answer after bounded retries: a missing value, never a score."""
 
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut(Failure):
+    """Stands for a question that `judge.ask` leaves out, and is its answer too: a missing value, but no failed call."""
+
+    reason: str = "left out by judge.ask"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +155,34 @@ class RubricVerdict(pydantic.BaseModel):
     passed: list[bool]
 
 
+@dataclasses.dataclass(frozen=True)
+class PreferenceQuestion:
+    """Which of two captions of a picture describes it better, `first` being shown first.
+
+    `image` and `metadata` are those of a PrecisionQuestion; `units` are the reference's, for the judge of scenes alone.
+    """
+
+    method: ClassVar[str] = "preference"
+    first: str
+    second: str
+    image: np.ndarray | None
+    metadata: Mapping[str, Any]
+    units: Sequence[str] = ()
+
+
+class PreferenceVerdict(pydantic.BaseModel):
+    """1 or 2 for the better caption, 0 for a tie."""
+
+    winner: Literal[0, 1, 2]
+
+
 class Judge:
     """Answers in batches so that an implementation may run them concurrently; one answer or Failure per question.
 
     A judge has a method for each kind of question that it answers, of the form
     `precision(questions: Sequence[PrecisionQuestion]) -> list[PrecisionVerdict | Failure]`; the others are `recall`,
-    `linguistic`, `choice` and `rubric`. It may lack some: a reward names in its `asks` which it calls, and one that is
-    missing is found at the start.
+    `linguistic`, `choice`, `rubric` and `preference`. It may lack some: a reward names in its `asks` which it calls,
+    and one that is missing is found at the start.
 
     about: what records hold of the judge: its "model", and the prompt behind each method; empty where there is none.
     is_exact: its verdicts are exact and free, so that evaluations ask it more than the reward does.
@@ -185,3 +213,11 @@ def ask_all(ask: Callable[[Sequence], Sequence], questions: Sequence) -> list:
     if len(answers) != len(questions):
         raise ValueError(f"{ask.__qualname__} returned {len(answers)} answers to {len(questions)} questions")
     return answers
+
+
+def preferred_unseen(question: PreferenceQuestion) -> PreferenceVerdict | None:
+    """The verdict on equal captions, and where one is empty; None where somebody has to look."""
+    first, second = question.first.strip(), question.second.strip()
+    if first == second:
+        return PreferenceVerdict(winner=0)
+    return None if first and second else PreferenceVerdict(winner=1 if first else 2)

@@ -11,7 +11,9 @@ from typing import Any
 
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
 from balcap_jax.data.words import count_words
+from balcap_jax.judges import parse_shares
 from balcap_jax.judges.schema import Judge
+from balcap_jax.rewards.arena import ArenaReward, BalCapArenaReward
 from balcap_jax.rewards.balcap import BalCapReward, TextReward
 from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores
 from balcap_jax.rewards.caprl import CaprlReward
@@ -20,6 +22,7 @@ from balcap_jax.rewards.length import LengthPenalised
 from balcap_jax.rewards.lexical import LexicalReward
 from balcap_jax.rewards.own import OwnReward
 from balcap_jax.rewards.rubicap import RubicapReward
+from balcap_jax.rewards.sparing import Sparing
 
 REWARDS: dict[str, type] = {
     "balcap": BalCapReward,
@@ -27,6 +30,8 @@ REWARDS: dict[str, type] = {
     "rubicap": RubicapReward,
     "feedquill": FeedquillReward,
     "lexical": LexicalReward,
+    "arena": ArenaReward,
+    "balcap_arena": BalCapArenaReward,
     "text": TextReward,
 }
 
@@ -93,12 +98,28 @@ def objectives(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*names, "length")
 
 
+def check_asked(config: Mapping[str, Any]) -> None:
+    """Raises UserError where `judge.ask` of a whole configuration names no question of its reward."""
+    shares, name = parse_shares(config["judge"]["ask"]), config["rewards"]["name"]
+    if shares and name not in REWARDS:
+        raise UserError(
+            f"config field 'judge.ask' leaves out questions of rewards of this package, and rewards.name is {name!r}; "
+            "leave it empty"
+        )
+    asks = resolve(name).asks
+    for method in shares:
+        if method not in asks:
+            known = f"asks for {', '.join(asks)}" if asks else "asks nobody"
+            raise UserError(f"config field 'judge.ask' names {method!r}, and the reward {name!r} {known}")
+
+
 def check_settings(config: Mapping[str, Any]) -> None:
     """Checks a whole configuration's weights, judge and data set against its reward, before anything is built.
 
     Raises:
       UserError: they do not fit, or `objectives` fails.
     """
+    check_asked(config)
     settings, data = config["rewards"], config["data"]["name"]
     names = objectives(settings)
     if len(settings["weights"]) != len(names):
@@ -129,12 +150,20 @@ def build(config: Mapping[str, Any], judge: Judge, seed: int = 0, tried_on: Samp
     return reward if config["length"] == "none" else LengthPenalised(reward, settings)
 
 
+def sparing(reward: RewardFn, judge: Mapping[str, Any], seed: int) -> RewardFn:
+    """`reward` as training calls it: with the questions left out that `ask` of the config group `judge` leaves out."""
+    shares = parse_shares(judge["ask"])
+    return Sparing(reward, shares, seed) if shares else reward
+
+
 def measure(reward: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn:
     """The reward that evaluations score: `reward`, and with an exact judge the objectives of BalCap beside it.
 
     So runs of different rewards can be compared where that costs nothing. `fields` are those that examples have.
     """
     is_balcap = isinstance(reward, BalCapReward) and reward.pointability
+    if isinstance(reward, RewardFn):
+        reward = reward.measured()
     if is_balcap or not judge.is_exact or "scene" not in fields:
         return reward
     return Joined(BalCapReward(judge), reward)
@@ -158,4 +187,4 @@ def check(config: Mapping[str, Any], judge: Judge, fields: Collection[str], data
 
 
 __all__ = ["RewardFn", "Samples", "Scores", "build", "check", "check_settings", "count_words", "measure"]
-__all__ += ["objectives", "resolve"]
+__all__ += ["objectives", "resolve", "sparing"]

@@ -63,8 +63,13 @@ def precision_questions(samples: Samples, *, pointability: bool = True) -> list[
     """One question per caption, in the order of `samples.where`."""
     images = samples.images
     return [
-        schema.PrecisionQuestion(
-            samples.captions[b][g], None if images is None else images[b], samples.metadata[b], pointability
+        samples.asked(
+            "precision",
+            b,
+            g,
+            schema.PrecisionQuestion(
+                samples.captions[b][g], None if images is None else images[b], samples.metadata[b], pointability
+            ),
         )
         for b, g in samples.where
     ]
@@ -76,13 +81,15 @@ def score_text(judge: Judge, samples: Samples, **more: Sequence) -> list[list]:
     One per caption, in the order of `samples.where`. A reference without units is not asked about.
     """
     with_units = [(b, g) for b, g in samples.where if len(samples.reference_units[b])]
-    recall = [schema.RecallQuestion(samples.captions[b][g], samples.reference_units[b]) for b, g in with_units]
-    linguistic = [schema.LinguisticQuestion(samples.captions[b][g]) for b, g in samples.where]
+    captions, units = samples.captions, samples.reference_units
+    recall = [samples.asked("recall", b, g, schema.RecallQuestion(captions[b][g], units[b])) for b, g in with_units]
+    linguistic = [
+        samples.asked("linguistic", b, g, schema.LinguisticQuestion(captions[b][g])) for b, g in samples.where
+    ]
     *others, covered, marks = ask_kinds(judge, **more, recall=recall, linguistic=linguistic)
     verdicts = dict(zip(with_units, covered, strict=True))
     recall_scores = [
-        score_recall(verdicts.get((b, g)), len(samples.reference_units[b]), samples.example_ids[b])
-        for b, g in samples.where
+        score_recall(verdicts.get((b, g)), len(units[b]), samples.example_ids[b]) for b, g in samples.where
     ]
     return [*others, recall_scores, [score_linguistic(verdict) for verdict in marks]]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from balcap_jax.data.choices import LETTERS, lettered, shuffled
 from balcap_jax.judges.schema import ChoiceQuestion, Failure
-from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_kinds, collect
 
 
 class CaprlReward(RewardFn):
@@ -31,7 +31,12 @@ class CaprlReward(RewardFn):
         """A detail holds "answers", [{"question", "answer", "right"}]. Calls that failed are left out of the mean; the
         value is missing where more than half of them did, or where an example has no questions."""
         draws = [self._draw(samples, b, g) for b, g in samples.where]
-        answers = iter(ask_all(self.judge.choice, [question for each in draws for question, _ in each]))
+        asked = [
+            samples.asked("choice", b, g, question)
+            for (b, g), each in zip(samples.where, draws, strict=True)
+            for question, _ in each
+        ]
+        answers = iter(ask_kinds(self.judge, choice=asked)[0])
         verdicts = [[(question, gold, next(answers)) for question, gold in each] for each in draws]
         scored = [
             [score_answers(each, samples.example_ids[b])] for (b, _), each in zip(samples.where, verdicts, strict=True)

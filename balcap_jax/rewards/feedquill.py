@@ -5,7 +5,7 @@ The paper trains reward models on them; here the judge that splits and verifies 
 
 from balcap_jax.judges.schema import Failure, PrecisionVerdict
 from balcap_jax.rewards.balcap import precision_questions, shown_assertions
-from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_kinds, collect
 
 
 class FeedquillReward(RewardFn):
@@ -16,7 +16,7 @@ class FeedquillReward(RewardFn):
     asks: tuple[str, ...] = ("precision",)
 
     def __call__(self, samples: Samples) -> Scores:
-        verdicts = ask_all(self.judge.precision, precision_questions(samples, pointability=False))
+        (verdicts,) = ask_kinds(self.judge, precision=precision_questions(samples, pointability=False))
         return collect(self, samples, [score_units(verdict) for verdict in verdicts], self.judge)
 
 

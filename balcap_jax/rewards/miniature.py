@@ -20,14 +20,12 @@ from balcap_jax.data.scenes.habits import habits_of
 from balcap_jax.data.scenes.questions import questions
 from balcap_jax.data.scenes.reading import claim_from_unit, covers, parse
 from balcap_jax.data.scenes.world import Scene
-from balcap_jax.judges.oracle import judge_choice, judge_linguistic, judge_precision, judge_recall, scene_of
+from balcap_jax.judges.oracle import TIE, judge_choice, judge_precision, scene_of, worth
 from balcap_jax.judges.schema import ChoiceQuestion, Judge
-from balcap_jax.rewards.balcap import score_linguistic
 from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores, collect
 
 QUESTIONS = 12  # per scene: every scene has as many
 UNKNOWN_CREDIT = 0.05  # CaptionQA gives "cannot answer" this beyond a guess among the choices
-TIE = 0.05  # captions whose worth differs by no more than this are equal
 # Fault rates of the arena's two hacked opponents: all that is there and much that is not, at length; a bare list.
 LONG = {"invented object": 0.4, "remark": 0.4, "remark tail": 0.3, "closing remark": 1.0, "too long": 1.0}
 TERSE = dict.fromkeys(
@@ -86,17 +84,6 @@ def opponents(scene: Scene) -> dict[str, str]:
         "long": faults.write_caption(scene, LONG, rng)[0],
         "terse": faults.write_caption(scene, TERSE, rng)[0],
     }
-
-
-def worth(caption: str, scene: Scene, units: Sequence[str]) -> float:
-    """The worth of a caption to a reader: (covered units - assertions that don't hold) / units + linguistic score.
-
-    A false statement costs as much as a true one gives. This is an average, unlike b-CapScore: one part can stand in
-    for another.
-    """
-    covered = sum(judge_recall(caption, units).covered)
-    wrong = sum(not assertion.verified for assertion in judge_precision(caption, scene).assertions)
-    return (covered - wrong) / len(units) + score_linguistic(judge_linguistic(caption))[0]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from balcap_jax.cli.errors import UserError, raised, shown
 from balcap_jax.judges import schema
 from balcap_jax.rewards.base import Samples, Scores, without_nonfinite
 
-_METHODS = ("precision", "recall", "linguistic", "choice", "rubric", "mixed")
+_METHODS = ("precision", "recall", "linguistic", "choice", "rubric", "preference", "mixed")
 _ASSERTION = schema.Assertion(text="a", verified=True, pointable=True)
 # Answers that a judge might give, for a call whose scores nobody uses.
 _ANSWERS: dict[str, Callable[[Any], Any]] = {
@@ -23,6 +23,7 @@ _ANSWERS: dict[str, Callable[[Any], Any]] = {
     "linguistic": lambda _: schema.LinguisticVerdict(clarity=3, fluency=3, coherency=3),
     "choice": lambda question: schema.ChoiceVerdict(answer=question.options[0][0]),
     "rubric": lambda question: schema.RubricVerdict(passed=[True] * len(question.criteria)),
+    "preference": lambda _: schema.PreferenceVerdict(winner=1),
 }
 _FORM = "see balcap_jax/rewards/base.py"
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.judges.schema import Failure, RubricQuestion, RubricVerdict
-from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_all, collect
+from balcap_jax.rewards.base import RewardFn, Samples, Scored, Scores, ask_kinds, collect
 
 
 class RubicapReward(RewardFn):
@@ -20,8 +20,12 @@ class RubicapReward(RewardFn):
         """A detail holds "rubric", [{"criterion", "weight", "passed"}]."""
         rubrics = [json.loads(metadata.get("rubrics") or "[]") for metadata in samples.metadata]
         places = [(b, g) for b, g in samples.where if rubrics[b]]
-        questions = [RubricQuestion(samples.captions[b][g], [r["criterion"] for r in rubrics[b]]) for b, g in places]
-        verdicts = dict(zip(places, ask_all(self.judge.rubric, questions), strict=True))
+        criteria = [[rubric["criterion"] for rubric in of_example] for of_example in rubrics]
+        questions = [
+            samples.asked("rubric", b, g, RubricQuestion(samples.captions[b][g], criteria[b])) for b, g in places
+        ]
+        (answers,) = ask_kinds(self.judge, rubric=questions)
+        verdicts = dict(zip(places, answers, strict=True))
         missing = [Failure(f"example {name} has no rubrics") for name in samples.example_ids]
         scored = [[score_rubric(verdicts.get((b, g), missing[b]), rubrics[b])] for b, g in samples.where]
         return collect(self, samples, scored, self.judge)

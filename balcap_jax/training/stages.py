@@ -126,15 +126,16 @@ class RLStage(Stage):
             judged = flight.judging.wait() if flight.judging else self._judge(flight)()
             words = [[count_words(text) for text in group] for group in judged.captions]
             # From here on every process knows the scores of the whole batch.
-            scores, valid, words, lengths = rows.gather(
+            scores, valid, left_out, words, lengths = rows.gather(
                 (
                     judged.scores.rewards,
                     judged.scores.valid,
+                    judged.scores.unasked(),
                     np.array(words, np.int32).reshape(judged.tokens.shape),
                     judged.tokens,
                 )
             )
-        failed, calls = int((~valid).sum()), valid.size
+        failed, calls = int((~valid & ~left_out).sum()), int((~left_out).sum())
         if job.settle(step, failed, calls) and self.depth:
             self._judge_aside(self._flight)
 
@@ -164,6 +165,9 @@ class RLStage(Stage):
         values["b_capscore"] = b_capscore(*three_of(scores, valid, job.reward.names))
         values["tokens"] = float(lengths.sum())
         values["failed_calls"], values["calls"] = failed, calls
+        values["judge/failure_rate"] = failed / max(calls, 1)
+        if job.config.judge.ask:
+            values["judge/left_out"] = float(left_out.sum())
         if flight.judging is not None:
             values[HIDDEN] = flight.judging.hidden
         return state, values, judged

@@ -206,6 +206,7 @@ def kind_of(body: dict) -> str:
     starts = {"You check captions": "precision", "You check which": "recall", "You mark": "linguistic"}
     starts |= {"You answer multiple-choice": "choice", "You check whether": "rubric"}
     starts |= {"You describe pictures": "describe", "You write criteria": "rubric_writer"}
+    starts |= {"You compare two captions": "preference"}
     return next((kind for start, kind in starts.items() if system.startswith(start)), "units")
 
 
@@ -250,6 +251,9 @@ def right_answer(body: dict) -> dict:
     if kind == "describe":  # of the pixels, as far as it can tell them apart
         seen = digest(body["messages"][-1]["content"][0]["image_url"]["url"])
         return {"caption": f"There is a thing {seen}. It is asked: {text}."}
+    if kind == "preference":
+        first, second = (digest(text) for _, text in blocks[-2:])
+        return {"why": "it is so", "winner": "caption 1" if first > second else "caption 2"}
     if kind == "rubric_writer":
         return {"rubrics": [{"criterion": f"is not {text}", "weight": 1 + digest(text) % 3}]}
     return {"units": [part.strip() for part in text.split(".") if part.strip()]}

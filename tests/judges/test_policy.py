@@ -31,6 +31,7 @@ from balcap_jax.judges.schema import (
     Failure,
     LinguisticQuestion,
     PrecisionQuestion,
+    PreferenceQuestion,
     RecallQuestion,
     RubricQuestion,
 )
@@ -62,7 +63,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
     """A random model of each family, with a tokenizer that knows the words of an answer."""
-    record = photos.Record("a", lambda: None, CORPUS * 20, (QUESTIONS,))
+    record = photos.Record("a", "", CORPUS * 20, (QUESTIONS,))
     tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
     fields = configuration.default_config().model.to_dict() | SIZES | FAMILIES[request.param]
     policy, processor = models.build(fields, tokenizer)
@@ -207,6 +208,24 @@ def test_yes_and_no_become_verdicts():
     assert choice.answer == "B"  # D is likelier, and not offered
     with pytest.raises(UserError, match="looks at pictures"):
         judge.precision([PrecisionQuestion("x", None, metadata)])
+
+
+def test_the_likeliest_of_three_words_is_the_preference():
+    def say(text):
+        if "broken" in text:
+            return Failure("too long")
+        probabilities = {"tie": np.array([0.5, 0.3, 0.2]), "first": np.array([0.1, 0.6, 0.3])}
+        return next(
+            (p for word, p in probabilities.items() if word in text.split("</data-")[0]), np.array([0.1, 0.2, 0.7])
+        )
+
+    pairs = [("first a", "b"), ("tie a", "b"), ("a", "b"), ("a", "a"), ("", "b"), ("a", "broken")]
+    judge = YesNoJudge(Scripted(say), "m")
+    *verdicts, failure = judge.preference([PreferenceQuestion(*pair, IMAGE, {}) for pair in pairs])
+    assert [verdict.winner for verdict in verdicts] == [1, 0, 2, 0, 2]
+    assert isinstance(failure, Failure)
+    with pytest.raises(UserError, match="the judge of preference looks at pictures"):
+        judge.preference([PreferenceQuestion("a", "b", None, {})])
 
 
 def test_a_failure_of_one_statement_is_one_of_its_caption_alone():

@@ -314,7 +314,6 @@ def test_metrics_are_sums_and_counts():
         "length/tokens_mean": (lengths.sum(), members),
         "length/ratio_mean": (ratios.sum(), members),
         "length/truncated_frac": (host.truncated.sum(), members),
-        "judge/failure_rate": ((~host.valid).sum(), host.valid.size),
         "entropy": (-log_probs[mask].sum(), mask.sum()),
         "ratio/mean": (hand.ratio[part].sum(), part.sum()),
         "ratio/clipped_frac": (hand.clipped[part].sum(), part.sum()),

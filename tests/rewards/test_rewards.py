@@ -439,6 +439,8 @@ def test_objectives_of_each_reward():
         "feedquill": ("verified_fraction", "verified_count"),
         "lexical": ("rouge_l",),
         "text": ("recall", "linguistic"),
+        "arena": ("preference",),
+        "balcap_arena": ("precision", "recall", "linguistic", "preference"),
     }
     assert {name: rewards.objectives(config_of(name=name)) for name in rewards.REWARDS} == expected
     assert rewards.objectives(config_of(name="caprl", length="two_sided")) == ("accuracy", "length")

@@ -105,7 +105,7 @@ def test_a_run_killed_in_mid_judging_repeats_no_cached_call_and_no_key_is_writte
     spent = sum(line["judge/cost"] for line in lines)
     assert lines[-1]["judge/cost_total"] == pytest.approx(spent)  # The first line has the evaluation before it too.
     record = json.loads((tmp_path / "whole" / "samples" / "step-000003.jsonl").read_text().splitlines()[0])
-    about = {"model": "the-model", "precision": "precision.v1", "recall": "recall.v1", "linguistic": "linguistic.v1"}
+    about = {"model": "the-model"} | {name: f"{name}.v2" for name in ("precision", "recall", "linguistic")}
     assert record["captions"][0]["judge"] == about
 
 
@@ -172,12 +172,59 @@ def test_the_estimate_of_a_config(capsys, data_dir):
     total = [int(number.replace(",", "")) for number in rows["total"]]
     assert total[0] == 3 * 120
     for column in range(3):
-        each = [int(rows[f"{name}.v1"][column].replace(",", "")) for name in ("precision", "recall", "linguistic")]
+        each = [int(rows[f"{name}.v2"][column].replace(",", "")) for name in ("precision", "recall", "linguistic")]
         assert sum(each) == total[column]
+    assert "a step of rl asks 36 questions, 32 at once" in text
+    assert "seconds: not measured, judge endpoint http://localhost:8000/v1 is down" in text
     assert float(rows["cost"][0]) == pytest.approx((2 * total[1] + 10 * total[2]) / 1e6, abs=0.006)
     config.unlock()
     config.judge.name = "oracle"
     assert "no cost" in estimate(config, ("sft", "rl"), ("precision",))
+    config.judge.name, config.judge.endpoints = "remote", ""
+    assert "seconds: name the servers in judge.endpoints" in estimate(config, ("sft", "rl"), ("precision",))
+
+
+def test_the_estimate_times_a_few_questions(capsys, data_dir, tmp_path):
+    """Answers about precision take 0.6 s, others 0.2 s; a step asks 6 of 12 captions about it, 12 about the others."""
+    from balcap_jax import train as training
+
+    def behave(body: dict) -> Reply:
+        answer = well_behaved(body)
+        answer.delay = 0.6 if body["messages"][0]["content"].startswith("You check captions") else 0.2
+        return answer
+
+    with JudgeServer(behave) as one, JudgeServer(behave) as other:
+        given = remote(one, tmp_path, judge__concurrency=16, judge__ask="precision:0.6")
+        given |= {"judge__endpoints": f"{one.url},{other.url}"}
+        training.main(
+            [*(a for a in arguments("unused", data_dir, **given) if "workdir" not in a), "--estimate_judge=2"]
+        )
+        text = capsys.readouterr().out
+        asked = one.requests + other.requests
+    assert 48 <= asked <= 160
+    assert f"asked {asked} questions about" in text
+    assert "16 at once" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    seconds = {name: float(rows[name][0]) for name in ("precision", "recall", "linguistic")}
+    assert 0.6 <= seconds["precision"] < 0.6 + seconds["recall"]
+    assert [int(rows[name][1]) for name in seconds] == [8, 12, 12]
+    work = 8 * seconds["precision"] + 12 * (seconds["recall"] + seconds["linguistic"])
+    needed, servers = map(int, rows["2"])
+    assert needed == pytest.approx(work / 2, abs=1.0)
+    assert servers == -(-needed // 8), "each server had 8 of the 16 questions under way"
+    assert int(rows["300"][0]) == 1
+    assert not list(tmp_path.iterdir()), "answers were kept"
+
+
+def test_a_judge_without_endpoints_is_one_line():
+    from balcap_jax.cli.errors import UserError
+    from balcap_jax.config.recipes import default_config
+    from balcap_jax.judges import build
+
+    judge = default_config().judge
+    judge.update({"name": "remote", "endpoints": " "})
+    with pytest.raises(UserError, match=r"'judge\.endpoints' is empty: name the servers of the judge"):
+        build(judge, seed=0)
 
 
 def test_a_ledger_adds_up_and_one_that_is_torn_is_refused(tmp_path):

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +33,17 @@ from balcap_jax.judges.chat.keys import cleaned, read_key
 from balcap_jax.judges.chat.limits import SHORT_WAIT
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.chat.replies import CUT_OFF, CallError
+from balcap_jax.judges.chat.turns import Turns
 from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings, data_url, picture_hash
 from balcap_jax.judges.schema import Failure, Usage
 
 _BEGUN_PER_SLOT = 4  # calls under way per slot: those that wait before a retry leave their slots to others
 _LONGEST_BACK_OFF = 30.0  # seconds
 _CLOSING = 5.0  # seconds that requests under way are given to be cancelled
+_PATIENCE = 4.0  # times the usual seconds of an answer that questions wait for one which begins as they do,
+_LEAST_PATIENCE = 2.0  # and these seconds at least
+# An endpoint is overfull with so many times another's questions, and with its share of the slots and so many more.
+_CROWDED, _SURPLUS = 3.0, 16
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +61,9 @@ class ChatClient(contextlib.AbstractContextManager):
         self._usage = Usage()
         self._urls: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._endpoints: list[Endpoint] = []
+        self._homes: dict[str, Endpoint] = {}  # where each prefix of a batch was asked about last
+        self.seconds: dict[str, float] = {}  # of an answer to each prompt, on average so far
+        self._timed: collections.Counter[str] = collections.Counter()
         self._known: set[bool] = set()  # whether of questions without a picture, and of those with one
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._http: httpx2.AsyncClient | None = None
@@ -202,37 +211,45 @@ class ChatClient(contextlib.AbstractContextManager):
         self._count(calls=repeated, cached=repeated)
         answers: dict[str, Answer | Failure] = {}
         room = asyncio.Semaphore(_BEGUN_PER_SLOT * self.settings.concurrency)
+        turns = Turns(asks)
+        self._homes.clear()
 
-        async def answer(key: str, ask: Ask) -> None:
+        async def answer(key: str) -> None:
             try:
-                answers[key] = await self._answer(key, ask)
+                answers[key] = await self._answer(key, asks[key], turns)
             except Exception as error:  # Whatever is wrong with one question leaves the others alone, and is counted.
                 answers[key] = self._failure("client", f"{type(error).__name__}: {error}")
             finally:
                 room.release()
+            turns.ended(key, asked=not getattr(answers[key], "cached", False))
 
         async with asyncio.TaskGroup() as group:
-            for key, ask in asks.items():
+            while True:
                 await room.acquire()
-                group.create_task(answer(key, ask))
+                if (key := await turns.next()) is None:
+                    break
+                group.create_task(answer(key))
         return answers
 
-    async def _answer(self, key: str, ask: Ask) -> Answer | Failure:
+    async def _answer(self, key: str, ask: Ask, turns: Turns) -> Answer | Failure:
         stored = self.cache.get(key) if self.cache is not None else None
         if stored is not None:
             with contextlib.suppress(UnusableAnswer):  # Of an older form, or damaged: ask again.
                 value = parse_answer(stored, ask.schema, ask.check)
                 self._count(calls=1, cached=1)
                 return Answer(value, cached=True)
-        answer = await self._call(ask)
+        answer = await self._call(ask, lambda: turns.release(key))
         if isinstance(answer, Answer):
             self._count(calls=1)
             if self.cache is not None:
                 self.cache.put(key, answer.value.model_dump_json(by_alias=True))
         return answer
 
-    async def _call(self, ask: Ask) -> Answer | Failure:
-        """Sends requests until one gives a usable answer, retries or time run out, or no endpoint can give one."""
+    async def _call(self, ask: Ask, release: Callable[[], None]) -> Answer | Failure:
+        """Sends requests until one gives a usable answer, retries or time run out, or no endpoint can give one.
+
+        `release` lets questions that begin alike go ahead: when a request fails, or takes long.
+        """
         loop, settings = asyncio.get_running_loop(), self.settings
         ends: float | None = None  # Waiting for one's turn uses nothing of the deadline: limits may make it long.
         errors: list[CallError] = []
@@ -245,7 +262,7 @@ class ChatClient(contextlib.AbstractContextManager):
 
         while True:
             try:
-                endpoint = await self._choose(hopeless, {error.url for error in errors[-1:]}, ends)
+                endpoint = await self._choose(ask.prefix, hopeless, {error.url for error in errors[-1:]}, ends)
             except CallError as error:
                 return failure(error)
             endpoint.under_way += 1
@@ -255,14 +272,22 @@ class ChatClient(contextlib.AbstractContextManager):
                 async with self._slots:
                     if loop.time() < endpoint.breaker.asked_until:  # It asked to wait after it was chosen.
                         endpoint.breaker.abandoned()
+                        release()
                         continue
                     now = loop.time()
                     ends = now + settings.deadline if ends is None else ends + now - queued
                     await probe.ready(endpoint, self.model, ask.image is not None)
                     now = loop.time()
-                    return await self._request(endpoint, ask, min(settings.attempt_timeout, ends - now))
+                    late = loop.call_later(self._patience(ask), release)
+                    try:
+                        answer = await self._request(endpoint, ask, min(settings.attempt_timeout, ends - now))
+                    finally:
+                        late.cancel()
+                    self._took(ask, loop.time() - now)
+                    return answer
             except CallError as caught:
                 error = caught
+                release()
             except BaseException:
                 endpoint.breaker.abandoned()
                 raise
@@ -299,8 +324,21 @@ class ChatClient(contextlib.AbstractContextManager):
             raise CallError(endpoint.url, reason, "answer") from error
         return Answer(value, reply.tokens_in, reply.tokens_out)
 
-    async def _choose(self, hopeless: set[str], last: set[str], ends: float | None) -> Endpoint:
+    def _patience(self, ask: Ask) -> float:
+        """Seconds after which an answer is late."""
+        patience = max(_PATIENCE * self.seconds.get(ask.prompt, math.inf), _LEAST_PATIENCE)
+        return min(patience, self.settings.attempt_timeout / 2)
+
+    def _took(self, ask: Ask, seconds: float) -> None:
+        self._timed[ask.prompt] += 1
+        usual = self.seconds.get(ask.prompt, seconds)
+        # The mean of few, then one that follows what a server has become.
+        self.seconds[ask.prompt] = usual + max(1 / self._timed[ask.prompt], 0.02) * (seconds - usual)
+
+    async def _choose(self, prefix: str, hopeless: set[str], last: set[str], ends: float | None) -> Endpoint:
         """The least loaded endpoint for its weight, rather not the one that failed last; waits while all are shut.
+
+        The one that was asked about the same `prefix` is better, unless it has to wait, or has far more to do.
 
         Raises CallError when none opens before `ends`, or when all have been down for longer than a whole deadline.
         """
@@ -311,6 +349,12 @@ class ChatClient(contextlib.AbstractContextManager):
             now = loop.time()
             if open_ones := [endpoint for endpoint in left if endpoint.breaker.may_call(now)]:
                 best = min(open_ones, key=lambda each: (each.url in last, (each.under_way + 1) / each.weight))
+                home = self._homes.get(prefix)
+                if home in open_ones and home.url not in last and home.turn_in(now) <= best.turn_in(now) + SHORT_WAIT:
+                    if self._has_room(home, best):  # Else this question alone goes elsewhere.
+                        best = home
+                elif prefix:
+                    self._homes[prefix] = best
                 best.breaker.begin(now)
                 return best
             if self._first_asked_until(hopeless) >= ends:
@@ -321,6 +365,12 @@ class ChatClient(contextlib.AbstractContextManager):
             if now >= ends or down.breaker.down_for(now) > self.settings.deadline:
                 raise CallError(down.url, f"is down: {down.breaker.reason}", "endpoint", detail=down.breaker.detail)
             await asyncio.sleep(min(0.05, max(ends - now, 0.001)))
+
+    def _has_room(self, home: Endpoint, other: Endpoint) -> bool:
+        """Whether `home` has not far more to do than the least loaded endpoint."""
+        share = self.settings.concurrency / sum(each.weight for each in self._endpoints)
+        load, least = home.under_way / home.weight, other.under_way / other.weight
+        return load <= _CROWDED * least + share + _SURPLUS / home.weight
 
     def _picture(self, image: np.ndarray | None) -> str:
         """The data URL; a group's captions are of one picture, so that it is encoded once for all of them."""

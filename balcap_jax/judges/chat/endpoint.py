@@ -65,6 +65,10 @@ class Endpoint:
         self._requests, self._tokens = Pace(settings.rpm), Pace(settings.tpm)
         self._answer_tokens = 256.0  # of an answer, on average so far
 
+    def turn_in(self, now: float) -> float:
+        """Seconds that the limits a minute would have a question wait."""
+        return max(self._requests.waits(now), self._tokens.waits(now))
+
     async def admit(self, ask: Ask) -> None:
         """Waits for the turn that the limits on requests and tokens a minute give."""
         now = asyncio.get_running_loop().time()

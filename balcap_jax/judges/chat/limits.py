@@ -21,6 +21,10 @@ class Pace:
         self._free_at = start + units * self._seconds
         return start - now
 
+    def waits(self, now: float) -> float:
+        """Seconds until the next turn is free."""
+        return max(self._free_at - now, 0.0)
+
     def correct(self, units: float) -> None:
         """Adds what a turn took beyond what was reserved; negative gives back."""
         self._free_at += units * self._seconds

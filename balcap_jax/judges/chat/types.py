@@ -50,6 +50,8 @@ class Ask:
     image: uint8 [height, width, 3], sent with the last message; None = text only.
     check: says what is wrong with a well-formed answer ("" = nothing); such an answer is asked for again.
     draw: the number of a repetition of the same question, which is sampled anew.
+    prefix: a name of how its messages and picture begin, for questions that begin alike; they are sent to one endpoint,
+      which keeps what it computed of the beginning. "" = like no other.
     """
 
     prompt: str
@@ -59,6 +61,7 @@ class Ask:
     image: np.ndarray | None = None
     check: Callable[[Any], str] | None = None
     draw: int = 0
+    prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

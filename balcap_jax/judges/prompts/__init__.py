@@ -3,8 +3,13 @@
 A file is `<name>.v<version>.j2`: the system message, a line of `=== user ===`, the user message. A published version is
 never edited, since cached answers and records name it: a better text is a new version.
 
-Captions and references come from models and from the internet. `block(kind, text)` puts a text between two marks that
-hold a digest of all texts of the prompt: a text cannot hold a digest of itself, so that none can end its own block.
+Captions and references come from models and from the internet. `block(kind, text, code)` puts a text between two marks
+that hold the code, a digest of texts of the prompt: a text cannot hold a digest of itself, so that none can end its own
+block. No text of a prompt holds any of its codes.
+
+Servers keep what they computed of a prompt's beginning. From version 2 on, questions about one picture therefore begin
+alike: a constant system message; the picture, or what all its captions are compared with; then the caption and its
+code. A first version holds one code of all texts (`tag`), which its system message names.
 """
 
 import functools
@@ -15,8 +20,8 @@ from typing import Any
 
 import jinja2
 
-CURRENT = {"precision": 1, "recall": 1, "linguistic": 1, "units": 1, "choice": 1, "rubric": 1}
-CURRENT |= {"verified": 1, "pointable": 1, "covered": 1, "passed": 1, "mark": 1, "letter": 1}
+CURRENT = {"precision": 2, "recall": 2, "linguistic": 2, "units": 1, "choice": 2, "rubric": 2, "preference": 1}
+CURRENT |= {"verified": 1, "pointable": 1, "covered": 1, "passed": 1, "mark": 1, "letter": 1, "better": 1}
 """The current version of each prompt: first those answered in JSON, then those answered with one word."""
 
 _USER = "=== user ===\n"
@@ -36,12 +41,16 @@ def render(prompt: str, **texts: Any) -> tuple[dict[str, str], ...]:
     """
     name = name_of(prompt) if prompt in CURRENT else prompt
     texts = {key: _printable(value) for key, value in texts.items()}
-    tag = _tag(name, texts)
+    everything = repr((name, sorted(texts.items())))
+    tag = _digest(everything, everything)
 
-    def block(kind: str, text: str) -> str:
-        return f"<data-{tag} kind={kind}>\n{text}\n</data-{tag}>"
+    def code(*values: Any) -> str:
+        return _digest(repr((name, *values)), everything)
 
-    rendered = _template(name).render(**texts, block=block, tag=tag)
+    def block(kind: str, text: str, code: str = tag) -> str:
+        return f"<data-{code} kind={kind}>\n{text}\n</data-{code}>"
+
+    rendered = _template(name).render(**texts, block=block, code=code, tag=tag)
     system, _, user = rendered.partition(_USER)
     return {"role": "system", "content": system.strip()}, {"role": "user", "content": user.strip()}
 
@@ -54,12 +63,12 @@ def _template(name: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _tag(name: str, texts: dict[str, Any]) -> str:
-    content = repr((name, sorted(texts.items())))
+def _digest(content: str, everything: str) -> str:
+    """Sixteen digits that `content` gives, and that are not in the text `everything`."""
     for salt in range(100):
-        tag = hashlib.sha256(f"{salt}{content}".encode()).hexdigest()[:16]
-        if tag not in content:
-            return tag
+        code = hashlib.sha256(f"{salt}{content}".encode()).hexdigest()[:16]
+        if code not in everything:
+            return code
     raise AssertionError("sixty-four bits that are in a text a hundred times over")
 
 

@@ -1,0 +1,82 @@
+"""Asks a run's judge a few of its questions and times them: how long a step's judging will take, and what hides it."""
+
+from collections.abc import Collection
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from balcap_jax import data, judges, rewards
+from balcap_jax.cli.errors import UserError
+from balcap_jax.data.input import examples
+from balcap_jax.data.words import count_words
+from balcap_jax.judges import cost, prompts
+from balcap_jax.judges.chat_judge import RemoteJudge, make_client
+from balcap_jax.rewards.base import Samples
+from balcap_jax.training.evaluation import batches
+from balcap_jax.training.job import to_samples
+from balcap_jax.training.programs import model_fields
+from balcap_jax.training.workdir import readable
+
+QUESTIONS = 96  # about as many are asked at most
+_GROUP = 4  # captions of a picture
+
+
+def trial(config: ConfigDict, rollout: float = 0.0) -> str:
+    """The table of `cost.sizing`, from questions about pictures of the data set, whose references stand for captions.
+
+    rollout: seconds of a step's rollout, 0 = not known. Nothing is taken from the cache of answers, or kept there.
+
+    Raises:
+      UserError: the data cannot be read, or the judge is down or answers nothing.
+    """
+    asks = rewards.resolve(config.rewards.name).asks
+    samples, fields = samples_of(config, asks)
+    judge = config.judge.copy_and_resolve_references()
+    with judge.unlocked():
+        judge.cache_dir = ""
+    client = make_client(judge, config.seed)
+    try:
+        asked_judge = RemoteJudge(client, judge.max_tokens)
+        rewards.check(config.rewards, asked_judge, fields, config.data.name)
+        client.connect(sees=judges.sees(asks))
+        rewards.build(config.rewards, asked_judge, config.seed)(samples)
+        usage, seconds = client.usage(), client.seconds
+    finally:
+        client.close()
+    named = {method: seconds[prompts.name_of(method)] for method in asks if prompts.name_of(method) in seconds}
+    asked = usage.calls - usage.cached
+    if len(named) < len(asks):
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in usage.failures.most_common(2))
+        raise UserError(f"of {asked} questions {usage.failures.total()} were not answered ({reasons})")
+    servers = len(client.settings.endpoints)
+    at_once = min(judge.concurrency, asked)
+    price = (usage.tokens_in * judge.price_in + usage.tokens_out * judge.price_out) / 1e6
+    words = np.mean([count_words(text) for group in samples.captions for text in group])
+    head = (
+        f"asked {asked} questions about {samples.shape[0]} pictures and captions of {words:.0f} words, {at_once} at "
+        f"once: {usage.tokens_in:,} tokens in, {usage.tokens_out:,} out" + (f", cost {price:.4f}" if price else "")
+    )
+    if usage.failures:
+        head += f"; {usage.failures.total()} failed"
+    return f"{head}\n{cost.sizing(config, named, at_once, servers, rollout)}"
+
+
+def samples_of(config: ConfigDict, asks: tuple[str, ...]) -> tuple[Samples, Collection[str]]:
+    """Pictures of the test split with `_GROUP` different captions each, about QUESTIONS questions in all.
+
+    -> (the captions, the fields of the data set)
+    """
+    if not asks:
+        raise UserError(f"the reward {config.rewards.name!r} asks its judge nothing")
+    each = sum(cost.calls_of_step(config, method) for method in asks) / (
+        config.stages.rl.batch_size * config.rollout.group_size
+    )
+    pictures = max(int(QUESTIONS / max(each, 1) / _GROUP), 1)
+    model, _ = model_fields(config)
+    splits = data.load(config.data, model.get("image_size", config.model.image_size), tokenizer=False)
+    with readable(config.data):
+        shown = examples(splits.test, pictures)
+    ((batch, real),) = batches(shown, len(shown))
+    captions = [[f"View {g + 1}. {text}" for g in range(_GROUP)] for text in batch["reference"][:real]]
+    tokens = np.array([list(map(count_words, group)) for group in captions])
+    return to_samples({name: column[:real] for name, column in batch.items()}, captions, tokens), splits.fields
