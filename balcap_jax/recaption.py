@@ -14,7 +14,8 @@ what is written:
     rubrics     RubiCap's criteria: what a student's caption (`--students`, a file of `caption`) lacks beside the
                 reference
 
-`--out` is what `data.name=photos` reads as `data.data_dir`; other fields of a line stay. Pictures that cannot be read
+`--out` is what `data.units` joins to ShareGPT4V or any other photographs, and what `data.name=photos` reads by itself
+as `data.data_dir`; other fields of a line stay. Pictures that cannot be read
 or have no answer go to F.errors.jsonl as {"image", "error"}; `--retry_errors` asks again. The same command goes on
 where an earlier one was stopped or killed; F.judge.json holds the cost so far. `--judge.FIELD=VALUE` sets the fields of
 the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, prices, max_cost.

@@ -4,7 +4,7 @@
 
 FOLDER holds a.jpg and its caption a.txt, or captions.jsonl; see `balcap_jax/data/photos.py`. A policy of the Qwen2.5-VL
 family of a million parameters is trained from random numbers, in 20 supervised and 20 reinforced steps: it shows that
-everything runs, and learns next to nothing. For a model that captions, set model.path to one (`convert`).
+everything runs, and learns next to nothing. For a model that captions, set model.path to its Hugging Face directory.
 
 Variants: other rewards, of a judge behind judge.endpoints (`docs/judges.md`); what they read beside a caption is in
 captions.jsonl, and `recaption` writes most of it.
@@ -13,6 +13,8 @@ captions.jsonl, and `recaption` writes most of it.
     :caprl       questions answered from the caption; needs questions
     :rubicap     weighted criteria; needs rubrics
     :feedquill   verified share and number of units; needs a judge that sees pictures
+    :arena       comparisons with the other captions of the picture; needs a judge that sees pictures
+    :balcap_arena   these beside the three of :balcap
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +23,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
 
 WEIGHTS = {"balcap": (1.0, 1.0, 1.0), "text": (1.0, 1.0), "caprl": (1.0,), "rubicap": (1.0,), "feedquill": (1.0, 1.0)}
+WEIGHTS |= {"arena": (1.0,), "balcap_arena": (1.0, 1.0, 1.0, 1.0)}
 
 
 def get_config(variant: str = "") -> ConfigDict:

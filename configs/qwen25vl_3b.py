@@ -1,9 +1,13 @@
-"""Qwen2.5-VL-3B: BalCapRL, or supervised training on the references.
+"""Qwen2.5-VL-3B: BalCapRL on ShareGPT4V with a chat judge, its leave-one-outs, and what it is compared with.
 
-    python -m balcap_jax.convert --from_hf=HF_DIRECTORY --out=models/qwen25vl_3b
-    python -m balcap_jax.train --config=configs/qwen25vl_3b.py --workdir=runs/qwen25vl_3b
+    hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir models/qwen25vl_3b
+    python -m balcap_jax.recaption --images=DATA/sharegpt4v_instruct_gpt4-vision_cap100k.json --out=units.jsonl \\
+        --judge.endpoints=URL,URL
+    python -m balcap_jax.train --config=configs/qwen25vl_3b.py --workdir=runs/qwen25vl_3b \\
+        --config.data.manual_dir=DATA --config.data.units=units.jsonl --config.judge.endpoints=URL,URL
+    python -m balcap_jax.train --config=configs/qwen25vl_3b.py:scenes --workdir=runs/smoke      (a smoke run, no judge)
 
-Variants, which may be joined as in `:sft,lora`: rl, sft, lora; `vlm.py`, which belongs beside this file, explains them.
+Variants: sft, lora, scenes, no_precision, grpo, caprl and more; `vlm.py`, which belongs beside this file, has them all.
 
 Chips: compiled for v5e:4x4 (8.0 of 15.75 GiB a chip with 16 prompts at once); `docs/performance.md` has the command.
 Weights, moments and gradients are 51 GB in all.

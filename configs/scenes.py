@@ -20,27 +20,21 @@ Leave-one-outs of the method, which `python -m balcap_jax.ablate` runs and compa
 Rewards that the method is compared with; not yet run at full length:
     :caprl     accuracy of questions answered from the caption     :feedquill   verified share and number of units
     :lexical   ROUGE-L to the reference, no judge
+    :arena     comparisons with the other captions of the picture     :balcap_arena   these beside the method's three
 """
 
 from ml_collections import ConfigDict
 
-from balcap_jax.cli.errors import UserError
+from balcap_jax.config import ablations
 from balcap_jax.config.recipes import default_config
 
-WITHOUT = {"no_precision": (0.0, 1.0, 1.0), "no_recall": (1.0, 0.0, 1.0), "no_linguistic": (1.0, 1.0, 0.0)}
-ONLY = {"precision_only": (1.0, 0.0, 0.0), "recall_only": (0.0, 1.0, 0.0), "linguistic_only": (0.0, 0.0, 1.0)}
-TAU_U = {"tau_1_1": 1.1, "tau_1_5": 1.5, "tau_3": 3.0}
-ESTIMATORS = ("grpo", "dr_grpo", "rloo")
-PENALTIES = ("two_sided", "ramp", "ramp_reference")
-REWARDS = {"caprl": (1.0,), "feedquill": (1.0, 1.0), "lexical": (1.0,)}
-OTHERS = ("tiny", "qwen", "lora", "no_pointability", "no_gate", "no_batch_norm")
-VARIANTS = (*OTHERS, *ESTIMATORS, *WITHOUT, *ONLY, *TAU_U, *PENALTIES, *REWARDS)
+OWN = ("tiny", "qwen", "lora")
+# Scenes have no criteria.
+VARIANTS = (*OWN, *(name for name in ablations.NAMES if name != "rubicap"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    variants = [part for part in variant.split(",") if part]
-    for unknown in set(variants) - set(VARIANTS):
-        raise UserError(f"unknown variant {unknown!r}; there are {', '.join(VARIANTS)}")
+    variants = ablations.chosen(variant, VARIANTS)
     config = default_config()
     config.name = "scenes"
     config.data.train_size = 8192
@@ -110,29 +104,8 @@ def get_config(variant: str = "") -> ConfigDict:
         # Ten times fewer numbers, which start at 0, take larger steps.
         config.stages.sft.learning_rate = 4e-3
         config.stages.rl.learning_rate = 1.6e-3
-    for name, weights in (WITHOUT | ONLY | REWARDS).items():
-        if name in variants:
-            config.rewards.weights = weights
-            config.rewards.name = name if name in REWARDS else "balcap"
-    for name in PENALTIES:
-        if name in variants:
-            config.rewards.length = name
-            config.rewards.weights = (*config.rewards.weights, 1.0)
-            config.rewards.gate = False
-            # About the tokens of a reference, and the longest response.
-            config.rewards.length_start, config.rewards.length_end = 56, 80
-    if "no_pointability" in variants:
-        config.rewards.pointability = False
-    if "no_gate" in variants:
-        config.rewards.gate = False
-    for name, bound in TAU_U.items():
-        if name in variants:
-            config.rewards.gate_high = bound
-    for name in ESTIMATORS:
-        if name in variants:
-            config.advantage.estimator = name
-    if "no_batch_norm" in variants:
-        config.advantage.batch_norm = "none"
+    # About the tokens of a reference, and the longest response.
+    ablations.apply(config, variants, length_start=56, length_end=80)
     if "tiny" in variants:
         config.data.train_size = 64
         config.log.eval_images, config.log.eval_samples = 48, 4

@@ -5,7 +5,6 @@ The meaning is the field's description, or the text below a field whose line is 
 """
 
 import re
-import urllib.parse
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import resolved
+from balcap_jax.config.lists import parse_endpoints, parse_shares
 
 STAGES = ("vision", "align", "sft", "rl")
 """Stages that `stages.order` may name."""
@@ -20,7 +20,7 @@ STAGES = ("vision", "align", "sft", "rl")
 # Upper bounds that only say what cannot be meant: counters stay within int32, and one axis within any memory.
 STEPS, IMAGES, SIZE, WIDE = 100_000_000, 10_000_000, 65_536, 16_777_216
 
-_DATA_DIR = "~/.cache/balcap_jax"
+DATA_DIR = "~/.cache/balcap_jax"
 _LEAST = 0.01  # of a temperature or of the largest weight: below, fp32 and the epsilons decide the result
 # Deliberately narrow: a key that was given in place of a variable's name must not look like one.
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
@@ -161,7 +161,7 @@ class Lora(Group):
 
 class Data(Group):
     name: Literal["scenes", "photos", "sharegpt4v"] = Field("scenes", description="data set to train and evaluate on")
-    data_dir: Path = _DATA_DIR
+    data_dir: Path = DATA_DIR
     """where data sets are built and read; of photos: their folder, or a JSONL file; ~ is expanded"""
     train_size: Images = Field(4096, description="training images to build")
     validation_size: Images = Field(64, description="validation images to build")
@@ -176,14 +176,10 @@ class Data(Group):
     manual_dir: Path = Field("", description="folder of the JSON and the image roots (sharegpt4v)")
     annotations: Text = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
     """name of the JSON there (sharegpt4v)"""
+    units: Path = ""
+    """JSONL that recaption wrote: references, units, rubrics; joined by picture"""
     prompt: Text = Field("", description="prompt for every image; empty = each sample's own")
     read_threads: Resumable[FewOrNone] = Field(2, description="host threads that read images; 0 = none")
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if self.name == "sharegpt4v" and not self.manual_dir:
-            yield "data.manual_dir", "is empty: sharegpt4v needs the folder that holds its JSON and its images"
-        if self.name == "photos" and self.data_dir == _DATA_DIR:
-            yield "data.data_dir", "must be the folder, or the JSONL file, of your photographs"
 
 
 class Stage(Group):
@@ -261,11 +257,12 @@ class Pipeline(Group):
 
 class Rewards(Group):
     name: Text = "balcap"
-    """balcap, caprl, rubicap, feedquill, lexical, text, or package.module:Class for one of your own"""
+    """balcap, caprl, rubicap, feedquill, arena, balcap_arena, lexical, text, or your own package.module:Class"""
     weights: tuple[Weight, ...] = Field((1.0, 1.0, 1.0), min_length=1)
     """weight per objective of the reward; of balcap: precision, recall, linguistic"""
     pointability: bool = Field(True, description="assertions must be pointable to count in precision (balcap)")
     draws: FewOrNone = Field(8, description="questions drawn per caption (caprl); 0 = each one once")
+    opponents: Few = Field(2, description="captions of its group that each one is shown before (arena)")
     length: Literal["none", "two_sided", "ramp", "ramp_reference"] = "none"
     """linear length penalty as one more objective: by rho, or a ramp in tokens or in reference words"""
     length_start: WideOrNone = Field(2048, description="tokens up to which the ramp gives 1")
@@ -289,8 +286,10 @@ class Judge(Group):
     failure_rate: Share = Field(0.0, description="share of oracle calls made to fail, as a drill")
     max_failure_rate: Share = Field(0.2, description="share of failed calls above which the run stops")
     failure_window: SomeSteps = Field(20, description="steps over which it is measured, at most those of rl")
+    ask: Text = ""
+    """shares of a group's captions that train asks each question about, such as precision:0.5; empty = all"""
     # of the policy only, beside max_tokens
-    path: Path = Field("", description="model directory of the judge, of ours or of Hugging Face")
+    path: Path = Field("", description="model directory of the judge")
     scoring: Literal["generate", "yes_no"] = "generate"
     """written JSON answers, or probabilities of yes and no and of marks, one forward pass each"""
     dtype: Dtype = Field("bfloat16", description="compute and storage type of the judge")
@@ -299,7 +298,7 @@ class Judge(Group):
     """prompt lengths that the judge is compiled for; longer prompts are failures"""
     # of remote only, from here on
     endpoints: Resumable[Text] = "http://localhost:8000/v1"
-    """OpenAI-compatible base URLs, comma-separated; URL*WEIGHT for shares of the calls"""
+    """OpenAI-compatible base URLs, comma-separated; URL*WEIGHT for shares of the calls; empty = to be given"""
     model: Text = Field("", description="name of the model there; empty = the one that the endpoints list")
     api_key_env: Resumable[Text] = ""
     """environment variable that holds the key; empty = none is sent"""
@@ -327,14 +326,18 @@ class Judge(Group):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.failure_rate and self.name != "oracle":
             yield "judge.failure_rate", f"is for the oracle judge only, and judge.name is {self.name!r}"
+        try:
+            parse_shares(self.ask)
+        except ValueError as error:
+            yield "judge.ask", str(error)
         if self.name == "policy" and sorted(set(self.prompt_buckets)) != list(self.prompt_buckets):
             yield "judge.prompt_buckets", f"must be ascending, got {self.prompt_buckets}"
         if self.name == "policy" and not self.path:
             yield "judge.path", "is empty: the judge 'policy' needs the directory of its model"
         if self.name != "remote":
             return
-        try:
-            parse_endpoints(self.endpoints)
+        try:  # An empty list is an error once somebody is to be asked.
+            _ = self.endpoints.strip() and parse_endpoints(self.endpoints)
         except ValueError as error:
             yield "judge.endpoints", str(error)
         if self.api_key_env and not _VARIABLE.fullmatch(self.api_key_env):
@@ -466,32 +469,3 @@ class Config(Group):
         if self.judge.name == "policy" and self.pipeline.depth:
             why = "a judge on the devices that sample has nothing to run beside"
             yield "pipeline.depth", f"is 1 and judge.name is policy: {why}; set pipeline.depth to 0"
-
-
-def parse_endpoints(text: str) -> tuple[tuple[str, float], ...]:
-    """ "http://a:8000/v1*2, http://b:8000/v1" -> (("http://a:8000/v1", 2.0), ("http://b:8000/v1", 1.0)).
-
-    Raises:
-      ValueError: it is no such list; the message says why and never repeats a password.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        weighted = re.fullmatch(r"(.*)\*([0-9.]+)", part.strip(), re.DOTALL)
-        url, weight = (weighted[1], weighted[2]) if weighted else (part.strip(), "1")
-        url = url.rstrip("/")
-        try:
-            parsed, _ = urllib.parse.urlsplit(url), urllib.parse.urlsplit(url).port
-        except ValueError as error:
-            raise ValueError(f"holds an address that is none ({error})") from error
-        if parsed.username is not None or parsed.query or parsed.fragment:
-            raise ValueError("must hold no key, password or query; name the key's variable in judge.api_key_env")
-        if "*" in url:
-            raise ValueError(f"gives a weight that is no number; write URL*2, got {url!r}")
-        if parsed.scheme not in ("http", "https") or not parsed.hostname or any(c.isspace() for c in url):
-            raise ValueError(f"must hold URLs such as http://localhost:8000/v1, got {url!r}")
-        if not (re.fullmatch(r"[0-9]*\.?[0-9]*", weight) and 0.001 <= float(f"0{weight}") <= 1000):
-            raise ValueError(f"gives {url} the weight {weight}; weights are within 0.001 and 1000")
-        if url in weights:
-            raise ValueError(f"names {url} twice")
-        weights[url] = float(weight)
-    return tuple(weights.items())

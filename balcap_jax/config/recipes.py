@@ -136,7 +136,10 @@ def take_judge(argv: Sequence[str] | None) -> tuple[list[str], ConfigDict]:
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv, "--judge.")
     config = default_config()
     config.judge.name = "remote"
-    return rest, check(config, {f"judge.{name}": text for name, text in overrides.items()}).judge
+    judge = check(config, {f"judge.{name}": text for name, text in overrides.items()}).judge
+    if not judge.endpoints:
+        raise UserError("config field 'judge.endpoints' is empty; give the URL of a server, --judge.endpoints=URL")
+    return rest, judge
 
 
 @contextlib.contextmanager

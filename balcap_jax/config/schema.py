@@ -13,9 +13,20 @@ from pydantic.fields import FieldInfo
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
-from balcap_jax.config.groups import Config, Group, Model, parse_endpoints
+from balcap_jax.config.groups import Config, Group, Model
+from balcap_jax.config.lists import parse_endpoints, parse_shares
 
-__all__ = ["FIELDS", "KINDS", "RUN_FIELDS", "Config", "Model", "Setting", "parse_endpoints", "validated"]
+__all__ = [
+    "FIELDS",
+    "KINDS",
+    "RUN_FIELDS",
+    "Config",
+    "Model",
+    "Setting",
+    "parse_endpoints",
+    "parse_shares",
+    "validated",
+]
 
 RUN_FIELDS = (
     *("dtype", "remat", "attention", "logits_chunk", "prompt_tokens", "template"),

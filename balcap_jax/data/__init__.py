@@ -3,7 +3,7 @@
 Beside these an example may have `scene`, `questions` and `rubrics`, as JSON text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.data import photos, sharegpt4v
@@ -16,17 +16,18 @@ from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 KEPT_BYTES = 1 << 29
 
 
-def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True) -> Data:
+def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True, needs: Sequence[str] = ()) -> Data:
     """Opens the data set of the config group `data`, and makes it first if it is made on this machine.
 
-    `tokenizer` False leaves out that of photographs, which has to be made from their captions.
+    `tokenizer` False leaves out that of photographs, which has to be made from their captions. `needs` are fields that
+    the reward reads: that photographs lack one is said before any of them is opened.
 
     Raises:
       UserError: the data cannot be made or read.
     """
     name = config.get("name", "scenes")
     if name != "scenes":
-        data = photos.load(config) if name == "photos" else sharegpt4v.load(config)
+        data = photos.load(config, needs) if name == "photos" else sharegpt4v.load(config, needs)
         return data._replace(tokenizer=photos.caption_tokenizer(data.train)) if tokenizer else data
     built = scenes.prepare(
         config["data_dir"],

@@ -1,5 +1,6 @@
 """Any random-access data set of dict examples: batches, shuffled and checkpointable, and TFDS without TensorFlow."""
 
+import collections
 import contextlib
 import io
 import sys
@@ -16,6 +17,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import sync, sync_tree
 
 Batch = dict[str, Any]
+_LOOKED_AT = 64  # examples of a source that does not list its prompts
 
 
 class LeftOut(NamedTuple):
@@ -57,6 +59,17 @@ class Kept(Sequence):
         if index not in self._examples:
             self._examples[index] = self._source[index]
         return self._examples[index]
+
+
+def prompts_of(source: Sequence[Mapping[str, Any]]) -> collections.Counter[str]:
+    """How often each prompt is asked, the most frequent first: of all examples where `source` has `prompts`.
+
+    Otherwise of _LOOKED_AT of them, evenly spaced: to read an example is to decode its picture.
+    """
+    if (prompts := getattr(source, "prompts", None)) is None:
+        places = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)) if len(source) else ()
+        prompts = [decode(source[int(place)]["prompt"]) for place in places]
+    return collections.Counter(dict(collections.Counter(prompts).most_common()))
 
 
 def make_dataset(

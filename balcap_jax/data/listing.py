@@ -63,25 +63,52 @@ def spelt(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def picture_name(folder: str | os.PathLike, image: str) -> str:
+def real_path(path: str | os.PathLike) -> str:
+    """Where a file lies: the same for all the links to it, and for all spellings of its path."""
+    return str(path) if "\0" in str(path) else os.path.realpath(path)
+
+
+class RealPaths:
+    """`real_path` of many files: each of their folders is looked at once."""
+
+    def __init__(self):
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: str | os.PathLike) -> str:
+        folder, name = os.path.split(path)
+        if "\0" in folder or name in ("", ".", ".."):
+            return real_path(path)
+        if folder not in self._folders:
+            self._folders[folder] = real_path(folder)
+        path = os.path.join(self._folders[folder], name)
+        return real_path(path) if os.path.islink(path) else path
+
+
+class PictureNames:
     """The one name, relative to `folder`, of a picture that a file in there calls `image`.
 
     "a.jpg", "./a.jpg", "b/../a.jpg" and the whole path are one picture. Links keep the names that they are listed by.
     """
-    folder = os.path.abspath(folder)
-    path = os.path.join(folder, image)
-    plain = os.path.normpath(path)
-    if ".." in Path(image).parts and real_path(plain) != real_path(path):  # ".." behind a link
-        plain = real_path(path)
-    for root in (folder, os.path.realpath(folder)):
-        if plain.startswith(os.path.join(root, "")):
-            return os.path.relpath(plain, root)
-    return os.path.relpath(plain, folder)
+
+    def __init__(self, folder: str | os.PathLike):
+        self._folder = os.path.abspath(folder)
+        self._roots = tuple(os.path.join(root, "") for root in (self._folder, os.path.realpath(folder)))
+        self._real_path = RealPaths()
+
+    def __call__(self, image: str) -> str:
+        path = os.path.join(self._folder, image)
+        plain = os.path.normpath(path)
+        if ".." in image and self._real_path(plain) != self._real_path(path):  # ".." behind a link
+            plain = self._real_path(path)
+        for root in self._roots:
+            if plain.startswith(root):
+                return plain[len(root) :]
+        return os.path.relpath(plain, self._folder)
 
 
-def real_path(path: str | os.PathLike) -> str:
-    """Where a file lies: the same for all the links to it, and for all spellings of its path."""
-    return str(path) if "\0" in str(path) else os.path.realpath(path)
+def picture_name(folder: str | os.PathLike, image: str) -> str:
+    """`PictureNames(folder)(image)`."""
+    return PictureNames(folder)(image)
 
 
 def files_below(folder: Path, what: str) -> list[tuple[str, str]]:

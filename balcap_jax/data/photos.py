@@ -12,11 +12,11 @@ of which `image` (relative to the file) and `caption`, or `captions`, are needed
 import dataclasses
 import hashlib
 import itertools
+import os
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -28,10 +28,10 @@ from PIL import Image
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
-from balcap_jax.data import images
-from balcap_jax.data.choices import MAX_OPTIONS, lettered
+from balcap_jax.data import images, picture_index
 from balcap_jax.data.input import Data, LeftOut
-from balcap_jax.data.listing import files_below, lines_of, picture_name, real_path, spelt
+from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, spelt
+from balcap_jax.data.records import EMPTY, REWARDED, Record, check_needs, join, read_record
 from balcap_jax.data.scenes.tokenizer import SPECIAL_TOKENS, UNK, fast_tokenizer
 
 PROMPT = "Describe this image in detail."
@@ -39,31 +39,7 @@ _LONGEST_CAPTION = 1 << 20  # bytes
 CAPTIONS = "captions.jsonl"
 _NAMED = 5  # pictures that a message names
 _VOCABULARY = 2048
-_LARGEST_WEIGHT = 1000.0  # of a criterion
 _SPECIAL = (*SPECIAL_TOKENS, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
-_EMPTY = ("", (), "[]")  # what a field holds that a picture does not have
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A picture with its texts; `questions` and `rubrics` are JSON text. `open` returns what `images.read` takes.
-
-    `picture` names the picture of several records, each with an id of its own; "" where the id is the name.
-    """
-
-    id: str
-    open: Callable[[], Any] | Path
-    prompt: str
-    captions: tuple[str, ...]
-    reference_units: tuple[str, ...] = ()
-    questions: str = "[]"
-    rubrics: str = "[]"
-    picture: str = ""
-
-    @property
-    def key(self) -> str:
-        """The name that decides its split."""
-        return self.picture or self.id
 
 
 class Photos:
@@ -80,6 +56,11 @@ class Photos:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those of all pictures, none of which is opened."""
+        return [record.prompt for record in self.records]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """Raises UserError when no picture of the split can be read."""
@@ -102,10 +83,9 @@ class Photos:
                 print(f"left out: {name}: {reason}; another picture takes its place", file=sys.stderr, flush=True)
 
     def _example(self, record: Record) -> dict[str, Any]:
-        picture = record.open if isinstance(record.open, Path) else record.open()
         return {
             "id": record.id,
-            "image": shrunk(images.read(picture), self.max_pixels),
+            "image": shrunk(images.read(record.path), self.max_pixels),
             "prompt": record.prompt,
             "reference": record.captions[0],
             "reference_units": list(record.reference_units),
@@ -128,23 +108,62 @@ def shrunk(picture: np.ndarray, max_pixels: int) -> np.ndarray:
 # ---- opening ---------------------------------------------------------------------------------------------------------
 
 
-def load(config: Mapping[str, Any]) -> Data:
-    """The splits of the folder or JSONL file `data_dir`.
+def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
+    """The splits of the folder or JSONL file `data_dir`; `needs` as of `open_splits`.
 
     Raises:
-      UserError: nothing there, a bad line, or no picture that can be read.
+      UserError: nothing there, a bad line, or no picture that can be read, or as `open_splits` does.
     """
     source = resolved(config["data_dir"])
+    folder = source if source.is_dir() else source.parent
+    # Beside somebody's photographs nothing is written.
+    name = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
+    index = resolved(picture_index.CACHE) / "pictures" / f"{name}.json"
     if source.is_dir() and not (source / CAPTIONS).is_file():
-        records, left_out = _beside(source)
+        records, left_out = _beside(source, index.with_suffix(".captions.json"), needs_caption=not config.get("units"))
     elif source.is_file() or source.is_dir():
-        records, left_out = _listed(source if source.is_file() else source / CAPTIONS), []
+        listed = source if source.is_file() else source / CAPTIONS
+        records, left_out = _listed(listed, needs_caption=not config.get("units")), []
     else:
         raise UserError(f"config field 'data.data_dir': no such folder or file: {source}")
-    records, unreadable = _readable(records)
+    return open_splits("photos", records, left_out, config, needs, folder=folder, source=source, index=index)
+
+
+def open_splits(
+    name: str,
+    records: Sequence[Record],
+    left_out: Sequence[LeftOut],
+    config: Mapping[str, Any],
+    needs: Sequence[str],
+    *,
+    folder: Path,
+    source: Path,
+    index: Path,
+) -> Data:
+    """The splits of the records of the data set `name`, with what data.units says about their pictures.
+
+    needs: fields that the reward reads; what is missing is said before any picture is opened. left_out: what is already
+    known to be unusable. folder: where names of pictures start. source: the folder or file that was read. index: of
+    `picture_index`.
+
+    Raises:
+      UserError: data.units does not fit, a needed field is nowhere, or no picture can be read.
+    """
+    if config.get("units"):
+        records, without = join(records, resolved(config["units"]), folder, name)
+        left_out = [*left_out, *without]
+    check_needs(records, needs, name, source)
+    names = [os.path.relpath(record.path, folder) for record in records]  # A folder may be moved with its index.
+    problems = picture_index.problems({each: record.path for each, record in zip(names, records, strict=True)}, index)
+    reasons = [problems.get(each, "") for each in names]
+    unreadable = [LeftOut(record.id, why) for record, why in zip(records, reasons, strict=True) if why]
+    records = [record for record, why in zip(records, reasons, strict=True) if not why]
     left_out = [*left_out, *unreadable]
-    announce("photos", records, left_out)
+    announce(name, records, left_out)
     if not records:
+        if unreadable:
+            first = f"the first, {unreadable[0].image}: {unreadable[0].reason}"
+            raise UserError(f"none of the pictures of {source} can be read in {folder}; {first}")
         raise UserError(f"no picture with a caption in {source}; a caption of a.jpg is a.txt, or a line of {CAPTIONS}")
     return make_splits(records, left_out, config)
 
@@ -176,8 +195,7 @@ def make_splits(records: Sequence[Record], left_out: Sequence[LeftOut], config: 
         Photos([record for record in records if home[record.key] == name], count, config["max_pixels"])
         for name in parts
     )
-    rewarded = ("reference_units", "questions", "rubrics")
-    fields = {name for name in rewarded if any(getattr(record, name) not in _EMPTY for record in records)}
+    fields = {name for name in REWARDED if any(getattr(record, name) not in EMPTY for record in records)}
     return Data(*splits, frozenset({"reference", "captions"} | fields), tuple(left_out))
 
 
@@ -193,9 +211,9 @@ def _position(name: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def announce(name: str, records: Sequence[Record], left_out: Sequence[LeftOut], count: int = 0) -> None:
-    """Prints how many pictures there are, and which are left out: `count` of them if not all are in `left_out`."""
-    pictures, count = len({record.key for record in records}), count or len(left_out)
+def announce(name: str, records: Sequence[Record], left_out: Sequence[LeftOut]) -> None:
+    """Prints how many pictures there are, and which are left out."""
+    pictures, count = len({record.key for record in records}), len(left_out)
     text = f"{name}: {pictures} pictures"
     if pictures < len(records):
         text += f" in {len(records)} entries"
@@ -206,124 +224,64 @@ def announce(name: str, records: Sequence[Record], left_out: Sequence[LeftOut], 
     print(text, flush=True)
 
 
-def _beside(folder: Path) -> tuple[list[Record], list[LeftOut]]:
-    """Pictures below a folder, each with a caption in a .txt of the same stem."""
+def _beside(folder: Path, index: Path, *, needs_caption: bool) -> tuple[list[Record], list[LeftOut]]:
+    """Pictures below a folder, each with a caption in a .txt of the same stem; `index` remembers the captions.
+
+    If not `needs_caption`, a record may have none: data.units is to bring it.
+    """
+    names = dict(files_below(folder, "config field 'data.data_dir'"))
+    texts = {name: str((folder / name).with_suffix(".txt")) for name, problem in names.items() if not problem}
+    captions, problems = picture_index.seen_in(texts, index, _caption)
     records, left_out = [], []
-    pictures: dict[str, str] = {}
-    for name, problem in files_below(folder, "config field 'data.data_dir'"):
-        path, caption = folder / name, ""
-        try:
-            if not problem:
-                text = read_bytes(path.with_suffix(".txt"), _LONGEST_CAPTION)
-                caption = text.decode("utf-8-sig").strip()
-                name.encode()
-                problem = "" if caption else "empty caption"
-        except FileNotFoundError:
-            problem = "no caption"
-        except OSError as error:
-            problem = f"its caption cannot be read: {error.strerror}"
-        except UnicodeError:
+    pictures, real = {}, RealPaths()
+    for name, problem in names.items():
+        problem = problem or problems.get(name, "")
+        if problem in _NO_CAPTION and not needs_caption:
+            problem = ""
+        if not problem and spelt(name) != name:
             problem = "name or caption is not UTF-8"
         if problem:
             left_out.append(LeftOut(spelt(name), problem))
         else:
-            picture = pictures.setdefault(real_path(path), name)
-            records.append(Record(name, path, PROMPT, (caption,), picture=picture))
+            path = str(folder / name)
+            texts = (captions[name],) if name in captions else ()
+            records.append(Record(name, path, PROMPT, texts, picture=pictures.setdefault(real(path), name)))
     return records, left_out
 
 
-def _listed(source: Path) -> list[Record]:
+_NO_CAPTION = ("no caption", "empty caption")
+
+
+def _caption(path: str) -> str:
+    """The text of a file. Raises ImageError with the reason why there is none."""
+    try:
+        text = read_bytes(path, _LONGEST_CAPTION).decode("utf-8-sig").strip()
+    except FileNotFoundError as error:
+        raise images.ImageError(_NO_CAPTION[0]) from error
+    except OSError as error:
+        raise images.ImageError(f"its caption cannot be read: {error.strerror}") from error
+    except UnicodeError as error:
+        raise images.ImageError("name or caption is not UTF-8") from error
+    if not text:
+        raise images.ImageError(_NO_CAPTION[1])
+    return text
+
+
+def _listed(source: Path, *, needs_caption: bool) -> list[Record]:
     """The pictures of a JSONL file. Lines of one picture are joined: its captions, and the last of each other field."""
     records: dict[str, Record] = {}
+    names, real_path = PictureNames(source.parent), RealPaths()
     for number, line in lines_of(source):
         where = f"{source}, line {number}"
-        fields = read_record(json_text.parse_object(line, where, "mend or remove that line"), where)
-        path, captions = source.parent / fields["image"], fields.pop("captions")
+        entry = json_text.parse_object(line, where, "mend or remove that line")
+        fields = read_record(entry, where, needs_caption=needs_caption)
+        path, captions = os.path.join(source.parent, fields["image"]), fields.pop("captions")
         record = records.get(real := real_path(path))
-        record = record or Record(picture_name(source.parent, fields["image"]), path, PROMPT, ())
+        record = record or Record(names(fields["image"]), path, PROMPT, ())
         captions = tuple(dict.fromkeys(record.captions + captions))
-        fields = {name: value for name, value in fields.items() if name != "image" and value not in _EMPTY}
-        records[real] = dataclasses.replace(record, open=path, captions=captions, **fields)
+        fields = {name: value for name, value in fields.items() if name != "image" and value not in EMPTY}
+        records[real] = dataclasses.replace(record, path=path, captions=captions, **fields)
     return list(records.values())
-
-
-def _readable(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
-    """The records whose files begin as a picture does; the rest of a file is checked when it is read."""
-
-    def problem(record: Record) -> str:
-        try:
-            images.check(record.open)
-        except images.ImageError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(8) as pool:
-        checked = list(zip(records, pool.map(problem, records), strict=True))
-    readable = [record for record, reason in checked if not reason]
-    return readable, [LeftOut(record.id, reason) for record, reason in checked if reason]
-
-
-# ---- lines of a file -------------------------------------------------------------------------------------------------
-
-
-def read_record(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """{"image", "captions", "prompt", "reference_units", "questions", "rubrics"} of a line.
-
-    Captions are a tuple with `reference` first, where there is one. Questions and rubrics are JSON text, "[]" where
-    there are none. An absent prompt is "".
-
-    Raises:
-      UserError: it lacks what is needed, or a field is of another form; `where` names the line.
-    """
-    if not isinstance(entry.get("image"), str) or not entry["image"]:
-        raise UserError(f'{where}: a line is an object with "image", the path of a picture, and "caption"')
-    captions = [entry[name] for name in ("reference", "caption") if entry.get(name) is not None]
-    more = [] if entry.get("captions") is None else entry["captions"]
-    captions += more if isinstance(more, list) else [more]
-    if not all(isinstance(text, str) for text in captions):
-        raise UserError(f'{where}: "reference", "caption" and the entries of "captions" must be text')
-    captions = [text.strip() for text in captions if text.strip()]
-    if not captions:
-        raise UserError(f'{where}: {entry["image"]!r} has no caption; give "caption", or a list "captions"')
-    prompt, units, questions, rubrics = (
-        empty if entry.get(name) is None else entry[name]
-        for name, empty in (("prompt", ""), ("reference_units", []), ("questions", []), ("rubrics", []))
-    )
-    if not isinstance(prompt, str):
-        raise UserError(f'{where}: "prompt" must be text, got {prompt!r}')
-    if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
-        raise UserError(f'{where}: "reference_units" must be a list of texts')
-    if not isinstance(questions, list) or not all(map(_is_question, questions)):
-        raise UserError(
-            f'{where}: "questions" must be a list of {{"question": text, "choices": [2 to {MAX_OPTIONS} texts], '
-            '"answer": a letter, or one of the choices}'
-        )
-    if not isinstance(rubrics, list) or not all(map(_is_criterion, rubrics)):
-        raise UserError(f'{where}: "rubrics" must be a list of {{"criterion": text, "weight": a number above 0}}')
-    return {
-        "image": entry["image"],
-        "captions": tuple(dict.fromkeys(captions)),
-        "prompt": prompt,
-        "reference_units": tuple(units),
-        "questions": json_text.dumps(questions),
-        "rubrics": json_text.dumps(rubrics),
-    }
-
-
-def _is_question(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("question", "answer")):
-        return False
-    choices = entry.get("choices")
-    if not isinstance(choices, list) or not 2 <= len(choices) <= MAX_OPTIONS:
-        return False
-    return all(isinstance(text, str) and text.strip() for text in choices) and bool(lettered(entry)[1])
-
-
-def _is_criterion(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("criterion"), str) or not entry["criterion"].strip():
-        return False
-    weight = entry.get("weight")
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= _LARGEST_WEIGHT
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -2,31 +2,32 @@
 
 The JSON is a list of {"id", "image": "coco/train2017/000000000009.jpg", "conversations": [{"from": "human", "value":
 "prompt\\n<image>"}, {"from": "gpt", "value": "caption"}]}; "images" with a list of one may stand for "image". Pictures
-that are missing, or do not begin as pictures, are counted and named, and so are entries of text alone. Files are stored
-as they are. Each sample keeps its own prompt, and `reference_units`, `questions` and `rubrics` in the form of
-`data.photos`.
+that are missing, or do not begin as pictures, are counted and named, and so are entries of text alone. What is built is
+an index: the texts, and where pictures lie in the manual directory, which may be moved as a whole. Each sample keeps
+its own prompt, and `reference_units`, `questions` and `rubrics` in the form of `data.photos`.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.core.example_parser import tf_example_pb2
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, open_regular, read_json, resolved
-from balcap_jax.data import images, input, photos
+from balcap_jax.data import input, photos
 from balcap_jax.data.input import Data, LeftOut
-from balcap_jax.data.listing import picture_name, real_path
-from balcap_jax.data.photos import Record
+from balcap_jax.data.listing import RealPaths, picture_name
+from balcap_jax.data.records import REWARDED, Record, nowhere, read_record
 
-REWARDED = ("reference_units", "questions", "rubrics")  # stored as JSON text
-_NAMED = 100  # pictures left out that are named in the data set's own metadata
+_NAMED = 100  # entries left out that are named in the data set's own metadata
+_BLOCK = 1000  # samples that are read at a time
 _REMEDY = "give ShareGPT4V's own JSON (data.annotations)"
 
 
@@ -40,53 +41,44 @@ class ShareGPT4VConfig(tfds.core.BuilderConfig):
 class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
     """Pictures with GPT-4V's captions, in one split; the reader decides which part is for training."""
 
-    VERSION = tfds.core.Version("2.0.0")  # Samples name their picture since 2.0.0.
+    VERSION = tfds.core.Version("3.0.0")  # Pictures stay where they are since 3.0.0; before, their bytes were in it.
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The JSON of ShareGPT4V and the folders of images that it names."
     url_infos: ClassVar[dict] = {}  # no download, no checksums
     BUILDER_CONFIGS: ClassVar[list[ShareGPT4VConfig]] = [ShareGPT4VConfig(name="cap100k", description="100K captions")]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        features = tfds.features.FeaturesDict(
-            # `image` is a file as it is: our own reader decodes it, upright and in RGB, without TensorFlow.
-            {"id": text, "picture": text, "image": tfds.features.Text(), "prompt": text, "reference": text}
-            | dict.fromkeys(REWARDED, text)
-        )
+        names = ("id", "picture", "image", "prompt", "reference", *REWARDED)  # the last as JSON text
         return self.dataset_info_from_configs(
-            features=features, disable_shuffling=True, supervised_keys=None, metadata=tfds.core.MetadataDict()
+            features=tfds.features.FeaturesDict(dict.fromkeys(names, tfds.features.Text())),
+            disable_shuffling=True,
+            supervised_keys=None,
+            metadata=tfds.core.MetadataDict(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         return {"samples": self._generate_examples(Path(dl_manager.manual_dir))}
 
-    def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        missing: list[LeftOut] = []
+    def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
+        """`image` is where a picture lies, relative to the manual directory; nothing here looks at it."""
         texts: list[LeftOut] = []
         ids: set[str] = set()
         pictures: dict[str, str] = {}
+        real_path = RealPaths()
         annotations = folder / self.builder_config.annotations
         for number, entry in enumerate(read_annotations(annotations), start=1):
             if is_text_alone(entry):
                 texts.append(LeftOut(f"entry {number}", "text alone"))
                 continue
             sample = read_sample(entry, f"{annotations}, entry {number}", folder)
-            path = folder / sample["id"]
-            sample["picture"] = pictures.setdefault(real_path(path), sample["id"])
+            sample["image"] = sample["id"]
+            sample["picture"] = pictures.setdefault(real_path(folder / sample["image"]), sample["id"])
             while sample["id"] in ids:
                 sample["id"] += f"#{number}"
             ids.add(sample["id"])
-            try:
-                images.check(path)
-                content = path.read_bytes()
-            except (images.ImageError, OSError) as error:
-                missing.append(LeftOut(sample["id"], getattr(error, "strerror", None) or str(error)))
-                continue
-            yield number, sample | {"image": content}
-        if len(missing) == len(ids):
-            why = f"; the first, {missing[0].image}: {missing[0].reason}" if missing else ": all entries are text alone"
-            raise UserError(f"none of the pictures of {annotations} is in {folder}{why}; set data.manual_dir")
-        metadata = {"left_out": len(missing) + len(texts), "texts": len(texts)}
-        metadata["first_left_out"] = [list(left_out) for left_out in [*missing, *texts][:_NAMED]]
+            yield number, sample
+        if not ids:
+            raise UserError(f"none of the pictures of {annotations} is in {folder}: all entries are text alone")
+        metadata = {"texts": len(texts), "first_texts": [list(text) for text in texts[:_NAMED]]}
         self.info.metadata.update(metadata)
 
 
@@ -142,39 +134,62 @@ def read_sample(entry: Any, where: str, folder: Path = Path()) -> dict[str, str]
         raise UserError(f"{where} names an image outside the manual directory ({image!r}); {_REMEDY}")
     prompt = turns["human"].replace("<image>", "").strip() or photos.PROMPT
     rewarded = {name: entry[name] for name in REWARDED if name in entry}
-    record = photos.read_record({"image": image, "reference": turns["gpt"], **rewarded}, where)
+    record = read_record({"image": image, "reference": turns["gpt"], **rewarded}, where)
     units = json_text.dumps(record.pop("reference_units"))
     sample = {"id": name, "prompt": prompt, "reference": turns["gpt"].strip(), "reference_units": units}
     return sample | {name: record[name] for name in ("questions", "rubrics")}
 
 
-def load(config: Mapping[str, Any]) -> Data:
+def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
     """The splits of the data set in `data_dir`, built from `manual_dir` first where it is not there.
 
     Raises:
-      UserError: the JSON is missing or no such JSON, no picture is there, or the data set cannot be written or read.
+      UserError: the JSON is missing or no such JSON, no picture is there, the data set cannot be written or read, or
+        as `photos.open_splits` does.
     """
-    builder = prepare(config["data_dir"], config["manual_dir"], config["annotations"])
-    source = builder.as_data_source("samples")
+    folder = resolved(config["manual_dir"]).absolute()
+    needed = () if config.get("units") else needs
+    builder = prepare(config["data_dir"], config["manual_dir"], config["annotations"], needed)
     metadata = builder.info.metadata
-    left_out = [LeftOut(*named) for named in metadata.get("first_left_out", [])]
-    # Texts stay in memory, pictures do not: half a kilobyte a sample.
-    records = []
-    for index, sample in enumerate(source):
-        texts = input.decode([sample[name] for name in ("id", "prompt", "reference", *REWARDED, "picture")])
-        name, prompt, reference, units, *others = texts
-        content = functools.partial(lambda index: source[index]["image"], index)
-        records.append(Record(name, content, prompt, (reference,), tuple(json.loads(units)), *others))
-    photos.announce("sharegpt4v", records, left_out, metadata.get("left_out", 0))
+    try:
+        records = [_record(sample, folder) for sample in _samples(builder)]
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, DecodeError) as error:
+        raise input.damaged(Path(builder.data_dir), " ".join(str(error).split())) from error
     if metadata.get("texts"):
         print(f"sharegpt4v: {metadata['texts']} entries of text alone are left out", flush=True)
-    return photos.make_splits(records, left_out, config)
+    texts = [LeftOut(*named) for named in metadata.get("first_texts", [])]
+    source, index = folder / config["annotations"], resolved(config["data_dir"]) / "sharegpt4v" / "pictures.json"
+    data = photos.open_splits("sharegpt4v", records, [], config, needs, folder=folder, source=source, index=index)
+    return data._replace(left_out=(*data.left_out, *texts))
 
 
-def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
+def _samples(builder: Sharegpt4v) -> Iterator[dict[str, str]]:
+    """The stored samples. TFDS's own decoding of features takes ten times as long."""
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    source = builder.as_data_source("samples", deserialize_method=raw)
+    for start in range(0, len(source), _BLOCK):
+        for content in source.__getitems__(list(range(start, min(start + _BLOCK, len(source))))):
+            features = tf_example_pb2.Example.FromString(content).features.feature
+            yield {name: feature.bytes_list.value[0].decode() for name, feature in features.items()}
+
+
+def _record(sample: Mapping[str, str], folder: Path) -> Record:
+    return Record(
+        id=sample["id"],
+        path=f"{folder}/{sample['image']}",
+        prompt=sample["prompt"],
+        captions=(sample["reference"],),
+        reference_units=tuple(json.loads(sample["reference_units"])),
+        questions=sample["questions"],
+        rubrics=sample["rubrics"],
+        picture=sample["picture"],
+    )
+
+
+def prepare(data_dir: str, manual_dir: str, annotations: str, needs: Sequence[str] = ()) -> Sharegpt4v:
     """The builder of the prepared data set. Another JSON gets a directory of its own.
 
-    Raises UserError as `load` does.
+    Raises UserError as `load` does; where the JSON has nothing of what a reward `needs`, before anything is written.
     """
     folder = resolved(manual_dir).absolute()
     try:
@@ -188,10 +203,14 @@ def prepare(data_dir: str, manual_dir: str, annotations: str) -> Sharegpt4v:
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
     place = resolved(data_dir)
     try:
-        make_directory(place)
         builder = input.open_builder(Sharegpt4v, place, config)
         if not builder.is_prepared():
-            print(f"sharegpt4v: building from {folder} in {builder.data_dir}", flush=True)
+            for field in (field for field in needs if field in REWARDED):
+                entries = read_annotations(folder / annotations)
+                if not any(isinstance(entry, Mapping) and entry.get(field) for entry in entries):
+                    raise nowhere(field, "sharegpt4v", folder / annotations)
+            make_directory(place)
+            print(f"sharegpt4v: indexing {folder / annotations} in {builder.data_dir}", flush=True)
             input.prepare(builder, manual_dir=folder)
         return builder
     except (OSError, RuntimeError) as error:

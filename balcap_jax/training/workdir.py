@@ -161,10 +161,8 @@ def readable(settings: ConfigDict) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        folder = resolved(settings.data_dir) / settings.name
         reason = " ".join(str(error).split())
-        if settings.name == "photos":  # nothing of ours: never to be deleted
-            raise UserError(
-                f"the pictures of {settings.data_dir} cannot be read ({reason}); mend or move them"
-            ) from error
-        raise damaged(folder, reason) from error
+        if settings.name != "scenes":  # nothing of ours: never to be deleted
+            place = settings.data_dir if settings.name == "photos" else settings.manual_dir
+            raise UserError(f"the pictures of {place} cannot be read ({reason}); mend or move them") from error
+        raise damaged(resolved(settings.data_dir) / settings.name, reason) from error

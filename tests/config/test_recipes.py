@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balcap_jax import models
+from balcap_jax import models, rewards
 from balcap_jax.cli.errors import UserError
+from balcap_jax.config import ablations
 from balcap_jax.config import recipes as config_lib
+from balcap_jax.config.__main__ import main as show_config
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
+from balcap_jax.train import main as train_command
 from balcap_jax.train_step import init_state, split, vision_is_frozen
+from balcap_jax.training import required
 from balcap_jax.training.programs import LORA_STAGES, check_freezes, freeze_of, make_optimizer, params_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -73,6 +77,117 @@ def test_models(name, variant):
     assert stage.warmup_steps == round(0.05 * stage.steps)
     assert config.rollout.group_size == 8
     assert config.model.dtype == "bfloat16"
+    assert (config.data.name, config.judge.name, config.pipeline.depth) == ("sharegpt4v", "remote", 1)
+    assert config.checkpoint.best_metric == ("" if "sft" in variant else "b_capscore")
+    assert config.stages.rl.eval_every % config.checkpoint.every == 0
+
+
+# What each variant changes in the recipe; everything else stays.
+CHANGES = {
+    "no_recall": {"rewards.weights": (1.0, 0.0, 1.0)},
+    "recall_only": {"rewards.weights": (0.0, 1.0, 0.0)},
+    "no_pointability": {"rewards.pointability": False},
+    "no_gate": {"rewards.gate": False},
+    "no_batch_norm": {"advantage.batch_norm": "none"},
+    "tau_3": {"rewards.gate_high": 3.0},
+    "grpo": {"advantage.estimator": "grpo"},
+    "ramp": {
+        "rewards.length": "ramp",
+        "rewards.weights": (1.0, 1.0, 1.0, 1.0),
+        "rewards.gate": False,
+        "rewards.length_start": 256,
+        "rewards.length_end": 512,
+    },
+    # The released script: RLOO, no KL (as here), 1e-6 after 20 steps of warm-up, 128 x 8, temperature 1, 8 questions.
+    "caprl": {
+        "rewards.name": "caprl",
+        "rewards.weights": (1.0,),
+        "advantage.estimator": "rloo",
+        "stages.rl.warmup_steps": 20,
+        "checkpoint.best_metric": "accuracy",
+    },
+    "rubicap": {
+        "rewards.name": "rubicap",
+        "rewards.weights": (1.0,),
+        "advantage.estimator": "grpo",
+        "checkpoint.best_metric": "rubric",
+    },
+    "feedquill": {
+        "rewards.name": "feedquill",
+        "rewards.weights": (1.0, 1.0),
+        "checkpoint.best_metric": "verified_fraction",
+    },
+    "lexical": {
+        "rewards.name": "lexical",
+        "rewards.weights": (1.0,),
+        "checkpoint.best_metric": "rouge_l",
+        "judge.name": "oracle",
+    },
+    "scenes": {"data.name": "scenes", "data.captions_per_image": 4, "judge.name": "oracle"},
+    "lora": {
+        "lora.rank": 64,
+        "lora.alpha": 64.0,
+        "stages.sft.learning_rate": 1e-4,
+        "stages.rl.learning_rate": 1e-5,
+    },
+}
+
+
+def test_each_variant_changes_what_it_says_and_nothing_else():
+    recipe = f"{CONFIGS / 'qwen25vl_3b'}.py"
+    base = dict(config_lib.leaves(config_lib.load(recipe)))
+    assert base["loss.kl_coef"] == 0
+    assert (base["rollout.temperature"], base["rewards.draws"], base["stages.rl.learning_rate"]) == (1.0, 8, 1e-6)
+    for variant, changes in CHANGES.items():
+        found = dict(config_lib.leaves(config_lib.load(f"{recipe}:{variant}")))
+        assert {field: value for field, value in found.items() if value != base[field]} == changes, variant
+    for variant in ablations.NAMES:
+        rewards.check_settings(config_lib.load(f"{recipe}:{variant},lora"))
+
+
+GIVEN = {"data.manual_dir": "sg4v", "data.units": "units.jsonl", "judge.endpoints": "http://a/v1,http://b/v1"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "missing"),
+    [
+        ("qwen25vl_3b.py", ["data.manual_dir", "data.units", "judge.endpoints"]),
+        ("qwen25vl_3b.py:caprl", ["data.manual_dir", "data.units", "judge.endpoints"]),
+        ("qwen25vl_3b.py:feedquill", ["data.manual_dir", "judge.endpoints"]),
+        ("llava15_7b.py:lexical", ["data.manual_dir"]),
+        ("qwen25vl_7b.py:scenes,sft", []),
+        ("photos.py", ["data.data_dir"]),
+        ("scenes.py", []),
+    ],
+)
+def test_what_recipes_leave_to_be_given(recipe, missing):
+    assert named_as_missing(recipe, {}) == missing
+    assert named_as_missing(recipe, GIVEN | {"data.data_dir": "photos"}) == []
+    for field in {"data.manual_dir", "judge.endpoints"} & set(missing):
+        # The JSON itself may hold units: whether it does is seen once it is there.
+        without = {name: value for name, value in GIVEN.items() if name not in (field, "data.units")}
+        asked = [name for name in missing if name == field or (field == "data.manual_dir" and name == "data.units")]
+        assert named_as_missing(recipe, without) == asked
+
+
+def named_as_missing(recipe: str, given: dict[str, str]) -> list[str]:
+    try:
+        required.check(config_lib.load(str(CONFIGS / recipe), given))
+    except UserError as error:
+        return re.findall(r"--config\.([\w.]+)=", str(error))
+    return []
+
+
+def test_what_is_to_be_given_is_asked_for_by_train_alone(capsys, tmp_path):
+    """`config` shows a recipe as it is, and nothing is made before all is given."""
+    recipe = f"--config={CONFIGS / 'llava15_7b.py'}"
+    show_config([recipe])
+    assert 'judge.endpoints = ""' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        train_command([recipe, f"--workdir={tmp_path / 'run'}"])
+    assert caught.value.code == 2
+    assert re.fullmatch(r"error: the recipe 'llava15_7b' leaves to you: .*\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -128,6 +243,9 @@ def test_forkme():
         ("scenes.py:qwem", "unknown variant 'qwem'; there are tiny, qwen, lora"),
         ("qwen25vl_3b.py:tiny", "unknown variant 'tiny'; there are rl, sft, lora"),
         ("llava15_7b.py:rl,sft", "variants rl and sft exclude each other"),
+        ("qwen25vl_7b.py:no_recall,caprl", "variants no_recall and caprl exclude each other"),
+        ("scenes.py:grpo,tiny,rloo", "variants grpo and rloo exclude each other"),
+        ("scenes.py:rubicap", "unknown variant 'rubicap'"),
     ],
 )
 def test_unknown_variants_are_refused(recipe, message):

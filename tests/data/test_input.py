@@ -11,6 +11,7 @@ import pytest
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.data import input as data_input
+from balcap_jax.data import photos
 
 LENGTH = 53
 
@@ -186,3 +187,13 @@ def test_first_examples_in_order():
 def test_examples_of_different_fields_do_not_mix():
     with pytest.raises(ValueError, match="differ in their fields"):
         data_input.as_columns([{"a": 1}, {"b": 1}])
+
+
+def test_prompts_are_counted_from_all_records_or_from_examples_over_the_whole_source():
+    records = [photos.Record(str(i), lambda: None, "rare" if i < 2 else "often", ("a",)) for i in range(7)]
+    assert list(data_input.prompts_of(photos.Photos(records, 1, 0)).items()) == [("often", 5), ("rare", 2)]
+    source = [{"prompt": "first half" if i < 480 else "second half"} for i in range(1000)]
+    found = data_input.prompts_of(source)
+    assert list(found) == ["second half", "first half"]
+    assert found.total() == 64
+    assert data_input.prompts_of([{"prompt": b"one"}] * 3) == {"one": 3}

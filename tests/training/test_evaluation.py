@@ -29,6 +29,16 @@ def test_a_reward_that_uses_the_name_for_something_else_does_no_harm():
     assert summarise([odd], ())["habits"] == {THIRD: {"share": 1.0, "n": 1}}
 
 
+def test_equal_captions_have_equal_digests():
+    plain = record(None, None)
+    texts = [
+        {"captions": [one | {"caption": text} for one, text in zip(plain["captions"], pair, strict=True)]}
+        for pair in (("a", "b"), ("a", "b"), ("ab", ""))
+    ]
+    first, same, other = (summarise([one], ())["digest"] for one in texts)
+    assert first == same != other
+
+
 def test_each_kind_of_evaluation_has_a_file_of_its_own(tmp_path):
     assert captions_file(tmp_path, "greedy", "rl-40") == tmp_path / "samples" / "greedy-rl-40.jsonl"
     assert captions_file(tmp_path, "evaluations", "rl-40") == tmp_path / "samples" / "eval-rl-40.jsonl"
