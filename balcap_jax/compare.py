@@ -1,11 +1,16 @@
 """Several evaluations side by side: scores with their intervals and lengths, and paired tests against the first.
 
-    python -m balcap_jax.compare runs/base/eval/dcscore runs/rl/eval/dcscore runs/rl/eval/captionqa --out=comparison
+    python -m balcap_jax.compare eval/base eval/rl --out=comparison
+    python -m balcap_jax.compare eval/base/dcscore eval/rl/dcscore eval/rl/captionqa
 
-Each folder is one that `evaluate` wrote. The first folder of each metric is the base of the others, over the items that
-both have valid. The command gives the difference of the scores of these items, its interval by a paired bootstrap, and
-the two-sided sign test. Interval and test are over groups of items where some stand or fall together, as the questions
-about one caption. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
+Each folder is one that `evaluate` wrote, or holds such folders, as that of a suite. The first folder of each metric is
+the base of the others, over the items that both have valid. The command gives the difference of the scores of these
+items, its interval by a paired bootstrap, and the two-sided sign test. Interval and test are over groups of items where
+some stand or fall together, as the questions about one caption.
+
+Where another judge, other questions or another way to write the captions (prompt, token limit, temperature, image cap,
+compute type) decides as well, the table says so and gives no test, unless --allow_different asks for it. A metric
+without a score stops no other. DIR/comparison.md and DIR/comparison.html, a self-contained page, hold the same.
 """
 
 import dataclasses
@@ -24,14 +29,22 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, read_jsonl, write_text
 from balcap_jax.cli.json_text import is_number
 from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.evals import protocol
 from balcap_jax.evals.engine import Metric, finite, interval, resampled_sums, sums_of_groups
 from balcap_jax.evals.metrics import metric_of
 from balcap_jax.report.charts import bars
 from balcap_jax.report.run import is_number as is_shown
 
-_ALIKE = ("judge", "prompts", "temperature", "benchmark", "split")  # what comparable results have in common
+# What comparable results have in common, beside how their captions were made, with the words for it.
+_ALIKE = {
+    "judge": "judge",
+    "prompts": "prompts of the judge",
+    "temperature": "temperature of the judge",
+    "benchmark": "benchmark",
+    "split": "split",
+}
 _ROUNDING = 1e-6  # points that are no difference
-_NO_FIGURES = ("score", "n", "invalid", "words", "groups", "temperature", "empty", "unused")
+_NO_FIGURES = ("score", "n", "invalid", "words", "groups", "temperature", "empty", "unused", "captions")
 _REMEDY = "give folders that `evaluate` wrote"
 _FIGURES = ("evaluation", "score", "95% interval", "words", "n", "invalid")
 _TEST = ("difference", "95% interval", "better / worse", "p")
@@ -42,6 +55,10 @@ _STYLE = (
     "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}"
     "td:first-child,th:first-child{text-align:left}"
 )
+
+
+class NoScore(UserError):
+    """A finished evaluation none of whose items was valid."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # The cache of `paired` goes by identity.
@@ -73,7 +90,7 @@ class Paired:
 
 
 def read(folder: str | Path) -> Evaluation:
-    """Raises UserError where the folder holds no finished evaluation."""
+    """Raises UserError where the folder holds no finished evaluation, NoScore where it has none."""
     folder = Path(folder)
     try:
         results = read_json_object(folder / "results.json", _REMEDY)
@@ -82,7 +99,9 @@ def read(folder: str | Path) -> Evaluation:
     if not isinstance(results.get("metric"), str) or "score" not in results:
         raise UserError(f"{folder}/results.json has no metric and score; {_REMEDY}")
     if not is_number(results["score"]):
-        raise UserError(f"{folder}/results.json has no score: none of its items was valid; {_REMEDY}")
+        raise NoScore(f"{results['metric']} of {folder} has no score: none of its items was valid")
+    if not isinstance(results.get("captions"), dict):
+        results["captions"] = {}
     span = results.get("confidence")
     if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
         results["confidence"] = None
@@ -160,14 +179,39 @@ def groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
     return by_metric
 
 
-def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
+def below(folder: str | Path) -> list[Path]:
+    """The folder of an evaluation, or those of the evaluations in it. Raises UserError where there is none."""
+    folder = Path(folder)
+    if (folder / "results.json").exists() or not folder.is_dir():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/results.json")) or [folder]
+
+
+def lacking(given: Sequence[str | Path], evaluations: Sequence[Evaluation]) -> list[str]:
+    """A line for each folder of evaluations among `given` that lacks a metric which another has."""
+    metrics = {
+        folder: {member.results["metric"] for member in evaluations if Path(member.name).parent == folder}
+        for folder in map(Path, given)
+        if not (folder / "results.json").exists()
+    }
+    return [
+        f"{metric}: {folder} has none, so that nothing is compared with it; run `evaluate` again for it"
+        for metric in sorted(set().union(*metrics.values()))
+        for folder, own in metrics.items()
+        if metric not in own and not (folder / metric / "results.json").exists()
+    ]
+
+
+def rows(group: Sequence[Evaluation], allow_different: bool = False) -> list[tuple[str, ...]]:
     """The cells of a metric's table."""
     cells = []
     for member in group:
         of = member.results.get
         figures = (member.name, _shown(of("score")), _span(of("confidence")), _shown(of("words"), 1))
         counts, tests = (str(of("n", "")), str(of("invalid", ""))), ("",) * len(_TEST)
-        if member is not group[0] and (test := paired(group[0], member)):
+        if member is not group[0] and (differs := differing(group[0], member)) and not allow_different:
+            tests = (f"no verdict: other {', '.join(differs)}", *[""] * (len(_TEST) - 1))
+        elif member is not group[0] and (test := paired(group[0], member)):
             difference = "" if test.difference is None else f"{test.difference:+.2f}"
             votes = f"{test.better} / {test.worse} of {test.groups}"
             tests = (difference, _span(test.confidence), votes, f"{test.p:.2g}")
@@ -175,24 +219,44 @@ def rows(group: Sequence[Evaluation]) -> list[tuple[str, ...]]:
     return cells
 
 
-def against(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """{"against": folder, "paired": ...} of an evaluation that is not the first of its metric."""
+def against(evaluation: Evaluation, evaluations: Sequence[Evaluation], allow_different: bool = False) -> dict[str, Any]:
+    """{"against": folder, "differs": what differs, "paired": ...} of one that is not the first of its metric."""
     base = groups(evaluations)[evaluation.results["metric"]][0]
     if evaluation is base:
         return {}
-    test = paired(base, evaluation)
-    return {"against": base.name, "paired": dataclasses.asdict(test) if test else None}
+    differs = list(differing(base, evaluation))
+    test = paired(base, evaluation) if allow_different or not differs else None
+    return {"against": base.name, "differs": differs, "paired": dataclasses.asdict(test) if test else None}
 
 
-def unlike(group: Sequence[Evaluation]) -> list[str]:
-    """Warnings about settings that differ: another judge, or other questions, make other scores."""
-    warnings = []
-    for name in _ALIKE:
-        values = [str(member.results.get(name, "")) for member in group]
-        if len(set(values)) > 1:
-            each = ", ".join(f"{member.name}: {value or 'none'}" for member, value in zip(group, values, strict=True))
-            warnings.append(f"Scores cannot be compared: {name} differs ({each})")
-    return warnings
+def differing(base: Evaluation, other: Evaluation) -> dict[str, tuple[Any, Any]]:
+    """{what decides scores beside the models: its values} where it differs."""
+    found = {}
+    for name, words in _ALIKE.items():
+        values = tuple(member.results.get(name, "") for member in (base, other))
+        if str(values[0]) != str(values[1]):
+            found[words] = values
+    return found | protocol.differences(base.results["captions"], other.results["captions"])
+
+
+def notes(group: Sequence[Evaluation]) -> list[str]:
+    """What to know beside a metric's table: what differs from the first, what is not known, and what is the same."""
+    base, texts = group[0], []
+    for member in group[1:]:
+        for what, (then, now) in differing(base, member).items():
+            values = f"{base.name}: {_value(then)}, {member.name}: {_value(now)}"
+            texts.append(f"Scores cannot be compared: {what} differs ({values})")
+        if bool(base.results["captions"]) != bool(member.results["captions"]):
+            unknown = base if member.results["captions"] else member
+            texts.append(f"How the captions of {unknown.name} were made is not known: none of it is compared")
+        same = base.results.get("inputs") == member.results.get("inputs")
+        if same and base.results.get("inputs") and base.results.get("name") == member.results.get("name"):
+            texts.append(f"No caption differs between {base.name} and {member.name}")
+    return texts
+
+
+def _value(value: Any) -> str:
+    return "none" if value in ("", None) else str(value)
 
 
 def figures(group: Sequence[Evaluation]) -> dict[str, list[Any]]:
@@ -202,13 +266,13 @@ def figures(group: Sequence[Evaluation]) -> dict[str, list[Any]]:
     return {name: each for name, each in values.items() if all(map(is_number, each))}
 
 
-def markdown(evaluations: Sequence[Evaluation]) -> str:
+def markdown(evaluations: Sequence[Evaluation], allow_different: bool = False) -> str:
     """One table for each metric."""
     texts = []
     for metric, group in groups(evaluations).items():
         lines = [f"## {' '.join(metric.split())}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows(group)]
-        lines += [text for warning in unlike(group) for text in ("", warning)]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows(group, allow_different)]
+        lines += [text for note in notes(group) for text in ("", note)]
         if terms := figures(group):
             names = [_cell(member.name) for member in group]
             lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
@@ -217,15 +281,15 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     return "\n".join(texts)
 
 
-def page(evaluations: Sequence[Evaluation]) -> str:
+def page(evaluations: Sequence[Evaluation], allow_different: bool = False) -> str:
     """A self-contained page: for each metric its bars, with intervals and words, and its table."""
     parts = []
     for metric, group in groups(evaluations).items():
         picture = _bars(group, "score", "confidence")
         for name in figures(group):
             picture += f"<h3>{html.escape(name)}</h3>{_bars(group, name)}"
-        table = "".join(_html_row(row, "td") for row in rows(group))
-        warnings = "".join(f"<p>{html.escape(warning)}</p>" for warning in unlike(group))
+        table = "".join(_html_row(row, "td") for row in rows(group, allow_different))
+        warnings = "".join(f"<p>{html.escape(note)}</p>" for note in notes(group))
         title = html.escape(metric)
         parts.append(f"<h2>{title}</h2>{picture}<table>{_html_row(_HEAD, 'th')}{table}</table>{warnings}")
     return (
@@ -261,17 +325,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m balcap_jax.compare",
         description="Evaluations side by side, each tested against the first of its metric on the items of both.",
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=place, help="folders that `evaluate` wrote")
+    folders_help = "folders that `evaluate` wrote, or that hold such folders"
+    parser.add_argument("folders", nargs="+", metavar="DIR", type=place, help=folders_help)
     parser.add_argument("--out", metavar="DIR", type=place, help="where comparison.md and comparison.html are written")
+    allow_help = "test also where more than the model differs; what differs is still named"
+    parser.add_argument("--allow_different", action="store_true", help=allow_help)
     args = parser.parse_args(argv)
-    if len({Path(folder).resolve() for folder in args.folders}) < len(args.folders):
+    folders = [folder for given in args.folders for folder in below(given)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
         parser.error("a folder is named twice")
-    evaluations = [read(folder) for folder in args.folders]
-    text = markdown(evaluations)
+    evaluations, scoreless = [], []
+    for folder in folders:
+        try:
+            evaluations.append(read(folder))
+        except NoScore as error:
+            scoreless.append(str(error))
+    if not evaluations:
+        raise UserError(f"{'; '.join(scoreless)}; {_REMEDY}")
+    scoreless += lacking(args.folders, evaluations)
+    allow = args.allow_different
+    text = "\n".join([markdown(evaluations, allow), *(f"{reason}\n" for reason in scoreless)])
     if args.out:
         write_text(Path(args.out) / "comparison.md", text)
-        write_text(Path(args.out) / "comparison.html", page(evaluations))
-        results = [{"folder": member.name, **member.results, **against(member, evaluations)} for member in evaluations]
+        write_text(Path(args.out) / "comparison.html", page(evaluations, allow))
+        results = [
+            {"folder": member.name, **member.results, **against(member, evaluations, allow)} for member in evaluations
+        ]
         write_text(Path(args.out) / "comparison.json", json_text.dumps(results, indent=2) + "\n")
     print(text, flush=True)
 

@@ -1,100 +1,61 @@
-"""Captions pictures with a loaded model, in batches of one static shape, and goes on with a file of captions."""
+"""Captions pictures on a mesh, in batches of one static shape, and goes on with a file of captions.
+
+Of several processes each reads the pictures whose rows its devices hold, and process 0 writes. A batch is a slice of
+the pictures that are left, so that the processes agree on it without asking each other.
+"""
 
 import contextlib
-import dataclasses
+import functools
 import itertools
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from balcap_jax import models
 from balcap_jax.captioning import provenance
+from balcap_jax.captioning.options import Options, mesh_sizes
 from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines
 from balcap_jax.cli.progress import ProgressLine
-from balcap_jax.config.schema import FIELDS
 from balcap_jax.data import images
 from balcap_jax.data.listing import Item, list_items, picture_name
 from balcap_jax.models import Prompt
 from balcap_jax.models.prompting import PromptTooLong
+from balcap_jax.parallel import distributed, sharding
+from balcap_jax.parallel.host_batch import Rows
 from balcap_jax.rollout import Rollout, Sampling, example_keys, make_rollout
 
-DEFAULT_PROMPT = "Describe this image in detail."  # of models that name none
-_RANGES = {
-    "temperature": FIELDS["rollout.eval_temperature"],
-    "top_p": FIELDS["rollout.top_p"],
-    "top_k": FIELDS["rollout.top_k"],
-    "max_tokens": FIELDS["rollout.max_tokens"],
-    "samples": FIELDS["rollout.group_size"],
-    "prompt_tokens": FIELDS["model.prompt_tokens"],
-    "batch_size": dataclasses.replace(FIELDS["rollout.group_size"], low=1, high=4096),
-    "threads": dataclasses.replace(FIELDS["rollout.group_size"], low=1, high=1024),
-    "seed": dataclasses.replace(FIELDS["seed"], low=0, high=2**32 - 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How captions are made.
-
-    `temperature` 0 is greedy. Of `samples` captions `keep` "best" writes the one with the highest mean log-probability;
-    "all" writes all of them beside it. `prompt`, `dtype` and `prompt_tokens` override the model's (None: as it is).
-    """
-
-    prompt: str | None = None
-    batch_size: int = 8
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 256
-    samples: int = 1
-    keep: str = "best"
-    seed: int = 0
-    dtype: str | None = None
-    prompt_tokens: int | None = None
-    threads: int = 4
-
-    def check(self) -> None:
-        """Raises UserError for a value out of its range, and for several samples of a greedy caption."""
-        for name, field in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not field.holds(value):
-                raise UserError(f"--{name}={value} is out of range: it must be in {field.range_text}")
-        if self.samples > 1 and not self.temperature:
-            raise UserError(f"--samples={self.samples} needs --temperature above 0: greedy captions are all the same")
-
-    @property
-    def sampling(self) -> Sampling:
-        temperature, greedy = self.temperature or 1.0, not self.temperature
-        return Sampling(self.samples, self.max_tokens, temperature, self.top_p, self.top_k, greedy=greedy)
-
-    def settings(self) -> dict[str, Any]:
-        """What captions depend on; all captions of one file share it."""
-        names = ["prompt", "temperature", "max_tokens", "dtype"]
-        if self.temperature:
-            names += ["top_p", "top_k", "samples", "keep", "seed"]
-        return {name: getattr(self, name) for name in names}
+_OVERRIDES = ("dtype", "prompt_tokens", "max_image_tokens")  # options that are fields of the model
+_BLANK = np.zeros((32, 32, 3), np.uint8)
 
 
 class Captioner:
-    """A loaded model that captions batches of one static shape."""
+    """A loaded model that captions batches of one static shape, for at most `pictures` of them, on `mesh`.
 
-    def __init__(self, model: str | os.PathLike, options: Options):
+    `options` are those of `Options.of_model`.
+    """
+
+    def __init__(self, model: str | os.PathLike, options: Options, mesh: Mesh, pictures: int):
         self.options = options
-        overrides = {"dtype": options.dtype, "prompt_tokens": options.prompt_tokens}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
+        overrides = {name: value for name in _OVERRIDES if (value := getattr(options, name)) is not None}
         # Weights are only read here, in the compute type: no need to hold them in twice its size.
-        param_dtype = options.dtype or models.read_fields(model)["dtype"]
-        policy, params, self.processor = models.load(model, param_dtype=param_dtype, **overrides)
-        self._params = jax.device_put(params)
-        self._rollout = make_rollout(policy, options.sampling)
+        policy, params, self.processor = models.load(model, mesh=mesh, param_dtype=options.dtype, **overrides)
+        # The decoder stays in the layout of sampling: training's, which the update needs, is not kept.
+        if relay := sharding.make_relay(mesh, params, options.dtype):
+            params = {**params, **relay({"decoder": params["decoder"]})}
+        self._params = params
+        self._rollout = make_rollout(policy, sampling_of(options))
+        parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        self.rows = Rows(mesh, parts * min(options.batch_size, -(-pictures // parts)))
 
     def check_prompts(self, items: Sequence[Item]) -> None:
         """Raises UserError for a prompt that does not fit, before the first picture is read."""
@@ -125,14 +86,47 @@ class Captioner:
             height, width = image.shape[:2]
             raise images.ImageError(f"{width} x {height} pixels: no memory left to resize it") from error
 
-    def __call__(self, items: Sequence[Item], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """One output line per item; fewer than a batch are filled up with copies of the last."""
-        fill = self.options.batch_size - len(items)
-        batch = jax.tree.map(lambda *rows: np.concatenate(rows), *prompts, *[prompts[-1]] * fill)
-        keys = example_keys([item.key for item in items] + [items[-1].key] * fill)
-        out = self._rollout(self._params, batch, keys, np.uint32(self.options.seed), np.uint32(0))
-        host = jax.device_get(out._replace(image_embeds=None))
-        return [item.names | self._best(host, row) for row, item in enumerate(items)]
+    def run(self, items: Sequence[Item]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """(lines, error lines) of one batch after the other, whole in all processes, which all take them at once."""
+        size, held = self.rows.size, self.rows.held
+        starts = range(0, len(items), size)
+        mine = [items[start + row] for start in starts for row in held if start + row < len(items)]
+        reading = read_ahead(mine, self.read, self.options.threads, len(held) + self.options.threads)
+        for start in starts:
+            batch = items[start : start + size]
+            read = {int(row): next(reading)[1] for row in held if row < len(batch)}
+            # A row may lie on devices of several processes: all of them must take it for unreadable, or none.
+            errors: dict[int, str] = {}
+            for found in distributed.all_gather({row: one for row, one in read.items() if isinstance(one, str)}):
+                errors = found | errors
+            lines: list[dict[str, Any]] = []
+            if len(errors) < len(batch):
+                good = [row for row in range(len(batch)) if row not in errors]
+                with _enough_memory():
+                    lines = self({row: batch[row] for row in good}, {row: read[row] for row in good if row in read})
+            yield lines, [batch[row].names | {"error": errors[row]} for row in sorted(errors)]
+
+    def __call__(self, items: Mapping[int, Item], prompts: Mapping[int, Prompt]) -> list[dict[str, Any]]:
+        """The output lines of `items` by their row; `prompts` are those of the rows that this process holds."""
+        held = [int(row) for row in self.rows.held]
+        batch = [prompts.get(row, self._blank) for row in held]
+        keys = example_keys([items[row].key if row in items else "" for row in held])
+        inputs = self.rows.put((jax.tree.map(lambda *rows: np.concatenate(rows), *batch), keys))
+        out = self._rollout(self._params, *inputs, np.uint32(self.options.seed), np.uint32(0))
+        host = self.rows.fetch(out._replace(image_embeds=None))
+        mine = [self._line(items.get(held[at]), host, at) for at in self.rows.own]
+        return [line for line in self.rows.gather_list(mine) if line]
+
+    @functools.cached_property
+    def _blank(self) -> Prompt:
+        """What fills rows without a picture, alike in all processes: it decides when the loop of a rollout ends."""
+        return self.processor([_BLANK], [""], [""])
+
+    def _line(self, item: Item | None, out: Rollout, row: int) -> dict[str, Any] | None:
+        if item is None:
+            return None
+        own = {} if item.prompt == self.options.prompt else {"prompt": item.prompt}
+        return item.names | self._best(out, row) | own
 
     def _best(self, out: Rollout, row: int) -> dict[str, Any]:
         """The caption of one picture with the highest mean log-probability at the sampling temperature."""
@@ -147,6 +141,16 @@ class Captioner:
             samples = [sample | {"log_prob": float(mean)} for sample, mean in zip(samples, means, strict=True)]
             return best | {"samples": samples}
         return best
+
+    def wide(self) -> int:
+        """Pictures beyond the model's aspect ratio so far, of all processes."""
+        mine = getattr(self.processor, "counts", {}).get("wide", 0) if len(self.rows.own) else 0
+        return sum(distributed.all_gather(mine))
+
+
+def sampling_of(options: Options) -> Sampling:
+    temperature, greedy = options.temperature or 1.0, not options.temperature
+    return Sampling(options.samples, options.max_tokens, temperature, options.top_p, options.top_k, greedy=greedy)
 
 
 def read_ahead(
@@ -171,6 +175,52 @@ def read_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+class CaptionFile:
+    """The file of captions `out` with that of errors beside it, to be used in a `with` block.
+
+    pending: the items that have neither a caption nor an error. counts: of the others, see `caption`.
+    """
+
+    def __init__(self, out: Path, items: Sequence[Item], folder: Path, settings: Mapping[str, Any], retry_errors: bool):
+        self.out, self.settings, self._items, self._folder = out, dict(settings), items, folder
+        self._retry_errors = retry_errors
+
+    def __enter__(self) -> "CaptionFile":
+        with contextlib.ExitStack() as stack:
+            self._lines = lines = stack.enter_context(AppendedLines(self.out))
+            self._errors = errors = stack.enter_context(AppendedLines(beside(self.out, ".errors.jsonl"), lazy=True))
+            wanted = {item.key for item in self._items}
+            captioned, failed = _keys(lines, self._folder), _keys(errors, self._folder)
+            if lines.had_content or errors.had_content:
+                provenance.check(self.out, self.settings)
+            if self._retry_errors:
+                errors.keep(lambda entry: _key(entry, self._folder) not in wanted)
+                failed -= wanted
+            self.pending = [item for item in self._items if item.key not in captioned | failed]
+            self.counts = {"captions": len(wanted & captioned), "errors": len(wanted & failed - captioned)}
+            self.counts |= {"new": 0, "wide": 0}
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def begin(self) -> ProgressLine:
+        """Writes down how the captions are made, before the first of them."""
+        provenance.write(self.out, self.settings)
+        total = len(self._items)
+        return ProgressLine("captions", total, total - len(self.pending))
+
+    def append(self, lines: Sequence[dict[str, Any]], errors: Sequence[dict[str, Any]]) -> None:
+        if errors:
+            self._errors.append(errors)
+        if lines:
+            self._lines.append(lines)
+        self.counts["captions"] += len(lines)
+        self.counts["new"] += len(lines)
+        self.counts["errors"] += len(errors)
+
+
 def caption(
     model: str | os.PathLike,
     source: str | os.PathLike,
@@ -178,60 +228,43 @@ def caption(
     options: Options,
     *,
     retry_errors: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict[str, int]:
     """Writes the lines that `out` still lacks for the pictures of `source`, a folder or a JSONL file.
 
     Returns the numbers of "captions" and "errors" in all, of "new" captions, and of new pictures that are too "wide".
-    The model's configuration says whether those are padded or refused.
+    The model's configuration says whether those are padded or refused. `mesh`: None = all devices, data-parallel.
+
+    Of several processes (`distributed.session`) each calls this with the same arguments and gets the same result.
+    `source` is on a disk that they share; process 0 alone reads and writes `out`.
 
     Raises:
       UserError: bad input, a file of other settings, or one that cannot be written.
     """
     options.check()
-    if options.prompt is None:
-        provenance.existing(model)
-        options = dataclasses.replace(options, prompt=models.read_fields(model).get("prompt") or DEFAULT_PROMPT)
-    items = list_items(source, options.prompt)
-    wanted = {item.key for item in items}
-    folder, out = Path(source), Path(out)
-    folder = folder if folder.is_dir() else folder.parent
-    settings = provenance.identity(model) | options.settings()
-    with AppendedLines(out) as lines, AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors:
-        captioned, failed = _keys(lines, folder), _keys(errors, folder)
-        if lines.had_content or errors.had_content:
-            provenance.check(out, settings)
-        if retry_errors:
-            errors.keep(lambda entry: _key(entry, folder) not in wanted)
-            failed -= wanted
-        pending = [item for item in items if item.key not in captioned | failed]
-        counts = {"captions": len(wanted & captioned), "errors": len(wanted & failed - captioned)}
-        counts |= {"new": 0, "wide": 0}
+    provenance.existing(model)
+    options = options.of_model(models.read_fields(model))
+    mesh = sharding.make_mesh(mesh_sizes("")) if mesh is None else mesh
+    with contextlib.ExitStack() as stack:
+        file = None
+        if distributed.is_first():
+            items, folder = list_items(source, options.prompt), Path(source)
+            folder = folder if folder.is_dir() else folder.parent
+            settings = provenance.identity(model) | options.settings()
+            file = stack.enter_context(CaptionFile(Path(out), items, folder, settings, retry_errors))
+        pending, counts = distributed.from_first((file.pending, file.counts) if file else None)
         if not pending:
             return counts
         with _enough_memory():
-            captioner = Captioner(model, options)
+            captioner = Captioner(model, options, mesh, len(pending))
         captioner.check_prompts(pending)
-        provenance.write(out, settings)
-        with ProgressLine("captions", len(items), len(items) - len(pending)) as progress:
-            ready: list[tuple[Item, Prompt]] = []
-            for number, (item, prompt) in enumerate(
-                read_ahead(pending, captioner.read, options.threads, options.batch_size + options.threads), start=1
-            ):
-                if isinstance(prompt, str):
-                    errors.append([item.names | {"error": prompt}])
-                    counts["errors"] += 1
-                    progress.advance(1)
-                else:
-                    ready.append((item, prompt))
-                if ready and (len(ready) == options.batch_size or number == len(pending)):
-                    with _enough_memory():
-                        lines.append(captioner(*zip(*ready, strict=True)))
-                    counts["captions"] += len(ready)
-                    counts["new"] += len(ready)
-                    progress.advance(len(ready))
-                    ready = []
-        counts["wide"] = getattr(captioner.processor, "counts", {}).get("wide", 0)
-    return counts
+        progress = stack.enter_context(file.begin()) if file else None
+        for lines, errors in captioner.run(pending):
+            if file:
+                file.append(lines, errors)
+                progress.advance(len(lines) + len(errors))
+        wide = captioner.wide()
+        return distributed.from_first(file.counts | {"wide": wide} if file else None)
 
 
 def _key(entry: dict[str, Any], folder: Path) -> str:
@@ -258,5 +291,5 @@ def _enough_memory() -> Iterator[None]:
             raise
         raise UserError(
             "captioning needs more memory than there is; lower --batch_size, --samples, --max_tokens or "
-            "--prompt_tokens, or give --dtype=bfloat16"
+            "--prompt_tokens, give --dtype=bfloat16, or split the parameters over devices with --mesh=fsdp:-1"
         ) from error

@@ -8,8 +8,9 @@ from typing import Any
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, replace_file, resolved
+from balcap_jax.models.formats import loading
 
-_MODEL_FILES = ("model.json", "config.json", "preprocessor_config.json", "tokenizer.json")
+_MODEL_FILES = ("config.json", "balcap_jax.json", "adapter_config.json", "preprocessor_config.json", "tokenizer.json")
 _PIECE, _PIECES = 4096, 64  # bytes of a sample, and number of samples, that tell two files of weights apart
 
 
@@ -20,10 +21,8 @@ def beside(out: Path, suffix: str) -> Path:
 
 def existing(model: str | os.PathLike) -> Path:
     """The directory of the model. Raises UserError where there is none."""
-    path = resolved(model).absolute()
-    if not path.is_dir():
-        raise UserError(f"--model={model}: no such folder; give a directory that training or convert wrote")
-    return path
+    loading.find(model)
+    return resolved(model).absolute()
 
 
 def identity(model: str | os.PathLike) -> dict[str, str]:
@@ -38,7 +37,7 @@ def identity(model: str | os.PathLike) -> dict[str, str]:
         for name in _MODEL_FILES:
             if (path / name).is_file():
                 digest.update((path / name).read_bytes())
-        for file in sorted([*path.glob("params/**/*"), *path.glob("*.safetensors")]):
+        for file in sorted(path.glob("*.safetensors")):
             if file.is_file():
                 size = file.stat().st_size
                 digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode(errors="surrogateescape"))
@@ -70,6 +69,16 @@ def check(out: Path, settings: dict[str, Any]) -> None:
         then, now = before.get(name), settings.get(name)
         if not moved and then != now:
             raise UserError(f"{out} has lines made with {name} {then!r}, not {now!r}; {remedy}")
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The settings of a file of captions. Raises UserError where they are missing or no JSON object."""
+    path = beside(out, ".settings.json")
+    remedy = "name captions that `caption` wrote"
+    try:
+        return read_json_object(path, remedy)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}, which says how {out.name} was made, is missing; {remedy}") from error
 
 
 def write(out: Path, settings: dict[str, Any]) -> None:

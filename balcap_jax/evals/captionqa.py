@@ -23,6 +23,7 @@ from balcap_jax.judges.chat.types import Ask
 LETTERS = string.ascii_uppercase
 CANNOT_ANSWER = "The caption does not say."
 BONUS = 0.05  # of "cannot answer", beyond guessing
+UNPARSABLE = 0.05  # share of answers without an option above which the judge does not do what it is asked
 _DIGITS = 4  # of the points of a question, which are rounded
 DOMAINS = {"nat": "natural", "doc": "document", "ecom": "e-commerce", "emb": "embodied"}
 _VERBS = "is are was were do does did have has had can could will would should shall may might must"

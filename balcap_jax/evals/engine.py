@@ -146,6 +146,8 @@ def evaluate(
     judgements: Mapping[str, Mapping[str, Any]] | None = None,
     retry_errors: bool = False,
     unused: Sequence[str] = (),
+    captions: Mapping[str, Any] | None = None,
+    truncated: float | None = None,
 ) -> dict[str, Any]:
     """Judges what `out` still lacks, writes the results and returns them.
 
@@ -154,6 +156,7 @@ def evaluate(
       client, judge: the judge, and its config group; None for metrics that ask nobody.
       judgements: judgements by id, made elsewhere, in place of a client.
       unused: ids of captions and judgements that no item has; they are counted.
+      captions: how the captions were made (`protocol.made`); truncated: the percentage of them that was cut.
 
     Raises:
       UserError: two items of one id, the folder holds another evaluation, the judge fails too often, judge.max_cost is
@@ -164,6 +167,7 @@ def evaluate(
         raise UserError(f"{metric.name} has {len(twice)} items twice, such as {twice[0]!r}; keep one of each")
     settings = {"metric": metric.name, "judge": client.model if client else "", **identity}
     settings["prompts"] = ", ".join(metric.prompts) if client else ""
+    settings["captions"] = dict(captions or {})
     if judge and client:
         settings["temperature"] = judge["temperature"]
     claim(out, settings)
@@ -198,6 +202,7 @@ def evaluate(
             "edited, and they are judged again"
         ) from error
     results["empty"] = sum(item.has_text and item.caption is not None and not item.caption.strip() for item in items)
+    results["truncated"] = truncated
     results["state"] = metric.state()
     results |= {"unused": len(unused), "unused_ids": list(unused)[:_REASONS]}
     results["version"] = balcap_jax.__version__
@@ -269,7 +274,8 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         write_text(path, json_text.dumps(settings, indent=2) + "\n")
         return
     for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
+        # `inputs` tells other captions apart, and folders of earlier versions do not say how theirs were made.
+        if name != "captions" and before.get(name) != settings.get(name):
             raise UserError(
                 f"{out} holds an evaluation with {name} {before.get(name)!r}, not {settings.get(name)!r}; {_REMEDY}"
             )

@@ -36,10 +36,17 @@ def read_document(path: str | os.PathLike, remedy: str) -> Any:
 
 
 class Texts(dict):
-    """Captions, or predictions, by id; it remembers which were looked up."""
+    """Captions, or predictions, by id; it remembers which were looked up.
 
-    def __init__(self, texts: Mapping[str, str]):
+    prompts: those that single captions answer. cut: whether a caption was cut at the token limit. Both by id, where the
+    file says so.
+    """
+
+    def __init__(
+        self, texts: Mapping[str, str], prompts: Mapping[str, str] | None = None, cut: Mapping[str, bool] | None = None
+    ):
         super().__init__(texts)
+        self.prompts, self.cut = dict(prompts or {}), dict(cut or {})
         self._by_path = {os.path.normpath(key): key for key in reversed(texts)}
         self._by_end: dict[str, str | None] = {}  # None: of several texts
         for key in texts:
@@ -85,6 +92,20 @@ class Texts(dict):
         return None
 
     @property
+    def truncated(self) -> float | None:
+        """The percentage of the looked-up captions that were cut; None where the file does not say."""
+        known = [self.cut[name] for name in self._used if name in self.cut]
+        return 100.0 * sum(known) / len(known) if known else None
+
+    def below(self, folder: str) -> "Texts":
+        """Those whose path begins with `folder`, by the rest of their path."""
+        inside = {name: name.removeprefix(f"{folder}/") for name in self if name.startswith(f"{folder}/")}
+        parts = (
+            {short: part[name] for name, short in inside.items() if name in part} for part in (self.prompts, self.cut)
+        )
+        return Texts({short: dict.__getitem__(self, name) for name, short in inside.items()}, *parts)
+
+    @property
     def unused(self) -> list[str]:
         """Ids that no item has."""
         return [name for name in self if name not in self._used]
@@ -119,6 +140,8 @@ def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
     else:
         lines = read_jsonl(path, remedy)
     texts: dict[str, str] = {}
+    prompts: dict[str, str] = {}
+    cut: dict[str, bool] = {}
     known: set[str] = set()
     for where, line in lines:
         names = _QUESTIONS if what == "predictions" else _PICTURES
@@ -132,7 +155,11 @@ def read_captions(path: str | os.PathLike, what: str = "captions") -> Texts:
             raise UserError(f"{where}: {key!r} has a text already; keep one of them")
         known.add(name)
         texts[str(key)] = text
-    return Texts(texts)
+        if isinstance(line.get("prompt"), str) and what == "captions":
+            prompts[str(key)] = line["prompt"]
+        if isinstance(line.get("truncated"), bool):
+            cut[str(key)] = line["truncated"]
+    return Texts(texts, prompts, cut)
 
 
 def digest_of(*paths: str | os.PathLike | None) -> str:
@@ -150,3 +177,8 @@ def digest_of(*paths: str | os.PathLike | None) -> str:
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]
+
+
+def digest_of_texts(*texts: str) -> str:
+    """The same of texts."""
+    return hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()[:16]

@@ -24,6 +24,7 @@ from balcap_jax.report.run import (
 )
 
 CEILING_TITLE = "ceiling"
+UNCHANGED = "no caption changed"
 # Rows that the terminal leaves out.
 _ONLY_ON_THE_PAGE = ("corpus_b_capscore", "truncated")
 _OF_BALCAP = BALANCED[:4]  # its three objectives and b-CapScore
@@ -68,9 +69,17 @@ def before_after_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_
             delta = difference(*cells[:2])
             values.insert(2, "-" if delta is None else f"{delta:+.1f}")
         lines.append(_line(row.name, values))
+    if is_unchanged(labels, evaluations):
+        lines.append(f"{UNCHANGED}: all captions after are those before")
     if kind == "greedy" and (closed := closed_text(labels, ceiling, evaluations)):
         lines.append(closed)
     return "\n".join(lines)
+
+
+def is_unchanged(labels: Sequence[str], evaluations: Mapping[str, Any]) -> bool:
+    """Whether the evaluations of the two `labels` have the same captions, as far as they say so."""
+    digests = [mapping(evaluations[label]).get("digest") for label in labels]
+    return len(digests) > 1 and digests[0] is not None and digests[0] == digests[-1]
 
 
 def habit_table(summary: Mapping[str, Any], order: Sequence[str] = USUAL_ORDER) -> str:
@@ -154,7 +163,9 @@ def _counts(runs: Sequence[Run], kind: str) -> list[str]:
         for label in run.labels[-1:]:
             evaluation = run.evaluation(label, kind)
             counts = {"images": evaluation.get("images"), "captions": evaluation.get("n")}
-            texts.append(", ".join(f"{count:g} {name}" for name, count in counts.items() if is_number(count)))
+            text = ", ".join(f"{count:g} {name}" for name, count in counts.items() if is_number(count))
+            unchanged = is_unchanged(run.labels, {label: run.evaluation(label, kind) for label in run.labels})
+            texts.append(f"{text}; {UNCHANGED}" if text and unchanged else text)
     return [text for text in dict.fromkeys(texts) if text]
 
 

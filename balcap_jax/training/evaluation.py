@@ -3,6 +3,7 @@
 The best step is chosen on validation images; the images that evaluations show and report choose nothing.
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -160,7 +161,7 @@ def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
     """Means of an evaluation: {name: {"mean", "std"}} with the spread over captions, "n" captions, "invalid" scores.
 
     Where captions are compared with their scenes, "habits" is {habit: {"share", "n"}}: of the n captions in which the
-    habit could occur, the share that has it.
+    habit could occur, the share that has it. "digest" is that of the captions' texts: equal captions have equal ones.
     """
     captions = [caption for record in records for caption in record["captions"]]
     columns = {name: [caption["rewards"][name] for caption in captions] for name in names}
@@ -178,6 +179,8 @@ def summarise(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
         summary["b_capscore"]["mean"] = _finite(b_capscore(*values, complete))
         summary["corpus_b_capscore"] = {"mean": _finite(corpus_b_capscore(*values, complete)), "std": None}
     summary |= {"n": len(captions), "images": len(records), "invalid": invalid}
+    texts = json_text.dumps([caption.get("caption") for caption in captions])
+    summary["digest"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
     habits = _count_habits(captions)
     return summary | ({"habits": habits} if habits else {})
 

@@ -1,10 +1,13 @@
 """The command `caption`: every picture ends in one line or one named error, whatever stops it on the way."""
 
+import argparse
+import dataclasses
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,16 +17,19 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from system.commands import start as start_forked
 
 from balcap_jax import caption as command
 from balcap_jax import models
 from balcap_jax.caption import Options, caption
 from balcap_jax.captioning import captioner
+from balcap_jax.captioning.options import mesh_sizes, of_command
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
 from balcap_jax.data import images
 from balcap_jax.data.listing import list_items
 from balcap_jax.data.scenes.tokenizer import build_tokenizer
+from balcap_jax.parallel import sharding
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "describe the picture."
@@ -51,8 +57,8 @@ FAMILIES = {
         "max_image_tokens": 16,
     },
 }
-OPTIONS = Options(prompt=PROMPT, batch_size=4, max_tokens=12)
-SAMPLED = Options(prompt=PROMPT, batch_size=4, max_tokens=12, temperature=1.0, samples=3, seed=7)
+OPTIONS = Options(prompt=PROMPT, batch_size=4, max_tokens=12, dtype="float32")
+SAMPLED = dataclasses.replace(OPTIONS, temperature=1.0, samples=3, seed=7)
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +124,10 @@ GOOD = {
     *("one_pixel.png", "strip.png", "cmyk.jpg", "deep.png", "animated.gif"),
 }
 BAD = {"text.jpg": "no picture", "empty.png": "no picture", "truncated.jpg": "damaged: image file is truncated"}
+
+
+def one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh(mesh_sizes(""), jax.devices()[:1])
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -234,19 +244,20 @@ def test_going_on_after_a_stop(llava, folder, tmp_path, monkeypatch, torn):
     def stop(self, items, prompts):
         if len(batches) == 2:
             raise Stopped
-        batches.append([item.key for item in items])
+        batches.append([item.key for item in items.values()])
         return run(self, items, prompts)
 
     with monkeypatch.context() as patched:
         patched.setattr(captioner.Captioner, "__call__", stop)
         with pytest.raises(Stopped):
-            caption(llava, folder, out, OPTIONS)
-    assert [key for batch in batches for key in batch] == sorted(GOOD)[:8]
+            caption(llava, folder, out, dataclasses.replace(OPTIONS, batch_size=5), mesh=one_device())
+    done = [key for batch in batches for key in batch]
+    assert done == [name for name in sorted(GOOD | BAD.keys())[:10] if name in GOOD]
     for file in (out, tmp_path / "out.errors.jsonl"):
         with file.open("ab") as end:
             end.write(torn)
     counts = caption(llava, folder, out, OPTIONS)
-    assert counts == {"captions": 14, "errors": 3, "new": 6, "wide": 0}
+    assert counts == {"captions": 14, "errors": 3, "new": 14 - len(done), "wide": 0}
     assert lines_of(out) == lines_of(whole)
     assert by_image(tmp_path / "out.errors.jsonl") == by_image(tmp_path / "whole.errors.jsonl")
 
@@ -266,7 +277,7 @@ def test_a_killed_command_goes_on(llava, tmp_path):
     arguments += ["--batch_size=1", "--max_tokens=12"]
     process = start(*arguments)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300  # the imports alone may take minutes on a busy machine
         while not (out.exists() and out.read_bytes().count(b"\n") >= 20):
             assert time.monotonic() < until
             assert process.poll() is None, process.stderr.read()
@@ -332,13 +343,14 @@ def test_settings_are_not_mixed_in_one_file(llava, folder, tmp_path):
     # What greedy captions don't depend on may differ; and a model that was moved is the same model.
     moved = shutil.copytree(llava, tmp_path / "moved")
     assert caption(moved, listed, out, Options(**vars(OPTIONS) | {"batch_size": 2, "seed": 5}))["captions"] == 1
-    fields = json.loads((moved / "model.json").read_text()) | {"norm_eps": 1e-4}
-    (moved / "model.json").write_text(json.dumps(fields))
+    fields = json.loads((moved / "config.json").read_text())
+    fields["text_config"]["rms_norm_eps"] = 1e-4
+    (moved / "config.json").write_text(json.dumps(fields))
     message = error_of(caption, moved, folder, out, OPTIONS)
     assert message.startswith(f"{out} has captions of another model (then {llava}, now {moved})")
     # Other weights in files of the same names and sizes.
     trained = shutil.copytree(llava, tmp_path / "trained")
-    largest = max((file for file in (trained / "params").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+    largest = max(trained.glob("*.safetensors"), key=lambda f: f.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2 :: 1000] = bytes(len(content[len(content) // 2 :: 1000]))
     largest.write_bytes(content)
@@ -386,9 +398,9 @@ def test_a_list_has_its_own_prompts_ids_and_place(llava, folder, tmp_path):
         ("\n", "is empty"),
     ],
 )
-def test_bad_lists_are_named(tmp_path, content, named):
+def test_bad_lists_are_named(llava, tmp_path, content, named):
     (tmp_path / "list.jsonl").write_text(content)
-    message = error_of(caption, tmp_path, tmp_path / "list.jsonl", tmp_path / "out.jsonl", OPTIONS)
+    message = error_of(caption, llava, tmp_path / "list.jsonl", tmp_path / "out.jsonl", OPTIONS)
     assert str(tmp_path / "list.jsonl") in message
     assert named in message
     assert not (tmp_path / "out.jsonl").exists()
@@ -409,7 +421,7 @@ def test_other_bad_input_is_one_line_and_leaves_nothing(llava, folder, tmp_path,
     assert run(f"--images={tmp_path / 'nothing'}").startswith(f"error: no pictures in {tmp_path / 'nothing'}")
     assert run("--images=none") == "error: --images=none: no such folder or file"
     assert run(f"--images={folder / 'photo 0.jpg'}").endswith("(not a text file); give a folder or a JSONL file")
-    assert run("--model=none").startswith("error: --model=none: no such folder")
+    assert run("--model=none").startswith(f"error: no model at {Path.cwd()}/none: config.json is missing; give ")
     assert run(f"--model={tmp_path / 'nothing'}").startswith(f"error: no model at {tmp_path / 'nothing'}")
     assert run("--samples=4").startswith("error: --samples=4 needs --temperature above 0")
     assert run("--top_p=0").startswith("error: --top_p=0.0 is out of range")
@@ -424,7 +436,8 @@ def test_other_bad_input_is_one_line_and_leaves_nothing(llava, folder, tmp_path,
             f"error: argument --{option}: it cannot be a file (File name too long), got 'aaa"
         )
     assert run("--images=~/none") == f"error: --images={Path.home()}/none: no such folder or file"
-    assert run("--model=~/none").startswith(f"error: --model={Path.home()}/none: no such folder")
+    assert run("--model=~/none").startswith(f"error: no model at {Path.home()}/none: config.json is missing; give ")
+    assert "`hf download some/model --local-dir DIRECTORY`" in run("--model=some/model")
     assert "is no Unicode text" in run("--prompt=a\udcffb")
     assert "invalid int value: 'x'" in run("--seed=x")
     assert run(f"--prompt={'red ' * 27}") == (
@@ -443,8 +456,8 @@ def test_the_prompt_is_the_models_own(llava, folder, tmp_path, capsys):
         command.main([f"--model={llava}", *arguments, f"--prompt={'red ' * 27}"])
     assert "give --prompt_tokens=45, or a shorter prompt" in capsys.readouterr().err
     model = shutil.copytree(llava, tmp_path / "model")
-    fields = json.loads((model / "model.json").read_text()) | {"prompt": "a red ball."}
-    (model / "model.json").write_text(json.dumps(fields))
+    fields = json.loads((model / "balcap_jax.json").read_text()) | {"prompt": "a red ball."}
+    (model / "balcap_jax.json").write_text(json.dumps(fields))
     command.main([f"--model={model}", *arguments])
     assert json.loads((tmp_path / "out.settings.json").read_text())["prompt"] == "a red ball."
     first = by_image(tmp_path / "out.jsonl")
@@ -453,6 +466,128 @@ def test_the_prompt_is_the_models_own(llava, folder, tmp_path, capsys):
     other = Options(prompt=PROMPT, max_tokens=4)
     caption(model, folder, tmp_path / "other.jsonl", other)
     assert by_image(tmp_path / "other.jsonl") != first
+
+
+def given(*arguments: str) -> argparse.Namespace:
+    return command.make_parser().parse_args(["--model=m", "--images=i", "--out=o", *arguments])
+
+
+def test_a_trained_model_says_how_it_is_asked_and_others_are_computed_in_bfloat16(llava, folder, tmp_path):
+    fields, out, other = models.read_fields(llava), tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    greedy = {"prompt": "Describe this image in detail.", "temperature": 0.0, "max_tokens": 256, "dtype": "bfloat16"}
+    assert (fields["dtype"], of_command(given(), fields).settings()) == ("float32", greedy)
+    trained = {"prompt": "a red ball.", "max_tokens": 5, "dtype": "float32"}
+    assert of_command(given(), fields | trained).settings() == trained | {"temperature": 0.0}
+    more = ["--max_tokens=3", "--dtype=bfloat16", "--temperature=0.5", "--samples=2"]
+    sampled = {"top_p": 1.0, "top_k": 0, "samples": 2, "keep": "best", "seed": 0, "temperature": 0.5}
+    assert of_command(given(*more), fields | trained).settings() == (
+        {"prompt": "a red ball.", "max_tokens": 3, "dtype": "bfloat16"} | sampled
+    )
+
+    model = shutil.copytree(llava, tmp_path / "model")
+    own = model / "balcap_jax.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | trained))
+    one = tmp_path / "list.jsonl"
+    one.write_text(json.dumps({"image": str(folder / "photo 0.jpg")}))
+    command.main([f"--model={model}", f"--images={one}", f"--out={other}", "--temperature=0.5", "--seed=3"])
+    like = {**trained, **sampled, "samples": 1, "seed": 3}
+    found = json.loads((tmp_path / "other.settings.json").read_text())
+    assert len(found.pop("model_digest")) == 64
+    assert found == {"model": str(model)} | like
+    # The base under the protocol of the trained one, and what is given besides.
+    command.main([f"--model={llava}", f"--images={one}", f"--out={out}", f"--like={other}"])
+    assert json.loads((tmp_path / "out.settings.json").read_text()).items() >= like.items()
+    assert lines_of(out)[0]["tokens"] <= 5
+    assert of_command(given(f"--like={other}", "--max_tokens=4"), fields).settings() == like | {"max_tokens": 4}
+    odd_ones = {"max_tokens": ("x", 1.5), "prompt": (3,), "temperature": (None, -1), "keep": (7,), "dtype": ("int8",)}
+    for name, value in ((name, value) for name, values in odd_ones.items() for value in values):
+        (tmp_path / "odd.settings.json").write_text(json.dumps({name: value}))
+        odd = error_of(of_command, given(f"--like={tmp_path / 'odd.jsonl'}"), fields)
+        assert odd.startswith(f"{tmp_path / 'odd.settings.json'}: {name} is {value!r}, which no caption is made with; ")
+    none = error_of(of_command, given(f"--like={tmp_path / 'none.jsonl'}"), fields)
+    assert none.startswith(f"{tmp_path / 'none.settings.json'}, which says how none.jsonl was made, is missing; ")
+
+
+def test_the_cap_of_pictures_is_recorded_and_taken_from_other_captions(model_of, folder, tmp_path):
+    qwen, listed, out = model_of("qwen2_5_vl"), tmp_path / "list.jsonl", tmp_path / "out.jsonl"
+    listed.write_text(json.dumps({"image": str(folder / "deep/er/photo 8.jpg")}))
+    caption(qwen, listed, out, dataclasses.replace(OPTIONS, max_image_tokens=6))
+    assert json.loads((tmp_path / "out.settings.json").read_text())["max_image_tokens"] == 6
+    fields = models.read_fields(qwen)
+    _, _, processor = models.load(qwen, max_image_tokens=6)
+    assert processor.image_tokens == 6
+    assert Options().of_model(fields).max_image_tokens == 16
+    larger = Options(max_image_tokens=20).of_model(fields)
+    assert (larger.max_image_tokens, larger.prompt_tokens) == (20, 28 + 4)  # 4 more tokens of room
+    liked = of_command(given(f"--like={out}"), fields)
+    assert (liked.max_image_tokens, liked.dtype, liked.max_tokens) == (6, "float32", 12)
+    one_size = models.read_fields(model_of("llava"))
+    assert "max_image_tokens" not in of_command(given(f"--like={out}"), one_size).settings()
+    message = error_of(Options(max_image_tokens=6).of_model, one_size)
+    assert message.startswith("--max_image_tokens=6: pictures of a llava model have one size")
+
+
+# ---- devices and processes
+
+
+@pytest.mark.parametrize("model", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)], indirect=True)
+def test_captions_do_not_depend_on_the_number_of_devices(model, folder, tmp_path):
+    """One device, eight for pictures of their own, and parameters split over four of them."""
+    split = sharding.make_mesh(mesh_sizes("fsdp:4"))
+    for name, mesh in [("one", one_device()), ("eight", None), ("split", split)]:
+        counts = caption(model, folder, tmp_path / f"{name}.jsonl", OPTIONS, mesh=mesh)
+        assert (counts["captions"], counts["errors"]) == (14, 3)
+    one = lines_of(tmp_path / "one.jsonl")
+    assert [line["image"] for line in one] == sorted(GOOD)
+    for name in ("eight", "split"):
+        assert lines_of(tmp_path / f"{name}.jsonl") == one
+
+
+@pytest.mark.parametrize("mesh", ["", pytest.param("fsdp:2", marks=pytest.mark.slow)])
+def test_two_processes_share_the_pictures_and_the_first_writes(llava, folder, tmp_path, mesh):
+    """With parameters split over both, too; and what one process left is gone on with."""
+    caption(llava, folder, tmp_path / "one.jsonl", OPTIONS, mesh=one_device())
+    out = tmp_path / "two.jsonl"
+    given = [f"--model={llava}", f"--images={folder}", f"--out={out}", f"--prompt={PROMPT}", "--dtype=float32"]
+    given += ["--max_tokens=12", "--batch_size=2", f"--mesh={mesh}"]
+    first = lines_of(tmp_path / "one.jsonl")[:5]
+    shutil.copy(tmp_path / "one.settings.json", tmp_path / "two.settings.json")
+    out.write_text("".join(json.dumps(line) + "\n" for line in first))
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    common = {"BALCAP_COORDINATOR": address, "BALCAP_PROCESS_COUNT": "2"}
+    processes = [
+        start_forked("balcap_jax.caption", *given, **common, BALCAP_PROCESS_ID=str(index)) for index in range(2)
+    ]
+    ended = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert f"14 captions (9 new): {out}; 3 unreadable" in ended[0][0]
+    assert "captions" not in ended[1][0]
+    assert by_image(out) == by_image(tmp_path / "one.jsonl")
+    assert by_image(tmp_path / "two.errors.jsonl") == by_image(tmp_path / "one.errors.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("", {"data": -1}),
+        ("fsdp:4", {"fsdp": 4, "data": -1}),
+        ("fsdp:-1", {"fsdp": -1}),
+        ("data:2, tensor:4", {"data": 2, "tensor": 4}),
+    ],
+)
+def test_sizes_of_a_mesh(text, sizes):
+    assert mesh_sizes(text) == dict.fromkeys(("replica", "data", "fsdp", "tensor"), 1) | sizes
+
+
+@pytest.mark.parametrize(
+    "text", ["4", "fsdp", "fsdp:0", "fsdp:-2", "model:2", "data:two", "fsdp:1,fsdp:1", "fsdp:9999999"]
+)
+def test_a_mesh_that_is_none_is_named(llava, folder, tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        command.main([f"--model={llava}", f"--images={folder}", f"--out={tmp_path / 'o.jsonl'}", f"--mesh={text}"])
+    assert capsys.readouterr().err.startswith(f"error: --mesh={text}: ")
 
 
 def test_names_that_are_no_text_and_names_that_are_too_long_are_errors_of_their_pictures(llava, tmp_path):

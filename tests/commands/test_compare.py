@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import types
 import warnings
 
 import numpy as np
@@ -224,3 +225,81 @@ def test_results_of_another_judge_or_of_other_questions_are_marked(tmp_path, cap
     assert "judge differs" in told
     assert "benchmark differs" not in told
     assert "&lt;b&gt;model" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+MADE = {"model": "/a", "prompt": "Describe.", "max_tokens": 256, "temperature": 0.0, "dtype": "bfloat16"}
+
+
+def test_captions_made_otherwise_give_no_verdict_unless_it_is_asked_for(tmp_path, capsys):
+    base = folder(tmp_path, "base", {"p": 10, "q": 20}, captions=MADE)
+    rl = folder(tmp_path, "rl", {"p": 12, "q": 26}, captions=MADE | {"model": "/b"})
+    other = {"model": "/b", "prompt": "What is <b>this</b>?", "dtype": "float32"}
+    odd = folder(tmp_path, "odd", {"p": 12, "q": 26}, captions=MADE | other)
+    compare.main([base, rl, odd, f"--out={tmp_path / 'out'}"])
+    told = capsys.readouterr().out
+    row = {line.split("|")[1].strip(): line for line in told.splitlines() if line.startswith("| /")}
+    assert "| +4.00 |" in row[rl]
+    assert "| no verdict: other prompt, compute type |" in row[odd]
+    assert "+4.00" not in row[odd]
+    assert f"prompt differs ({base}: Describe., {odd}: What is <b>this</b>?)" in told
+    assert f"compute type differs ({base}: bfloat16, {odd}: float32)" in told
+    assert "What is &lt;b&gt;this&lt;/b&gt;?" in (tmp_path / "out" / "comparison.html").read_text()
+    _, second, third = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert (second["differs"], second["paired"]["difference"]) == ([], pytest.approx(4.0))
+    assert (third["differs"], third["paired"]) == (["prompt", "compute type"], None)
+
+    compare.main([base, odd, "--allow_different"])
+    told = capsys.readouterr().out
+    assert "| +4.00 |" in told
+    assert "compute type differs" in told
+    unknown = folder(tmp_path, "unknown", {"p": 12, "q": 26})
+    compare.main([base, unknown])
+    told = capsys.readouterr().out
+    assert f"How the captions of {unknown} were made is not known" in told
+    assert "| +4.00 |" in told
+
+
+def test_another_judge_gives_no_verdict(tmp_path, capsys):
+    named = [folder(tmp_path, judge, {"p": 10, "q": 20}, judge=judge) for judge in ("a", "b")]
+    compare.main(named)
+    assert "| no verdict: other judge |" in capsys.readouterr().out
+
+
+def test_captions_that_are_all_the_same_are_said_to_be(tmp_path, capsys):
+    named = [folder(tmp_path, name, {"p": 10, "q": 20}, inputs="1") for name in ("a", "b")]
+    other = folder(tmp_path, "c", {"p": 10, "q": 20}, inputs="2")
+    compare.main([*named, other])
+    told = capsys.readouterr().out
+    assert f"No caption differs between {named[0]} and {named[1]}" in told
+    assert f"between {named[0]} and {other}" not in told
+
+
+def test_folders_of_evaluations_and_a_metric_without_a_score(tmp_path, capsys):
+    for name, by in (("base", 0), ("rl", 3)):
+        folder(tmp_path / name, "docvqa", {"p": 10 + by, "q": 20 + by})
+        out = folder(tmp_path / name, "dcscore", {"p": None, "q": 1}, metric="dcscore")
+        results = {"metric": "dcscore", "score": None, "confidence": None}
+        (tmp_path / name / "dcscore" / "results.json").write_text(json.dumps(results))
+    compare.main([str(tmp_path / "base"), str(tmp_path / "rl")])
+    told = capsys.readouterr().out
+    assert "| +3.00 |" in told
+    assert f"dcscore of {out} has no score: none of its items was valid" in told
+    with pytest.raises(SystemExit):
+        compare.main([out])
+    assert "has no score" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "rl"), str(tmp_path / "rl" / "docvqa")])
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_a_metric_that_one_side_lacks_is_named(tmp_path):
+    def evaluation(side: str, metric: str) -> types.SimpleNamespace:
+        (tmp_path / side / metric).mkdir(parents=True)
+        return types.SimpleNamespace(name=str(tmp_path / side / metric), results={"metric": metric})
+
+    found = [evaluation("base", "dcscore"), evaluation("base", "captionqa"), evaluation("rl", "captionqa")]
+    (line,) = compare.lacking([tmp_path / "base", tmp_path / "rl"], found)
+    assert line.startswith(f"dcscore: {tmp_path / 'rl'} has none, ")
+    (tmp_path / "rl" / "dcscore").mkdir()
+    (tmp_path / "rl" / "dcscore" / "results.json").touch()  # It has no score, and another line says so.
+    assert compare.lacking([tmp_path / "base", tmp_path / "rl"], found) == []

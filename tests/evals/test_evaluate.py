@@ -558,7 +558,7 @@ def test_many_answers(tmp_path):
 
 
 def test_a_model_answers_and_a_second_run_asks_it_nothing(tmp_path, monkeypatch):
-    record = photos.Record("a", lambda: None, "what is here yes no " * 20, ("yes no " * 20,))
+    record = photos.Record("a", "", "what is here yes no " * 20, ("yes no " * 20,))
     tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
     sizes = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 16, "mlp": 16, "layers": 2}
     sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}

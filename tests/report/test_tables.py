@@ -57,6 +57,17 @@ def test_the_ceiling_is_the_end_of_align_where_a_later_stage_teaches_faults(labe
     assert before_and_after(labels, order) == ends
 
 
+def test_a_table_without_a_changed_caption_says_so():
+    def table(*digests):
+        labels = ("base", "rl")
+        values = [{"precision": 0.5, "n": 4, "digest": digest} for digest in digests]
+        return before_after_table({"greedy": dict(zip(labels, values, strict=False))})
+
+    assert "no caption changed: all captions after are those before" in table("a", "a")
+    for digests in (("a", "b"), ("a",), (None, None)):
+        assert "no caption changed" not in table(*digests)
+
+
 def test_share_of_the_distance_to_the_ceiling():
     scores = {"sft": {"b_capscore": 40.0}, "rl": {"b_capscore": {"mean": 70.0}}, "align": {"b_capscore": 80.0}}
     assert closed_share(["sft", "rl"], "align", scores) == pytest.approx(0.75)
