@@ -12,6 +12,7 @@ import functools
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,16 +21,18 @@ from ml_collections import ConfigDict
 
 from balcap_jax import data, models, rewards
 from balcap_jax.aot import print_sharding
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.arguments import CommandParser, place, seconds
+from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
 from balcap_jax.config import recipes as configuration
-from balcap_jax.data.input import examples
+from balcap_jax.data.input import examples, prompts_of
 from balcap_jax.judges import cost
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.report.page import write_report
 from balcap_jax.report.tables import result_text
 from balcap_jax.rewards.miniature import with_miniature
+from balcap_jax.training import announce, judge_trial, required
 from balcap_jax.training.evaluation import HeldOut, check_best_metric, references_as_samples
 from balcap_jax.training.job import Job
 from balcap_jax.training.programs import LORA_STAGES, adapted, check_freezes, model_fields, params_of
@@ -51,11 +54,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
       UserError: bad input, a full disk, too many failed judge calls, or a gradient that stays non-finite.
     """
     rewards.check_settings(config)
+    required.check(config)
     with Run(config, workdir, command) as run:
         fields, overrides = model_fields(config)
         with run.clock.phase("data"), distributed.first_goes_first():
             size = fields.get("image_size", config.model.image_size)
-            splits = data.load(config.data, size, tokenizer=not config.model.path)
+            needs = rewards.resolve(config.rewards.name).needs
+            splits = data.load(config.data, size, tokenizer=not config.model.path, needs=needs)
             rewards.check(config.rewards, run.judge, splits.fields, config.data.name)
             with readable(config.data):
                 shown = examples(splits.test, config.log.eval_images)
@@ -65,6 +70,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             with readable(config.data):
                 validation = examples(splits.validation, config.log.eval_images)
         run.open(splits, HeldOut(job, shown, validation))  # Only now: what cannot be run does not take the workdir.
+        if run.leads:
+            print(announce.block(config, fields["family"], params, splits, shown, run.judge), flush=True)
 
         for name in run.order:
             if run.is_past(name):
@@ -97,10 +104,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             run.end(stage, state)
             params = state.params
 
-        fields["prompt"] = config.data.prompt or shown[0]["prompt"]  # `caption` asks it of other pictures too.
+        # What `caption` asks of other pictures, and for how long an answer: as in training.
+        asked = Counter({config.data.prompt: 1}) if config.data.prompt else prompts_of(splits.train)
+        fields |= {"prompt": next(iter(asked)), "max_tokens": config.rollout.max_tokens}
         run.write_models(job, fields, params)
         if run.leads:
-            show_result(run)
+            show_result(run, asked)
         return run.summary
 
 
@@ -128,18 +137,36 @@ def build(
     reward = rewards.build(config.rewards, run.judge, config.seed, references_as_samples(shown))
     measure = with_miniature(rewards.measure(reward, run.judge, splits.fields), run.judge, splits.fields)
     check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
+    reward = rewards.sparing(reward, config.judge, config.seed)  # Evaluations ask everything.
     job = Job(config, mesh, adapted(config, policy), processor, reward, run.clock, measure, run.settle)
     return job, params
 
 
-def show_result(run: Run) -> None:
-    """Writes the report page, and prints the result and where everything is."""
+def show_result(run: Run, asked: Counter[str]) -> None:
+    """Writes the report page, and prints the result and where everything is; `asked`: prompts, the model's first."""
     page = write_report([run.workdir], run.workdir / "report.html")
     print(result_text(run.summary, run.order))
     print(f"model:  {run.model}\nreport: {page}", flush=True)
+    if len(asked) > 1:
+        prompt, count = next(iter(asked.items()))
+        share = f"{100 * count / asked.total():.0f}% of the pictures that were looked at"
+        print(f"prompt: {prompt!r} goes with the model, the most frequent of {len(asked)} in training ({share})")
     if (step := run.best.step) is not None:
         score = f"validation {run.best.metric} {run.best.scores[step]:.4g}"
         print(f"best:   {run.best_model} (step {step}, {score})", flush=True)
+
+
+def estimate_judge(config: ConfigDict, rollout: float) -> None:
+    """Prints what judging will cost, and how long it takes where there is a judge to ask."""
+    methods = rewards.resolve(config.rewards.name).asks
+    print(cost.estimate(config, configuration.stage_order(config), methods), flush=True)
+    if config.judge.name != "remote" or not config.judge.endpoints.strip():
+        return
+    print(f"asking {config.judge.endpoints} about {judge_trial.QUESTIONS} of these questions, to time them", flush=True)
+    try:
+        print(judge_trial.trial(config, rollout), flush=True)
+    except UserError as error:
+        print(f"seconds: not measured, {error}", flush=True)
 
 
 @exit_on_user_error
@@ -154,14 +181,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--print_sharding", action="store_true", help="print where each parameter lies on the devices, and stop"
     )
     parser.add_argument(
-        "--estimate_judge", action="store_true", help="print about how many judge calls, tokens and money, and stop"
+        "--estimate_judge",
+        nargs="?",
+        const=0.0,
+        type=seconds,
+        metavar="ROLLOUT_SECONDS",
+        help="print about how many judge calls, tokens and money a run takes; ask judge.endpoints a few questions, "
+        "print how long a step takes and what hides it behind a rollout of so many seconds; and stop",
     )
     arguments = sys.argv[1:] if argv is None else list(argv)
     config, args = configuration.parse_command_line(arguments, parser)
     rewards.check_settings(config)
-    if args.estimate_judge:
-        methods = rewards.resolve(config.rewards.name).asks
-        print(cost.estimate(config, configuration.stage_order(config), methods), flush=True)
+    if args.estimate_judge is not None:
+        estimate_judge(config, args.estimate_judge)
         return
     if not args.workdir and not args.print_sharding:
         parser.error("the following arguments are required: --workdir")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from forked import Forked
+
+from balcap_jax import models
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("micro.py")
@@ -28,9 +31,9 @@ def arguments(workdir: Path | str, data_dir: Path, **overrides: Any) -> list[str
     return given + [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
 
 
-def start(module: str, *given: str) -> Forked | subprocess.Popen:
+def start(module: str, *given: str, **environment: str) -> Forked | subprocess.Popen:
     """`python -m module arguments`, in a process that sees one device, as on a user's machine."""
-    return _start(["-m", module, *given])
+    return _start(["-m", module, *given], environment=environment)
 
 
 def start_afresh(module: str, *given: str, cwd: Path = ROOT) -> subprocess.Popen:
@@ -48,8 +51,10 @@ def start_script(name: str, *given: str) -> Forked | subprocess.Popen:
     return _start([str(Path(__file__).with_name(name)), *given])
 
 
-def _start(command: list[str], cwd: Path = ROOT, *, afresh: bool = False) -> Forked | subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def _start(
+    command: list[str], cwd: Path = ROOT, *, afresh: bool = False, environment: Mapping[str, str] | None = None
+) -> Forked | subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
     if sys.platform == "linux" and not afresh:  # A Mac's system libraries do not work in a forked process.
         return Forked(command, cwd, environment)
     return subprocess.Popen(
@@ -103,6 +108,12 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def read_model(directory: Path) -> dict[str, np.ndarray]:
+    """The parameters of a model directory by path, in the type that they are stored in."""
+    _, params, _ = models.load(directory, param_dtype=None)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what is a time."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -122,8 +133,12 @@ def read_samples(workdir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def assert_same_arrays(one: Path, other: Path) -> None:
-    left, right = read_arrays(one), read_arrays(other)
+def assert_same_model(one: Path, other: Path) -> None:
+    assert_same_arrays(one, other, read_model)
+
+
+def assert_same_arrays(one: Path, other: Path, read: Callable[[Path], dict[str, np.ndarray]] | None = None) -> None:
+    left, right = map(read or read_arrays, (one, other))
     assert left.keys() == right.keys()
     assert left
     for name, array in left.items():
@@ -147,7 +162,7 @@ def assert_same_run(run: Path, uninterrupted: Path) -> None:
         assert_same_arrays(one / "arrays", other / "arrays")
         for field in ("stage", "iterator", "failures", "config"):
             assert _extra(one, field) == _extra(other, field) or field == "config"
-    assert_same_arrays(run / "model" / "params", uninterrupted / "model" / "params")
+    assert_same_model(run / "model", uninterrupted / "model")
 
 
 def _extra(checkpoint: Path, field: str) -> Any:

@@ -152,7 +152,7 @@ def test_model_path_that_is_no_model(tmp_path, refused):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "none", tmp_path / "empty", RECIPE):
         line = refused(tmp_path / "run", model__path=path)
-        assert line.startswith(f"error: no model at {path}: model.json is missing; give a directory that training or")
+        assert line.startswith(f"error: no model at {path}: config.json is missing; give a directory of a Hugging Face")
     assert not (tmp_path / "run").exists()
 
 
@@ -276,7 +276,8 @@ def test_full_disk(disk, data_dir, finished):
     rewind(finished.workdir, workdir, 8)
     (workdir / "samples" / "eval-rl.jsonl").unlink()  # The first run that resumes would, and use its room.
     rewind(finished.workdir, trained, 10)  # Only the model is to be written: checkpoints differ in size by half.
-    rooms = {"config.json": 0, "samples": 8_192, "checkpoints": 131_072, "model": 131_072}
+    weights = (finished.workdir / "model" / "model.safetensors").stat().st_size
+    rooms = {"config.json": 0, "samples": 8_192, "checkpoints": 131_072, "model": weights // 2}
     for kind, room in rooms.items():
         run, steps = (trained, [2, 4, 6, 8, 10]) if kind == "model" else (workdir, [2, 4, 6, 8])
         filler.unlink(missing_ok=True)

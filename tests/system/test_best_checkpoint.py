@@ -10,6 +10,7 @@ from commands import (
     finish,
     read_arrays,
     read_metrics,
+    read_model,
     start_interrupted,
     train,
 )
@@ -32,7 +33,7 @@ def test_the_best_checkpoint_stays_through_a_kill(tmp_path, data_dir):
     assert best["step"] == max(sorted(known), key=known.get)
     assert f"(step {best['step']}, validation b_capscore" in done.stdout
     assert best["step"] in checkpoints(straight)
-    model = read_arrays(straight / "best" / "params")
+    model = read_model(straight / "best")
     saved = read_arrays(straight / "checkpoints" / str(best["step"]) / "arrays")
     for name, array in model.items():
         assert array.tobytes() == saved[f"['state']['params']{name}"].tobytes(), name
@@ -44,5 +45,5 @@ def test_the_best_checkpoint_stays_through_a_kill(tmp_path, data_dir):
     assert_same_run(killed, straight)
     divergence = [line["kl"] for line in read_metrics(killed)]
     assert divergence[0] < 1e-6 < divergence[-1], "the KL term never left 0: nothing was tested"
-    other = read_arrays(killed / "best" / "params")
+    other = read_model(killed / "best")
     assert all(other[name].tobytes() == array.tobytes() for name, array in model.items())

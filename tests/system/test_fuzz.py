@@ -42,7 +42,7 @@ from balcap_jax.evals import (
 from balcap_jax.evaluate import read_judgements
 from balcap_jax.judges import schema
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
-from balcap_jax.models.formats import hf, loading
+from balcap_jax.models.formats import hf, loading, peft, saving
 from balcap_jax.models.formats.safetensors import read_directory
 from balcap_jax.report.page import write_report
 from balcap_jax.training import workdir
@@ -284,38 +284,46 @@ def of_models(root: Path, family: str) -> list[Target]:
     like = jax.eval_shape(policy.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     model = models.save(root / family / "model", fields, params, processor)
-    exported = convert.to_hf(model, root / family / "hf", shard_gb=2e-5)
-    again = root / family / "again"
+    exported = convert.convert(model, root / family / "hf", shard_gb=2e-5)
+    adapter, again = root / family / "adapter", root / family / "again"
+    shapes = loading.flat_shapes(like)
+    adapters = {path: np.ones((*shapes["decoder/layers/o/kernel"][:1], *size)) for path, size in of_o(shapes)}
+    adapter.mkdir()
+    peft.write(adapter, loading.CHECKPOINTS[family], shapes, adapters, peft.Origin(str(exported), 2.0, 1))
 
-    def built(model=model):
+    def built(model=exported):
         loading.build_saved(model, loading.read_fields(model))
-
-    policy, _ = loading.build_saved(exported, loading.read_fields(exported))
-    shapes = loading.flat_shapes(jax.eval_shape(policy.init, jax.random.key(0)))
 
     def opened(exported=exported, shapes=shapes):
         hf.check(loading.open_checkpoint(exported), shapes, cast=True)
 
     def described(exported=exported):
-        loading.carried_files(exported)
+        saving.carried_files(exported)
         loading.build_saved(exported, loading.read_fields(exported))
 
-    command = ("balcap_jax.convert", f"--from_hf={exported}", f"--out={again}")
+    def adapted(adapter=adapter, shapes=shapes):
+        peft.find_base(adapter)
+        peft.read(adapter, loading.CHECKPOINTS[family], shapes)
+
+    command = ("balcap_jax.convert", f"--from={exported}", f"--out={again}")
     targets = [
-        Target(model / "model.json", built),
-        Target(model / "tokenizer_config.json", built),
-        Target(model / "tokenizer.json", built),
-        Target(
-            model / "params" / "_METADATA",
-            lambda model=model, like=like: loading.open_params(model / "params", like),
-        ),
+        Target(exported / "balcap_jax.json", built, command),
+        Target(exported / "tokenizer_config.json", built),
+        Target(exported / "tokenizer.json", built),
         Target(exported / "config.json", opened, command),
         *(Target(file, opened) for file in sorted(exported.glob("*processor*.json"))),
         Target(exported / "model.safetensors.index.json", lambda exported=exported: read_directory(exported), command),
         Target(sorted(exported.glob("*.safetensors"))[0], opened, command),
         *(Target(exported / name, described) for name in ("generation_config.json", "config.json")),
+        *(Target(adapter / name, adapted) for name in ("adapter_config.json", "adapter_model.safetensors")),
     ]
     return [target for target in targets if target.file.exists()]
+
+
+def of_o(shapes: hf.Shapes) -> list[tuple[str, tuple[int, int]]]:
+    """The adapters of rank 1 of the projection out of attention: path and shape of a layer."""
+    _, heads, size, width = shapes["decoder/layers/o/kernel"]
+    return [("decoder/layers/o/lora_a", (heads * size, 1)), ("decoder/layers/o/lora_b", (1, width))]
 
 
 def of_answers(root: Path) -> list[Target]:

@@ -48,6 +48,12 @@ def test_the_reward_is_logged_and_evaluated(run):
     assert "rouge l" in run[2]
 
 
+def test_the_start_says_what_is_trained_and_on_what(run):
+    assert "\nreward  lexical: rouge_l 1; advantages by c_gdpo\n" in run[2]
+    assert "\nrl      4 steps of 2 prompts x 4 captions of up to 16 tokens, learning rate 0.0005\n" in run[2]
+    assert "\njudging the reward asks no judge\n" in run[2]
+
+
 def test_what_was_left_out_is_named(run):
     assert "photos: 6 pictures; 1 left out: torn.jpg" in run[2]
     left_out = json.loads((run[0] / "left_out.jsonl").read_text())

@@ -20,7 +20,7 @@ def judge_directory(tmp_path_factory):
     questions = "".join(
         file.read_text() for file in importlib.resources.files(prompts).iterdir() if file.suffix == ".j2"
     )
-    record = photos.Record("a", lambda: None, CORPUS * 20, (questions,))
+    record = photos.Record("a", "", CORPUS * 20, (questions,))
     tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
     sizes = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 16, "mlp": 16, "layers": 2}
     sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}

@@ -20,6 +20,7 @@ from commands import (
     finish,
     read_arrays,
     read_metrics,
+    read_model,
     read_samples,
     read_summary,
 )
@@ -177,7 +178,7 @@ def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_d
     train(tmp_path / "one", data_dir, 1, 2, **overrides)
     train(tmp_path / "two", data_dir, 2, 1, **overrides)
     print(f"split parameters: largest error {assert_close_run(tmp_path / 'two', tmp_path / 'one'):.2g}")
-    ours, theirs = (read_arrays(tmp_path / run / "model" / "params") for run in ("two", "one"))
+    ours, theirs = (read_model(tmp_path / run / "model") for run in ("two", "one"))
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], RTOL, RTOL, err_msg=name)
 
@@ -209,6 +210,20 @@ with distributed.session():
         assert rows.gather_list([mine["id"][i] for i in rows.own]) == batch["id"]
         owners = np.concatenate(distributed.all_gather(rows.held[rows.own]))
         assert sorted(owners) == list(range(8)), owners
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, (1, 1, 4, 1))), jax.devices())
+    whole, wrote = np.arange(32, dtype=np.float32).reshape(4, 8), []
+    for axes in (("fsdp",), (None, "fsdp"), ()):
+        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        array = jax.make_array_from_callback(whole.shape, spread, lambda index: whole[index])
+
+        def write(tree):
+            x = tree["a"]["x"]
+            assert (np.asarray(x) == whole).all() and np.asarray(x[2], np.float64).dtype == np.float64
+            assert x[2].shape == (8,) and (np.asarray(x[2]) == whole[2]).all()
+            wrote.append(axes)
+
+        distributed.write_whole({"a": {"x": array}}, write)
+    assert len(wrote) == (3 if jax.process_index() == 0 else 0), wrote
     distributed.check_same("nothing", 1)
     try:
         distributed.check_same("number", jax.process_index())
@@ -219,7 +234,10 @@ with distributed.session():
 
 
 def test_rows_that_processes_hold_alone_or_share():
-    """Where the tensor axis lies over processes both hold the same rows, and one of them judges each."""
+    """Where the tensor axis lies over processes both hold the same rows, and one of them judges each.
+
+    An array that no process holds whole is written whole, or row by row, by the first.
+    """
     first, second = [finish(process).stdout for process in start([], 2, 2, command=["-c", ROWS])]
     assert "all rows" in first
     assert "this one and process 0 differ in number (1 and 0); start all of them alike" in second

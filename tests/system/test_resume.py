@@ -8,12 +8,13 @@ import time
 import pytest
 from commands import (
     arguments,
-    assert_same_arrays,
+    assert_same_model,
     assert_same_run,
     checkpoints,
     finish,
     read_arrays,
     read_metrics,
+    read_model,
     read_summary,
     start,
     start_interrupted,
@@ -164,7 +165,7 @@ def test_a_finished_run_that_is_given_more_steps(tmp_path, data_dir, finished):
     assert after["sft"] == before["sft"]
     assert after["rl-8"] == before["rl-8"]
     assert after["rl"] != before["rl"]
-    model = read_arrays(workdir / "model" / "params")
+    model = read_model(workdir / "model")
     saved = read_arrays(workdir / "checkpoints" / "12" / "arrays")
     for name, array in model.items():
         assert array.tobytes() == saved[f"['state']['params']{name}"].tobytes(), name
@@ -174,7 +175,7 @@ def test_a_finished_run_whose_files_were_deleted_or_damaged(tmp_path, data_dir, 
     """A model that is not whole is written again; one of fewer steps goes, although the summary does not tell."""
     workdir = tmp_path / "run"
     shutil.copytree(finished.workdir, workdir)
-    shutil.rmtree(workdir / "model" / "params")
+    (workdir / "model" / "model.safetensors").unlink()
     train(workdir, data_dir)
     assert_same_run(workdir, finished.workdir)
 
@@ -196,7 +197,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path, data_d
         f"{workdir}/model away to train from the start"
     )
     assert read_metrics(workdir) == read_metrics(finished.workdir)
-    assert_same_arrays(workdir / "model" / "params", finished.workdir / "model" / "params")
+    assert_same_model(workdir / "model", finished.workdir / "model")
 
 
 # test_families.py resumes the other family after other stages.

@@ -62,7 +62,8 @@ def test_ten_steps_of_varying_lengths(run, stage):
 def test_a_loaded_model_keeps_its_sizes(run, brief_model):
     """They are the saved model's, not the recipe's, and what training makes of it can be loaded again."""
     fields = models.read_fields(run[0] / "model")
-    assert fields.pop("prompt")  # What the model answers is known now.
+    assert fields.pop("prompt")  # What the model answers is known now, and for how long.
+    assert fields.pop("max_tokens") == 80
     assert fields == models.read_fields(brief_model)
     _, params, _ = models.load(run[0] / "model")
     _, start, _ = models.load(brief_model)
