@@ -4,6 +4,7 @@ A tensor is mapped, cut in the layout of the file, and copied once into ours. Ha
 there, and NumPy's own transposed copy of 16-bit numbers runs at a quarter of the speed of `_transpose`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -15,6 +16,7 @@ from balcap_jax.models.formats.hf import Piece
 from balcap_jax.models.formats.safetensors import Tensor, is_finite
 
 Index = tuple[slice, ...]
+_ALIGNMENT = 64  # bytes; XLA asks for it
 _SMALL = 2**20  # bytes of a stack that is fetched whole: that needs no program
 _ROWS, _ROW_BYTES = 256, 1024  # of a block that is transposed at once: source and result stay in the cache
 
@@ -33,9 +35,8 @@ def read_slice(
     Raises:
       UserError: a tensor cannot be read, or what is read of it holds NaN or infinity.
     """
-    out = np.empty(
-        [len(range(size)[part]) for size, part in zip(shape, index, strict=True)], dtype or entries[0][0].dtype
-    )
+    lengths = [len(range(size)[part]) for size, part in zip(shape, index, strict=True)]
+    out = _aligned(lengths, np.dtype(dtype or entries[0][0].dtype))
     jobs: list[Callable[[], None]] = []
     for tensor, piece in entries:
         if piece.layer is None:
@@ -45,6 +46,14 @@ def read_slice(
     for done in pool.map(lambda job: job(), jobs):
         del done  # What a thread raised is raised here.
     return out
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a device of the CPU takes over as it is: others are copied, into memory that is made anew."""
+    size = math.prod(shape) * dtype.itemsize
+    held = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -held.ctypes.data % _ALIGNMENT
+    return held[start : start + size].view(dtype).reshape(shape)
 
 
 def _job(tensor: Tensor, piece: Piece, index: Index, out: np.ndarray) -> Callable[[], None]:
