@@ -168,7 +168,7 @@ def _on_devices(shape: tuple[int, ...], where: jax.sharding.Sharding, part: Call
     """
     holders: dict[tuple, list[tuple[jax.Device, Index]]] = {}
     for device, index in where.addressable_devices_indices_map(shape).items():
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        key = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
         holders.setdefault(key, []).append((device, index))
     found: list[jax.Array] = []
     for same in holders.values():
