@@ -180,7 +180,11 @@ def make_splits(records: Sequence[Record], left_out: Sequence[LeftOut], config: 
     for key in (pictures := dict.fromkeys(record.key for record in records)):
         parts[split_of(key, config["validation_share"], config["test_share"])].append(key)
     if len(pictures) < 3:
-        raise UserError(f"{len(pictures)} pictures are too few: training, validation and test need one each")
+        raise UserError(
+            f"{len(pictures)} pictures are too few: training, validation and test need one each; "
+            "add pictures with captions"
+            + (f", or mend the {len(left_out)} that are left out (above)" if left_out else "")
+        )
     for part in parts.values():  # A split of few pictures may be empty: the next by hash of the largest fills it.
         if not part:
             largest = max(parts.values(), key=len)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.data.choices import MAX_OPTIONS, lettered
 from balcap_jax.data.input import LeftOut
 from balcap_jax.data.listing import PictureNames, RealPaths, lines_of
@@ -21,6 +21,7 @@ EMPTY = ("", (), "[]")
 """What a field holds that a picture does not have."""
 
 _LARGEST_WEIGHT = 1000.0  # of a criterion
+_LOOKED_AT = 2**14  # bytes of a file that tell it from another of its size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,12 +59,14 @@ def read_record(entry: Mapping[str, Any], where: str, *, needs_caption: bool = T
       UserError: it lacks what is needed, or a field is of another form; `where` names the line.
     """
     if not isinstance(entry.get("image"), str) or not entry["image"]:
-        raise UserError(f'{where}: a line is an object with "image", the path of a picture, and "caption"')
+        raise UserError(
+            f'{where}: a line is an object with "image", the path of a picture, and "caption"; mend that line'
+        )
     captions = [entry[name] for name in ("reference", "caption") if entry.get(name) is not None]
     more = [] if entry.get("captions") is None else entry["captions"]
     captions += more if isinstance(more, list) else [more]
     if not all(isinstance(text, str) for text in captions):
-        raise UserError(f'{where}: "reference", "caption" and the entries of "captions" must be text')
+        raise UserError(f'{where}: "reference", "caption" and the entries of "captions" must be text; mend that line')
     captions = [text.strip() for text in captions if text.strip()]
     if needs_caption and not captions:
         raise UserError(f'{where}: {entry["image"]!r} has no caption; give "caption", or a list "captions"')
@@ -72,16 +75,22 @@ def read_record(entry: Mapping[str, Any], where: str, *, needs_caption: bool = T
         for name, empty in (("prompt", ""), ("reference_units", []), ("questions", []), ("rubrics", []))
     )
     if not isinstance(prompt, str):
-        raise UserError(f'{where}: "prompt" must be text, got {prompt!r}')
+        raise UserError(f'{where}: "prompt" must be text, got {shown(prompt)}; mend that line, or leave it out')
     if not isinstance(units, list) or not all(isinstance(unit, str) and unit.strip() for unit in units):
-        raise UserError(f'{where}: "reference_units" must be a list of texts')
+        raise UserError(
+            f'{where}: "reference_units" must be a list of texts that are not empty, got {shown(units)}; mend that '
+            "line, or have `python -m balcap_jax.recaption --write=units` write them"
+        )
     if not isinstance(questions, list) or not all(map(_is_question, questions)):
         raise UserError(
             f'{where}: "questions" must be a list of {{"question": text, "choices": [2 to {MAX_OPTIONS} texts], '
-            '"answer": a letter, or one of the choices}'
+            f'"answer": a letter, or one of the choices}}, got {shown(questions)}; mend that line'
         )
     if not isinstance(rubrics, list) or not all(map(_is_criterion, rubrics)):
-        raise UserError(f'{where}: "rubrics" must be a list of {{"criterion": text, "weight": a number above 0}}')
+        raise UserError(
+            f'{where}: "rubrics" must be a list of {{"criterion": text, "weight": a number above 0}}, '
+            f"got {shown(rubrics)}; mend that line"
+        )
     return {
         "image": entry["image"],
         "captions": tuple(dict.fromkeys(captions)),
@@ -115,9 +124,9 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
     """The records of the data set `name` with what the JSONL `file` says about their pictures, and those it leaves out.
 
     A line's captions take the place of a record's, and so do its units, questions and criteria; each record keeps its
-    prompt. A line is about the picture at its path, which starts from the file's folder. Where nothing is there, it is
-    about the one in `folder` whose name its path ends in: so file and pictures may be moved apart. Records of pictures
-    without a line are left out. One printed line says how many matched.
+    prompt. A line is about the picture at its path, which starts from the file's folder. Where nothing is there, or a
+    copy, it is about the one in `folder` whose name its path ends in: so file and pictures may be moved apart, and
+    pictures may be copied. Records of pictures without a line are left out. One printed line says how many matched.
 
     Raises:
       UserError: the file cannot be read, a line is bad, or no line is about any of the pictures.
@@ -134,10 +143,12 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
         image = fields.pop("image")
         path = os.path.join(file.parent, image)
         picture = real(path)
-        if picture not in pictures and not os.path.lexists(path):
+        if picture not in pictures:
             parts = Path(os.path.normpath(image)).parts
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            picture = next((by_name[end] for end in ends if end in by_name), "")
+            named = next((by_name[end] for end in ends if end in by_name), "")
+            # One of the same name that is still there may be another picture: a million folders have a 1.jpg.
+            picture = named if named and (not os.path.lexists(path) or is_copy(path, named)) else ""
         if picture in pictures:
             said = {field: value for field, value in fields.items() if field != "prompt" and value not in EMPTY}
             lines[picture] = lines.get(picture, {}) | said
@@ -147,7 +158,8 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
         examples = f"they name such as {strangers[0]!r}" if strangers else "it has none"
         raise UserError(
             f"no line of {file} (data.units) is about a picture of {name}: {examples}, and the pictures are such as "
-            f"{next(iter(by_name), 'none')!r} in {folder}; give what recaption wrote about these"
+            f"{next(iter(by_name), 'none')!r} in {folder}; give what recaption wrote about these, or "
+            "about copies of them"
         )
     without = len(pictures) - len(lines)
     text = f"{file.name}: lines about {len(lines)} of {len(pictures)} pictures"
@@ -161,6 +173,20 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
         else:
             left_out.append(LeftOut(record.id, "no caption" if path in lines else f"no line in {file.name}"))
     return joined, left_out
+
+
+def is_copy(one: str, other: str) -> bool:
+    """Whether two files are of one size and begin alike; False where either cannot be read.
+
+    Compressed pictures that differ have other sizes, or other bytes soon: all of 100,000 of them need not be read.
+    """
+    try:
+        if os.path.getsize(one) != os.path.getsize(other):
+            return False
+        with open(one, "rb") as first, open(other, "rb") as second:
+            return first.read(_LOOKED_AT) == second.read(_LOOKED_AT)
+    except (OSError, ValueError):
+        return False
 
 
 def check_needs(records: Sequence[Record], needs: Sequence[str], name: str, source: Path) -> None:

@@ -87,6 +87,19 @@ def test_pictures_and_lines_may_be_moved_apart(tmp_path, manual):
         assert old == new
 
 
+def test_lines_about_pictures_belong_to_copies_of_them(tmp_path, manual, capsys):
+    """The first ones are still there. One of the same name and size that shows something else is another picture."""
+    units = write(tmp_path / "out" / "units.jsonl", NAMES, start="../first/")
+    shutil.copytree(manual, tmp_path / "first")
+    for i, other in ((1, b"\0"), (2, b"\0\0")):
+        content = (manual / NAMES[i]).read_bytes()
+        (tmp_path / "first" / NAMES[i]).write_bytes(content[:99] + other + content[100:])
+    splits = data.load(settings(tmp_path, manual, "photos", units=units), 0, needs=["reference_units"])
+    found = {one["id"]: one["reference_units"] for one in all_of(splits)}
+    assert found == {name: [name, "u"] for name in (NAMES[0], *NAMES[3:])}
+    assert "lines about 6 of 8 pictures; the other 2 are left out; 2 lines are about no pic" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_captions_may_come_from_the_lines_alone(tmp_path, manual, listed):
     for name in NAMES:
@@ -153,7 +166,10 @@ def test_pictures_that_lack_what_others_have_are_counted(tmp_path, manual, capsy
     [
         ("", "no line of .*units.jsonl .* is about a picture of photos: it has none"),
         ('{"image": "other/9.jpg", "caption": "x"}', r"such as 'other/9.jpg', and the pictures are such as 'coco/"),
-        ('{"image": "a.jpg", "reference_units": 3}', r"units\.jsonl, line 1: \"reference_units\" must be a list"),
+        (
+            '{"image": "a.jpg", "reference_units": 3}',
+            r"line 1: \"reference_units\" must be a list .*, got 3; mend that line, or have",
+        ),
         ('{"caption": "x"}', r"units\.jsonl, line 1: a line is an object with \"image\""),
         ("{", r"units\.jsonl, line 1 .*mend or remove that line"),
         (None, r"config field 'data\.units': .*units\.jsonl cannot be read"),
