@@ -46,6 +46,7 @@ _ALIKE = {
 _ROUNDING = 1e-6  # points that are no difference
 _NO_FIGURES = ("score", "n", "invalid", "words", "groups", "temperature", "empty", "unused", "captions")
 _REMEDY = "give folders that `evaluate` wrote"
+_TOO_FEW = "fewer than two items in common"
 _FIGURES = ("evaluation", "score", "95% interval", "words", "n", "invalid")
 _TEST = ("difference", "95% interval", "better / worse", "p")
 _HEAD = (*_FIGURES, *_TEST)
@@ -202,6 +203,20 @@ def lacking(given: Sequence[str | Path], evaluations: Sequence[Evaluation]) -> l
     ]
 
 
+def nothing_in_common(evaluations: Sequence[Evaluation]) -> str:
+    """Why none of several evaluations can be held against another, "" where one can."""
+    others = [(group[0], member) for group in groups(evaluations).values() for member in group[1:]]
+    if len(evaluations) < 2 or any(paired(*pair) for pair in others):
+        return ""
+    if not others:
+        return f"nothing is compared: no two of the folders are of one metric; {_REMEDY} with the same --metric"
+    base, member = others[0]
+    return (
+        f"nothing is compared: {base.name} and {member.name} have {_TOO_FEW}; evaluate captions of the same pictures, "
+        "named alike"
+    )
+
+
 def rows(group: Sequence[Evaluation], allow_different: bool = False) -> list[tuple[str, ...]]:
     """The cells of a metric's table."""
     cells = []
@@ -211,7 +226,9 @@ def rows(group: Sequence[Evaluation], allow_different: bool = False) -> list[tup
         counts, tests = (str(of("n", "")), str(of("invalid", ""))), ("",) * len(_TEST)
         if member is not group[0] and (differs := differing(group[0], member)) and not allow_different:
             tests = (f"no verdict: other {', '.join(differs)}", *[""] * (len(_TEST) - 1))
-        elif member is not group[0] and (test := paired(group[0], member)):
+        elif member is not group[0] and (test := paired(group[0], member)) is None:
+            tests = (f"no verdict: {_TOO_FEW}", *[""] * (len(_TEST) - 1))
+        elif member is not group[0]:
             difference = "" if test.difference is None else f"{test.difference:+.2f}"
             votes = f"{test.better} / {test.worse} of {test.groups}"
             tests = (difference, _span(test.confidence), votes, f"{test.p:.2g}")
@@ -239,13 +256,14 @@ def differing(base: Evaluation, other: Evaluation) -> dict[str, tuple[Any, Any]]
     return found | protocol.differences(base.results["captions"], other.results["captions"])
 
 
-def notes(group: Sequence[Evaluation]) -> list[str]:
+def notes(group: Sequence[Evaluation], allow_different: bool = False) -> list[str]:
     """What to know beside a metric's table: what differs from the first, what is not known, and what is the same."""
     base, texts = group[0], []
+    verdict = "More than the model may explain the difference" if allow_different else "Scores cannot be compared"
     for member in group[1:]:
         for what, (then, now) in differing(base, member).items():
             values = f"{base.name}: {_value(then)}, {member.name}: {_value(now)}"
-            texts.append(f"Scores cannot be compared: {what} differs ({values})")
+            texts.append(f"{verdict}: {what} differs ({values})")
         if bool(base.results["captions"]) != bool(member.results["captions"]):
             unknown = base if member.results["captions"] else member
             texts.append(f"How the captions of {unknown.name} were made is not known: none of it is compared")
@@ -272,7 +290,7 @@ def markdown(evaluations: Sequence[Evaluation], allow_different: bool = False) -
     for metric, group in groups(evaluations).items():
         lines = [f"## {' '.join(metric.split())}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
         lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows(group, allow_different)]
-        lines += [text for note in notes(group) for text in ("", note)]
+        lines += [text for note in notes(group, allow_different) for text in ("", note)]
         if terms := figures(group):
             names = [_cell(member.name) for member in group]
             lines += ["", "| | " + " | ".join(names) + " |", "|" + "---|" * (len(group) + 1)]
@@ -289,7 +307,7 @@ def page(evaluations: Sequence[Evaluation], allow_different: bool = False) -> st
         for name in figures(group):
             picture += f"<h3>{html.escape(name)}</h3>{_bars(group, name)}"
         table = "".join(_html_row(row, "td") for row in rows(group, allow_different))
-        warnings = "".join(f"<p>{html.escape(note)}</p>" for note in notes(group))
+        warnings = "".join(f"<p>{html.escape(note)}</p>" for note in notes(group, allow_different))
         title = html.escape(metric)
         parts.append(f"<h2>{title}</h2>{picture}<table>{_html_row(_HEAD, 'th')}{table}</table>{warnings}")
     return (
@@ -353,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         write_text(Path(args.out) / "comparison.json", json_text.dumps(results, indent=2) + "\n")
     print(text, flush=True)
+    if problem := nothing_in_common(evaluations):
+        raise UserError(problem)
 
 
 if __name__ == "__main__":

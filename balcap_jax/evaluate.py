@@ -230,13 +230,16 @@ def run_suite(args: argparse.Namespace, judge: ConfigDict) -> None:
             return
     for metric, reason in absent.items():
         print(f"{metric}: left out: {reason}", flush=True)
-    scored = 0
+    read_captions(args.captions)  # What is wrong with them is so for all.
+    scored, reasons = 0, {}
     for benchmark in benchmarks:
         try:
             print(score(of_benchmark(args, benchmark), judge), flush=True)
             scored += 1
         except UserError as error:
-            print(f"{benchmark.metric}: no score: {error}", flush=True)
+            first = reasons.setdefault(str(error), benchmark.metric)
+            told = str(error) if first == benchmark.metric else f"for the reason of {first}"
+            print(f"{benchmark.metric}: no score: {told}", flush=True)
     if not scored:
         raise UserError(f"none of the {len(benchmarks)} benchmarks of {data} has a score; the lines above say why")
 

@@ -157,7 +157,10 @@ def show_result(run: Run, asked: Counter[str]) -> None:
 
 
 def estimate_judge(config: ConfigDict, rollout: float) -> None:
-    """Prints what judging will cost, and how long it takes where there is a judge to ask."""
+    """Prints what judging will cost, and how long it takes where there is a judge to ask.
+
+    Raises UserError, after the cost, where a judge that is named does not answer.
+    """
     methods = rewards.resolve(config.rewards.name).asks
     print(cost.estimate(config, configuration.stage_order(config), methods), flush=True)
     if config.judge.name != "remote" or not config.judge.endpoints.strip():
@@ -166,7 +169,7 @@ def estimate_judge(config: ConfigDict, rollout: float) -> None:
     try:
         print(judge_trial.trial(config, rollout), flush=True)
     except UserError as error:
-        print(f"seconds: not measured, {error}", flush=True)
+        raise UserError(f"seconds are not measured: {error}") from error
 
 
 @exit_on_user_error

@@ -149,7 +149,10 @@ class CaptionQA(Metric):
     def figures(self, sums: np.ndarray) -> dict[str, float]:
         """Of all questions: points and right answers in percent; numbers of "cannot answer", of unparsable answers, and
         of questions that could not be asked."""
-        domains = {f"domain/{name}": float(mean) for name, mean in means_of_pairs(self._domains, sums[5:]).items()}
+        means = means_of_pairs(self._domains, sums[5:])
+        if [*means] == [""]:  # Pictures without domains: `micro` is their mean.
+            means = {}
+        domains = {f"domain/{name or 'none'}": float(mean) for name, mean in means.items()}
         micro = {"micro": float(ratio(sums[0], sums[4])), "right": float(ratio(sums[1], sums[4]))}
         counts = {"cannot_answer": float(sums[2]), "unparsable": float(sums[3]), "skipped": float(self._skipped)}
         return micro | counts | domains

@@ -248,15 +248,33 @@ def test_captions_made_otherwise_give_no_verdict_unless_it_is_asked_for(tmp_path
     assert (second["differs"], second["paired"]["difference"]) == ([], pytest.approx(4.0))
     assert (third["differs"], third["paired"]) == (["prompt", "compute type"], None)
 
-    compare.main([base, odd, "--allow_different"])
+    compare.main([base, odd, "--allow_different", f"--out={tmp_path / 'allowed'}"])
     told = capsys.readouterr().out
     assert "| +4.00 |" in told
-    assert "compute type differs" in told
+    assert "More than the model may explain the difference: compute type differs" in told
+    for text in (told, (tmp_path / "allowed" / "comparison.html").read_text()):
+        assert "cannot be compared" not in text
     unknown = folder(tmp_path, "unknown", {"p": 12, "q": 26})
     compare.main([base, unknown])
     told = capsys.readouterr().out
     assert f"How the captions of {unknown} were made is not known" in told
     assert "| +4.00 |" in told
+
+
+def test_nothing_in_common_is_an_error_behind_the_table(tmp_path, capsys):
+    base, rl = folder(tmp_path, "base", {"p": 1, "q": 2, "r": 3}), folder(tmp_path, "rl", {"P": 1, "Q": 2, "r": 4})
+    mine = folder(tmp_path, "mine", {"p": 1, "q": 2}, metric="infovqa")
+    for named, why in (((base, rl), f"{base} and {rl} have fewer than"), ((rl, mine), "no two of the folders are of")):
+        with pytest.raises(SystemExit) as ended:
+            compare.main(named)
+        told, failed = capsys.readouterr()
+        assert (ended.value.code, failed.count("\n")) == (2, 1)
+        assert failed.startswith(f"error: nothing is compared: {why}")
+        assert "## docvqa" in told
+        assert ("| no verdict: fewer than two items in common |" in told) == (named == (base, rl))
+    compare.main([rl])  # The table of one alone is what was asked for.
+    compare.main([base, rl, folder(tmp_path, "third", {"p": 2, "q": 4})])
+    assert "| +1.50 |" in capsys.readouterr().out
 
 
 def test_another_judge_gives_no_verdict(tmp_path, capsys):

@@ -136,6 +136,19 @@ def test_captionqa_points_and_averages(tmp_path):
     assert figures["domain/natural"] == pytest.approx(100 * natural)
 
 
+def test_captionqa_domains_of_names_without_one(tmp_path):
+    def figures(*names: str) -> dict[str, float]:
+        metric = CaptionQA()
+        path = captionqa_file(tmp_path, [{"id": name, "questions": [question()]} for name in names])
+        items = metric.items(dict.fromkeys(names, "c"), path)
+        answers = ["ABCDEFGH"[items[0].data["gold"]], *["none"] * (len(items) - 1)]
+        rows = [metric.parts(item, {"answer": answer}) for item, answer in zip(items, answers, strict=True)]
+        return {name: value for name, value in metric.figures(np.sum(rows, axis=0)).items() if "domain" in name}
+
+    assert figures("one.png", "two.png") == {}  # "micro" says it.
+    assert figures("one.png", "nat_2.png") == {"domain/none": 100.0, "domain/natural": 0.0}
+
+
 def test_captionqa_shuffles_with_one_generator_that_skipped_questions_leave_alone(tmp_path):
     whole = [question(), question(answer="black"), question(choices=("red",)), question()]
     entries = [{"id": "nat_1", "questions": whole}, {"id": "nat_2", "questions": [question()]}]

@@ -111,6 +111,10 @@ def test_a_suite_of_which_nothing_works_fails(tmp_path, capsys):
         given = ["--suite=captions", f"--captions={file}", *judged_by(server, tmp_path)]
         assert f"none of the 2 benchmarks of {data} has a score" in refused(*given, f"--data={data}")
         assert "holds no benchmark; it takes dcscore.jsonl, captionqa.json, " in refused(*given, f"--data={tmp_path}")
+        capsys.readouterr()
+        file.write_text("no captions\n")
+        assert refused(*given, f"--data={data}").startswith(f"error: {file}, line 1 is not JSON")
+        assert capsys.readouterr().out == ""
     assert "needs --data=DIR" in refused("--suite=captions", f"--captions={file}")
     assert "needs either --model=DIR or --captions=F.jsonl" in refused("--suite=captions", f"--data={data}")
     assert "give either --metric or --suite" in refused(f"--captions={file}")
@@ -118,6 +122,17 @@ def test_a_suite_of_which_nothing_works_fails(tmp_path, capsys):
     assert "--prompt is for captions that --model writes" in refused(*given, "--prompt=a")
     given = ["--metric=docvqa", "--questions=q", "--model=m"]
     assert "--prompt is for --suite=captions: general benchmarks have their own" in refused(*given, "--prompt=a")
+
+
+def test_a_judge_that_is_down_is_described_once(tmp_path, capsys):
+    given = ["--suite=captions", f"--data={bench(tmp_path)}", f"--captions={captions(tmp_path, 'c')}"]
+    with pytest.raises(SystemExit):
+        evaluate.main([*given, f"--out={tmp_path / 'o'}", "--judge.endpoints=http://127.0.0.1:9/v1"])
+    told, failed = capsys.readouterr()
+    assert told.count("is down (connection refused)") == 1
+    assert "captionqa: no score: for the reason of dcscore" in told
+    assert "checklist: no score: for the reason of dcscore" in told
+    assert failed.count("\n") == 1
 
 
 def test_a_model_captions_the_pictures_once(tmp_path, monkeypatch, capsys):

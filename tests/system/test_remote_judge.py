@@ -160,8 +160,14 @@ def test_the_estimate_of_a_config(capsys, data_dir):
 
     given = [one for one in arguments("unused", data_dir) if "workdir" not in one]
     remote_judge = ["--config.judge.name=remote", "--config.judge.price_in=2", "--config.judge.price_out=10"]
-    training.main([*given, *remote_judge, "--estimate_judge"])
-    text = capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        training.main([*given, *remote_judge, "--estimate_judge"])
+    assert ended.value.code == 2
+    text, failed = capsys.readouterr()
+    started = (
+        "error: seconds are not measured: judge endpoint http://localhost:8000/v1 is down (connection refused); start"
+    )
+    assert the_one_line(failed).startswith(started)
     parser = CommandParser()
     configuration.add_arguments(parser)
     config, _ = configuration.parse_command_line([*given, *remote_judge], parser)
@@ -175,7 +181,6 @@ def test_the_estimate_of_a_config(capsys, data_dir):
         each = [int(rows[f"{name}.v2"][column].replace(",", "")) for name in ("precision", "recall", "linguistic")]
         assert sum(each) == total[column]
     assert "a step of rl asks 36 questions, 32 at once" in text
-    assert "seconds: not measured, judge endpoint http://localhost:8000/v1 is down" in text
     assert float(rows["cost"][0]) == pytest.approx((2 * total[1] + 10 * total[2]) / 1e6, abs=0.006)
     config.unlock()
     config.judge.name = "oracle"
