@@ -22,6 +22,9 @@ def read(
         directory, attn_implementation="eager", output_loading_info=True
     )
     assert [*found["missing_keys"], *found["unexpected_keys"]] == []
+    model = (
+        model.float()
+    )  # transformers 5 computes in the checkpoint's type: of two logits alike in bf16 either may win.
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     picture = Image.fromarray(np.array(image, np.uint8))
     if architecture.startswith("Llava"):

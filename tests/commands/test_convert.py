@@ -422,6 +422,11 @@ def quantised(path):
     return rewrite(path, change), "is of type I8", "that is not quantised"
 
 
+def plain_and_called_quantised(path):
+    change_config(path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    return f"{path / 'config.json'} has a quantization_config ({{'quant_method': 'bitsandbytes'", "or delete that entry"
+
+
 def too_many(path):
     def change(state):
         state["language_model.model.layers.3.mlp.up_proj.weight"] = torch.zeros(32, 24)
@@ -547,7 +552,16 @@ def no_weights(path):
         *(overlapping, gap, bytes_behind, offsets_of_another_shape, fractional_shape, index_without_a_map),
         *(torn_processor, torn_generation, torn_words, config_that_is_a_list, deep_config, odd_architecture),
         *(missing_shard, missing_index, torn_index, index_that_leaves_the_directory, truncated, truncated_header),
-        *(no_safetensors, quantised, too_many, too_few, another_shape, more_layers, same_weight_twice),
+        *(
+            no_safetensors,
+            quantised,
+            plain_and_called_quantised,
+            too_many,
+            too_few,
+            another_shape,
+            more_layers,
+            same_weight_twice,
+        ),
         *(no_config, torn_config, another_architecture, another_decoder, no_tokenizer, torn_tokenizer),
         *(another_tokenizer, no_end_token, endless_words, too_many_words, pickles, no_weights),
     ],

@@ -1,6 +1,7 @@
 """Adapters as files of PEFT: written here and read by peft, made by peft and read here, and those that are refused."""
 
 import json
+import shlex
 import shutil
 
 import jax
@@ -192,6 +193,48 @@ def test_what_is_no_plain_adapter_is_refused(trained, tmp_path, change, named):
 
 
 @pytest.mark.parametrize("family", ["llava"], indirect=True)
+@pytest.mark.parametrize(
+    "name", ["../no\nname", "a\0b", "/nowhere/at/all", "just-a-name", "x; rm y/z", "https://a.b/c"]
+)
+def test_a_base_that_is_no_directory_is_named_in_one_line(trained, tmp_path, name):
+    path = shutil.copytree(trained[2] / "adapter", tmp_path / "adapter")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    message = error_of(models.load, path)
+    assert message.startswith(f"{path / 'adapter_config.json'} is of {name!r}, and there is no such model directory")
+    assert "hf download" not in message
+    assert "--from=BASE" in message
+
+
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
+def test_an_adapter_of_an_adapter_says_which_to_merge_first(trained, tmp_path):
+    first, second = (shutil.copytree(trained[2] / "adapter", tmp_path / name) for name in ("first", "second"))
+    config = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../first"}))
+    message = error_of(models.load, second)
+    assert "is of '../first', which is an adapter itself; merge that one first" in message
+    (command,) = (part for part in message.split("`") if part.startswith("python -m balcap_jax.convert "))
+    merged = convert.convert(shlex.split(command)[3].removeprefix("--from="), tmp_path / "merged")
+    assert_close(models.load(merged)[1], models.load(first)[1])
+    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(merged)}))
+    assert loading.find(second).checkpoint == merged
+
+
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
+def test_a_product_that_no_float_holds_is_refused(trained, base, tmp_path):
+    """Each matrix is finite by itself."""
+    path = shutil.copytree(trained[2] / "adapter", tmp_path / "adapter")
+    weights = path / "adapter_model.safetensors"
+    tiny.save_file({name: tensor * 1e25 for name, tensor in tiny.load_file(weights).items()}, weights)
+    message = error_of(convert.check, path)
+    assert message.startswith(f"{path}: what it adds to model.")
+    assert message.endswith(" is not finite; save the adapter again")
+    message = error_of(convert.convert, base, tmp_path / "out", adapter=path)
+    assert "would hold NaN or infinity as float32; give a type with a larger range, or another model" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
 def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(trained, base, tmp_path):
     path = shutil.copytree(trained[2] / "adapter", tmp_path / "adapter")
     weights = path / "adapter_model.safetensors"
@@ -205,6 +248,10 @@ def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(trained, base, 
 
     assert "q_proj by [3, 25] and [24, 3], its weight is [24, 24]" in refused(**{name: torch.zeros(3, 25)})
     assert "has one half of the adapter of model.language_model.layers.0.self_attn.q_proj" in refused(**{name: None})
+    nothing = {name: torch.zeros(0, 24), name.replace("_A", "_B"): torch.zeros(24, 0)}
+    assert "q_proj by [0, 24] and [24, 0], its weight is [24, 24]" in refused(**nothing)
+    twice = {name.replace(".weight", ".default.weight"): state[name].clone()}
+    assert "has two adapters of model.language_model.layers.0.self_attn.q_proj; save it again" in refused(**twice)
     assert "holds base.weight, which is no LoRA matrix" in refused(**{"base.weight": torch.zeros(1)})
     other = {name.replace("layers.0", "layers.7"): state[name].clone()}
     other |= {key.replace("_A", "_B"): torch.zeros(24, 3) for key in other}

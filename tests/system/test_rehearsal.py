@@ -167,6 +167,7 @@ class Journey:
     def check(self, output: str, judge: Judge, family: str, tmp_path: Path) -> None:
         """What the journey must have left behind, whatever way it was gone."""
         assert f"model   {self.environment['MODEL']}: {family}, " in output
+        assert re.search(rf"going on after step [1-3] of {STEPS} \(rl\)", output)
         assert "2.15" not in output  # The block counts the calls of this run.
         steps = [line["step"] for line in read_metrics(self.work / "run") if line["stage"] == "rl"]
         assert steps == list(range(1, STEPS + 1))
@@ -318,7 +319,7 @@ def test_the_script_on_photographs_killed_once(tmp_path, family, devices):
     command = ["bash", str(ROOT / "launch" / "reproduce.sh"), str(journey.work)]
     with JudgeServer(judge, keep_bodies=False) as server:
         journey.environment |= {"JUDGE": server.url, "RECIPE": recipe}
-        judge.kill_at = 30 * devices
+        judge.kill_at = 14 + 2 * TRAIN["rollout.group_size"] * max(2, devices)  # in the midst of the steps
         done = journey.run(*command)
         assert done.returncode == 128 + signal.SIGKILL, done.stdout + done.stderr
         done = journey.run(*command)

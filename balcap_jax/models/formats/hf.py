@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import read_json_object
 from balcap_jax.cli.process import errors_only
 from balcap_jax.config.schema import FIELDS
@@ -249,6 +249,11 @@ def read_fields(directory: Path, families: Sequence[ModuleType]) -> tuple[Module
     if family is None:
         known = ", ".join(family.MODEL_TYPE for family in families)
         raise UserError(f"{path} is of the architecture {model_type!r}; only {known} can be read")
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{path} has a quantization_config ({shown(config['quantization_config'])}), which is not built; give the "
+            "checkpoint before quantization, or delete that entry if the tensors are plain"
+        )
     processors = read_processors(directory)
     try:
         _check_layers(config)

@@ -137,8 +137,7 @@ def _moved(leaf: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
 def _place(path: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jax.numpy.asarray(array)
-    where = sharding.tree_shardings(mesh, {path: array})[path]
-    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+    return _on_devices(array.shape, sharding.tree_shardings(mesh, {path: array})[path], array.__getitem__)
 
 
 def _read(checkpoint: hf.Checkpoint, like: Params, mesh: Mesh | None, dtype: np.dtype | None) -> Params:

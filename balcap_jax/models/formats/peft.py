@@ -5,6 +5,7 @@ A module of transformers called M with weight [out, in] has two tensors, `base_m
 `lora_a` = A^T and `lora_b` = B^T, stacked over layers (`models.lora`).
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -27,6 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _NAME = "base_model.model.{}.lora_{}.weight"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # a name on the hub, and never a path
 _REMEDY = "give an adapter of LoRA alone, or merge it with peft"
 # What changes more than the products of A and B, unless it is empty or false.
 _OTHER_METHODS = (
@@ -69,20 +71,27 @@ def find_base(directory: Path) -> Path:
     """The directory of the model that an adapter belongs to; a relative name counts from here, or from the adapter.
 
     Raises:
-      UserError: its file names none that is there.
+      UserError: its file names none that is there, or another adapter.
     """
     base = _config(directory).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
             f"{directory / CONFIG} names no base (base_model_name_or_path is {shown(base)}); write its directory there"
         )
-    path = resolved(base)
-    for place in (path.absolute(), directory / path):
-        if hf.is_checkpoint(place):
-            return place
+    places: list[Path] = []
+    with contextlib.suppress(UserError):  # No name that a disk can have, such as an address.
+        places = [resolved(base).absolute(), resolved(directory / base)]
+    if place := next(filter(hf.is_checkpoint, places), None):
+        return place
+    if place := next(filter(is_adapter, places), None):
+        raise UserError(
+            f"{directory / CONFIG} is of {shown(base)}, which is an adapter itself; merge that one first with "
+            f"`python -m balcap_jax.convert --from={place} --out=NEW_DIRECTORY`, and write NEW_DIRECTORY there"
+        )
+    download = f" (one of the hub is downloaded by `hf download {base} --local-dir DIRECTORY`)"
     raise UserError(
         f"{directory / CONFIG} is of {shown(base)}, and there is no such model directory; write the base's directory "
-        f"there (one of the hub is downloaded by `hf download {base} --local-dir DIRECTORY`), or merge the two with "
+        f"there{download if _REPOSITORY.fullmatch(base) else ''}, or merge the two with "
         f"`python -m balcap_jax.convert --from=BASE --adapter={directory} --out=NEW_DIRECTORY`"
     )
 
