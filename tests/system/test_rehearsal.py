@@ -76,9 +76,13 @@ class Judge:
 
     def __init__(self, folder: Path):
         self.process = folder / "process"
-        self.kill_at = 0  # questions about precision; 0 = never
+        self.checkpoints = folder / "work" / "run" / "checkpoints"
+        self.kills = True  # once, in the midst of a step behind the first checkpoint
         self.asked: dict[str, int] = {}
         self.described: list[str] = []
+
+    def _has_checkpoint(self) -> bool:
+        return any(path.parent.name.isdigit() for path in self.checkpoints.glob("*/sums.json"))
 
     def __call__(self, body: dict) -> Reply:
         kind, text = kind_of(body), text_of(body)
@@ -86,8 +90,8 @@ class Judge:
         count = sum(self.asked.values())
         if kind == "describe":
             self.described.append(body["messages"][-1]["content"][0]["image_url"]["url"])
-        if kind == "precision" and self.kill_at and self.asked[kind] >= self.kill_at:
-            self.kill_at = 0
+        if kind == "precision" and self.kills and self._has_checkpoint():
+            self.kills = False
             number, module = self.process.read_text().split()
             assert module == "balcap_jax.train"
             os.kill(int(number), signal.SIGKILL)
@@ -292,7 +296,6 @@ def test_the_journey_line_by_line_killed_once(tmp_path, rendered):
     with JudgeServer(judge, keep_bodies=False) as server:
         settings = {"MODEL": str(tmp_path / "fetched"), "WORK": str(journey.work), "JUDGE": server.url}
         journey.environment |= settings | {"ENGINE": "vllm"}
-        judge.kill_at = 30
         done = journey.run("bash", str(script))
         assert done.returncode == 128 + signal.SIGKILL, done.stdout + done.stderr
         done = journey.run("bash", str(script))
@@ -319,7 +322,6 @@ def test_the_script_on_photographs_killed_once(tmp_path, family, devices):
     command = ["bash", str(ROOT / "launch" / "reproduce.sh"), str(journey.work)]
     with JudgeServer(judge, keep_bodies=False) as server:
         journey.environment |= {"JUDGE": server.url, "RECIPE": recipe}
-        judge.kill_at = 14 + 2 * TRAIN["rollout.group_size"] * max(2, devices)  # in the midst of the steps
         done = journey.run(*command)
         assert done.returncode == 128 + signal.SIGKILL, done.stdout + done.stderr
         done = journey.run(*command)
