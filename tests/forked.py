@@ -3,7 +3,8 @@
 Importing takes a quarter of a small run's time, and the tests start some fifty of them. All else of a process of its
 own is there: environment, working directory, signals, exit functions, and nothing that another command has computed.
 What happens while modules are imported is not seen here: each of these commands is also started by an interpreter of
-its own (`commands.start_afresh`). What is read at import, such as JAX_*, is as it was in the tests' process.
+its own (`commands.start_afresh`). What is read at import, such as JAX_*, is as it was in the tests' process, but for
+JAX_NUM_CPU_DEVICES.
 """
 
 import atexit
@@ -17,8 +18,10 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
+DEVICES = "JAX_NUM_CPU_DEVICES"
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["balcap_jax.train"])
 
@@ -68,6 +71,8 @@ def _run(args: list[str], cwd: str, env: dict[str, str], output: str) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if DEVICES in env:
+        jax.config.update("jax_num_cpu_devices", int(env[DEVICES]))
     np.random.seed()  # Nothing may hang on it; with one state for all, no comparison of runs would find out.
     try:
         if args[0] == "-m":

@@ -46,9 +46,9 @@ def start_interrupted(number: signal.Signals, where: str, *given: str) -> Forked
     return start_script("interrupted.py", number.name, where, *given)
 
 
-def start_script(name: str, *given: str) -> Forked | subprocess.Popen:
+def start_script(name: str, *given: str, **environment: str) -> Forked | subprocess.Popen:
     """A script of this folder."""
-    return _start([str(Path(__file__).with_name(name)), *given])
+    return _start([str(Path(__file__).with_name(name)), *given], environment=environment)
 
 
 def _start(

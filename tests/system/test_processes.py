@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from commands import (
     read_model,
     read_samples,
     read_summary,
+    start_script,
 )
+from commands import start as start_command
+from forked import DEVICES, Forked
 
 # Where a gradient is zero but for rounding, Adam makes a full step of the rounding error unless eps is above it.
 STEPS = {"stages__sft__steps": 5, "stages__rl__steps": 5, "optim__eps": 1e-4, "stages__rl__eval_every": 0}
 RTOL = 1e-5
-TRAIN = ("-m", "balcap_jax.train")
 
 
 def free_port() -> int:
@@ -38,28 +39,27 @@ def free_port() -> int:
 
 
 def start(
-    given: list[str], processes: int, devices: int, command: Sequence[str] = TRAIN, **victims: str
-) -> list[subprocess.Popen]:
-    """Training in `processes` of `devices` each; process_<i>="SIGNAL WHERE" strikes one (see interrupted.py)."""
+    given: list[str], processes: int, devices: int, program: str = "", **victims: str
+) -> list[Forked | subprocess.Popen]:
+    """Training, or the text of a `program`, in `processes` of `devices` each.
+
+    process_<i>="SIGNAL WHERE" strikes one (see interrupted.py).
+    """
     port, started = free_port(), []
     for index in range(processes):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment = {"PYTHONPATH": str(ROOT), DEVICES: str(devices)}
         if processes > 1:
             environment["BALCAP_COORDINATOR"] = f"127.0.0.1:{port}"
             environment["BALCAP_PROCESS_COUNT"] = str(processes)
             environment["BALCAP_PROCESS_ID"] = str(index)
-        strike = victims.get(f"process_{index}", "").split()
-        script = [str(Path(__file__).with_name("interrupted.py")), *strike] if strike else command
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *script, *given],
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
+        if strike := victims.get(f"process_{index}", "").split():
+            started.append(start_script("interrupted.py", *strike, *given, **environment))
+        elif program:
+            command = [sys.executable, "-c", program, *given]
+            options = {"cwd": ROOT, "env": os.environ | environment, "text": True}
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options))
+        else:
+            started.append(start_command("balcap_jax.train", *given, **environment))
     return started
 
 
@@ -69,7 +69,7 @@ def train(workdir: Path, data_dir: Path, processes: int, devices: int, **overrid
     return [finish(process).stdout for process in started]
 
 
-def seconds_to_stop(started: list[subprocess.Popen], victim: int) -> tuple[list[str], float]:
+def seconds_to_stop(started: list[Forked | subprocess.Popen], victim: int) -> tuple[list[str], float]:
     """What the others wrote to stderr once the victim was killed, and how long the last of them went on."""
     errors = {}
     finish(started[victim], -signal.SIGKILL)
@@ -238,7 +238,7 @@ def test_rows_that_processes_hold_alone_or_share():
 
     An array that no process holds whole is written whole, or row by row, by the first.
     """
-    first, second = [finish(process).stdout for process in start([], 2, 2, command=["-c", ROWS])]
+    first, second = [finish(process).stdout for process in start([], 2, 2, program=ROWS)]
     assert "all rows" in first
     assert "this one and process 0 differ in number (1 and 0); start all of them alike" in second
 
@@ -298,7 +298,7 @@ with distributed.session():
 
 @pytest.mark.slow
 def test_what_one_process_finds_torn_all_pass_over(tmp_path):
-    done = [finish(process) for process in start([str(tmp_path)], 2, 2, command=["-c", TORN])]
+    done = [finish(process) for process in start([str(tmp_path)], 2, 2, program=TORN)]
     for process in done:
         lines = process.stdout.splitlines()
         stops = f"stops: can't read {tmp_path}/4: permission denied; mend that and run the same command again"
@@ -323,7 +323,7 @@ with distributed.session():
 @pytest.mark.slow
 def test_a_process_that_waits_for_nobody_stops_too():
     """As while it judges: no collective fails, but JAX misses the heartbeats of the one that was killed."""
-    started = start([], 2, 1, command=["-c", SLEEPER])
+    started = start([], 2, 1, program=SLEEPER)
     errors, seconds = seconds_to_stop(started, 1)
     print(f"stopped after {seconds:.1f} s")
     assert seconds < 60
