@@ -129,6 +129,12 @@ def read(folder: str | Path) -> Evaluation:
     return Evaluation(str(folder), results, metric, scores, parts, of_group)
 
 
+def in_common(base: Evaluation, other: Evaluation) -> list[str]:
+    """The items that are valid in both; none where they are of fewer than two groups."""
+    common = [name for name in base.parts if name in other.parts]
+    return common if len({base.groups[name] for name in common}) > 1 else []
+
+
 @functools.cache
 @np.errstate(over="ignore", invalid="ignore")
 def paired(base: Evaluation, other: Evaluation) -> Paired | None:
@@ -136,10 +142,10 @@ def paired(base: Evaluation, other: Evaluation) -> Paired | None:
 
     Raises UserError where their items are not of one kind.
     """
-    common = [name for name in base.parts if name in other.parts]
-    groups = [base.groups[name] for name in common]
-    if len(set(groups)) < 2:
+    common = in_common(base, other)
+    if not common:
         return None
+    groups = [base.groups[name] for name in common]
     scores, resampled = [], []
     try:
         for member in (base, other):
@@ -206,7 +212,7 @@ def lacking(given: Sequence[str | Path], evaluations: Sequence[Evaluation]) -> l
 def nothing_in_common(evaluations: Sequence[Evaluation]) -> str:
     """Why none of several evaluations can be held against another, "" where one can."""
     others = [(group[0], member) for group in groups(evaluations).values() for member in group[1:]]
-    if len(evaluations) < 2 or any(paired(*pair) for pair in others):
+    if len(evaluations) < 2 or any(in_common(*pair) for pair in others):
         return ""
     if not others:
         return f"nothing is compared: no two of the folders are of one metric; {_REMEDY} with the same --metric"
