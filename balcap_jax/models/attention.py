@@ -4,8 +4,12 @@ Keys and values are head-major ([..., heads, positions, head size]), so that the
 memory in the decode loop.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from balcap_jax.parallel.sharding import constrain
 
 # Finite, so that a row without any allowed key (a padding query) stays finite instead of becoming NaN.
 MASKED = -1e30
@@ -53,19 +57,16 @@ def prefix_and_branch(
     branch_k: jax.Array,
     branch_v: jax.Array,
     branch_mask: jax.Array,
-    self_kv: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Attention of T response tokens per branch; the prefix is never repeated over G.
+    """Attention of whole responses, R tokens per branch; the prefix is never repeated over G.
 
     The parts share one maximum and one denominator, so the result is the softmax over their concatenation, which is
     never built.
 
     Args:
-      q: [B, G, T, N, H], T = 1 while decoding and R in the update.
+      q: [B, G, T, N, H].
       prefix_k, prefix_v: [B, M, P, H]; prefix_mask: [B, P] bool.
       branch_k, branch_v: [B, G, M, S, H]; branch_mask: [T, S] bool, True where the key may be seen.
-      self_kv: key and value [B, G, M, T, H] of each token itself, where the branch does not hold them yet. That is so
-        in decoding, where the cache is only read here and written once per token.
 
     Returns:
       [B, G, T, N, H].
@@ -80,10 +81,6 @@ def prefix_and_branch(
 
     # [B, M, G, T, rep] and [B, G, M, T, rep]; the maximum only guards against overflow, so no gradient goes through it.
     max_logit = jnp.maximum(prefix_logits.max(-1).swapaxes(1, 2), branch_logits.max(-1))
-    if self_kv is not None:
-        self_k = self_kv[0].swapaxes(2, 3)[..., None, :].astype(jnp.float32)
-        self_logits = (q.astype(jnp.float32) * self_k).sum(-1).swapaxes(2, 3)
-        max_logit = jnp.maximum(max_logit, self_logits)
     max_logit = jax.lax.stop_gradient(max_logit)
     prefix_weights = jnp.exp(prefix_logits - max_logit.swapaxes(1, 2)[..., None])
     branch_weights = jnp.exp(branch_logits - max_logit[..., None])
@@ -92,9 +89,64 @@ def prefix_and_branch(
     # With the axes of the result in the operands' order it is one plain matmul per head.
     prefix_out = jnp.einsum("bmgtrp,bmph->bmgtrh", prefix_weights.astype(prefix_v.dtype), prefix_v).swapaxes(1, 2)
     out = prefix_out + jnp.einsum("bgmtrs,bgmsh->bgmtrh", branch_weights.astype(branch_v.dtype), branch_v)
-    if self_kv is not None:
-        self_weights = jnp.exp(self_logits - max_logit)
-        denominator += self_weights
-        out += self_weights[..., None].astype(prefix_v.dtype) * self_kv[1][:, :, :, :, None]
     out = out / denominator[..., None].astype(prefix_v.dtype)
     return out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, group, length, heads, size)
+
+
+@jax.named_scope("attention")
+def of_one_token(
+    q: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    prefix_mask: jax.Array,
+    own_k: jax.Array,
+    own_v: jax.Array,
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    blocks: jax.Array | None,
+) -> jax.Array:
+    """Attention of one response token per branch, over its prompt, itself and the first `blocks` blocks of its cache.
+
+    The softmax is kept up block by block (Milakov and Gimelshein, arXiv 1805.02867), so that only what is written of
+    the cache is read. `blocks` None: the cache is one block, which takes no loop.
+
+    Args:
+      q: [B, G, N, H].
+      prefix_k, prefix_v: [B, M, P, H]; prefix_mask: [B, P] bool.
+      own_k, own_v: [B, G, M, H] of the token itself, which the cache does not hold yet.
+      read: block number -> keys and values [B, G, M, S, H] and which of them count, [S] bool.
+
+    Returns:
+      [B, G, N, H].
+    """
+    batch, group, heads, size = q.shape
+    kv_heads = prefix_k.shape[1]
+    q = (q * size**-0.5).reshape(batch, group, kv_heads, heads // kv_heads, size)
+
+    def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
+
+    def split(x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", None, "heads")
+
+    # [B, M, G, rep, P]: as the operands have their axes, it is one plain matmul per head for all branches.
+    prefix_logits = dot("bgmrh,bmph->bmgrp", q, prefix_k) + bias(prefix_mask)[:, None, None, None]
+    own_logits = (q.astype(jnp.float32) * own_k[..., None, :].astype(jnp.float32)).sum(-1)
+    top = jnp.maximum(prefix_logits.max(-1).swapaxes(1, 2), own_logits)
+    prefix_weights, own_weights = jnp.exp(prefix_logits - top.swapaxes(1, 2)[..., None]), jnp.exp(own_logits - top)
+    denominator = prefix_weights.sum(-1).swapaxes(1, 2) + own_weights
+    out = dot("bmgrp,bmph->bmgrh", prefix_weights, prefix_v).swapaxes(1, 2)
+    out += own_weights[..., None] * own_v[..., None, :].astype(jnp.float32)
+
+    def add(block: jax.Array | int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        top, denominator, out = state
+        keys, values, counts = read(block)
+        logits = dot("bgmrh,bgmsh->bgmrs", q, keys) + bias(counts)
+        new_top = jnp.maximum(top, logits.max(-1))
+        weights, scale = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
+        out = out * scale[..., None] + dot("bgmrs,bgmsh->bgmrh", weights, values)
+        return split(new_top), split(denominator * scale + weights.sum(-1)), split(out)
+
+    state = (split(top), split(denominator), split(out))
+    state = add(0, state) if blocks is None else jax.lax.fori_loop(0, blocks, add, state)
+    _, denominator, out = state
+    return (out / denominator[..., None]).astype(own_v.dtype).reshape(batch, group, heads, size)

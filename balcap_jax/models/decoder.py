@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balcap_jax.models import attention, kernels
-from balcap_jax.parallel.sharding import constrain
+from balcap_jax.models import attention, deepstack, kernels
+from balcap_jax.models.packing import UNIT, Places
+from balcap_jax.parallel.sharding import batch_parts, constrain
 
 Params = dict[str, Any]
+
+CACHE_BLOCK = 128  # positions of the branches' cache that a decoding step reads at once
 
 
 class Sizes:
@@ -39,6 +42,7 @@ class TowerSizes(Sizes):
     """The sizes of every family's vision tower. `remat`: none | dots | full."""
 
     PREFIXED: ClassVar = ("width", "layers", "heads", "mlp")
+    PATCHES_PER_TOKEN: ClassVar[int] = 1
 
     patch_size: int
     width: int
@@ -54,8 +58,10 @@ class DecoderConfig(Sizes):
     """Sizes of the decoder.
 
     `mrope_section` empty means ordinary rotary positions; else three counts of frequencies (temporal, height, width)
-    that sum to head_size / 2, and positions carry a trailing axis of 3 (Qwen2.5-VL). `remat`: none | dots | full.
-    `attention`: one of kernels.KINDS, in prefill and update.
+    that sum to head_size / 2, and positions carry a trailing axis of 3. The frequencies of an axis lie side by side
+    (Qwen2.5-VL), or those of the three axes take turns (Qwen3-VL: `mrope_interleaved`). `qk_norm`: RMS norms over the
+    features of each query and key head (Qwen3). `remat`: none | dots | full. `attention`: one of kernels.KINDS, in
+    prefill and update.
     """
 
     vocab: int
@@ -67,8 +73,10 @@ class DecoderConfig(Sizes):
     mlp: int
     rope_theta: float = 10000.0
     mrope_section: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    qk_norm: bool = False
     tied_embeddings: bool = False
     dtype: str = "float32"
     remat: str = "none"
@@ -85,7 +93,11 @@ class Prefix(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Keys and values of the G samples of each prompt, [L, B, G, M, R, H]; written position by position."""
+    """Keys and values of all branches, [L, Q, places, M, R, H]; written position by position.
+
+    Q is the number of parts that a batch is in (sharding.batch_parts), each with B / Q * G places. What decodes lies in
+    the first places: B' / Q lines of G' branches, a line's side by side.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -117,6 +129,8 @@ class Block(nn.Module):
         self.q = nn.DenseGeneral((c.heads, c.head_size), use_bias=c.qkv_bias, dtype=dtype)
         self.k = nn.DenseGeneral((c.kv_heads, c.head_size), use_bias=c.qkv_bias, dtype=dtype)
         self.v = nn.DenseGeneral((c.kv_heads, c.head_size), use_bias=c.qkv_bias, dtype=dtype)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
         # Scaled down by the number of summands of the residual stream (GPT-2, Radford et al. 2019).
         residual = nn.initializers.variance_scaling(0.5 / c.layers, "fan_in", "truncated_normal")
         self.o = nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=residual)
@@ -138,6 +152,8 @@ class Block(nn.Module):
             return constrain(y, "batch", *(None,) * (x.ndim - 2), "heads")
 
         q, k, v = project(self.q), project(self.k), project(self.v)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope).swapaxes(-3, -2), v.swapaxes(-3, -2)
 
     def output(self, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -163,6 +179,10 @@ def rope_table(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, 
     positions = positions.astype(jnp.float32)
     if config.mrope_section:
         axis = np.repeat(np.arange(3), config.mrope_section)
+        if config.mrope_interleaved:
+            # Rows and columns have every third frequency up to their count; all others are time's.
+            turn, number = np.arange(half) % 3, np.arange(half) // 3
+            axis = np.where(number < np.array(config.mrope_section)[turn], turn, 0)
         angles = positions[..., axis] * frequency
     else:
         angles = positions[..., None] * frequency
@@ -236,27 +256,32 @@ def prefill(
     """Runs the prompt once.
 
     Args:
-      x: [B, P, D] input embeddings; mask: [B, P] bool; positions: [B, P] or [B, P, 3] int32.
+      x: [B, P, D] input embeddings, or [B, P, (1 + n) D], see `deepstack.split`.
+      mask: [B, P] bool; positions: [B, P] or [B, P, 3] int32.
 
     Returns:
       The normed hidden state [B, D] of each prompt's last real token, and the Prefix.
     """
     block = Block(config)
     rope = rope_table(config, positions)
+    x, deepen = deepstack.split(x, config.width)
 
-    def layer(x, weights):
+    def layer(x, inputs):
+        weights, number = inputs
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
         attended = kernels.causal(config.attention, q, k, v, mask)
-        return block.apply({"params": weights}, x, attended, method="output"), (k, v)
+        return deepen(block.apply({"params": weights}, x, attended, method="output"), number), (k, v)
 
-    x, (keys, values) = jax.lax.scan(layer, x, params["layers"])
+    x, (keys, values) = jax.lax.scan(layer, x, (params["layers"], np.arange(config.layers)))
     last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1)[:, 0]
     return _final_norm(config, params, last), Prefix(keys, values, mask, _next_position(config, mask, positions))
 
 
 def empty_branch(config: DecoderConfig, batch: int, group: int, length: int) -> Branch:
-    """An unwritten Branch for `length` response tokens."""
-    shape = (config.layers, batch, group, config.kv_heads, length, config.head_size)
+    """An unwritten Branch for `length` response tokens, in whole blocks."""
+    parts = batch_parts() if batch % batch_parts() == 0 else 1
+    length = -(-length // CACHE_BLOCK) * CACHE_BLOCK if length > CACHE_BLOCK else length
+    shape = (config.layers, parts, batch // parts * group, config.kv_heads, length, config.head_size)
     empty = jnp.zeros(shape, jnp.dtype(config.dtype))
     return Branch(*(constrain(empty, None, "batch", None, "heads") for _ in Branch._fields))
 
@@ -264,27 +289,77 @@ def empty_branch(config: DecoderConfig, batch: int, group: int, length: int) -> 
 def decode(
     config: DecoderConfig, params: Params, prefix: Prefix, branch: Branch, x: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, Branch]:
-    """Runs response token `t` of every sample: x [B, G, D] -> normed hidden [B, G, D], and the extended branch.
+    """Runs response token `t` of every line of branches: x [B', G', D] -> normed hidden [B', G', D], extended branch.
 
-    The layer scan only reads the cache. One write after the scan adds the keys and values of all layers, in place.
-    A write inside the scan would copy the cache at each layer, or out of the scan at each token.
+    The layer scan only reads the cache, as many blocks of it as hold the positions before t. One write after the scan
+    adds the keys and values of all layers, in place. A write inside the scan would copy the cache at each layer, or out
+    of the scan at each token.
     """
     block = Block(config)
     rope = _response_rope(config, prefix.next_position, t[None])
-    earlier = (jnp.arange(branch.keys.shape[-2]) < t)[None]
+    lines, group = x.shape[:2]
+    _, parts, _, kv_heads, length, size = branch.keys.shape
+    span = min(CACHE_BLOCK, length)
+    blocks = -(-t // span) if length > span else None
 
     def layer(x, inputs):
-        weights, prefix_k, prefix_v, branch_k, branch_v = inputs
+        weights, prefix_k, prefix_v, number = inputs
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
-        attended = attention.prefix_and_branch(
-            q, prefix_k, prefix_v, prefix.mask, branch_k, branch_v, earlier, self_kv=(k, v)
-        )
-        return block.apply({"params": weights}, x, attended, method="output"), (k, v)
 
-    x, (keys, values) = jax.lax.scan(layer, x[:, :, None], (params["layers"], prefix.keys, prefix.values, *branch))
+        def read(index):
+            start, sizes = (number, 0, 0, 0, index * span, 0), (1, parts, lines // parts * group, kv_heads, span, size)
+            found = (jax.lax.dynamic_slice(array, start, sizes) for array in branch)
+            keys, values = (array.reshape(lines, group, kv_heads, span, size) for array in found)
+            return keys, values, index * span + jnp.arange(span) < t
+
+        attended = attention.of_one_token(
+            q[:, :, 0], prefix_k, prefix_v, prefix.mask, k[..., 0, :], v[..., 0, :], read, blocks
+        )
+        return block.apply({"params": weights}, x, attended[:, :, None], method="output"), (k, v)
+
+    inputs = (params["layers"], prefix.keys, prefix.values, jnp.arange(config.layers))
+    x, new = jax.lax.scan(layer, x[:, :, None], inputs)
+    new = (array.reshape(config.layers, parts, lines // parts * group, *array.shape[3:]) for array in new)
     at = (0, 0, 0, 0, t, 0)
-    branch = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), branch, Branch(keys, values))
+    branch = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), branch, Branch(*new))
     return _final_norm(config, params, x[:, :, 0]), branch
+
+
+def regroup(
+    prefix: Prefix, branch: Branch, lines: jax.Array, places: jax.Array, written: jax.Array
+) -> tuple[Prefix, Branch]:
+    """Brings branches to other places of their part: those that decode next come to lie in the first ones.
+
+    Args:
+      lines: [Q, new lines] for each new line a line of now, by its number in the part, that has the same prompt.
+      places: [Q, new places] for each new place the place where its branch is now.
+      written: positions of the cache that are written. Others are not moved; 0 moves none.
+
+    Returns:
+      The prefix of the new lines, and the branch.
+    """
+    parts, count = lines.shape
+
+    def take(array: jax.Array, axis: int) -> jax.Array:
+        of_parts = array.reshape(*array.shape[:axis], parts, -1, *array.shape[axis + 1 :])
+        found = jax.vmap(lambda x, i: jnp.take(x, i, axis), (axis, 0), axis)(of_parts, lines)
+        found = found.reshape(*array.shape[:axis], parts * count, *array.shape[axis + 1 :])
+        # Of what is stacked by layer, the heads are split too.
+        return constrain(found, *((None, "batch", "heads") if axis else ("batch",)))
+
+    prefix = Prefix(take(prefix.keys, 1), take(prefix.values, 1), take(prefix.mask, 0), take(prefix.next_position, 0))
+    layers, length = branch.keys.shape[0], branch.keys.shape[4]
+    span = min(CACHE_BLOCK, length)
+
+    def move(turn: jax.Array, array: jax.Array) -> jax.Array:
+        """Layer by layer and block by block, so that no second cache exists."""
+        start = (turn % layers, 0, 0, 0, turn // layers * span, 0)
+        old = jax.lax.dynamic_slice(array, start, (1, *array.shape[1:4], span, array.shape[5]))[0]
+        new = jax.vmap(lambda x, i: jnp.take(x, i, axis=0))(old, places)[None]
+        return jax.lax.dynamic_update_slice(array, constrain(new, None, "batch", None, "heads"), start)
+
+    turns = layers * -(-written // span)
+    return prefix, Branch(*(jax.lax.fori_loop(0, turns, move, array) for array in branch))
 
 
 def forward(
@@ -293,31 +368,95 @@ def forward(
     """Runs prompts and their responses side by side; each prompt runs once.
 
     Args:
-      x: [B, P, D] prompt embeddings; mask: [B, P]; positions: [B, P] or [B, P, 3].
+      x: [B, P, D] prompt embeddings, or [B, P, (1 + n) D], see `deepstack.split`.
+      mask: [B, P]; positions: [B, P] or [B, P, 3].
       responses: [B, G, R, D] response embeddings, padding (if any) at the end.
 
     Returns:
       Normed hidden states [B, G, R, D] that predict response tokens 0..R-1: the prompt's last state, then those of
       response tokens 0..R-2.
     """
-    block = Block(config)
-    rope = rope_table(config, positions)
     length = responses.shape[2]
-    response_rope = _response_rope(config, _next_position(config, mask, positions), jnp.arange(length))
+    rope = _response_rope(config, _next_position(config, mask, positions), jnp.arange(length))
 
-    def layer(carry, weights):
-        x, y = carry
-        variables = {"params": weights}
-        q, k, v = block.apply(variables, x, rope, method="qkv")
-        branch_q, branch_k, branch_v = block.apply(variables, y, response_rope, method="qkv")
-        attended = kernels.over_prompt(config.attention, branch_q, k, v, mask, branch_k, branch_v)
-        x = block.apply(variables, x, kernels.causal(config.attention, q, k, v, mask), method="output")
-        return (x, block.apply(variables, y, attended, method="output")), None
+    def attend(q, prefix_k, prefix_v, k, v):
+        return kernels.over_prompt(config.attention, q, prefix_k, prefix_v, mask, k, v)
 
-    (x, y), _ = jax.lax.scan(remat(layer, config.remat), (x, responses), params["layers"])
+    x, y = _side_by_side(config, params, x, mask, positions, responses, rope, attend)
     last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1)
     first = jnp.broadcast_to(last[:, :, None], (y.shape[0], y.shape[1], 1, y.shape[3]))
     return _final_norm(config, params, jnp.concatenate([first, y[:, :, :-1]], axis=2))
+
+
+def forward_packed(
+    config: DecoderConfig,
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    responses: jax.Array,
+    at: Places,
+    length: int,
+) -> jax.Array:
+    """`forward` of packed responses, of at most `length` tokens each.
+
+    Args:
+      x, mask, positions: as of `forward`; the prompts of each of the Q parts lie together.
+      responses: [Q, S, D] response embeddings at the places `at`.
+
+    Returns:
+      Normed hidden states [Q, S, D] that predict the token of each place.
+    """
+    parts, size, width = responses.shape
+    start = _next_position(config, mask, positions).reshape(parts, -1)
+    offset = at.chunk[..., None] * UNIT + jnp.arange(UNIT)  # [Q, K, UNIT]
+    where = (jnp.take_along_axis(start, at.prompt, axis=1)[..., None] + offset).reshape(parts, size)
+    if config.mrope_section:
+        where = jnp.broadcast_to(where[..., None], (*where.shape, 3))
+
+    def attend(q, prefix_k, prefix_v, k, v):
+        return kernels.over_prompt_packed(config.attention, q, prefix_k, prefix_v, mask, k, v, at, length)
+
+    x, y = _side_by_side(config, params, x, mask, positions, responses, rope_table(config, where), attend)
+    last = jnp.take_along_axis(x, last_real(mask)[:, None, None], axis=1).reshape(parts, -1, width)
+    # A unit's first token is predicted by what lies before it, that of a response by its prompt.
+    before = jnp.pad(y, [(0, 0), (1, 0), (0, 0)])[:, :-1].reshape(parts, -1, UNIT, width)
+    first = jnp.where(
+        (at.chunk == 0)[..., None], jnp.take_along_axis(last, at.prompt[..., None], axis=1), before[:, :, 0]
+    )
+    hidden = before.at[:, :, 0].set(first).reshape(parts, size, width)
+    return _final_norm(config, params, hidden)
+
+
+def _side_by_side(
+    config: DecoderConfig,
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    y: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Callable[..., jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The last layer's outputs of prompts x [B, P, D] and of responses y [..., S, D] with the table `rope`.
+
+    attend: (q, prefix_k, prefix_v, k, v) -> what the responses read, of the shape of q.
+    """
+    block, prompt_rope = Block(config), rope_table(config, positions)
+    x, deepen = deepstack.split(x, config.width)
+
+    def layer(carry, inputs):
+        (x, y), (weights, number) = carry, inputs
+        variables = {"params": weights}
+        prefix_q, prefix_k, prefix_v = block.apply(variables, x, prompt_rope, method="qkv")
+        q, k, v = block.apply(variables, y, rope, method="qkv")
+        attended = attend(q, prefix_k, prefix_v, k, v)
+        prompt_attended = kernels.causal(config.attention, prefix_q, prefix_k, prefix_v, mask)
+        x = block.apply(variables, x, prompt_attended, method="output")
+        return (deepen(x, number), block.apply(variables, y, attended, method="output")), None
+
+    layers = (params["layers"], np.arange(config.layers))
+    return jax.lax.scan(remat(layer, config.remat), (x, y), layers)[0]
 
 
 def _final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:

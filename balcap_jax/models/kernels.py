@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.models import attention
+from balcap_jax.models import attention, packed_attention
+from balcap_jax.models.packing import Places, pack, unpack
 from balcap_jax.parallel import sharding
+from balcap_jax.parallel.sharding import constrain
 
 KINDS = ("auto", "einsum", "dot_product", "splash")
 LANES = 128  # The kernel's blocks and its sequences are multiples of it.
@@ -92,6 +94,32 @@ def over_prompt(
     k, v = joined(prefix_k, branch_k), joined(prefix_v, branch_v)
     offset = prefix_segments.shape[1]
     return _splash(_padded(q, 2), k, v, branch_segments, segments, offset=offset)[:, :, :length]
+
+
+def over_prompt_packed(
+    kind: str,
+    q: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    prefix_mask: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    at: Places,
+    length: int,
+) -> jax.Array:
+    """`over_prompt` of packed responses of at most `length` tokens; a library's kernel sees them unpacked.
+
+    q [Q, S, N, H]; prefix_k, prefix_v [B, M, P, H]; prefix_mask [B, P] bool; k, v [Q, M, S, H] -> [Q, S, N, H].
+    """
+    if resolve(kind, q.shape[-1], q.dtype.name) == "einsum":
+        return packed_attention.over_prompt(q, prefix_k, prefix_v, prefix_mask, k, v, at)
+
+    def rows(x: jax.Array) -> jax.Array:
+        """[Q, S, heads, H] -> [B, G, R, heads, H]"""
+        return constrain(unpack(x, at, length), "batch", None, None, "heads")
+
+    own_k, own_v = (rows(x.swapaxes(1, 2)).swapaxes(2, 3) for x in (k, v))
+    return pack(over_prompt(kind, rows(q), prefix_k, prefix_v, prefix_mask, own_k, own_v), at)
 
 
 @jax.named_scope("attention")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balcap_jax.losses import chunked_log_probs, sampling_logits
-from balcap_jax.models import decoder
+from balcap_jax.models import decoder, packing
 from balcap_jax.models.decoder import Branch, DecoderConfig, Params, Prefix
 from balcap_jax.parallel.sharding import batch_parts, constrain
 
@@ -19,7 +19,7 @@ class Prompt(NamedTuple):
 
     tokens [B, P] int32 (image placeholders included); mask [B, P] bool, False on padding; positions [B, P] int32
     ([B, P, 3] for M-RoPE); images: what the family's vision tower takes, arrays with a leading B axis (LLaVA: uint8
-    [B, S, S, 3]; Qwen2.5-VL: `QwenImages`).
+    [B, S, S, 3]; the Qwen families: `QwenImages`).
     """
 
     tokens: jax.Array
@@ -59,7 +59,10 @@ class Policy:
         raise NotImplementedError
 
     def encode(self, params: Params, images: Any) -> jax.Array:
-        """`Prompt.images` -> image embeddings [B, I, D]; once per image."""
+        """`Prompt.images` -> image embeddings [B, I, D]; once per image.
+
+        With DeepStack [B, I, (1 + n) D]: behind the embeddings lies what the first n decoder layers add to them.
+        """
         raise NotImplementedError
 
     @jax.named_scope("prefill")
@@ -77,19 +80,57 @@ class Policy:
     def decode(
         self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
     ) -> tuple[Branch, jax.Array]:
-        """Response tokens [B, G] at index t -> the extended branch and logits [B, G, V] (fp32) of index t + 1."""
+        """Response tokens [B, G] at index t -> the extended branch and logits [B, G, V] (fp32) of index t + 1.
+
+        After `regroup` B and G are lines and the branches of one.
+        """
         x = decoder.embed(self.decoder, params["decoder"], tokens)
         hidden, branch = decoder.decode(self.decoder, params["decoder"], prefix, branch, x, t)
         return branch, self._logits(params, hidden)
 
+    @jax.named_scope("regroup")
+    def regroup(
+        self, prefix: Prefix, branch: Branch, lines: jax.Array, places: jax.Array, written: jax.Array
+    ) -> tuple[Prefix, Branch]:
+        """Brings branches to other places, see `decoder.regroup`."""
+        return decoder.regroup(prefix, branch, lines, places, written)
+
     @jax.named_scope("log_probs")
     def log_probs(
-        self, params: Params, prompt: Prompt, image_embeds: jax.Array, responses: jax.Array, *, temperature: float = 1.0
+        self,
+        params: Params,
+        prompt: Prompt,
+        image_embeds: jax.Array,
+        responses: jax.Array,
+        *,
+        temperature: float = 1.0,
+        mask: jax.Array | None = None,
+        token_bucket: int = 0,
     ) -> jax.Array:
-        """Log-probabilities [B, G, R] (fp32) of `responses` [B, G, R]; no array holds more than a chunk of logits."""
+        """Log-probabilities [B, G, R] (fp32) of `responses` [B, G, R]; no array holds more than a chunk of logits.
+
+        With a `token_bucket`, the tokens that a response has on average, responses run packed (`models.packing`). Then
+        `mask` [B, G, R] must be given, True for the first tokens of each response alone, and the others' values are 0.
+        Parts with more tokens than the bucket allows are NaN, so that no update takes a part for the whole.
+        """
         x = self._prompt_embeddings(params, prompt, image_embeds)
-        y = decoder.embed(self.decoder, params["decoder"], responses)
-        hidden = decoder.forward(self.decoder, params["decoder"], x, prompt.mask, prompt.positions, y)
+        inputs = self.decoder, params["decoder"], x, prompt.mask, prompt.positions
+        if not token_bucket:
+            y = decoder.embed(self.decoder, params["decoder"], responses)
+            return self._chosen(params, decoder.forward(*inputs, y), responses, temperature)
+        length = responses.shape[-1]
+        lengths = mask.sum(-1, dtype=jnp.int32).reshape(batch_parts(), -1, mask.shape[1])
+        at = packing.places(lengths, length, token_bucket)
+        tokens = packing.pack(responses, at)
+        y = decoder.embed(self.decoder, params["decoder"], tokens)
+        found = self._chosen(params, decoder.forward_packed(*inputs, y, at, length), tokens, temperature)
+        found = packing.unpack(found, at, length).reshape(len(at.fits), -1, *responses.shape[1:])
+        # A factor, not a selection: the gradient of what does not fit must not be finite either.
+        found = (found * jnp.where(at.fits, 1.0, jnp.nan)[:, None, None, None]).reshape(responses.shape)
+        return jnp.where(mask, found, 0.0)
+
+    def _chosen(self, params: Params, hidden: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
+        """Log-probabilities of `tokens` [...] from the normed hidden states [..., D] that predict them."""
         output = decoder.split_output(params["decoder"])
 
         def logits(hidden: jax.Array) -> jax.Array:
@@ -99,7 +140,7 @@ class Policy:
 
         chunk = self.logits_chunk * batch_parts()
         return chunked_log_probs(
-            hidden, logits, responses, chunk=chunk, temperature=temperature, forbidden=self._forbidden
+            hidden, logits, tokens, chunk=chunk, temperature=temperature, forbidden=self._forbidden
         )
 
     @property
@@ -116,8 +157,12 @@ class Policy:
         return sampling_logits(logits, forbidden=self._forbidden)
 
     def _prompt_embeddings(self, params: Params, prompt: Prompt, image_embeds: jax.Array) -> jax.Array:
-        """Token embeddings [B, P, D], with the image's embeddings, in order, in the places of the image tokens."""
+        """Token embeddings [B, P, D], with the image's embeddings, in order, in the places of the image tokens.
+
+        Where `image_embeds` are [B, I, (1 + n) D], so are these; see `deepstack.split`. Text gains nothing.
+        """
         text = decoder.embed(self.decoder, params["decoder"], prompt.tokens)
+        text = jnp.pad(text, [(0, 0), (0, 0), (0, image_embeds.shape[-1] - text.shape[-1])])
         is_image = prompt.tokens == self.image_token
         index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_embeds.shape[1] - 1)
         placed = jnp.take_along_axis(image_embeds.astype(text.dtype), index[..., None], axis=1)
@@ -158,7 +203,7 @@ class Wrapped:
 
 
 class Projector(nn.Module):
-    """Two layers with GELU between, to the decoder's `width`: the projector of LLaVA-1.5, the merger of Qwen2.5-VL.
+    """Two layers with GELU between, to the decoder's `width`: the projector of LLaVA-1.5, the mergers of Qwen.
 
     Features [..., F] -> [..., hidden] -> image embeddings [..., width].
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import Params, TowerSizes
+from balcap_jax.models.image_attention import few_at_a_time
 from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.parallel.sharding import constrain
 
@@ -48,13 +49,18 @@ class VisionBlock(nn.Module):
         with jax.named_scope("attention"):
             h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="attention_norm")(x)
             q, k, v = (nn.DenseGeneral((c.heads, size), dtype=dtype, name=name)(h) for name in ("q", "k", "v"))
-            logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * size**-0.5
-            out = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits).astype(dtype), v)
+            out = few_at_a_time(_attend, (q, k, v), c.heads * x.shape[1] ** 2)
             x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=dtype, name="o")(out)
         with jax.named_scope("mlp"):
             h = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="mlp_norm")(x)
             h = nn.Dense(c.mlp, dtype=dtype, name="up")(h)
             return x + nn.Dense(c.width, dtype=dtype, name="down")(h * nn.sigmoid(1.702 * h))
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of q, k, v [B, S, N, H] over the whole image."""
+    logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits).astype(v.dtype), v)
 
 
 class Patches(nn.Module):

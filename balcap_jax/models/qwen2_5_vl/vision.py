@@ -1,7 +1,10 @@
-"""The vision tower of Qwen2.5-VL over window-major slots (see `windows`), and the merger to the decoder's width."""
+"""The vision tower of Qwen2.5-VL over window-major slots (see `windows`), and the merger to the decoder's width.
+
+What the towers of both Qwen families have in common is here too: `QwenTower`, `QwenImages`, `PatchEmbedding`, `joined`.
+"""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 from balcap_jax.models import decoder
 from balcap_jax.models.attention import MASKED
 from balcap_jax.models.decoder import Params, RMSNorm, TowerSizes
+from balcap_jax.models.image_attention import few_at_a_time
 from balcap_jax.models.policy import Projector
 from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.qwen2_5_vl.windows import MERGE, windows_needed
@@ -23,21 +27,15 @@ ROPE_THETA = 10000.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig(TowerSizes):
-    """Sizes of the tower. `full_attention_layers` (from 0) attend to the whole image, the others within windows.
+class QwenTower(TowerSizes):
+    """What both families' towers say of images: I is `max_image_tokens`; a family adds `window_side` and `windows`."""
 
-    `window_size` is in pixels; `max_image_tokens` is I.
-    """
+    PIXEL_MEAN: ClassVar[np.ndarray] = PIXEL_MEAN
+    PIXEL_STD: ClassVar[np.ndarray] = PIXEL_STD
+    PATCHES_PER_TOKEN: ClassVar = MERGE**2
 
-    window_size: int
-    full_attention_layers: tuple[int, ...]
     max_image_tokens: int
     max_aspect: float = 4.0
-
-    @property
-    def window_side(self) -> int:
-        """Merged tokens along a window's side."""
-        return self.window_size // MERGE // self.patch_size
 
     @property
     def slots(self) -> int:
@@ -45,13 +43,29 @@ class VisionConfig(TowerSizes):
         return (self.window_side * MERGE) ** 2
 
     @property
+    def patch_features(self) -> int:
+        return 3 * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(QwenTower):
+    """Sizes of the tower. `full_attention_layers` (from 0) attend to the whole image, the others within windows.
+
+    `window_size` is in pixels.
+    """
+
+    window_size: int
+    full_attention_layers: tuple[int, ...]
+
+    @property
+    def window_side(self) -> int:
+        """Merged tokens along a window's side."""
+        return self.window_size // MERGE // self.patch_size
+
+    @property
     def windows(self) -> int:
         """W."""
         return windows_needed(self.max_image_tokens, self.max_aspect, self.window_side)
-
-    @property
-    def patch_features(self) -> int:
-        return 3 * self.patch_size**2
 
 
 class QwenImages(NamedTuple):
@@ -75,7 +89,8 @@ class PatchEmbedding(nn.Module):
     The reference convolves FRAMES frames, which are the same for an image: hence the sum of the kernel over them.
     """
 
-    config: VisionConfig
+    config: QwenTower
+    bias: bool = False
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -83,9 +98,10 @@ class PatchEmbedding(nn.Module):
         initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
         kernel = self.param("kernel", initializer, (FRAMES, c.patch_features, c.width))
         channels = patches.reshape(*patches.shape[:-1], 3, -1).astype(jnp.float32) / 255.0
-        pixels = (channels - PIXEL_MEAN[:, None]) / PIXEL_STD[:, None]
+        pixels = (channels - c.PIXEL_MEAN[:, None]) / c.PIXEL_STD[:, None]
         dtype = jnp.dtype(c.dtype)
-        return pixels.reshape(patches.shape).astype(dtype) @ kernel.sum(0).astype(dtype)
+        x = pixels.reshape(patches.shape).astype(dtype) @ kernel.sum(0).astype(dtype)
+        return x + self.param("bias", nn.initializers.zeros, (c.width,)).astype(dtype) if self.bias else x
 
 
 class VisionBlock(nn.Module):
@@ -125,7 +141,9 @@ def attend(
         return jnp.einsum("bwnqk,bwknh->bwqnh", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
     def full(*arrays):
-        return windowed(*(x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in arrays)).reshape(q.shape)
+        arrays = tuple(x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in arrays)
+        slots = q.shape[1] * q.shape[2]
+        return few_at_a_time(windowed, arrays, config.heads * slots**2).reshape(q.shape)
 
     if q.shape[1] == 1 or not config.full_attention_layers:
         return windowed(q, k, v, mask)
@@ -139,7 +157,7 @@ def attend(
     return either(q, k, v, mask, is_full)
 
 
-def rope_table(config: VisionConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_table(config: QwenTower, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [..., 1, H/2] of positions [..., 2]: half of them for row and column each."""
     quarter = config.width // config.heads // 4
     frequency = ROPE_THETA ** (-np.arange(quarter, dtype=np.float32) / quarter)
@@ -166,7 +184,7 @@ def init(config: VisionConfig, rng: jax.Array) -> Params:
     }
 
 
-def merger(config: VisionConfig, width: int) -> Projector:
+def merger(config: QwenTower, width: int) -> Projector:
     """The merger's two layers, from features of MERGE^2 joined patches to the decoder's `width`."""
     return Projector(MERGE**2 * config.width, width, config.dtype)
 
@@ -194,12 +212,16 @@ def encode(config: VisionConfig, params: Params, images: QwenImages) -> jax.Arra
 
 @jax.named_scope("merger")
 def merged_features(config: VisionConfig, params: Params, images: QwenImages, x: jax.Array) -> jax.Array:
-    """The tower's output [B, W, S, width] -> features [B, I, 4 * width] in raster order: normed, four patches joined.
+    """The tower's output [B, W, S, width] -> features [B, I, 4 * width]: normed and joined; `params`: the merger's."""
+    return joined(config, images, RMSNorm(NORM_EPS).apply({"params": params["norm"]}, x))
 
-    Only the I tokens leave the slots, so that the merger's matrices and the decoder see no padding slots. `params` are
-    the merger's.
+
+def joined(config: QwenTower, images: QwenImages, x: jax.Array) -> jax.Array:
+    """Slots [B, W, S, width] -> tokens [B, I, 4 * width] in raster order, four patches joined.
+
+    Only the I tokens leave the slots, so that the merger's matrices and the decoder see no padding slots. Tokens
+    that an image does not have are 0.
     """
-    normed = RMSNorm(NORM_EPS).apply({"params": params["norm"]}, x)
-    merged = normed.reshape(x.shape[0], -1, MERGE**2 * config.width)
+    merged = x.reshape(x.shape[0], -1, MERGE**2 * config.width)
     tokens = jnp.take_along_axis(merged, images.back[..., None], axis=1)
     return jnp.where(images.token_mask[..., None], tokens, 0)
