@@ -1,6 +1,7 @@
 """Sampling of G captions per image: encode the image once, prefill the prompt once, decode G branches.
 
-One compiled program; the loop ends when every branch has ended. `sample` is the loop, `make_rollout` its face.
+One compiled program of a few loops, each over fewer rows than the one before (`staging`); the last ends when every
+branch has ended. `sample` has the loops, `make_rollout` is its face.
 """
 
 import dataclasses
@@ -14,15 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from balcap_jax import staging
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.parallel import sharding
+from balcap_jax.staging import Moves, Stage
 
 _BLOCK = 256  # tokens of a block in `categorical`; near the square root of a large vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The sampling of responses. `top_k` 0 and `top_p` 1 mean no truncation; `greedy` ignores the other three."""
+    """The sampling of responses. `top_k` 0 and `top_p` 1 mean no truncation; `greedy` ignores these and `temperature`.
+
+    `parts`: the batch is sampled in so many parts, one after the other, and the tokens are the same. The cache then
+    takes memory for one part, and the weights are read anew for the steps of each.
+    """
 
     group_size: int
     max_tokens: int
@@ -30,6 +37,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     greedy: bool = False
+    parts: int = 1
 
 
 class Rollout(NamedTuple):
@@ -39,6 +47,7 @@ class Rollout(NamedTuple):
     policy_log_probs [B, G, R]: under the temperature alone, without top-k and top-p, as the trainer recomputes them.
     They are the denominator of the surrogate's ratio, and 0 outside the mask.
     lengths [B, G] int32 tokens, end token included; truncated [B, G] bool, no end token within R.
+    slots [B] float32: tokens that were computed for the batch, useful or not, an even share for each prompt.
     image_embeds [B, I, D]: so that a frozen vision tower need not run again in the update.
     """
 
@@ -47,6 +56,7 @@ class Rollout(NamedTuple):
     policy_log_probs: jax.Array
     lengths: jax.Array
     truncated: jax.Array
+    slots: jax.Array
     image_embeds: jax.Array
 
 
@@ -70,10 +80,15 @@ def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
         mesh: Mesh | None, params: Params, prompt: Prompt, keys: jax.Array, seed: jax.Array, step: jax.Array
     ) -> Rollout:
         base = jax.random.fold_in(jax.random.key(seed), step)
-        prompt_keys = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
         members = jnp.arange(sampling.group_size)
-        branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(prompt_keys)
-        return sample(policy, params, prompt, branch_keys, sampling, mesh)
+
+        def part(prompt: Prompt, keys: jax.Array) -> Rollout:
+            prompt_keys = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
+            branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(prompt_keys)
+            return sample(policy, params, prompt, branch_keys, sampling, mesh)
+
+        with sharding.layout(mesh, sharding.SAMPLING):
+            return sharding.in_parts(part, (prompt, keys), sampling.parts)
 
     return RolloutProgram(rollout)
 
@@ -82,7 +97,7 @@ class RolloutProgram:
     """jit of `rollout(mesh, params, ...)` for the mesh that the parameters lie on."""
 
     def __init__(self, rollout: Callable[..., Rollout]):
-        self._jit = jax.jit(rollout, static_argnums=0)
+        self._rollout, self._jit = rollout, jax.jit(rollout, static_argnums=0)
 
     def __call__(self, params: Params, *inputs: Any) -> Rollout:
         return self._jit(sharding.mesh_of(params), params, *inputs)
@@ -90,99 +105,229 @@ class RolloutProgram:
     def lower(self, params: Params, *inputs: Any) -> jax.stages.Lowered:
         return self._jit.lower(sharding.mesh_of(params), params, *inputs)
 
+    def lower_on(self, mesh: Mesh, params: Params, *inputs: Any) -> jax.stages.Lowered:
+        """`lower` with `mesh` for sampling, where arguments may lie on another mesh of its devices."""
+
+        def rollout(*arguments: Any) -> Rollout:
+            return self._rollout(mesh, *arguments)
+
+        arguments = (params, *inputs)
+        places = jax.tree.map(lambda x: getattr(x, "sharding", None), arguments)
+        # A traced array would carry the mesh of its argument, and JAX lets no two meshes meet in an operation.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        return jax.jit(rollout, in_shardings=places).lower(*shapes)
+
+
+class LoweredRollout(NamedTuple):
+    """The two programs of a rollout, traced and not compiled yet.
+
+    layout: brings what `relay` takes of the decoder to the layout of sampling and to the compute type; both are None
+    where nothing has to be. program: the rollout from the parameters in that layout.
+    """
+
+    relay: sharding.Relay | None
+    layout: jax.stages.Lowered | None
+    program: jax.stages.Lowered
+
+    def compile(self) -> "CompiledRollout":
+        return CompiledRollout(self.relay, self.layout and self.layout.compile(), self.program.compile())
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledRollout:
+    """A rollout to be called with parameters as they are trained.
+
+    Each call first brings the decoder's parameters to the layout of sampling. That copy lives as long as the call.
+    """
+
+    relay: sharding.Relay | None
+    layout: jax.stages.Compiled | None
+    program: jax.stages.Compiled
+
+    def __call__(self, params: Params, *inputs: Any) -> Rollout:
+        if self.relay is not None:
+            params = self.relay.join(params, self.layout(self.relay.take(params)))
+        return self.program(params, *inputs)
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of a device that a call takes beside its arguments, at most."""
+        memory = self.program.memory_analysis()
+        beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        beside += memory.generated_code_size_in_bytes
+        if self.layout is None:
+            return beside
+        move = self.layout.memory_analysis()
+        return move.output_size_in_bytes + max(beside, move.temp_size_in_bytes)
+
 
 def lower_rollout(
-    policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any
-) -> tuple[jax.stages.Lowered | None, jax.stages.Lowered]:
-    """The two programs of a rollout for (abstract) arguments like these, traced and not compiled yet.
+    policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any, mesh: Mesh | None = None
+) -> LoweredRollout:
+    """The rollout for (abstract) arguments like these.
 
-    The first brings {"decoder": parameters} to the layout of sampling and to `dtype`, the compute type. It is None
-    where they are in both already. The second is the rollout from the parameters in that layout.
+    `dtype` is the compute type, and `mesh` that of sampling (`sharding.sampling_mesh`), the parameters' own by default.
     """
-    program, mesh = make_rollout(policy, sampling), sharding.mesh_of(params)
-    relay = sharding.make_relay(mesh, params, dtype) if mesh is not None else None
-    if relay is None:
-        return None, program.lower(params, *inputs)
-    lowered = relay.lower({"decoder": params["decoder"]})
-    sampled = sharding.abstract(lowered.out_info, sharding.sampling_shardings(mesh, lowered.out_info))
-    return lowered, program.lower({**params, **sampled}, *inputs)
+    program, trained_on = make_rollout(policy, sampling), sharding.mesh_of(params)
+    if trained_on is None:
+        return LoweredRollout(None, None, program.lower(params, *inputs))
+    mesh, layout = mesh or trained_on, None
+    relay = sharding.make_relay(trained_on, params, dtype, mesh)
+    if relay is not None:
+        layout = relay.lower(params)
+        params = relay.join(params, sharding.abstract(layout.out_info, relay.targets))
+    return LoweredRollout(relay, layout, program.lower_on(mesh, params, *inputs))
 
 
 def compile_rollout(
-    policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any
-) -> Callable[..., Rollout]:
-    """The rollout compiled for arguments like these, to be called with parameters as they are trained.
+    policy: Policy, sampling: Sampling, dtype: str, params: Params, *inputs: Any, mesh: Mesh | None = None
+) -> CompiledRollout:
+    """`lower_rollout`, compiled."""
+    return lower_rollout(policy, sampling, dtype, params, *inputs, mesh=mesh).compile()
 
-    Each rollout first brings the decoder's parameters to the layout of sampling, see `lower_rollout`. That copy lives
-    as long as the rollout.
+
+class _Branches(NamedTuple):
+    """What goes with each branch that is decoded, [lines, g, ...]; all parts' lines, part by part.
+
+    place: its index among its part's places in the batch's order, that many for rows without a branch. limit: tokens
+    after which it ends. tokens: the last one. written: `_Written` [lines, g, R].
     """
-    relay, program = lower_rollout(policy, sampling, dtype, params, *inputs)
-    compiled = program.compile()
-    if relay is None:
-        return compiled
-    relaid = relay.compile()
 
-    def rollout(params: Params, *inputs: Any) -> Rollout:
-        return compiled({**params, **relaid({"decoder": params["decoder"]})}, *inputs)
+    key: jax.Array
+    place: jax.Array
+    limit: jax.Array
+    tokens: jax.Array
+    done: jax.Array
+    written: "_Written"
 
-    return rollout
+
+class _Written(NamedTuple):
+    """The first three fields of `Rollout`."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    policy_log_probs: jax.Array
 
 
 def sample(
-    policy: Policy, params: Params, prompt: Prompt, keys: jax.Array, sampling: Sampling, mesh: Mesh | None = None
+    policy: Policy,
+    params: Params,
+    prompt: Prompt,
+    keys: jax.Array,
+    sampling: Sampling,
+    mesh: Mesh | None = None,
+    *,
+    limits: jax.Array | None = None,
+    stages: Sequence[Stage] | None = None,
 ) -> Rollout:
-    """The decoding loop; `keys` [B, G] are PRNG keys, one per branch."""
+    """The decoding loops, one for each stage; `keys` [B, G] are PRNG keys, one per branch.
+
+    limits: [B, G] int32, tokens after which a branch ends whatever it says: for benchmarks and tests, to which lengths
+    are given. stages: those of each part, the first one whole; None is `staging.plan`. They change no sample.
+    """
     batch, group = keys.shape
+    length = sampling.max_tokens
     with sharding.layout(mesh, sharding.TRAINING):  # A whole prompt is more than the weights that it meets.
         image_embeds = policy.encode(params, prompt.images)
         prefix, logits = policy.prefill(params, prompt, image_embeds)
-        branch = policy.empty_branch(batch, group, sampling.max_tokens)
+        cache = policy.empty_branch(batch, group, length)
+        parts = sharding.batch_parts()
+        parts = parts if batch % parts == 0 else 1
+    prompts = batch // parts
+    stages = staging.plan(prompts, group, length) if stages is None else stages
+    ends = jnp.array(policy.end_tokens, jnp.int32)
 
     @jax.named_scope("sample")
-    def draw(logits: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def extended(branches: _Branches, logits: jax.Array, t: jax.Array) -> _Branches:
+        """Draws index t of the branches from `logits` [lines, g, V], and writes it for those that are not done."""
         if sampling.greedy:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             scaled = logits
         else:
             scaled = logits / sampling.temperature
-            step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(keys)
+            step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(branches.key)
             tokens = categorical(step_keys, truncate(scaled, sampling.top_p, sampling.top_k))
-        return tokens, _log_prob(scaled, tokens)
-
-    def record(buffers, t, tokens, log_probs, done):
-        """Writes index t of the unfinished branches; returns (buffers, tokens [B, G], done [B, G])."""
-        out_tokens, mask, policy_log_probs = buffers
+        done, log_probs = branches.done, _log_prob(scaled, tokens)
         tokens = jnp.where(done, policy.pad_token, tokens)
-        buffers = (
-            out_tokens.at[:, :, t].set(tokens),
-            mask.at[:, :, t].set(~done),
-            policy_log_probs.at[:, :, t].set(jnp.where(done, 0.0, log_probs)),
-        )
-        return buffers, tokens, done | (tokens[..., None] == ends).any(-1)
+        new = _Written(tokens, ~done, jnp.where(done, 0.0, log_probs))
+        written = jax.tree.map(lambda old, new: old.at[:, :, t].set(new), branches.written, new)
+        done = done | (tokens[..., None] == ends).any(-1) | (t + 1 >= branches.limit)
+        return branches._replace(tokens=tokens, done=done, written=written)
 
-    ends = jnp.array(policy.end_tokens, jnp.int32)
-    shape = (batch, group, sampling.max_tokens)
-    buffers = (jnp.full(shape, policy.pad_token, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
+    shape = (batch, group, length)
+    written = _Written(
+        jnp.full(shape, policy.pad_token, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32)
+    )
+    place = jnp.broadcast_to(jnp.arange(prompts * group).reshape(prompts, group), (parts, prompts, group))
+    limits = jnp.full((batch, group), length) if limits is None else limits
+    nothing = jnp.zeros((batch, group), jnp.int32)
+    branches = _Branches(keys, place.reshape(batch, group), limits, nothing, nothing > 0, written)
     # A copy per branch rather than a broadcast, so that the first draw costs the same as any other.
-    first_logits = jnp.repeat(logits[:, None], group, axis=1)
-    start = jnp.zeros((), jnp.int32)
-    buffers, tokens, done = record(buffers, start, *draw(first_logits, start), jnp.zeros((batch, group), bool))
+    branches = extended(branches, jnp.repeat(logits[:, None], group, axis=1), jnp.zeros((), jnp.int32))
+    owner = jnp.broadcast_to(jnp.arange(prompts), (parts, prompts))
+    t, slots = jnp.ones((), jnp.int32), jnp.full((), prompts * group, jnp.float32)
 
-    def unfinished(carry):
-        t, _, _, done, _ = carry
-        return (t < sampling.max_tokens) & ~jnp.all(done)
+    for index, (stage, following) in enumerate(zip(stages, (*stages[1:], None), strict=True)):
+        if index:
+            # Until the first move everything is in the batch's order.
+            written = _collected(written, branches, parts) if index > 1 else branches.written
+            going = ~branches.done.reshape(parts, -1, branches.done.shape[-1])
+            moves = staging.moves(going, owner, prompts, stage)
+            moved = jnp.where(jnp.any(going), t, 0)
+            with sharding.layout(mesh, sharding.SAMPLING):
+                prefix, cache = policy.regroup(prefix, cache, moves.lines, moves.places, moved)
+            branches, owner = _moved(branches, moves, stage, prompts * group), moves.owner
 
-    def extend(carry):
-        t, branch, tokens, done, buffers = carry
-        with sharding.layout(mesh, sharding.SAMPLING):
-            branch, logits = policy.decode(params, prefix, branch, tokens, t - 1)
-        buffers, tokens, done = record(buffers, t, *draw(logits, t), done)
-        return t + 1, branch, tokens, done, buffers
+        def unfinished(carry, following=following, owner=owner):
+            t, _, branches = carry
+            if following is None:
+                going = jnp.any(~branches.done)
+            else:
+                lines = ~branches.done.reshape(parts, -1, branches.done.shape[-1])
+                going = jnp.any(staging.lines_needed(lines, owner, prompts, following.group) > following.lines)
+            return (t < length) & going
 
-    _, _, _, done, buffers = jax.lax.while_loop(unfinished, extend, (start + 1, branch, tokens, done, buffers))
-    out_tokens, mask, policy_log_probs = buffers
-    lengths = mask.sum(-1, dtype=jnp.int32)
-    return Rollout(out_tokens, mask, policy_log_probs, lengths, ~done, image_embeds)
+        def extend(carry, prefix=prefix):
+            t, cache, branches = carry
+            with sharding.layout(mesh, sharding.SAMPLING):
+                cache, logits = policy.decode(params, prefix, cache, branches.tokens, t - 1)
+            return t + 1, cache, extended(branches, logits, t)
+
+        start = t
+        t, cache, branches = jax.lax.while_loop(unfinished, extend, (t, cache, branches))
+        slots += (t - start) * float(stage.rows)
+
+    written = _collected(written, branches, parts) if len(stages) > 1 else branches.written
+    lengths = written.mask.sum(-1, dtype=jnp.int32)
+    last = jnp.take_along_axis(written.tokens, lengths[..., None] - 1, axis=-1)
+    truncated = ~(last == ends).any(-1)
+    with sharding.layout(mesh, sharding.SAMPLING):
+        slots = sharding.constrain(jnp.full(batch, slots / prompts), "batch")
+    return Rollout(*written, lengths, truncated, slots, image_embeds)
+
+
+def _collected(written: _Written, branches: _Branches, parts: int) -> _Written:
+    """`written` [B, G, R] of the batch, with what `branches` have written in their places."""
+
+    def put(whole: jax.Array, rows: jax.Array) -> jax.Array:
+        of_parts, rows = whole.reshape(parts, -1, whole.shape[-1]), rows.reshape(parts, -1, whole.shape[-1])
+        place = branches.place.reshape(parts, -1)
+        put_part = jax.vmap(lambda whole, place, rows: whole.at[place].set(rows, mode="drop"))
+        return put_part(of_parts, place, rows).reshape(whole.shape)
+
+    return jax.tree.map(put, written, branches.written)
+
+
+def _moved(branches: _Branches, moves: Moves, stage: Stage, nowhere: int) -> _Branches:
+    """The branches in the rows of the next stage; rows without a branch are done and have the place `nowhere`."""
+    parts = len(moves.places)
+
+    def take(rows: jax.Array) -> jax.Array:
+        found = jax.vmap(lambda rows, i: rows[i])(rows.reshape(parts, -1, *rows.shape[2:]), moves.places)
+        return found.reshape(-1, stage.group, *rows.shape[2:])
+
+    moved, real = jax.tree.map(take, branches), moves.real.reshape(-1, stage.group)
+    return moved._replace(place=jnp.where(real, moved.place, nowhere), done=moved.done | ~real)
 
 
 def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
