@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from balcap_jax import advantages, losses
+from balcap_jax.models import packing
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.parallel import sharding
 
@@ -167,6 +168,7 @@ def make_rl_step(
     *,
     freeze: str = "",
     micro_batches: int = 1,
+    token_bucket: int = 0,
 ) -> "CompiledStep":
     """The compiled RL update `step(state, batch: RLBatch, reference: Params | None) -> (state, metrics)`.
 
@@ -174,6 +176,7 @@ def make_rl_step(
     `freeze` matches are taken from the state: `trained(params, freeze)` is enough.
     The batch is cut into `micro_batches` along B; their gradients add up to the whole batch's exactly, because every
     normaliser is computed before the cut.
+    With a `token_bucket` responses run packed, see `Policy.log_probs`: the same numbers but for rounding.
     """
 
     def step(state: TrainState, batch: RLBatch, reference: Params | None = None) -> tuple[TrainState, Metrics]:
@@ -211,7 +214,13 @@ def make_rl_step(
                 # A frozen vision side is the reference's too.
                 embeds = batch.image_embeds if reuse else policy.encode(params, batch.prompt.images)
                 return policy.log_probs(
-                    params, batch.prompt, embeds, batch.responses, temperature=objective.temperature
+                    params,
+                    batch.prompt,
+                    embeds,
+                    batch.responses,
+                    temperature=objective.temperature,
+                    mask=batch.mask,
+                    token_bucket=token_bucket,
                 )
 
             log_probs = log_probs_of(params)
@@ -225,7 +234,9 @@ def make_rl_step(
         whole = (batch, advantage.combined, weights)
         loss, aux, gradient = accumulate(loss_fn, state.params, whole, freeze, micro_batches)
         state, update_metrics = apply_gradients(optimizer, state, gradient, freeze)
-        metrics = _rl_metrics(objective, batch, advantage, in_band, aux)
+        metrics = _rl_metrics(objective, batch, advantage, in_band, aux) | useful(
+            batch.mask, micro_batches, token_bucket
+        )
         return state, {"loss": as_mean(loss), **metrics, **update_metrics}
 
     return CompiledStep(step)
@@ -263,11 +274,16 @@ def _rl_metrics(objective, batch: RLBatch, advantage: advantages.Advantages, in_
 
 
 def make_sft_step(
-    policy: Policy, optimizer: optax.GradientTransformation, *, freeze: str = "", micro_batches: int = 1
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    freeze: str = "",
+    micro_batches: int = 1,
+    token_bucket: int = 0,
 ) -> "CompiledStep":
     """The compiled SFT update `step(state, batch: SFTBatch) -> (state, metrics)`: mean cross-entropy of target tokens.
 
-    The G targets of an image share its encoding and its prompt, as samples do.
+    The G targets of an image share its encoding and its prompt, as samples do. `token_bucket`: as in `make_rl_step`.
     """
 
     def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
@@ -277,13 +293,16 @@ def make_sft_step(
         def loss_fn(params: Params, micro_batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             batch, weights = micro_batch
             image_embeds = policy.encode(params, batch.prompt.images)
-            log_probs = policy.log_probs(params, batch.prompt, image_embeds, batch.responses)
+            log_probs = policy.log_probs(
+                params, batch.prompt, image_embeds, batch.responses, mask=batch.mask, token_bucket=token_bucket
+            )
             return -jnp.sum(weights * log_probs), {}
 
         loss, _, gradient = accumulate(loss_fn, state.params, (batch, weights), freeze, micro_batches)
         state, update_metrics = apply_gradients(optimizer, state, gradient, freeze)
-        tokens = masked_mean(batch.mask.sum(-1), every)
-        return state, {"loss": as_mean(loss), "length/tokens_mean": tokens, **update_metrics}
+        metrics = {"length/tokens_mean": masked_mean(batch.mask.sum(-1), every)}
+        metrics |= useful(batch.mask, micro_batches, token_bucket)
+        return state, {"loss": as_mean(loss), **metrics, **update_metrics}
 
     return CompiledStep(step)
 
@@ -341,7 +360,7 @@ def accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
             raise ValueError(f"batch of {x.shape[0]} prompts does not divide into {micro_batches} micro-batches")
         # Every micro_batches-th row, not neighbouring rows: B is split over the devices, and each of them has its share
         # of every micro-batch. Neighbouring rows would be on few devices, and the others would wait.
-        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, micro_batch):
         loss, gradient = total
@@ -382,6 +401,15 @@ def as_mean(value: jax.Array) -> Mean:
 def masked_mean(values: jax.Array, where: jax.Array) -> Mean:
     where = where.astype(jnp.float32)
     return Mean(jnp.sum(values * where), jnp.sum(where))
+
+
+def useful(mask: jax.Array, micro_batches: int, token_bucket: int) -> Metrics:
+    """Real response tokens over the positions that an update computes, those of all devices; mask [B, G, R]."""
+    positions = mask.size
+    if token_bucket:
+        parts = sharding.batch_parts() * micro_batches
+        positions = parts * packing.capacity(token_bucket, mask[..., 0].size // parts) * packing.UNIT
+    return {"padding/update_useful": Mean(mask.sum(dtype=jnp.float32), jnp.float32(positions))}
 
 
 def _group_std(values: jax.Array, valid: jax.Array) -> Mean:

@@ -51,7 +51,7 @@ class Captioner:
         policy, params, self.processor = models.load(model, mesh=mesh, param_dtype=options.dtype, **overrides)
         # The decoder stays in the layout of sampling: training's, which the update needs, is not kept.
         if relay := sharding.make_relay(mesh, params, options.dtype):
-            params = {**params, **relay({"decoder": params["decoder"]})}
+            params = relay(params)
         self._params = params
         self._rollout = make_rollout(policy, sampling_of(options))
         parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -86,6 +87,39 @@ def take(columns: Mapping[str, Any], indices: np.ndarray) -> dict[str, Any]:
         name: column[indices] if isinstance(column, np.ndarray) else [column[i] for i in indices]
         for name, column in columns.items()
     }
+
+
+def make_reordering(mesh: Mesh) -> Any:
+    """The jitted function (batch, order) -> the rows `order` [B] of a tree of [B, ...], both split as batches are.
+
+    It consumes the batch. The blocks of rows go around the devices once, and each takes out of them what is to be its
+    own: at no time does it hold more than two blocks beside its rows, where indexing would gather the whole batch.
+    """
+    parts = sharding.parts_of(mesh)
+    around = [(i, (i - 1) % parts) for i in range(parts)]
+
+    def of_device(batch: Any, order: jax.Array) -> Any:
+        rows, me = len(order), jax.lax.axis_index(sharding.BATCH_AXES)
+
+        def turn(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            passing, taken = carry
+            row = order - (me + i) % parts * rows  # In the block that is here now.
+            is_here = (row >= 0) & (row < rows)
+
+            def take_from(block: jax.Array, old: jax.Array) -> jax.Array:
+                here = is_here.reshape(-1, *[1] * (block.ndim - 1))
+                return jnp.where(here, block[jnp.clip(row, 0, rows - 1)], old)
+
+            taken = jax.tree.map(take_from, passing, taken)
+            if parts > 1:
+                passing = jax.tree.map(lambda x: jax.lax.ppermute(x, sharding.BATCH_AXES, around), passing)
+            return passing, taken
+
+        return jax.lax.fori_loop(0, parts, turn, (batch, batch))[1]
+
+    rows = sharding.batch_sharding(mesh)
+    split = jax.shard_map(of_device, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
+    return jax.jit(split, donate_argnums=0, out_shardings=rows)
 
 
 def _is_whole_here(x: jax.Array) -> bool:

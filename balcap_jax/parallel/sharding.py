@@ -5,7 +5,8 @@ and there are two layouts.
 
 Training splits parameters over `fsdp` and gathers them layer by layer. In sampling each device keeps its part of every
 matrix, and the few tokens of a decoding step move instead: the decoding loop gathers no weight. `make_relay` goes from
-the one layout to the other, once per rollout.
+the one layout to the other, once per rollout. The fewer devices a matrix is split over, the less moves, so sampling may
+have a mesh of its own: `sampling_mesh`.
 """
 
 import contextlib
@@ -70,12 +71,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/[qkv]/lora_b$", (None, None, "heads")),
     (r"layers/(gate|up)/lora_b$", (None, None, "mlp")),
     (r"layers/(o|down)/lora_b$", (None, None, "embed")),
-    (r"^(projector|merger)/(first|second)/lora_[ab]$", ()),
+    (r"^(projector|merger|deepstack/layers)/(first|second)/lora_[ab]$", ()),
     (r"^vision/patches/patch/kernel$", (None, "embed")),
     (r"^vision/patch/kernel$", (None, None, "embed")),
     (r"^(projector|merger)/(first|second)/kernel$", (None, "embed")),
+    (r"^deepstack/layers/(first|second)/kernel$", (None, None, "embed")),
     # Norms, remaining biases, positions and the class token: too small to be worth a gather.
-    (r"norm/(scale|bias)$|/(o|down|first|second)/bias$|^vision/patches/(class_token|positions)$", ()),
+    (r"norm/(scale|bias)$|/(o|down|first|second|patch)/bias$|^vision/(patches/(class_token|positions)|positions)$", ()),
 )
 
 
@@ -131,7 +133,7 @@ def check_batch(mesh: Mesh, stage: str, batch_size: int, micro_batches: int = 1)
 
     A micro-batch of fewer prompts than devices would run, but every device would compute what others compute too.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = parts_of(mesh)
     over = f"does not divide over {parts} devices (mesh {' x '.join(BATCH_AXES)})"
     if batch_size % parts:
         raise UserError(f"stages.{stage}.batch_size is {batch_size}, which {over}")
@@ -141,6 +143,23 @@ def check_batch(mesh: Mesh, stage: str, batch_size: int, micro_batches: int = 1)
             f"stages.{stage}.micro_batches is {micro_batches}: a part of {batch_size // micro_batches} prompts {over}; "
             f"set it to {most} or less, or raise mesh.tensor or the batch size"
         )
+
+
+def check_parts(mesh: Mesh, batch_size: int, parts: int) -> None:
+    """Raises UserError when the prompts that are sampled at a time do not divide over the data axes."""
+    possible = possible_parts(mesh, batch_size)
+    if parts not in possible:
+        devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        raise UserError(
+            f"rollout.parts is {parts}: {batch_size} prompts over {devices} devices (mesh {' x '.join(BATCH_AXES)}) "
+            f"can be sampled in {_listed(possible)} parts of one size; set it to one of these, or to auto"
+        )
+
+
+def possible_parts(mesh: Mesh, batch_size: int) -> list[int]:
+    """The numbers of equal parts of a batch in which every device has rows of each."""
+    most = batch_size // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return [parts for parts in range(1, most + 1) if most % parts == 0]
 
 
 def logical_axes(path: str) -> tuple[str | None, ...]:
@@ -178,6 +197,32 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 # ------------------------------------------------------------------------------------------------- sampling
 
 
+def possible_splits(mesh: Mesh) -> list[int]:
+    """Over how many devices a matrix can be split while sampling: `tensor` times a part of `data` x `fsdp`."""
+    others = mesh.shape["data"] * mesh.shape["fsdp"]
+    return [mesh.shape["tensor"] * size for size in range(1, others + 1) if others % size == 0]
+
+
+def sampling_mesh(mesh: Mesh, split: int) -> Mesh:
+    """The same devices in the same order, with `fsdp` x `tensor` = `split`: what is left of `fsdp` goes to `data`.
+
+    A batch lies on both meshes alike.
+
+    Raises:
+      UserError: the mesh has no such split.
+    """
+    if split not in (possible := possible_splits(mesh)):
+        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        raise UserError(
+            f"mesh.sampling is {split}, but on the mesh {shape} a matrix can be split over {_listed(possible)} devices "
+            "while sampling; set it to one of these, or to auto"
+        )
+    fsdp = split // mesh.shape["tensor"]
+    if fsdp == mesh.shape["fsdp"]:
+        return mesh
+    return Mesh(mesh.devices.reshape(mesh.shape["replica"], -1, fsdp, mesh.shape["tensor"]), AXES)
+
+
 def sampling_shardings(mesh: Mesh, decoder: Any) -> Any:
     """Shardings of {"decoder": parameters} while sampling; an axis that does not divide is whole on every device."""
 
@@ -188,27 +233,61 @@ def sampling_shardings(mesh: Mesh, decoder: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, decoder)
 
 
-def make_relay(mesh: Mesh, params: Any, dtype: str) -> Callable[[Any], Any] | None:
-    """The jitted function from {"decoder": parameters} in training's layout to sampling's, in the compute type.
+class Relay:
+    """Brings a policy's decoder from training's layout to that of sampling, in the compute type; see `make_relay`.
 
-    None where it would only copy them. The decoder casts its weights to the compute type anyway, so the cast does not
-    change samples. The vision side runs once per picture and keeps the layout of training.
+    `targets` are the places of the parameters that have to be moved or cast for it. All others stay the arrays that
+    they are.
+    """
+
+    def __init__(self, targets: Mapping[str, NamedSharding], dtype: str):
+        self.targets = targets
+        self._jit = jax.jit(
+            lambda leaves: {path: leaf.astype(dtype) for path, leaf in leaves.items()}, out_shardings=dict(targets)
+        )
+
+    def take(self, params: Any) -> dict[str, Any]:
+        """{path: array} of what has to be moved or cast: the argument of the compiled move."""
+        return {path: leaf for path, leaf in _by_path({"decoder": params["decoder"]}) if path in self.targets}
+
+    def lower(self, params: Any) -> jax.stages.Lowered:
+        """The move of {path: array}, traced for (abstract) parameters like these."""
+        return self._jit.lower(self.take(params))
+
+    def join(self, params: Any, moved: Mapping[str, Any]) -> Any:
+        """`params` with {path: array} `moved` in place of those that they were made from."""
+        decoder = {"decoder": params["decoder"]}
+        return {**params, **jax.tree_util.tree_map_with_path(lambda path, x: moved.get(_name(path), x), decoder)}
+
+    def __call__(self, params: Any) -> Any:
+        return self.join(params, self._jit(self.take(params)))
+
+
+def make_relay(mesh: Mesh, params: Any, dtype: str, target: Mesh | None = None) -> Relay | None:
+    """The change from training's layout of `params` on `mesh` to sampling's on `target`, `mesh` itself unless given.
+
+    None where nothing has to be moved or cast. The decoder casts its weights to the compute type anyway, so the cast
+    does not change samples. The vision side runs once per picture and keeps the layout of training.
     """
     decoder = {"decoder": params["decoder"]}
-    training, sampling = tree_shardings(mesh, decoder), sampling_shardings(mesh, decoder)
-
-    def stays(leaf, old: NamedSharding, new: NamedSharding) -> bool:
-        return leaf.dtype == jnp.dtype(dtype) and old.is_equivalent_to(new, leaf.ndim)
-
-    if all(jax.tree.leaves(jax.tree.map(stays, decoder, training, sampling))):
-        return None
-    return jax.jit(lambda decoder: jax.tree.map(lambda leaf: leaf.astype(dtype), decoder), out_shardings=sampling)
+    trees = (decoder, tree_shardings(mesh, decoder), sampling_shardings(target or mesh, decoder))
+    targets = {
+        path: new
+        for (path, leaf), (_, old), (_, new) in zip(*map(_by_path, trees), strict=True)
+        if leaf.dtype != jnp.dtype(dtype) or not old.is_equivalent_to(new, leaf.ndim)
+    }
+    return Relay(targets, dtype) if targets else None
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
     """`tree` without its numbers, placed by `shardings`."""
 
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of an (abstract) tree on each device, by its shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 # ------------------------------------------------------------------------------------------------- activations
@@ -267,7 +346,35 @@ def platform() -> str:
 
 def batch_parts() -> int:
     """The number of parts that a batch is in: 1 where no layout is set."""
-    return _parts(current[0], BATCH_AXES) if (current := _layout.get()) else 1
+    return parts_of(current[0]) if (current := _layout.get()) else 1
+
+
+def parts_of(mesh: Mesh) -> int:
+    """The number of parts that a batch on `mesh` is in."""
+    return _parts(mesh, BATCH_AXES)
+
+
+def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
+    """`function` of `arrays`, a tuple of trees with a leading axis B, computed for B / parts rows at a time.
+
+    It is traced once. A part has every parts-th row: B is split over the devices, and each of them has its share of
+    every part, so that nothing moves between them. The rows of the results are in the order of the rows of `arrays`;
+    results without an axis are counts of a part, and add up.
+    """
+    if parts == 1:
+        return function(*arrays)
+    arrays = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), arrays)
+
+    def part(index: jax.Array) -> Any:
+        def rows(x: jax.Array) -> jax.Array:
+            return constrain(jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False), "batch")
+
+        return function(*jax.tree.map(rows, arrays))
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.sum(0) if x.ndim == 1 else constrain(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), "batch")
+
+    return jax.tree.map(join, jax.lax.map(part, jnp.arange(parts)))
 
 
 def constrain_tree(tree: Any) -> Any:
@@ -295,6 +402,14 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+
+
+def _by_path(tree: Any) -> list[tuple[str, Any]]:
+    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _spec(table: Table, axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:

@@ -26,8 +26,9 @@ from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import Rows, take
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
-from balcap_jax.rollout import Sampling, compile_rollout
+from balcap_jax.rollout import Sampling
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
+from balcap_jax.training.programs import Programs
 
 SHOWN_PIXELS = 512  # longer side of a picture that is kept beside its captions
 # Evaluations in summary.json: of greedy captions, and of sampled ones; and the files of samples/ that hold them.
@@ -57,6 +58,7 @@ class HeldOut:
         sampled = Sampling(config.log.eval_samples, length, temperature or 1.0, greedy=not temperature)
         greedy = Sampling(1, length, temperature or 1.0, greedy=True)
         self._samplings = {"greedy": greedy, "evaluations": sampled}
+        self._programs = Programs(config, stage_order(config)[-1], job.mesh, job.policy, job.processor)
         self._rollouts: dict[tuple, Any] = {}
 
     def evaluate(self, params: Params) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
@@ -84,8 +86,7 @@ class HeldOut:
             inputs = (params, *job.rollout_inputs(rows, examples, EVALUATION_STEP))
             if key not in self._rollouts:
                 with job.clock.phase("compile"):
-                    program = compile_rollout(job.policy, self._samplings[kind], config.model.dtype, *inputs)
-                    self._rollouts[key] = program
+                    _, self._rollouts[key] = self._programs.compile_rollout(params, inputs[1:], self._samplings[kind])
             out = self._rollouts[key](*inputs)
             samples = rows.fetch(out._replace(image_embeds=None, mask=None, policy_log_probs=None))
             judged = job.judging(rows, examples, samples, measure)()

@@ -3,7 +3,7 @@
 import dataclasses
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from balcap_jax.data.words import count_words
-from balcap_jax.models.policy import Policy, Prompt
+from balcap_jax.models import packing
+from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import Rows, take
@@ -19,7 +20,7 @@ from balcap_jax.rewards import RewardFn
 from balcap_jax.rewards.base import Samples, Scores
 from balcap_jax.rewards.bcapscore import harmonic_mean, three_of
 from balcap_jax.rollout import Rollout, example_keys
-from balcap_jax.train_step import TrainState
+from balcap_jax.train_step import TrainState, finalise
 from balcap_jax.training.programs import Programs
 from balcap_jax.training.progress import PhaseClock
 
@@ -162,6 +163,19 @@ class Job:
         return ask
 
 
+def bucket_of(buckets: Sequence[int], longest: int) -> int:
+    """The smallest bucket that holds `longest` tokens."""
+    return next(bucket for bucket in buckets if bucket >= longest)
+
+
+class Shape(NamedTuple):
+    """Which update a batch takes: its R, its token bucket (0: it is padded), and the order of prompts, if they move."""
+
+    length: int
+    token_bucket: int = 0
+    order: np.ndarray | None = None
+
+
 class Stage:
     """One stage of training. Its defaults are those of a stage that asks no judge.
 
@@ -179,18 +193,43 @@ class Stage:
         self.job = job
         self.programs = Programs(job.config, self.name, job.mesh, job.policy, job.processor)
         self.rows = Rows(job.mesh, self.programs.settings.batch_size)
-        self._updates: dict[int, Any] = {}  # by length bucket
+        self._updates: dict[tuple[int, int], Any] = {}  # by the shapes of `Programs`
+        self._packed: dict[int, int] = {}  # micro-batches by token bucket
+        self._reorder: Any = None
 
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict, Judged | None]:
         """One update. -> (state, values for the log, the captions that this process has judged)"""
         raise NotImplementedError
 
-    def compile_updates(self, state: TrainState, **arguments: Any) -> None:
-        """Compiles the update of every length bucket, once; `arguments`: as of `Programs.lower_update`."""
-        if not self._updates:
-            with self.job.clock.phase("compile"):
-                for bucket in self.job.config.rollout.buckets:
-                    self._updates[bucket] = self.programs.lower_update(state, bucket, **arguments).compile()
+    def compile_updates(self, state: TrainState, group: int | None = None, **arguments: Any) -> None:
+        """Compiles the updates of every shape, once; the arguments are those of `Programs.lower_update`."""
+        if self._updates:
+            return
+        programs, rollout = self.programs, self.job.config.rollout
+        with self.job.clock.phase("compile"):
+            for length, token_bucket in programs.shapes:
+                lowered = programs.lower_update(state, length, token_bucket=token_bucket, group=group, **arguments)
+                self._updates[length, token_bucket] = lowered.compile()
+            for bucket in rollout.token_buckets:
+                self._packed[bucket] = programs.micro_batches(state.params, bucket, group)
+            if programs.devices * max(self._packed.values(), default=0) > 1:
+                self._reorder = programs.lower_reordering(state, group).compile()
+
+    def shape_for(self, lengths: np.ndarray) -> Shape:
+        """The update that a batch with responses of `lengths` [B, G] tokens takes, the same in every process."""
+        rollout = self.job.config.rollout
+        length = bucket_of(rollout.buckets, int(lengths.max()))
+        choice = packing.choose(lengths, self._packed, self.programs.devices, length)
+        return Shape(rollout.max_tokens, *choice) if choice else Shape(length)
+
+    def run_update(
+        self, state: TrainState, batch: Any, shape: Shape, *reference: Params | None
+    ) -> tuple[TrainState, dict[str, float]]:
+        """The update of `shape` on a batch on the mesh, which it may consume. -> the state and values for the log"""
+        if shape.order is not None:
+            batch = self._reorder(batch, self.rows.put(shape.order[self.rows.held]))
+        state, metrics = self._updates[shape.length, shape.token_bucket](state, batch, *reference)
+        return state, finalise(metrics)
 
     def arrays(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds; see `Programs.abstract_checkpoint`."""

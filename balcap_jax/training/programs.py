@@ -4,6 +4,7 @@ The stages run these programs and `aot` compiles them for devices that need not 
 runs.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,12 +21,14 @@ from balcap_jax.cli.files import resolved
 from balcap_jax.config.recipes import stage_order
 from balcap_jax.config.schema import RUN_FIELDS
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
-from balcap_jax.models import lora
+from balcap_jax.models import lora, packing
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.parallel import sharding
-from balcap_jax.rollout import Rollout, Sampling, lower_rollout
+from balcap_jax.parallel.host_batch import make_reordering
+from balcap_jax.rollout import CompiledRollout, LoweredRollout, Rollout, Sampling, lower_rollout
 from balcap_jax.train_step import CompiledStep, RLBatch, SFTBatch, TrainState
+from balcap_jax.training import room
 
 # The stages that train adapters, where there are any.
 LORA_STAGES = ("sft", "rl")
@@ -99,21 +102,58 @@ class Programs:
             policy_log_probs=self._rows(tokens, jnp.float32),
             lengths=self._rows(branch, jnp.int32),
             truncated=self._rows(branch, bool),
+            slots=self._rows((), jnp.float32),
             image_embeds=self._rows(embeds.shape[1:], embeds.dtype),
         )
 
-    def lower_rollout(self, params: Params) -> tuple[jax.stages.Lowered | None, jax.stages.Lowered]:
-        """(the change of the decoder's layout or None, the rollout): see `rollout.lower_rollout`."""
-        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding.replicated(self.mesh))
-        inputs = (self.abstract_prompt(), self._rows((), jnp.uint32), number, number)
-        return lower_rollout(self.policy, self.sampling, self.config.model.dtype, params, *inputs)
+    def fits(
+        self, params: Params, free: int | None, batch_size: int | None = None, sampling: Sampling | None = None
+    ) -> list[room.Fit]:
+        """The ways to sample a batch that may fit into `free` bytes of a device (None: not known), see `room.fits`.
+
+        batch_size, sampling: those of the stage, or of an evaluation beside it. Where rollout.parts is fixed, a part of
+        the latter holds at most as many branches as one of the stage.
+        """
+        batch_size, own = batch_size or self.settings.batch_size, sampling or self.sampling
+        parts, split = self.config.rollout.parts, self.config.mesh.sampling
+        possible = sharding.possible_parts(self.mesh, batch_size)
+        if parts != "auto":
+            branches = self.settings.batch_size * self.sampling.group_size / parts
+            at_most = [count for count in possible if batch_size * own.group_size / count <= branches]
+            possible = [at_most[0] if at_most else possible[-1]]
+        splits = sharding.possible_splits(self.mesh) if split == "auto" else [split]
+        batch = room.Batch(batch_size, self.processor.prompt_tokens, own, possible)
+        return room.fits(self.policy, params, batch, self.config.model.dtype, self.mesh, splits, free)
+
+    def lower_rollout(
+        self, params: Params, fit: room.Fit, inputs: tuple[Any, ...] | None = None, sampling: Sampling | None = None
+    ) -> LoweredRollout:
+        """The rollout of the stage, or of another batch `inputs` and `sampling`, in the way `fit`."""
+        if inputs is None:
+            number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding.replicated(self.mesh))
+            inputs = (self.abstract_prompt(), self._rows((), jnp.uint32), number, number)
+        sampling = dataclasses.replace(sampling or self.sampling, parts=fit.parts)
+        return lower_rollout(self.policy, sampling, self.config.model.dtype, params, *inputs, mesh=fit.mesh)
+
+    def compile_rollout(
+        self, params: Params, inputs: tuple[Any, ...], sampling: Sampling | None = None
+    ) -> tuple[room.Fit, CompiledRollout]:
+        """The rollout for these arguments, in the first way that fits beside what lies on the devices now."""
+        free = room.free_bytes(self.mesh)
+        if free is not None and self.config.pipeline.depth and self.name == "rl":  # A batch in flight lies there too.
+            beside = (self.abstract_rollout(params), self.abstract_prompt())
+            free = max(free - sharding.bytes_per_device(beside), 0)
+        ways = self.fits(params, free, len(inputs[0].tokens), sampling)
+        return room.compile_first(ways, lambda fit: self.lower_rollout(params, fit, inputs, sampling), free)
 
     # ---- the update
 
-    @functools.cached_property
-    def update(self) -> CompiledStep:
-        """`update(state, RLBatch, reference)` of the stage rl, `update(state, SFTBatch)` of the others."""
-        options = {"freeze": self.freeze, "micro_batches": self.settings.micro_batches}
+    def update(self, micro_batches: int, token_bucket: int = 0) -> CompiledStep:
+        """`update(state, RLBatch, reference)` of the stage rl, `update(state, SFTBatch)` of the others.
+
+        With a `token_bucket` of the config its responses are packed.
+        """
+        options = {"freeze": self.freeze, "micro_batches": micro_batches, "token_bucket": token_bucket}
         if self.name != "rl":
             return train_step.make_sft_step(self.policy, self.optimizer, **options)
         config, rollout = self.config, self.config.rollout
@@ -132,15 +172,53 @@ class Programs:
         )
         return train_step.make_rl_step(self.policy, self.optimizer, objective, **options)
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(length, token bucket) of each update: padded ones of each length, then packed ones, of the longest."""
+        rollout = self.config.rollout
+        packed = [(rollout.max_tokens, bucket) for bucket in rollout.token_buckets]
+        return [*((length, 0) for length in rollout.buckets), *packed]
+
     def lower_update(
-        self, state: TrainState, length: int, reference: Params | None = None, group: int | None = None
+        self,
+        state: TrainState,
+        length: int,
+        reference: Params | None = None,
+        group: int | None = None,
+        token_bucket: int = 0,
     ) -> jax.stages.Lowered:
         """The update for responses of `length` tokens, G = `group` targets each in a stage that imitates captions."""
+        batch = self._batch(state.params, length, group)
+        inputs = (batch, reference) if self.name == "rl" else (batch,)
+        micro_batches = self.micro_batches(state.params, token_bucket, group)
+        return self.update(micro_batches, token_bucket).lower(state, *inputs)
+
+    def micro_batches(self, params: Params, token_bucket: int, group: int | None = None) -> int:
+        """The number of micro-batches of an update, see `packing.micro_batches_of`; `params` may be abstract.
+
+        A vision side that is trained holds more than its tokens for each picture: then it is that of the padded update.
+        """
+        settings, rollout = self.settings, self.config.rollout
+        if not token_bucket or not train_step.vision_is_frozen(params, self.freeze):
+            return settings.micro_batches
+        sizes = {"prompt": self.config.model.prompt_tokens, "group": group or self.group_size}
+        return packing.micro_batches_of(token_bucket, settings.micro_batches, length=rollout.max_tokens, **sizes)
+
+    def lower_reordering(self, state: TrainState, group: int | None = None, **_: Any) -> jax.stages.Lowered:
+        """The program that deals the rows of a batch out before a packed update, see `host_batch.make_reordering`."""
+        batch = self._batch(state.params, self.config.rollout.max_tokens, group)
+        return make_reordering(self.mesh).lower(batch, self._rows((), jnp.int32))
+
+    @property
+    def devices(self) -> int:
+        """The number of parts that a batch is in over the mesh."""
+        return sharding.parts_of(self.mesh)
+
+    def _batch(self, params: Params, length: int, group: int | None) -> RLBatch | SFTBatch:
         if self.name == "rl":
-            return self.update.lower(state, self._rl_batch(state.params, length), reference)
+            return self._rl_batch(params, length)
         tokens = (group or self.group_size, length)
-        batch = SFTBatch(self.abstract_prompt(), self._rows(tokens, jnp.int32), self._rows(tokens, bool))
-        return self.update.lower(state, batch)
+        return SFTBatch(self.abstract_prompt(), self._rows(tokens, jnp.int32), self._rows(tokens, bool))
 
     @property
     def group_size(self) -> int:
@@ -196,6 +274,16 @@ def adapted(config: ConfigDict, policy: Policy) -> Policy:
     return lora.Adapted(policy, config.lora.alpha / config.lora.rank) if config.lora.rank else policy
 
 
+def check_mesh(config: ConfigDict, mesh: Mesh, stage: str) -> None:
+    """Raises UserError where `mesh` does not divide the batch of a stage, or can't sample as the fields say."""
+    settings, parts, split = config.stages[stage], config.rollout.parts, config.mesh.sampling
+    sharding.check_batch(mesh, stage, settings.batch_size, settings.micro_batches)
+    if stage == "rl" and parts != "auto":
+        sharding.check_parts(mesh, settings.batch_size, parts)
+    if split != "auto":
+        sharding.sampling_mesh(mesh, split)
+
+
 def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Programs, Params]:
     """The programs of a recipe's last stage and its parameters as shapes, from config and mesh alone.
 
@@ -206,9 +294,8 @@ def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Program
       UserError: the mesh does not divide the batch.
     """
     name = stage_order(config)[-1]
-    settings = config.stages[name]
     if mesh is not None:
-        sharding.check_batch(mesh, name, settings.batch_size, settings.micro_batches)
+        check_mesh(config, mesh, name)
     is_there = config.model.path and resolved(config.model.path).is_dir()
     fields = model_fields(config)[0] if is_there else config.model.to_dict()
     policy, processor = models.build(fields | {"template": ""}, scenes_tokenizer())

@@ -148,7 +148,8 @@ class Progress(contextlib.AbstractContextManager):
     """The progress line of one stage: redrawn in place on a terminal, else about PLAIN_LINES plain lines.
 
     `first_step` and `total_steps` count as `update`'s step does: a stage of the steps 101..300 has first_step 100 and
-    total_steps 300. A line of at most 140 characters shows step, ETA, s/step with the share of each phase, tokens/s.
+    total_steps 300. A line of at most 140 characters shows step, ETA, s/step with the share of each phase, tokens/s and
+    the shares of the rollout's and the update's work that went into real tokens.
     For RL it shows each reward (x100), b-CapScore, mean words and in-band share, for SFT the loss.
     """
 
@@ -207,7 +208,7 @@ class Progress(contextlib.AbstractContextManager):
     def line(self, step: int, values: Mapping[str, float], width: int = LINE_WIDTH) -> str:
         """The text of one progress line; reward names are shortened before anything is cut."""
         line = ""
-        for letters in (None, 6, 4, 1):
+        for letters in (None, 6, 4, 2, 1):
             line = "  ".join(part for part in self._parts(step, values, letters) if part)
             if len(line) <= width:
                 return line
@@ -220,6 +221,7 @@ class Progress(contextlib.AbstractContextManager):
         parts.append(f"{_short(seconds)} s/step{_shares(values)}")
         if _known(values.get("tokens_per_second")):
             parts.append(f"{_short(values['tokens_per_second'])} tok/s")
+        parts.append(_useful(values))
         if _known(values.get("loss")) and self.stage != "rl":
             parts.append(f"loss {values['loss']:.4f}")
         names = [name for name in values if name.startswith("reward/") and not name.endswith("_std")]
@@ -247,6 +249,13 @@ def _shares(values: Mapping[str, float]) -> str:
     total = sum(seconds.values())
     shares = [f"{name} {100 * value / total:.0f}" for name, value in seconds.items() if name != "other" and value > 0]
     return f" ({' '.join(shares)}%)" if shares else ""
+
+
+def _useful(values: Mapping[str, float]) -> str:
+    """Shares of what rollout and update compute that belong to a real token, such as "use 71/93%"."""
+    known = (values.get(f"padding/{phase}_useful") for phase in STEP_PHASES)
+    shares = [f"{100 * share:.0f}" for share in known if _known(share)]
+    return f"use {'/'.join(shares)}%" if shares else ""
 
 
 def _phase_seconds(values: Mapping[str, float]) -> dict[str, float]:

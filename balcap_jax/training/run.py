@@ -40,7 +40,7 @@ from balcap_jax.training.evaluation import Best, HeldOut
 from balcap_jax.training.job import Job, Judged, Stage
 from balcap_jax.training.logging import MetricsWriter, import_wandb
 from balcap_jax.training.machine import device_text, use_compilation_cache, versions
-from balcap_jax.training.programs import LORA_STAGES
+from balcap_jax.training.programs import LORA_STAGES, check_mesh
 from balcap_jax.training.progress import PhaseClock, ProfileWindow, Progress
 from balcap_jax.training.workdir import claim, dump_samples, read_summary, readable
 
@@ -148,8 +148,7 @@ class Run:
         distributed.check_same("config", configuration.to_text(config))
         self.mesh = sharding.make_mesh(config.mesh)
         for name in self.order:
-            settings = config.stages[name]
-            sharding.check_batch(self.mesh, name, settings.batch_size, settings.micro_batches)
+            check_mesh(config, self.mesh, name)
         if config.log.wandb and self.leads:
             import_wandb()
         self.profile = ProfileWindow(config.log.profile, self.workdir / "profile", self.clock, enabled=self.leads)

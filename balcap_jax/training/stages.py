@@ -4,12 +4,11 @@
     SFT      target captions -> update
     RL       rollout (compiled) -> judge (host) -> update (compiled); `pipeline` has another order of them
 
-A stage owns its compiled programs. Its first step compiles all of them, one update per length bucket: no later step
-can meet a shape for the first time.
+A stage owns its compiled programs. Its first step compiles all of them, one update per bucket of lengths and of tokens:
+no later step can meet a shape for the first time.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +18,11 @@ from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.rewards import count_words
 from balcap_jax.rewards.bcapscore import b_capscore, three_of
-from balcap_jax.rollout import Rollout, compile_rollout
-from balcap_jax.train_step import RLBatch, SFTBatch, TrainState, finalise
+from balcap_jax.rollout import Rollout
+from balcap_jax.train_step import RLBatch, SFTBatch, TrainState
 from balcap_jax.training.job import Examples, Job, Judged, Stage
 from balcap_jax.training.pipeline import Flight, Judging
 from balcap_jax.training.progress import HIDDEN
-
-
-def bucket_of(buckets: Sequence[int], longest: int) -> int:
-    """The smallest bucket that holds `longest` tokens."""
-    return next(bucket for bucket in buckets if bucket >= longest)
 
 
 class SFTStage(Stage):
@@ -42,17 +36,17 @@ class SFTStage(Stage):
 
     def advance(self, state: TrainState, examples: Examples, step: int) -> tuple[TrainState, dict[str, float], None]:
         """One update on the examples' captions. -> (state, values for the log, no samples)"""
-        job, buckets = self.job, self.job.config.rollout.buckets
+        job, rows = self.job, self.rows
         targets = examples["captions"] if self.writes_captions else [[text] for text in examples["reference"]]
-        tokens, mask = job.processor.encode_responses(targets, buckets[-1])
-        length = bucket_of(buckets, distributed.largest(mask.sum(-1).max()))
-        batch = SFTBatch(*self.rows.put((job.prompt(examples), tokens[..., :length], mask[..., :length])))
+        tokens, mask = job.processor.encode_responses(targets, job.config.rollout.max_tokens)
         # Photographs have as many captions as they come with, whatever the config says.
         self.compile_updates(state, group=mask.shape[1])
+        shape = self.shape_for(rows.gather(mask.sum(-1)[rows.own]))
+        length = shape.length
+        batch = SFTBatch(*rows.put((job.prompt(examples), tokens[..., :length], mask[..., :length])))
         with job.clock.phase("update"):
-            state, metrics = self._updates[length](state, batch)
-            values = finalise(metrics)
-        return state, values | {"tokens": values["length/tokens_mean"] * math.prod(batch.mask.shape[:2])}, None
+            state, values = self.run_update(state, batch, shape)
+        return state, values | {"tokens": values["length/tokens_mean"] * rows.size * mask.shape[1]}, None
 
 
 class AlignStage(SFTStage):
@@ -114,7 +108,7 @@ class RLStage(Stage):
 
         Returns the state, values for the log, and the captions that this process has judged.
         """
-        job, buckets, clock, rows = self.job, self.job.config.rollout.buckets, self.job.clock, self.rows
+        job, clock, rows = self.job, self.job.clock, self.rows
         if self.depth:
             flight = self._flight
             self._judge_aside(flight)
@@ -126,13 +120,14 @@ class RLStage(Stage):
             judged = flight.judging.wait() if flight.judging else self._judge(flight)()
             words = [[count_words(text) for text in group] for group in judged.captions]
             # From here on every process knows the scores of the whole batch.
-            scores, valid, left_out, words, lengths = rows.gather(
+            scores, valid, left_out, words, lengths, slots = rows.gather(
                 (
                     judged.scores.rewards,
                     judged.scores.valid,
                     judged.scores.unasked(),
                     np.array(words, np.int32).reshape(judged.tokens.shape),
                     judged.tokens,
+                    flight.samples.slots[rows.own],
                 )
             )
         failed, calls = int((~valid & ~left_out).sum()), int((~left_out).sum())
@@ -140,8 +135,8 @@ class RLStage(Stage):
             self._judge_aside(self._flight)
 
         self.compile_updates(state, reference=self._reference)
-        length = bucket_of(buckets, int(lengths.max()))
-        samples = flight.samples
+        shape, samples = self.shape_for(lengths), flight.samples
+        length = shape.length
         batch = RLBatch(
             flight.prompt,
             flight.out.image_embeds,
@@ -159,11 +154,11 @@ class RLStage(Stage):
             ),
         )
         with clock.phase("update"):
-            state, metrics = self._updates[length](state, batch, self._reference)
-            values = finalise(metrics)
+            state, values = self.run_update(state, batch, shape, self._reference)
 
         values["b_capscore"] = b_capscore(*three_of(scores, valid, job.reward.names))
         values["tokens"] = float(lengths.sum())
+        values["padding/rollout_useful"] = float(lengths.sum() / slots.sum())
         values["failed_calls"], values["calls"] = failed, calls
         values["judge/failure_rate"] = failed / max(calls, 1)
         if job.config.judge.ask:
@@ -177,9 +172,10 @@ class RLStage(Stage):
         job, programs, clock = self.job, self.programs, self.job.clock
         inputs = job.rollout_inputs(self.rows, examples, step)
         if self._rollout is None:
-            dtype = job.config.model.dtype
             with clock.phase("compile"):
-                self._rollout = compile_rollout(job.policy, programs.sampling, dtype, params, *inputs)
+                fit, self._rollout = programs.compile_rollout(params, inputs)
+            if distributed.is_first() and job.config.rollout.parts != 1:
+                print(f"rollout of {programs.settings.batch_size} prompts {fit}", flush=True)
         with clock.phase("rollout"):
             # Laid out as a checkpoint is restored: programs are compiled for one layout.
             out = jax.device_put(self._rollout(params, *inputs), sharding.batch_sharding(job.mesh))
