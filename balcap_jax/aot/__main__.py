@@ -50,7 +50,9 @@ def devices_of(topology: str, slices: int) -> list[Any]:
 
     if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
         raise UserError(f"--topology is {topology!r}; name one as v5e:4x8 or v5p:2x2x2")
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if set(re.split(r"[:x]", topology)[1:]) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # Or libtpu wants a multiple of a host with all of its chips.
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except Exception as error:  # Of several types, by version.
@@ -92,6 +94,12 @@ def text_of(report: Any, chip: Any, devices: int) -> str:
             f"    {kind:18} {where:14} {int(count):>8} times, {gib(total):>8} GiB in all, "
             f"largest {largest / 2**20:.2f} MiB"
         )
+    # A packed update has loops with an open end too.
+    for turn in report.turns if planned.name == "rollout" else ():
+        lines.append(
+            f"    a decoding step reads {gib(turn.weights)} GiB of weights, {gib(turn.cache)} GiB of cache and prefix; "
+            f"{turn.collectives:.0f} collectives move {turn.moved / 2**20:.2f} MiB"
+        )
     # Those that move in every turn of the decoding loop what does not change in it.
     if weights := [moved for moved in report.collectives if moved.of_invariant]:
         lines.append(f"    {len(weights)} collectives of the decoding loop move weights, first: {weights[0].op_name}")
@@ -108,7 +116,29 @@ def as_json(report: Any, chip: Any) -> dict[str, Any]:
         "hbm": chip.hbm,
         **{name: figures[name] for name in names},
         "collectives": [vars(moved) for moved in report.collectives],
+        "decoding_step": [vars(turn) for turn in report.turns],
     }
+
+
+def compiled(planned: Any, chip: Any, devices: int) -> tuple[Any, str]:
+    """Compiles a program and prints what is to be said of it. -> (report or None, why the compiler refused it)"""
+    import jax
+
+    from balcap_jax.aot import memory
+
+    print(f"compiling {planned.name}{planned.note and f' {planned.note}'} ...", flush=True)
+    try:
+        report = memory.compile_and_read(planned)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = memory.refusal(str(error))
+        print(f"{planned.name}: DOES NOT FIT, XLA refuses it: {refusal}", flush=True)
+        if buffers := memory.largest_buffers(str(error)):
+            print(buffers, flush=True)
+        return None, refusal
+    print(text_of(report, chip, devices), flush=True)
+    return report, ""
 
 
 @exit_on_user_error
@@ -116,8 +146,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not {"-h", "--help"} & set(arguments):
         prepare_environment()
-    import jax
-
     from balcap_jax import rewards
     from balcap_jax.aot import memory, print_sharding
     from balcap_jax.config import recipes as configuration
@@ -129,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     configuration.add_arguments(parser)
-    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:2x2x2, or v6e:1x1 for one chip"
+    )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices, joined by mesh.replica")
     parser.add_argument(
         "--program", choices=("all", "layout", "rollout", "update"), default="all", help="compile this one alone"
@@ -152,29 +182,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.topology}: {len(devices)} x {kind}, mesh {shape}", flush=True)
 
     if args.print_sharding:
-        print(print_sharding.describe(config, mesh))
+        print(print_sharding.describe(config, mesh, chip.hbm))
         return
 
-    programs = memory.plan(config, mesh)
+    programs = memory.plan(config, mesh, chip.hbm)
     if args.program != "all":  # Those after it are not even traced.
-        programs = itertools.islice((planned for planned in programs if args.program in planned.name.split()), 1)
+        wanted = (planned for planned in programs if args.program in planned.name.split())
+        programs = itertools.islice(wanted, None if args.program == "update" else 1)
     results, too_large = [], []
     for planned in programs:
-        print(f"compiling {planned.name} ...", flush=True)
-        try:
-            report = memory.compile_and_read(planned)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refusal = memory.refusal(str(error))
-            too_large.append(f"{planned.name}: {refusal}")
-            results.append({"program": planned.name, "fits": False, "hbm": chip.hbm, "refused": refusal})
-            print(f"{planned.name}: DOES NOT FIT, XLA refuses it: {refusal}", flush=True)
-            if buffers := memory.largest_buffers(str(error)):
-                print(buffers, flush=True)
+        report, refused = compiled(planned, chip, len(devices))
+        while planned.otherwise and (report is None or not report.fits(chip.hbm)):
+            planned = planned.otherwise()
+            report, refused = compiled(planned, chip, len(devices))
+        if report is None:
+            too_large.append(f"{planned.name}: {refused}")
+            results.append({"program": planned.name, "fits": False, "hbm": chip.hbm, "refused": refused})
             continue
         results.append(as_json(report, chip))
-        print(text_of(report, chip, len(devices)), flush=True)
         if not report.fits(chip.hbm):
             name, size = next(iter(report.parts().items()))
             too_large.append(f"{planned.name} needs {gib(report.total)} GiB, of it {gib(size)} {name}")

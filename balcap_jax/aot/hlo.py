@@ -1,4 +1,4 @@
-"""Reads a compiled program's text (HLO): floating-point operations, and collectives inside and outside loops.
+"""Reads a compiled program's text (HLO): flops, collectives, and what a turn of a decoding loop reads.
 
 XLA's own cost analysis counts the body of a loop once; here a loop counts as often as it turns. All figures are of one
 device's program, the partitioned one.
@@ -7,7 +7,7 @@ device's program, the partitioned one.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,8 @@ class Collective:
 
     size: bytes of its result, a time. times: how often a run of the program does it. loops: depth of loops around it.
     in_open_loop: inside a loop whose number of turns the program decides as it runs. of_invariant: what it moves is the
-    same in every turn of the innermost loop with an open end around it, weights for example.
+    same in every turn of the innermost loop with an open end around it, weights for example. loop: the body of the
+    outermost loop with an open end around it, empty where there is none.
     """
 
     kind: str
@@ -85,14 +86,34 @@ class Collective:
     in_open_loop: bool
     of_invariant: bool
     op_name: str
+    loop: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a turn of a loop with an open end, outermost of its kind, reads for matmuls and has moved; in bytes.
+
+    weights: operands that are the same in every turn and no attention's. cache: keys and values that are attended to.
+    moved: results of collectives, of which there are `collectives`. loop: its body.
+    """
+
+    loop: str
+    weights: float
+    cache: float
+    moved: float
+    collectives: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """flops: of one run of one device's program, with `open_turns` turns of loops that end by themselves."""
+    """flops: of one run of one device's program, with `open_turns` turns of loops that end by themselves.
+
+    turns: of each loop with an open end, in the order of the program.
+    """
 
     flops: float
     collectives: tuple[Collective, ...]
+    turns: tuple[Turn, ...] = ()
 
 
 class Program:
@@ -114,11 +135,21 @@ class Program:
         if not self.entry:
             raise ValueError("the text holds no ENTRY computation; it is no HLO module")
 
-    def analyse(self, open_turns: int = 1) -> Analysis:
-        """Flops and collectives; loops that end by themselves count `open_turns` turns."""
-        walk = _Walk(self, open_turns)
-        flops = walk.flops(self.entry, {})
-        return Analysis(flops, tuple(walk.collectives.values()))
+    def analyse(self, open_turns: int = 1, inner_turns: int = 1) -> Analysis:
+        """Flops, collectives and reads; loops that end by themselves count `open_turns` turns.
+
+        Of several in one computation, as the stages of a rollout are, the first takes all turns and the others none: so
+        it is where nothing ends early. A loop of that kind inside another counts `inner_turns` turns.
+        """
+        walk = _Walk(self, open_turns, inner_turns)
+        flops, *_ = walk.costs(self.entry, {})
+        collectives = tuple(walk.collectives.values())
+        turns = []
+        for loop, (count, (_, weights, cache)) in walk.open_loops.items():
+            inside = [moved for moved in collectives if moved.loop == loop]
+            moved = sum(moved.size * moved.times for moved in inside) / count
+            turns.append(Turn(loop, weights / count, cache / count, moved, sum(x.times for x in inside) / count))
+        return Analysis(float(flops), collectives, tuple(turns))
 
     def turns(self, loop: Instruction, computation: Computation) -> int | None:
         """How often a `while` of `computation` turns, by its counter; None where something else may end it."""
@@ -225,49 +256,67 @@ class Program:
 
 @dataclasses.dataclass
 class _Walk:
-    """Goes through a program as it runs; `collectives` are those met so far."""
+    """Goes through a program as it runs; `collectives` and `open_loops`, {body: (turns, costs)}, are those so far."""
 
     program: Program
     open_turns: int
+    inner_turns: int
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    open_loops: dict[str, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
-    def flops(
-        self, name: str, parameters: Mapping[int, Any], times: int = 1, loops: int = 0, in_open_loop: bool = False
-    ) -> float:
-        """Flops of a computation that runs `times` times inside `loops` loops; `parameters` as for `Program.flow`."""
-        program, flops = self.program, 0.0
+    def costs(
+        self, name: str, parameters: Mapping[int, Any], times: int = 1, loops: int = 0, open_loop: str = ""
+    ) -> np.ndarray:
+        """Flops of a computation that runs `times` times inside `loops` loops, and what its matmuls read of weights and
+        of caches in a loop with an open end.
+
+        parameters: as for `Program.flow`. open_loop: the body of the outermost loop with an open end around it.
+        """
+        program, costs = self.program, np.zeros(3)
         computation, known = program.computations[name], program.flow(name, parameters)
+        left = self.open_turns
         for instruction in computation.values():
             opcode = instruction.opcode.removesuffix("-start")
             operands = [known.get(operand, False) for operand in instruction.operands]
             if opcode in COLLECTIVES:
-                of_invariant = in_open_loop and bool(operands) and all(map(_is_invariant, operands))
-                size = _collective_bytes(instruction)
-                collective = Collective(opcode, size, times, loops, in_open_loop, of_invariant, instruction.op_name)
+                of_invariant = bool(open_loop and operands) and all(map(_is_invariant, operands))
+                size, is_open = _collective_bytes(instruction), bool(open_loop)
+                collective = Collective(
+                    opcode, size, times, loops, is_open, of_invariant, instruction.op_name, open_loop
+                )
                 # The parts of one that runs beside other work are instructions of their own on the same channel.
                 key = instruction.find(r"channel_id=(\d+)") or f"{name}/{instruction.name}"
                 part = self.collectives.get(key, collective)
                 self.collectives[key] = max(part, collective, key=lambda c: (c.of_invariant, c.size))
             elif opcode in ("dot", "convolution"):
-                flops += times * _matmul_flops(instruction, computation)
+                costs[0] += times * _matmul_flops(instruction, computation)
+                if open_loop:
+                    costs[1:] += times * np.array(_matmul_reads(instruction, computation, operands))
             elif opcode == "custom-call":
-                flops += times * _kernel_flops(instruction, computation)
+                costs[0] += times * _kernel_flops(instruction, computation)
             elif opcode == "while":
                 turns, body = program.turns(instruction, computation), instruction.attribute("body")
-                if turns is not None and in_open_loop:
+                if turns is not None and open_loop:
                     state = program.invariant(body, operands[0])
                 else:
                     state = program.unchanged(body)
-                count = times * (self.open_turns if turns is None else turns)
-                flops += self.flops(body, {0: state}, count, loops + 1, in_open_loop or turns is None)
+                is_open = turns is None
+                if is_open:
+                    turns, left = (self.inner_turns, left) if open_loop else (left, 0)
+                count = times * turns
+                outermost = open_loop or (body if is_open else "")
+                inside = self.costs(body, {0: state}, count, loops + 1, outermost)
+                if is_open and not open_loop and count:
+                    self.open_loops[body] = (count, inside)
+                costs += inside
             elif opcode == "conditional":
-                branches = [self.flops(branch, {}, times, loops, in_open_loop) for branch in instruction.called()]
-                flops += max(branches, default=0.0)
+                branches = [self.costs(branch, {}, times, loops, open_loop) for branch in instruction.called()]
+                costs += np.max(branches, axis=0) if branches else 0.0
             elif opcode in ("fusion", "call", "async"):
                 moved = {number: True for number, value in enumerate(operands) if _is_invariant(value)}
                 for called in instruction.called():
-                    flops += self.flops(called, moved, times, loops, in_open_loop)
-        return flops
+                    costs += self.costs(called, moved, times, loops, open_loop)
+        return costs
 
 
 def _is_invariant(value: Any) -> bool:
@@ -357,6 +406,19 @@ def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
         span = (left[of_left.index(str(axis))] - 1) * holes + 1
         flops *= int(((positions >= 0) & (positions < span) & (positions % holes == 0)).sum())
     return flops
+
+
+def _matmul_reads(instruction: Instruction, computation: Computation, known: Sequence[Any]) -> tuple[float, float]:
+    """Bytes of (weights, caches) among the operands of a matmul; `known`: what `Program.flow` says of each.
+
+    Activations count as neither: a step has few of them, and makes them itself. Attention is told by its scope, which
+    is within no layer's own.
+    """
+    sizes = [_bytes(computation[name].shapes) for name in instruction.operands[:2]]
+    same = [size for size, value in zip(sizes, known, strict=False) if _is_invariant(value)]
+    if "/attention/" in instruction.op_name and "/Block." not in instruction.op_name:
+        return 0.0, max(same or sizes)
+    return sum(same), 0.0
 
 
 def _kernel_flops(instruction: Instruction, computation: Computation) -> float:

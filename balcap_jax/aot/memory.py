@@ -4,6 +4,7 @@ What `aot` prints is computed here: memory per chip, flops against those of the 
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -15,7 +16,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from balcap_jax.aot import hlo
+from balcap_jax.models.decoder import CACHE_BLOCK
+from balcap_jax.models.packed_attention import TILE
 from balcap_jax.models.policy import Params
+from balcap_jax.parallel import sharding
+from balcap_jax.parallel.sharding import bytes_per_device
 from balcap_jax.training import programs as training
 from balcap_jax.training.programs import Programs
 
@@ -46,17 +51,21 @@ CHIPS = {
 class Planned:
     """A program that is traced and not compiled yet.
 
-    open_turns: turns of a loop that ends by itself, at most. resident: bytes per device that lie beside the program's
-    own arrays while it runs. model_flops, repeated_flops: of all devices, what the mathematics needs with the prompt
-    shared by its G samples and without (0 where no such figure is given).
+    open_turns: turns of a loop that ends by itself, at most; inner_turns: those of one inside it. resident: bytes per
+    device that lie beside the program's own arrays while it runs. model_flops, repeated_flops: of all devices, what the
+    mathematics needs with the prompt shared by its G samples and without (0 where no such figure is given). note: what
+    is to be said of it. otherwise: what comes in its place where it does not fit.
     """
 
     name: str
     lowered: jax.stages.Lowered
     open_turns: int = 1
+    inner_turns: int = 1
     resident: int = 0
     model_flops: float = 0.0
     repeated_flops: float = 0.0
+    note: str = ""
+    otherwise: "Callable[[], Planned] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Report:
     flops: float
     collectives: tuple[hlo.Collective, ...]
     seconds: float
+    turns: tuple[hlo.Turn, ...] = ()
 
     @property
     def total(self) -> int:
@@ -93,8 +103,12 @@ class Report:
         return self.total <= hbm
 
 
-def plan(config: ConfigDict, mesh: Mesh) -> Iterator[Planned]:
-    """The programs of the recipe's last stage on `mesh`: for `rl` the change of layout, the rollout and the update.
+def plan(config: ConfigDict, mesh: Mesh, hbm: float) -> Iterator[Planned]:
+    """The programs of the recipe's last stage on `mesh`: for `rl` the change of layout, the rollout and the updates.
+
+    Of the padded updates it is the longest; the packed ones are all there, with the flops of the tokens that they hold.
+
+    hbm: bytes that programs may use on one device.
 
     Raises:
       UserError: the mesh does not divide a parameter or the batch.
@@ -102,28 +116,52 @@ def plan(config: ConfigDict, mesh: Mesh) -> Iterator[Planned]:
     programs, params = training.of_last_stage(config, mesh)
     state = programs.abstract_state(params)
     reference = programs.reference(state)
-    length = config.rollout.buckets[-1]
+    length, in_flight = config.rollout.buckets[-1], 0
     if programs.name == "rl":
         length = config.rollout.max_tokens
-        yield from _rollout_programs(programs, state.params, bytes_per_device((state, reference)))
-    sizes = (programs, state.params, programs.settings.batch_size, programs.group_size, length)
-    yield Planned(
-        "update" if programs.name == "rl" else f"{programs.name} update",
-        programs.lower_update(state, length, reference),
-        model_flops=model_flops(*sizes),
-        repeated_flops=model_flops(*sizes, repeated=True),
-    )
+        if config.pipeline.depth:  # The next batch lies beside the update, and the last one beside the rollout.
+            in_flight = bytes_per_device((programs.abstract_rollout(state.params), programs.abstract_prompt()))
+        yield from _rollout_programs(programs, state.params, bytes_per_device((state, reference)) + in_flight, hbm)
+    name = "update" if programs.name == "rl" else f"{programs.name} update"
+    sizes = (programs, state.params, programs.settings.batch_size, programs.group_size)
+    buckets = config.rollout.token_buckets
+    padded = f" padded {length}" if buckets else ""
+    for token_bucket in (0, *buckets):
+        computed = token_bucket or length
+        yield Planned(
+            name + (f" packed {token_bucket}" if token_bucket else padded),
+            programs.lower_update(state, length, reference, token_bucket=token_bucket),
+            open_turns=-(-length // TILE),  # of attention over packed responses: all blocks of the longest
+            resident=in_flight,
+            model_flops=model_flops(*sizes, computed),
+            repeated_flops=model_flops(*sizes, computed, repeated=True),
+        )
 
 
-def _rollout_programs(programs: Programs, params: Params, held: int) -> Iterator[Planned]:
+def _rollout_programs(programs: Programs, params: Params, held: int, hbm: float) -> Iterator[Planned]:
     """`held`: bytes per device of the training state, which stays in memory."""
-    relay, rollout = programs.lower_rollout(params)
-    decoder = {"decoder": params["decoder"]}
-    if relay is not None:
-        yield Planned("layout for sampling", relay, resident=held - bytes_per_device(decoder))
-        held += bytes_per_device(decoder)  # The rollout's own arguments hold a copy of it.
-    resident = held - bytes_per_device(params)
-    yield Planned("rollout", rollout, open_turns=programs.sampling.max_tokens - 1, resident=resident)
+    ways, tokens = programs.fits(params, int(hbm) - held), programs.sampling.max_tokens
+
+    def relay_of(fit: training.room.Fit) -> sharding.Relay | None:
+        return sharding.make_relay(programs.mesh, params, programs.config.model.dtype, fit.mesh)
+
+    def planned(fit: training.room.Fit, *others: training.room.Fit) -> Planned:
+        relay = relay_of(fit)
+        # The rollout's own arguments hold a copy of what was moved.
+        moved = 0 if relay is None else bytes_per_device(relay.take(params))
+        return Planned(
+            "rollout",
+            programs.lower_rollout(params, fit).program,
+            open_turns=tokens - 1,
+            inner_turns=-(-tokens // CACHE_BLOCK),
+            resident=held + moved - bytes_per_device(params),
+            note=str(fit),
+            otherwise=functools.partial(planned, *others) if others else None,
+        )
+
+    if (relay := relay_of(ways[0])) is not None:
+        yield Planned("layout for sampling", relay.lower(params), resident=held - bytes_per_device(relay.take(params)))
+    yield planned(*ways)
 
 
 def compile_and_read(planned: Planned) -> Report:
@@ -132,7 +170,7 @@ def compile_and_read(planned: Planned) -> Report:
     compiled = planned.lowered.compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    analysis = hlo.Program(compiled.as_text()).analyse(planned.open_turns)
+    analysis = hlo.Program(compiled.as_text()).analyse(planned.open_turns, planned.inner_turns)
     return Report(
         planned,
         memory.argument_size_in_bytes,
@@ -143,15 +181,11 @@ def compile_and_read(planned: Planned) -> Report:
         analysis.flops,
         analysis.collectives,
         seconds,
+        analysis.turns,
     )
 
 
 # ------------------------------------------------------------------------------------------------- counting
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of an abstract tree on each device, by its shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def model_flops(
@@ -190,7 +224,7 @@ def model_flops(
         flops += 4 * sizes.layers * sizes.heads * sizes.head_size * pairs
     backward = not all(path.startswith("decoder/") for path in trainable)
     if backward or programs.name != "rl":
-        tokens = programs.processor.image_tokens * (4 if config.model.family == "qwen2_5_vl" else 1)
+        tokens = programs.processor.image_tokens * policy.vision.PATCHES_PER_TOKEN
         vision = per_token(every, lambda path: path.startswith("vision/"))
         flops += (6 if backward else 2) * vision * tokens * prompts
     return flops

@@ -6,21 +6,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from balcap_jax.aot.memory import bytes_per_device
 from balcap_jax.parallel import sharding
+from balcap_jax.parallel.sharding import bytes_per_device
 from balcap_jax.training import programs as training
 
 
-def describe(config: ConfigDict, mesh: Mesh) -> str:
+def describe(config: ConfigDict, mesh: Mesh, hbm: float | None = None) -> str:
     """The table for the recipe's last stage, one parameter per line; from shapes alone, so nothing is allocated.
+
+    hbm: bytes that programs may use on one device, for devices that are not here.
 
     Raises:
       UserError: the mesh does not divide a parameter, named with the axis and its size, or the batch.
     """
     programs, params = training.of_last_stage(config, mesh)
     state = programs.abstract_state(params)
+    room = hbm if hbm is not None else training.room.free_bytes(mesh)
+    free = None if room is None else int(room) - bytes_per_device((state, programs.reference(state)))
+    target = programs.fits(state.params, free)[0].mesh
+    relay = sharding.make_relay(mesh, state.params, config.model.dtype, target)
+    moved = {} if relay is None else relay.take(state.params)
     sampled = {"decoder": state.params["decoder"]}
-    sampled = sharding.abstract(sampled, sharding.sampling_shardings(mesh, sampled))
+    sampled = sharding.abstract(sampled, sharding.sampling_shardings(target, sampled))
     params, sampled = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (state.params, sampled))
     trainable = programs.split(state.params)[0]
 
@@ -37,8 +44,8 @@ def describe(config: ConfigDict, mesh: Mesh) -> str:
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     count, trained = (sum(leaf.size for leaf in leaves.values()) for leaves in (params, trainable))
     width = jnp.dtype(config.model.dtype).itemsize
-    copy = sum(bytes_per_device(leaf) // leaf.dtype.itemsize * width for leaf in sampled.values())
-    relaid = programs.name == "rl" and sharding.make_relay(mesh, state.params, config.model.dtype) is not None
+    copy = sum(bytes_per_device(sampled[path]) // sampled[path].dtype.itemsize * width for path in moved)
+    relaid = programs.name == "rl" and relay is not None
     held = [("parameters", state.params), ("moments", state.opt_state), ("gradient", trainable)]
     if programs.anchored:
         held.append(("the reference", trainable))
@@ -47,6 +54,9 @@ def describe(config: ConfigDict, mesh: Mesh) -> str:
         f"mesh {shape}, stage {programs.name}: {count:,} parameters, {trained:,} trained",
         f"per device: {sizes}" + (f", a copy of the decoder while sampling {copy / 2**20:,.1f} MiB" if relaid else ""),
     )
+    if target is not mesh:
+        shape = " x ".join(f"{axis} {size}" for axis, size in target.shape.items())
+        totals = (*totals, f"sampling has a mesh of its own: {shape}")
     return "\n".join((*lines, *totals))
 
 
