@@ -7,7 +7,7 @@
         --config.data.manual_dir=DATA --config.data.units=units.jsonl --config.judge.endpoints=URL,URL
     python -m balcap_jax.train --config=configs/llava15_7b.py:scenes --workdir=runs/smoke      (a smoke run, no judge)
 
-Variants: sft, lora, scenes, no_precision, grpo, caprl and more; `vlm.py`, which belongs beside this file, has them all.
+Variants: sft, lora, one, scenes, no_precision, caprl and more; `vlm.py`, which belongs beside this file, has them all.
 
 Chips: compiled for v5e:4x8 (7.8 of 15.75 GiB a chip with 32 prompts at once) and v5p:2x2x2; `docs/performance.md` has
 the commands. On GPUs 8 of 80 GB or more: weights, moments and gradients are 109 GB in all.
@@ -25,5 +25,6 @@ def get_config(variant: str = "") -> ConfigDict:
     # 576 image tokens, the chat template's 40 and an instruction.
     config.model.prompt_tokens = 704
     config.rollout.max_tokens = 512
-    config.rollout.buckets = (128, 256, 384, 512)
+    config.rollout.buckets = (512,)
+    config.rollout.token_buckets = (128, 192, 256, 352)
     return config

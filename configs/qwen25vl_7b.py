@@ -7,7 +7,7 @@
         --config.data.manual_dir=DATA --config.data.units=units.jsonl --config.judge.endpoints=URL,URL
     python -m balcap_jax.train --config=configs/qwen25vl_7b.py:scenes --workdir=runs/smoke      (a smoke run, no judge)
 
-Variants: sft, lora, scenes, no_precision, grpo, caprl and more; `vlm.py`, which belongs beside this file, has them all.
+Variants: sft, lora, one, scenes, no_precision, caprl and more; `vlm.py`, which belongs beside this file, has them all.
 
 Chips: compiled for v5e:4x8 (11.1 of 15.75 GiB a chip with 32 prompts at once), v5e:4x4 (15.05 with 16 prompts and
 optim.mu_dtype bfloat16) and v5p:2x2x2; `docs/performance.md` has the commands. On GPUs 8 of 80 GB or more: weights,
@@ -27,5 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # 384 image tokens, the chat template's 20 and an instruction.
     config.model.prompt_tokens = 512
     config.rollout.max_tokens = 1024
-    config.rollout.buckets = (256, 512, 768, 1024)
+    config.rollout.buckets = (1024,)
+    # Captions have about 220 tokens. With two prompts on a device at once the fullest has about 280 a response, more
+    # where some pictures have long captions and others short ones; the last two are for captions that grow.
+    config.rollout.token_buckets = (288, 320, 384, 512)
     return config

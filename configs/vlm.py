@@ -13,6 +13,8 @@ Variants, which may be joined as in `:sft,lora`:
     :rl       reinforcement from the published model, as the method is reported; what no variant means too
     :sft      supervised training on the references instead
     :lora     adapters of rank 64 on a frozen bfloat16 base, in place of all decoder parameters
+    :one      one device: `lora`, and the same 128 prompts x 8 an update, sampled in as many parts as the memory asks
+              for and learnt from prompt by prompt
     :scenes   rendered scenes and the oracle in place of data and judge: does it run, and fit, on these chips?
 
 Leave-one-outs of the method:
@@ -40,14 +42,18 @@ from ml_collections import ConfigDict
 
 from balcap_jax.config import ablations, default_config
 
-OWN = ("rl", "sft", "lora", "scenes")
+OWN = ("rl", "sft", "lora", "one", "scenes")
 # What says on validation pictures which checkpoint is best; b_capscore where it is not named here.
 BEST = {"caprl": "accuracy", "rubicap": "rubric", "feedquill": "verified_fraction", "lexical": "rouge_l"}
 BEST |= {"arena": "preference"}
 
 
-def published_config(name: str, model: Mapping[str, Any], variant: str, freeze: str) -> ConfigDict:
+def published_config(
+    name: str, model: Mapping[str, Any], variant: str, freeze: str, micro_batches: int = 4
+) -> ConfigDict:
     """The configuration of the model `name`, whose fields are `model`; `freeze` is what both stages leave as it is.
+
+    micro_batches: of both stages on many chips.
 
     Raises:
       UserError: there is no such variant, or two exclude each other.
@@ -77,7 +83,8 @@ def published_config(name: str, model: Mapping[str, Any], variant: str, freeze: 
     for stage in (config.stages.sft, config.stages.rl):
         stage.steps = 700
         stage.batch_size = 128
-        stage.micro_batches = 4  # A part of the batch has at least a prompt for each chip.
+        # A part of the batch has at least a prompt for each chip.
+        stage.micro_batches = stage.batch_size if "one" in variants else micro_batches
         stage.learning_rate = 1e-6
         stage.warmup_steps = 35
         stage.freeze = freeze
@@ -103,7 +110,9 @@ def published_config(name: str, model: Mapping[str, Any], variant: str, freeze: 
         config.advantage.estimator = "grpo"
     # In tokens: a reference has about 200.
     ablations.apply(config, variants, length_start=256, length_end=512)
-    if "lora" in variants:
+    if "one" in variants:
+        config.rollout.parts = "auto"
+    if {"lora", "one"} & set(variants):
         config.lora.rank = 64
         config.lora.alpha = 64.0
         # Ours: adapters start at 0 and take about ten times the rate of full training.

@@ -6,7 +6,7 @@ The meaning is the field's description, or the text below a field whose line is 
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
@@ -41,6 +41,12 @@ def _regex_problems(text: str) -> Iterator[str]:
         yield f"is no regular expression: {error}, got {text!r}"
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and 1 <= value <= SIZE):
+        raise ValueError(f"must be auto, or an integer in [1, {SIZE}], got {shown(value)}")
+    return value
+
+
 T = TypeVar("T")
 Resumable = Annotated[T, "resumable"]
 """May change when a run is resumed: it changes neither what is learnt nor how it is evaluated."""
@@ -58,6 +64,8 @@ FewOrNone = Annotated[int, Field(ge=0, le=1024)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Images = Annotated[int, Field(ge=1, le=IMAGES)]
 Devices = Annotated[int, Field(ge=-1, le=SIZE)]
+# Not a union: the place that pydantic then gives for an error is no field's name.
+CountOrAuto = Annotated[Any, AfterValidator(_count_or_auto), "auto"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, le=1e6)]
 Seconds = Annotated[float, Field(ge=0.1, le=86_400)]
@@ -82,7 +90,7 @@ class Group(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=F
 class Model(Group):
     """The sizes are those of the random initialisation; a saved model brings its own, all but RUN_FIELDS."""
 
-    family: Literal["llava", "qwen2_5_vl"] = Field("llava", description="architecture of the policy")
+    family: Literal["llava", "qwen2_5_vl", "qwen3_vl"] = Field("llava", description="architecture of the policy")
     path: Path = Field("", description="directory of a saved model; empty = random initialisation with the sizes below")
     image_size: Pixels = Field(96, description="height and width of the square input image, pixels")
     patch_size: Pixels = Field(16, description="height and width of a vision patch, pixels; divides image_size")
@@ -112,12 +120,15 @@ class Model(Group):
     keep_unused: bool = False
     """keep vision layers behind feature_layer, to export them again (llava)"""
     qkv_bias: bool = Field(False, description="biases on the decoder's query, key and value projections")
-    # qwen2_5_vl only, from here on
+    # qwen2_5_vl and qwen3_vl only, from here on
     mrope_section: tuple[FewOrNone, ...] = ()
     """rotary frequencies per axis (time, height, width); their sum is head_size / 2"""
-    window_size: Pixels = Field(112, description="side of a vision attention window, pixels")
+    window_size: Pixels = Field(112, description="side of a vision attention window, pixels (qwen2_5_vl)")
     full_attention_layers: tuple[FewOrNone, ...] = ()
-    """vision layers (from 0) that attend to the whole image"""
+    """vision layers (from 0) that attend to the whole image (qwen2_5_vl)"""
+    vision_positions: Wide = Field(2304, description="learned vision positions, a square number (qwen3_vl)")
+    deepstack_layers: tuple[FewOrNone, ...] = ()
+    """vision layers (from 0) whose features the first decoder layers add (qwen3_vl)"""
     min_image_tokens: Size = Field(4, description="image tokens below which a picture is enlarged")
     max_image_tokens: Size = Field(384, description="image tokens above which a picture is shrunk, I")
     max_aspect: float = Field(4.0, ge=1, le=1000)
@@ -234,10 +245,14 @@ class Rollout(Group):
     max_tokens: Size = Field(96, description="longest response, tokens, R; longer ones are truncated")
     buckets: tuple[Size, ...] = Field((96,), min_length=1)
     """response lengths that updates are compiled for; last = max_tokens"""
+    token_buckets: tuple[Size, ...] = ()
+    """tokens per response, on average in what a device has at once, that packed updates hold; empty = padded alone"""
     temperature: float = Field(1.0, ge=0.01, le=100, description="sampling temperature in training")
     top_p: float = Field(1.0, ge=1e-4, le=1, description="nucleus: fewest tokens with this mass")
     top_k: WideOrNone = Field(0, description="only the k likeliest tokens; 0 = all")
     eval_temperature: float = Field(1.0, ge=0, le=100, description="sampling temperature in evaluations; 0 = greedy")
+    parts: Resumable[CountOrAuto] = 1
+    """parts of B sampled one after the other: the cache holds one; auto = as few as fit (1 if memory is unknown)"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if sorted(set(self.buckets)) != list(self.buckets):
@@ -246,6 +261,12 @@ class Rollout(Group):
             fitting = (*(bucket for bucket in self.buckets if bucket < self.max_tokens), self.max_tokens)
             hint = f"try --config.rollout.buckets={','.join(map(str, fitting))}"
             yield "rollout.buckets", f"must end with rollout.max_tokens ({self.max_tokens}), got {self.buckets}; {hint}"
+        if sorted(set(self.token_buckets)) != list(self.token_buckets):
+            yield "rollout.token_buckets", f"must be ascending, got {self.token_buckets}"
+        if self.token_buckets and self.token_buckets[-1] > self.max_tokens:
+            fitting = ",".join(str(bucket) for bucket in self.token_buckets if bucket <= self.max_tokens)
+            problem = f"must not exceed rollout.max_tokens ({self.max_tokens}), got {self.token_buckets}"
+            yield "rollout.token_buckets", f"{problem}; try --config.rollout.token_buckets={fitting}"
         if 0 < self.eval_temperature < _LEAST:
             yield "rollout.eval_temperature", f"must be 0 (greedy) or at least {_LEAST:g}, got {self.eval_temperature}"
 
@@ -392,13 +413,16 @@ class Mesh(Group):
     data: Devices = Field(-1, description="devices along data")
     fsdp: Devices = Field(1, description="devices that parameters are sharded over")
     tensor: Devices = Field(1, description="devices that heads and MLP features are split over")
+    sampling: CountOrAuto = "auto"
+    """devices that a matrix is split over while sampling; auto = what fits and reads and sends the fewest bytes"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for axis, size in self:
+        sizes = {axis: size for axis, size in self if axis != "sampling"}
+        for axis, size in sizes.items():
             if size == 0:
                 yield f"mesh.{axis}", f"must be >= 1, or -1 for all devices left, got {size}"
-        if sum(size == -1 for _, size in self) > 1:
-            raise ValueError(f"only one of the config fields 'mesh.*' may be -1, got {dict(sorted(self))}")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one of the config fields 'mesh.*' may be -1, got {dict(sorted(sizes.items()))}")
 
 
 class Checkpoint(Group):

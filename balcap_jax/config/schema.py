@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
-from balcap_jax.config.groups import Config, Group, Model
+from balcap_jax.config.groups import SIZE, Config, Group, Model
 from balcap_jax.config.lists import parse_endpoints, parse_shares
 
 __all__ = [
@@ -36,7 +36,7 @@ RUN_FIELDS = (
 for an empty template."""
 
 KINDS = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a string"}
-KINDS |= {"ints": "a tuple of integers", "floats": "a tuple of numbers"}
+KINDS |= {"ints": "a tuple of integers", "floats": "a tuple of numbers", "int or auto": "an integer or auto"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Setting:
 
     @property
     def range_text(self) -> str:
+        if self.kind == "int or auto":
+            return f"auto | [1, {SIZE}]"
         if self.choices or self.low is None:
             return " | ".join(self.choices)
         low, high = (str(end) if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
@@ -74,9 +76,10 @@ def _settings(group: Group, prefix: str = "", what: str = "") -> Iterator[Settin
         is_tuple = isinstance(default, tuple)
         entry = FieldInfo.from_annotation(arguments[0]) if is_tuple else field
         ends = {end: getattr(mark, end) for mark in entry.metadata for end in ("ge", "le", "lt") if hasattr(mark, end)}
+        kind = f"{entry.annotation.__name__}s" if is_tuple else type(default).__name__
         yield Setting(
             name=prefix + name,
-            kind=f"{entry.annotation.__name__}s" if is_tuple else type(default).__name__,
+            kind="int or auto" if "auto" in field.metadata else kind,
             default=default,
             meaning=" ".join(field.description.split()).replace("{stage}", what),
             low=ends.get("ge"),
