@@ -5,6 +5,7 @@
 Variants, which may be joined as in `:qwen,tiny`:
     :tiny   a smoke run of a minute for tests and notebooks; it learns next to nothing
     :qwen   the Qwen2.5-VL family in place of LLaVA, same sizes otherwise; not yet run at full length
+    :qwen3  the Qwen3-VL family in place of LLaVA, the same; not yet run at full length
     :lora   SFT and RL train adapters on the base that the first two stages leave, kept in bfloat16; not yet run at
             full length
 
@@ -28,13 +29,13 @@ from ml_collections import ConfigDict
 from balcap_jax.config import ablations
 from balcap_jax.config.recipes import default_config
 
-OWN = ("tiny", "qwen", "lora")
+OWN = ("tiny", "qwen", "qwen3", "lora")
 # Scenes have no criteria.
 VARIANTS = (*OWN, *(name for name in ablations.NAMES if name != "rubicap"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    variants = ablations.chosen(variant, VARIANTS)
+    variants = ablations.chosen(variant, VARIANTS, one_of=[("qwen", "qwen3")])
     config = default_config()
     config.name = "scenes"
     config.data.train_size = 8192
@@ -98,6 +99,18 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.qkv_bias = True
         config.stages.vision.freeze = "^(merger|decoder)/"
         config.stages.rl.freeze = "^(vision|merger)/"
+    if "qwen3" in variants:
+        config.model.family = "qwen3_vl"
+        config.model.patch_size = 16
+        config.model.max_image_tokens = 9
+        # A row and a column of positions for each of the 6 x 6 patches, and features of the first half of the tower.
+        config.model.vision_positions = 36
+        config.model.deepstack_layers = (0, 1)
+        config.model.mrope_section = (6, 5, 5)
+        config.model.rope_theta = 5e6
+        config.model.norm_eps = 1e-6
+        config.stages.vision.freeze = "^(merger|deepstack|decoder)/"
+        config.stages.rl.freeze = "^(vision|merger|deepstack)/"
     if "lora" in variants:
         config.lora.rank = 8
         config.lora.alpha = 16.0

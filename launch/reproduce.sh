@@ -5,7 +5,8 @@
 #
 # The same command goes on where it was stopped or killed: each of its commands does. Settings, as NAME=VALUE before it:
 #   MODEL       directory of the checkpoint, as `hf download` leaves it
-#   RECIPE      qwen25vl_3b, qwen25vl_7b or llava15_7b, with variants: qwen25vl_3b:lora; default: qwen25vl_3b
+#   RECIPE      qwen25vl_3b, qwen25vl_7b, qwen3vl_2b, qwen3vl_4b, qwen3vl_8b or llava15_7b, with variants:
+#               qwen25vl_3b:lora; default: qwen25vl_3b
 #   DATA        folder with ShareGPT4V's JSON and the pictures that it names
 #   ANNOTATIONS name of that JSON; default: the one of its 100,000 captions by GPT-4V
 #   BENCH       folder of benchmarks, laid out as docs/evaluation.md says

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tiny_checkpoints as tiny
 import torch
-from qwen_tokenizer import CHAT_TEMPLATE, build_qwen_tokenizer
+from qwen_tokenizer import CHAT_TEMPLATES, build_qwen_tokenizer
 
 LLAVA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}USER: {% for part in message['content'] %}"
@@ -23,19 +23,23 @@ LLAVA_PROCESSOR = {
 
 def hub_directory(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Writes one of `family`, a key of `tiny.FAMILIES`, to `path`."""
-    words = build_qwen_tokenizer() if family == "qwen2_5_vl" else tiny.tokenizer()
+    words = build_qwen_tokenizer() if family in CHAT_TEMPLATES else tiny.tokenizer()
     changes = {}
-    if family == "qwen2_5_vl":
+    if family in CHAT_TEMPLATES:
         ids = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
         changes = {name: words.convert_tokens_to_ids(f"<|{word}|>") for name, word in ids.items()}
     model = tiny.make(family, dtype, words=words, **changes)
     with torch.no_grad():
         model.lm_head.weight[words.eos_token_id] = 0.0  # or every caption of LLaVA's would end at once
     tiny.save(model, path, words=words)
-    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE if family == "qwen2_5_vl" else LLAVA_TEMPLATE)
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATES.get(family, LLAVA_TEMPLATE))
     if family == "llava":
         (path / "processor_config.json").write_text(json.dumps(LLAVA_PROCESSOR))
     else:
         settings = json.loads((path / "preprocessor_config.json").read_text())
-        (path / "preprocessor_config.json").write_text(json.dumps(settings | {"max_pixels": 60 * 64}))
+        least, most = 4 * 64, 60 * 64
+        limits = (
+            {"size": {"shortest_edge": least, "longest_edge": most}} if "size" in settings else {"max_pixels": most}
+        )
+        (path / "preprocessor_config.json").write_text(json.dumps(settings | limits))
     return path

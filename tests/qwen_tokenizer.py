@@ -1,4 +1,4 @@
-"""A small tokenizer of Qwen2's kind: byte-level, every byte a token, with the special tokens of Qwen2.5-VL."""
+"""A small tokenizer of Qwen2's kind: byte-level, every byte a token, with the special tokens of the Qwen families."""
 
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -14,10 +14,9 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# That of the published Qwen2.5-VL checkpoints, without its branches for videos.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+# That of the published Qwen3-VL checkpoints, without its branches for videos and tools.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for content in message['content'] %}"
     "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
@@ -25,6 +24,16 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen2.5-VL's begins with a system sentence, where a conversation has none.
+CHAT_TEMPLATES = {
+    "qwen2_5_vl": _CHAT_TEMPLATE.replace(
+        "<|im_start|>",
+        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>",
+        1,
+    ),
+    "qwen3_vl": _CHAT_TEMPLATE,
+}
 
 
 def build_qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""transformers' Qwen2.5-VL with random weights, and the same weights as parameters of our policy."""
+"""transformers' Qwen2.5-VL and Qwen3-VL with random weights, and the same weights as parameters of our policy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,28 +7,40 @@ import torch
 import transformers
 from tiny_qwen import EOS, IMAGE, PAD
 
-from balcap_jax.models.policy import Params
-from balcap_jax.models.qwen2_5_vl import Qwen25VL
-from balcap_jax.models.qwen2_5_vl.vision import FRAMES, PIXEL_MEAN, PIXEL_STD
+from balcap_jax.models.policy import Params, Policy
+from balcap_jax.models.qwen2_5_vl.vision import FRAMES, QwenTower
+from balcap_jax.models.qwen3_vl import Qwen3VL
 
 VIDEO, VISION_START, VISION_END = 38, 39, 40
 
 
-def make_reference(policy: Qwen25VL) -> transformers.Qwen2_5_VLForConditionalGeneration:
+def make_reference(policy: Policy) -> transformers.PreTrainedModel:
     """The reference of the policy's sizes, every parameter random (norms and biases too), fp32, in inference mode."""
     tower, language = policy.vision, policy.decoder
-    config = transformers.Qwen2_5_VLConfig(
+    if isinstance(policy, Qwen3VL):
+        name, rope, text = "Qwen3VL", {"mrope_interleaved": True}, {"head_dim": language.head_size}
+        own = {
+            "num_position_embeddings": tower.positions,
+            "deepstack_visual_indexes": list(tower.deepstack_layers),
+        }
+    else:
+        name, rope, text = "Qwen2_5_VL", {}, {}
+        own = {
+            "window_size": tower.window_size,
+            "fullatt_block_indexes": list(tower.full_attention_layers),
+        }
+    config = getattr(transformers, f"{name}Config")(
         vision_config={
             "depth": tower.layers,
             "hidden_size": tower.width,
             "intermediate_size": tower.mlp,
             "num_heads": tower.heads,
             "patch_size": tower.patch_size,
-            "window_size": tower.window_size,
-            "fullatt_block_indexes": list(tower.full_attention_layers),
+            **own,
             "out_hidden_size": language.width,
         },
         text_config={
+            **text,
             "vocab_size": language.vocab,
             "hidden_size": language.width,
             "intermediate_size": language.mlp,
@@ -40,6 +52,7 @@ def make_reference(policy: Qwen25VL) -> transformers.Qwen2_5_VLForConditionalGen
                 "rope_type": "default",
                 "rope_theta": language.rope_theta,
                 "mrope_section": list(language.mrope_section),
+                **rope,
             },
             "bos_token_id": None,
             "eos_token_id": EOS,
@@ -52,21 +65,22 @@ def make_reference(policy: Qwen25VL) -> transformers.Qwen2_5_VLForConditionalGen
         vision_end_token_id=VISION_END,
         tie_word_embeddings=language.tied_embeddings,
     )
-    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    model = kind._from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name.rsplit(".", 2)[-2] or ".ln_q." in name
-            parameter.normal_(1.0 if is_norm else 0.0, 0.2, generator=generator)
+            parameter.normal_(1.0 if is_norm and name.endswith("weight") else 0.0, 0.2, generator=generator)
     return model.float().eval()
 
 
-def to_params(policy: Qwen25VL, state: dict[str, torch.Tensor]) -> Params:
+def to_params(policy: Policy, state: dict[str, torch.Tensor]) -> Params:
     """The reference's state dict (or gradients under its names) in the layout of our parameters.
 
     A reshape and a transposition of every tensor, written without the conversion tables of the package.
     """
-    tower, language = policy.vision, policy.decoder
+    tower, language, is_3 = policy.vision, policy.decoder, isinstance(policy, Qwen3VL)
 
     def array(name: str) -> np.ndarray:
         return state[name].detach().float().numpy()
@@ -87,17 +101,24 @@ def to_params(policy: Qwen25VL, state: dict[str, torch.Tensor]) -> Params:
         return made
 
     def heads(prefix: str, count: int, name: str, width: int, of: int, size: int) -> dict[str, jax.Array]:
-        return {
-            "kernel": stack(prefix, count, lambda at: array(f"{at}{name}.weight").T.reshape(width, of, size)),
-            "bias": stack(prefix, count, lambda at: array(f"{at}{name}.bias").reshape(of, size)),
-        }
+        made = {"kernel": stack(prefix, count, lambda at: array(f"{at}{name}.weight").T.reshape(width, of, size))}
+        if f"{prefix}0.{name}.bias" in state:
+            made["bias"] = stack(prefix, count, lambda at: array(f"{at}{name}.bias").reshape(of, size))
+        return made
 
-    def scales(prefix: str, count: int, name: str) -> dict[str, jax.Array]:
-        return {"scale": stack(prefix, count, lambda at: array(f"{at}{name}.weight"))}
+    def norms(prefix: str, count: int, name: str) -> dict[str, jax.Array]:
+        made = {"scale": stack(prefix, count, lambda at: array(f"{at}{name}.weight"))}
+        if f"{prefix}0.{name}.bias" in state:
+            made["bias"] = stack(prefix, count, lambda at: array(f"{at}{name}.bias"))
+        return made
 
-    def linear(name: str) -> dict[str, jax.Array]:
-        return {"kernel": jnp.asarray(array(f"{name}.weight").T), "bias": jnp.asarray(array(f"{name}.bias"))}
+    def one(made: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What was made of a stack of one, unstacked."""
+        return {name: leaf[0] for name, leaf in made.items()}
 
+    mlp = {name: f"{name}_proj" for name in ("gate", "up", "down")}
+    if is_3:
+        mlp = {"up": "linear_fc1", "down": "linear_fc2"}
     blocks, size = "model.visual.blocks.", tower.width // tower.heads
     fused = heads(blocks, tower.layers, "attn.qkv", tower.width, 3 * tower.heads, size)
     vision_layers = {
@@ -105,10 +126,10 @@ def to_params(policy: Qwen25VL, state: dict[str, torch.Tensor]) -> Params:
         for i, name in enumerate("qkv")
     }
     vision_layers |= {
-        "attention_norm": scales(blocks, tower.layers, "norm1"),
-        "mlp_norm": scales(blocks, tower.layers, "norm2"),
+        "attention_norm": norms(blocks, tower.layers, "norm1"),
+        "mlp_norm": norms(blocks, tower.layers, "norm2"),
         "o": dense(blocks, tower.layers, "attn.proj", tower.heads, size),
-        **{name: dense(blocks, tower.layers, f"mlp.{name}_proj") for name in ("gate", "up", "down")},
+        **{name: dense(blocks, tower.layers, f"mlp.{theirs}") for name, theirs in mlp.items()},
     }
 
     layers = "model.language_model.layers."
@@ -117,9 +138,11 @@ def to_params(policy: Qwen25VL, state: dict[str, torch.Tensor]) -> Params:
         name: heads(layers, language.layers, f"self_attn.{name}_proj", language.width, count, language.head_size)
         for name, count in counts.items()
     }
+    if is_3:
+        decoder_layers |= {f"{x}_norm": norms(layers, language.layers, f"self_attn.{x}_norm") for x in "qk"}
     decoder_layers |= {
-        "attention_norm": scales(layers, language.layers, "input_layernorm"),
-        "mlp_norm": scales(layers, language.layers, "post_attention_layernorm"),
+        "attention_norm": norms(layers, language.layers, "input_layernorm"),
+        "mlp_norm": norms(layers, language.layers, "post_attention_layernorm"),
         "o": dense(layers, language.layers, "self_attn.o_proj", language.heads, language.head_size),
         **{name: dense(layers, language.layers, f"mlp.{name}_proj") for name in ("gate", "up", "down")},
     }
@@ -132,27 +155,30 @@ def to_params(policy: Qwen25VL, state: dict[str, torch.Tensor]) -> Params:
     }
     if not language.tied_embeddings:
         decoder["head"] = jnp.asarray(array("lm_head.weight").T)
-    params = {
-        "vision": {
-            "patch": {"kernel": jnp.asarray(np.einsum("wcfij->fcijw", patch).reshape(FRAMES, -1, tower.width))},
-            "layers": vision_layers,
-        },
-        "merger": {
-            "norm": {"scale": jnp.asarray(array("model.visual.merger.ln_q.weight"))},
-            "first": linear("model.visual.merger.mlp.0"),
-            "second": linear("model.visual.merger.mlp.2"),
-        },
-        "decoder": decoder,
-    }
+    kernel = jnp.asarray(np.einsum("wcfij->fcijw", patch).reshape(FRAMES, -1, tower.width))
+    params = {"vision": {"patch": {"kernel": kernel}, "layers": vision_layers}, "decoder": decoder}
+
+    def mergers(prefix: str, count: int, norm: str, first: str, second: str) -> dict[str, dict[str, jax.Array]]:
+        made = {"first": dense(prefix, count, first), "second": dense(prefix, count, second)}
+        return made | {"norm": norms(prefix, count, norm)}
+
+    names = ("norm", "linear_fc1", "linear_fc2") if is_3 else ("ln_q", "mlp.0", "mlp.2")
+    state = {name.replace(".merger.", ".merger.0."): tensor for name, tensor in state.items()}
+    params["merger"] = {name: one(made) for name, made in mergers("model.visual.merger.", 1, *names).items()}
+    if is_3:
+        params["vision"]["patch"]["bias"] = jnp.asarray(array("model.visual.patch_embed.proj.bias"))
+        params["vision"]["positions"] = jnp.asarray(array("model.visual.pos_embed.weight"))
+        count = len(tower.deepstack_layers)
+        params["deepstack"] = {"layers": mergers("model.visual.deepstack_merger_list.", count, *names)}
     shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(policy.init, jax.random.key(0)))
     assert jax.tree.map(lambda x: x.shape, params) == shapes
     return params
 
 
-def pixels(patches: np.ndarray) -> torch.Tensor:
+def pixels(tower: QwenTower, patches: np.ndarray) -> torch.Tensor:
     """uint8 patches [n, 3 * patch * patch] as the reference's image processor hands them over, two equal frames."""
     values = patches.reshape(len(patches), 3, 1, -1) / 255.0
-    values = (values - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
+    values = (values - tower.PIXEL_MEAN[:, None, None]) / tower.PIXEL_STD[:, None, None]
     return torch.tensor(values.repeat(FRAMES, axis=2).reshape(len(patches), -1), dtype=torch.float32)
 
 

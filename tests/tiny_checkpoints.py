@@ -1,6 +1,7 @@
-"""Small random checkpoint directories of both families, as transformers saves them, and in the names of others."""
+"""Small random checkpoint directories of every family, as transformers saves them, and in the names of others."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from balcap_jax.models.qwen2_5_vl.windows import patches_of
 FAMILIES = {
     "llava": transformers.LlavaForConditionalGeneration,
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
 }
 CLIP = {
     "do_resize": True,
@@ -44,6 +46,17 @@ PROCESSORS = {
         "processor_class": "Qwen2_5_VLProcessor",
         "min_pixels": 4 * 64,
         "max_pixels": 16384 * 64,
+        "patch_size": 4,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "qwen3_vl": CLIP
+    | {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": 64 * 64, "longest_edge": 16384 * 64},
         "patch_size": 4,
         "merge_size": 2,
         "temporal_patch_size": 2,
@@ -90,12 +103,17 @@ def config(family: str, words: transformers.PreTrainedTokenizerBase, **changes) 
         "intermediate_size": 20,
         "num_heads": 2,
         "patch_size": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
         "out_hidden_size": 24,
     }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 1]}
-    return transformers.Qwen2_5_VLConfig(
+    if family == "qwen3_vl":
+        kind, tower = transformers.Qwen3VLConfig, tower | {"num_position_embeddings": 9}
+        tower["deepstack_visual_indexes"] = [0, 2]
+        text, rope = text | {"head_dim": 6}, rope | {"mrope_interleaved": True}
+    else:
+        kind = transformers.Qwen2_5_VLConfig
+        tower |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    return kind(
         vision_config=tower,
         text_config=text | {"rms_norm_eps": 1e-6, "rope_parameters": rope},
         **{
@@ -167,7 +185,8 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def logits_error(family, reference, policy, params, processor) -> float:
     """Relative error of the logits behind a prompt with an image, against the reference."""
-    side = policy.vision.image_size if family == "llava" else 16
+    # A Qwen model's picture has as many tokens, of 8 x 8 pixels, as there must be.
+    side = policy.vision.image_size if family == "llava" else 8 * math.isqrt(processor.min_image_tokens)
     image = np.random.default_rng(3).integers(0, 256, (side, side, 3)).astype(np.uint8)
     prompt = processor([image], [PROMPT])
     ours = jax.jit(lambda params: policy.prefill(params, prompt, policy.encode(params, prompt.images))[1])(params)
@@ -179,7 +198,8 @@ def logits_error(family, reference, policy, params, processor) -> float:
     else:
         patch = policy.vision.patch_size
         values = patches_of(image, patch).reshape(-1, 3, 1, patch * patch) / 255.0
-        values = (values - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
+        tower = policy.vision
+        values = (values - tower.PIXEL_MEAN[:, None, None]) / tower.PIXEL_STD[:, None, None]
         pixels = values.repeat(2, axis=2).reshape(len(values), -1)
         inputs["image_grid_thw"] = torch.tensor([[1, side // patch, side // patch]])
         inputs["mm_token_type_ids"] = (tokens == policy.image_token).int()

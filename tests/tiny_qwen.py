@@ -1,6 +1,7 @@
-"""A Qwen2.5-VL policy of toy sizes, its images and prompts: what the tests of this family run on.
+"""Policies of both Qwen families at toy sizes, and their images: what the tests of these families run on.
 
-Two window layers, a full one, a window layer, a full one; images of at most 40 merged tokens, in windows of 4 x 4.
+Images have at most 40 merged tokens. Qwen2.5-VL: two window layers, a full one, a window layer, a full one, in windows
+of 4 x 4 tokens. Qwen3-VL: positions learned on a grid of 5 x 5, DeepStack from three of five tower layers.
 """
 
 import dataclasses
@@ -10,27 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.policy import Params
+from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.qwen2_5_vl import Qwen25VL
 from balcap_jax.models.qwen2_5_vl.vision import QwenImages, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import plan
+from balcap_jax.models.qwen3_vl import Qwen3VL
+from balcap_jax.models.qwen3_vl.vision import VisionConfig as Qwen3VisionConfig
 
 V = 41
 PAD, EOS, IMAGE, START = 0, 1, 2, 3
 
 
-def make_policy(*, tower: dict | None = None, logits_chunk: int = 10, **language) -> Qwen25VL:
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+TOWER = {"patch_size": 4, "width": 32, "layers": 5, "heads": 2, "mlp": 24, "max_image_tokens": 40}
+
+
+def make_policy(family: str = "qwen2_5_vl", *, tower: dict | None = None, logits_chunk: int = 10, **language) -> Policy:
     """The toy policy; `tower` and the other keywords change sizes of the vision tower and of the decoder."""
-    sizes = VisionConfig(
-        patch_size=4,
-        width=32,
-        layers=5,
-        heads=2,
-        mlp=24,
-        window_size=32,
-        full_attention_layers=(2, 4),
-        max_image_tokens=40,
-    )
     decoder = DecoderConfig(
         vocab=V,
         width=48,
@@ -44,7 +41,13 @@ def make_policy(*, tower: dict | None = None, logits_chunk: int = 10, **language
         norm_eps=1e-6,
         qkv_bias=True,
     )
-    return Qwen25VL(
+    sizes, kind = VisionConfig(**TOWER, window_size=32, full_attention_layers=(2, 4)), Qwen25VL
+    if family == "qwen3_vl":
+        # One layer more than DeepStack's; heads wider than their share of the width; unequal rotary sections.
+        own = {"layers": 4, "head_size": 16, "mrope_section": (4, 3, 1), "mrope_interleaved": True}
+        decoder = dataclasses.replace(decoder, **own, qkv_bias=False, qk_norm=True)
+        sizes, kind = Qwen3VisionConfig(**TOWER, positions=25, deepstack_layers=(0, 2, 3)), Qwen3VL
+    return kind(
         dataclasses.replace(sizes, **(tower or {})),
         dataclasses.replace(decoder, **language),
         IMAGE,
@@ -55,7 +58,7 @@ def make_policy(*, tower: dict | None = None, logits_chunk: int = 10, **language
     )
 
 
-def make_images(policy: Qwen25VL, grids: list[tuple[int, int]], seed: int = 0) -> tuple[QwenImages, list[np.ndarray]]:
+def make_images(policy: Policy, grids: list[tuple[int, int]], seed: int = 0) -> tuple[QwenImages, list[np.ndarray]]:
     """Noise of `grids` (rows, columns of merged tokens), laid out; and the patches in the reference's order."""
     c, rng = policy.vision, np.random.default_rng(seed)
     patches, laid_out = [], []
@@ -69,7 +72,7 @@ def make_images(policy: Qwen25VL, grids: list[tuple[int, int]], seed: int = 0) -
     return QwenImages(*map(np.stack, zip(*laid_out, strict=True))), patches
 
 
-def make_params(policy: Qwen25VL, scale: float = 0.2) -> Params:
+def make_params(policy: Policy, scale: float = 0.2) -> Params:
     """Random parameters of the policy's shapes; no bias is 0 and no norm's scale 1."""
     rng = np.random.default_rng(3)
 

@@ -19,7 +19,7 @@ DEFAULT_TOKENS = 256  # longest caption of models that name none
 DEFAULT_DTYPE = "bfloat16"  # of models that were not trained here
 AXES = ("replica", "data", "fsdp", "tensor")
 # Families whose pictures keep their own sizes, up to a cap. Others have one size, which is part of the architecture.
-_CAPPED = ("qwen2_5_vl",)
+_CAPPED = ("qwen2_5_vl", "qwen3_vl")
 _RANGES = {
     "temperature": FIELDS["rollout.eval_temperature"],
     "top_p": FIELDS["rollout.top_p"],

@@ -19,6 +19,7 @@ OWN = (*RUN_FIELDS, "keep_unused", "qkv_bias", "prompt", "max_tokens")
 # Models of one family do without these of the other; a family that needs one says that it is missing.
 _MAY_LACK = {
     *(*LATER, "vocab", "keep_unused", "qkv_bias", "mrope_section", "window_size", "full_attention_layers"),
+    *("vision_positions", "deepstack_layers"),
     *("min_image_tokens", "max_image_tokens", "max_aspect", "wide_images"),
 }
 

@@ -61,3 +61,49 @@ QWEN25_VL_7B = _QWEN25_VL | {
     "tied_embeddings": False,
     "vocab": 152064,
 }
+
+_QWEN3_VL = {
+    "family": "qwen3_vl",
+    "patch_size": 16,
+    "vision_width": 1024,
+    "vision_layers": 24,
+    "vision_heads": 16,
+    "vision_mlp": 4096,
+    "vision_positions": 2304,
+    "deepstack_layers": (5, 11, 17),
+    "kv_heads": 8,
+    "head_size": 128,
+    "rope_theta": 5000000.0,
+    "mrope_section": (24, 20, 20),
+    "norm_eps": 1e-6,
+    "vocab": 151936,
+    "min_image_tokens": 64,
+}
+
+QWEN3_VL_2B = _QWEN3_VL | {
+    "width": 2048,
+    "layers": 28,
+    "heads": 16,
+    "mlp": 6144,
+    "tied_embeddings": True,
+}
+
+QWEN3_VL_4B = _QWEN3_VL | {
+    "width": 2560,
+    "layers": 36,
+    "heads": 32,
+    "mlp": 9728,
+    "tied_embeddings": True,
+}
+
+QWEN3_VL_8B = _QWEN3_VL | {
+    "vision_width": 1152,
+    "vision_layers": 27,
+    "vision_mlp": 4304,
+    "deepstack_layers": (8, 16, 24),
+    "width": 4096,
+    "layers": 36,
+    "heads": 32,
+    "mlp": 12288,
+    "tied_embeddings": False,
+}

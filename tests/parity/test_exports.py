@@ -36,6 +36,8 @@ SIZES = {
     "mrope_section": (1, 1, 1),
     "full_attention_layers": (1,),
     "qkv_bias": True,
+    "vision_positions": 9,
+    "deepstack_layers": (0, 2),
 }
 IMAGE = np.random.default_rng(3).integers(0, 256, (37, 52, 3)).astype(np.uint8)
 
@@ -111,14 +113,14 @@ def test_the_older_fields_are_written_too(export, family):
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert words["additional_special_tokens"] == ["<image>"]
     assert words["extra_special_tokens"] == {"image_token": "<image>"}
-    if family == "qwen2_5_vl":  # There an image is what follows this token.
+    if family != "llava":  # There an image is what follows this token.
         assert config["vision_start_token_id"] == text["bos_token_id"]
 
 
 def test_the_processors_file_says_what_ours_does(export, family):
     fields = hf.read_fields(export, tuple(loading.CHECKPOINTS.values()))[1]
     assert json.loads((export / "preprocessor_config.json").read_text())["processor_class"]
-    names = {"llava": ("image_size",), "qwen2_5_vl": ("min_image_tokens", "max_image_tokens")}[family]
+    names = ("image_size",) if family == "llava" else ("min_image_tokens", "max_image_tokens")
     assert {name: fields[name] for name in names} == {name: SIZES[name] for name in names}
 
 

@@ -46,6 +46,57 @@ LLAVA_7B = {
 }
 
 
+def qwen3(*, out: int, mlp: int, layers: int, heads: int, tied: bool, depth: int, width: int, tower_mlp: int) -> dict:
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "dtype": "bfloat16",
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": out,
+            "initializer_range": 0.02,
+            "intermediate_size": mlp,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text",
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+            "tie_word_embeddings": tied,
+            "use_cache": True,
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": tied,
+        "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": [8, 16, 24] if depth == 27 else [5, 11, 17],
+            "depth": depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": width,
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "intermediate_size": tower_mlp,
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": out,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }
+
+
 def qwen(*, out: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -95,10 +146,18 @@ def qwen(*, out: int, intermediate: int, layers: int, heads: int, kv_heads: int,
 
 SIZES_3B = {"out": 2048, "intermediate": 11008, "layers": 36, "heads": 16, "kv_heads": 2, "vocab": 151936}
 SIZES_7B = {"out": 3584, "intermediate": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": 152064}
+SMALL_TOWER = {"depth": 24, "width": 1024, "tower_mlp": 4096}
+SIZES_3_2B = {"out": 2048, "mlp": 6144, "layers": 28, "heads": 16, "tied": True, **SMALL_TOWER}
+SIZES_3_4B = {"out": 2560, "mlp": 9728, "layers": 36, "heads": 32, "tied": True, **SMALL_TOWER}
+SIZES_3_8B = {"out": 4096, "mlp": 12288, "layers": 36, "heads": 32, "tied": False}
+SIZES_3_8B |= {"depth": 27, "width": 1152, "tower_mlp": 4304}
 MODELS = {
     "LLaVA-1.5-7B": (LLAVA_7B, 7_063_427_072, published.LLAVA_15_7B),
     "Qwen2.5-VL-3B": (qwen(**SIZES_3B, tied=True), 3_754_622_976, published.QWEN25_VL_3B),
     "Qwen2.5-VL-7B": (qwen(**SIZES_7B, tied=False), 8_292_166_656, published.QWEN25_VL_7B),
+    "Qwen3-VL-2B": (qwen3(**SIZES_3_2B), 2_127_532_032, published.QWEN3_VL_2B),
+    "Qwen3-VL-4B": (qwen3(**SIZES_3_4B), 4_437_815_808, published.QWEN3_VL_4B),
+    "Qwen3-VL-8B": (qwen3(**SIZES_3_8B), 8_767_123_696, published.QWEN3_VL_8B),
 }
 
 

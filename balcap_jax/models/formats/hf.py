@@ -107,6 +107,11 @@ def dense(name: str, path: str, *, inputs: int = 1, bias: bool = True) -> tuple[
     return (kernel, Row(f"{name}.bias", f"{path}/bias", VECTOR)) if bias else (kernel,)
 
 
+def layer_norm(name: str, path: str) -> tuple[Row, Row]:
+    """The rows of a norm with scale and bias."""
+    return Row(f"{name}.weight", f"{path}/scale", VECTOR), Row(f"{name}.bias", f"{path}/bias", VECTOR)
+
+
 def decoder_rows(name: str, *, biases: bool = False) -> tuple[Row, ...]:
     """The decoder of every family, whose layers transformers calls `name`.layers.N.
 
@@ -126,6 +131,7 @@ def decoder_rows(name: str, *, biases: bool = False) -> tuple[Row, ...]:
         Row(f"{layer}.input_layernorm.weight", "decoder/layers/attention_norm/scale", VECTOR),
         Row(f"{layer}.post_attention_layernorm.weight", "decoder/layers/mlp_norm/scale", VECTOR),
         *(row for x in "qkv" for row in projection(x)),
+        *(Row(f"{layer}.self_attn.{x}_norm.weight", f"decoder/layers/{x}_norm/scale", VECTOR) for x in "qk"),
         *dense(f"{layer}.self_attn.o_proj", "decoder/layers/o", inputs=2, bias=False),
         *(row for x in ("gate", "up", "down") for row in dense(f"{layer}.mlp.{x}_proj", f"decoder/layers/{x}")),
     )

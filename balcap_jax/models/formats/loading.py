@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.models import fields as model_fields
-from balcap_jax.models import llava, lora, qwen2_5_vl
+from balcap_jax.models import llava, lora, qwen2_5_vl, qwen3_vl
 from balcap_jax.models.fields import DEFAULTS, OWN
 from balcap_jax.models.formats import hf, peft
 from balcap_jax.models.formats.slices import Index, read_slice
@@ -28,10 +28,11 @@ from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.models.qwen2_5_vl import hf as qwen2_5_vl_hf
+from balcap_jax.models.qwen3_vl import hf as qwen3_vl_hf
 from balcap_jax.parallel import sharding
 
-FAMILIES = {"llava": llava.build, "qwen2_5_vl": qwen2_5_vl.build}
-CHECKPOINTS = {"llava": llava_hf, "qwen2_5_vl": qwen2_5_vl_hf}
+FAMILIES = {"llava": llava.build, "qwen2_5_vl": qwen2_5_vl.build, "qwen3_vl": qwen3_vl.build}
+CHECKPOINTS = {"llava": llava_hf, "qwen2_5_vl": qwen2_5_vl_hf, "qwen3_vl": qwen3_vl_hf}
 
 OWN_FILE = "balcap_jax.json"
 GENERATION = "generation_config.json"

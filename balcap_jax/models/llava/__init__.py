@@ -63,7 +63,8 @@ def build(
     )
     # Published checkpoints round V up, to 32064 for LLaVA's 32002 tokens; the rows beyond stand for nothing.
     vocab = model.get("vocab") or len(tokenizer)
-    language = DecoderConfig.of(model, vocab=vocab, qkv_bias=False, mrope_section=())
+    llama = {"qkv_bias": False, "qk_norm": False, "mrope_section": (), "mrope_interleaved": False}
+    language = DecoderConfig.of(model, vocab=vocab, **llama)
     special = special_tokens(tokenizer, model, image_word(tokenizer, "<image>"), vocab)
     policy = Llava(vision=tower, decoder=language, logits_chunk=model["logits_chunk"], **special)
     processor = LlavaProcessor(

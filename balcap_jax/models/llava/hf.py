@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from balcap_jax.models.formats import hf_config
-from balcap_jax.models.formats.hf import MATRIX, VECTOR, Row, decoder_rows, dense, patches
+from balcap_jax.models.formats.hf import MATRIX, VECTOR, Row, decoder_rows, dense, layer_norm, patches
 from balcap_jax.models.llava.processing import VICUNA_TEMPLATE
 from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 
@@ -46,17 +46,13 @@ def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
     return side, side, 3, shape[1]
 
 
-def _norm(name: str, path: str) -> tuple[Row, ...]:
-    return Row(f"{name}.weight", f"{path}/scale", VECTOR), Row(f"{name}.bias", f"{path}/bias", VECTOR)
-
-
 def _tower_layers(path: str) -> tuple[Row, ...]:
     layer = f"{_TOWER}.encoder.layers.{{}}"
     return (
-        *_norm(f"{layer}.layer_norm1", f"{path}/attention_norm"),
+        *layer_norm(f"{layer}.layer_norm1", f"{path}/attention_norm"),
         *(row for x in "qkv" for row in dense(f"{layer}.self_attn.{x}_proj", f"{path}/{x}")),
         *dense(f"{layer}.self_attn.out_proj", f"{path}/o", inputs=2),
-        *_norm(f"{layer}.layer_norm2", f"{path}/mlp_norm"),
+        *layer_norm(f"{layer}.layer_norm2", f"{path}/mlp_norm"),
         *dense(f"{layer}.mlp.fc1", f"{path}/up"),
         *dense(f"{layer}.mlp.fc2", f"{path}/down"),
     )
@@ -71,7 +67,7 @@ TABLE = (
         patches(2, 3, 1, 0, split=_split_patch),
     ),
     Row(f"{_TOWER}.embeddings.position_embedding.weight", "vision/patches/positions", MATRIX),
-    *_norm(f"{_TOWER}.pre_layrnorm", "vision/patches/norm"),
+    *layer_norm(f"{_TOWER}.pre_layrnorm", "vision/patches/norm"),
     *_tower_layers("vision/layers"),
     *_tower_layers("vision/unused/layers"),
     # No feature depends on the last norm; transformers builds it all the same.

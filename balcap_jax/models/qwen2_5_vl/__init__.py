@@ -13,8 +13,8 @@ from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.policy import Params, Policy
 from balcap_jax.models.prompting import PLAIN_TEMPLATE, has_word, image_word, special_tokens
 from balcap_jax.models.qwen2_5_vl import vision
-from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE, Qwen25VLProcessor
-from balcap_jax.models.qwen2_5_vl.vision import QwenImages, VisionConfig
+from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE, QwenProcessor
+from balcap_jax.models.qwen2_5_vl.vision import QwenImages, QwenTower, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import MERGE
 
 
@@ -55,7 +55,7 @@ class Qwen25VL(Policy):
 
 def build(
     model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str = ""
-) -> tuple[Qwen25VL, Qwen25VLProcessor]:
+) -> tuple[Qwen25VL, QwenProcessor]:
     """Policy and processor of the fields `model` of the config group `model`.
 
     Without a template the prompt is Qwen's ChatML, or the image and the instruction alone where the tokenizer has no
@@ -65,49 +65,76 @@ def build(
       UserError: sizes that do not fit together, or a tokenizer without a word for an image token.
     """
     _check(model)
-    tower = VisionConfig.of(model)
+    language = {"qk_norm": False, "mrope_interleaved": False}
+    return assemble(Qwen25VL, VisionConfig.of(model), language, model, tokenizer, template, CHATML_TEMPLATE)
+
+
+def assemble(
+    policy: type[Policy],
+    tower: QwenTower,
+    language: Mapping[str, Any],
+    model: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    chat_template: str,
+) -> tuple[Policy, QwenProcessor]:
+    """The policy of a Qwen family, and its processor.
+
+    Args:
+      tower, language: the vision tower, and the fields of the decoder that the family fixes.
+      model, tokenizer: as in `build`.
+      template: the prompt; empty = `chat_template`, or PLAIN_TEMPLATE for a tokenizer without chat words.
+    """
     # Published checkpoints round V up, to 151936 or 152064 for 151665 words; the rows beyond stand for nothing.
     vocab = model.get("vocab") or len(tokenizer)
     word = image_word(tokenizer, "<|image_pad|>", "<image>")
-    policy = Qwen25VL(
+    built = policy(
         vision=tower,
-        decoder=DecoderConfig.of(model, vocab=vocab),
+        decoder=DecoderConfig.of(model, vocab=vocab, **language),
         logits_chunk=model["logits_chunk"],
         **special_tokens(tokenizer, model, word, vocab),
     )
-    processor = Qwen25VLProcessor(
+    processor = QwenProcessor(
         tokenizer=tokenizer,
         vision=tower,
         prompt_tokens=model["prompt_tokens"],
         min_image_tokens=model["min_image_tokens"],
         wide_images=model["wide_images"],
         image_token=word,
-        template=template or (CHATML_TEMPLATE if has_word(tokenizer, "<|im_start|>") else PLAIN_TEMPLATE),
-        end_tokens=policy.end_tokens,
+        template=template or (chat_template if has_word(tokenizer, "<|im_start|>") else PLAIN_TEMPLATE),
+        end_tokens=built.end_tokens,
     )
-    return policy, processor
+    return built, processor
+
+
+def check_common(model: Mapping[str, Any], family: str) -> None:
+    """Raises UserError naming the field that no model of the Qwen families can have."""
+    section, least, most = tuple(model["mrope_section"]), model["min_image_tokens"], model["max_image_tokens"]
+    if len(section) != 3 or sum(section) * 2 != model["head_size"]:
+        half = model["head_size"] // 2
+        problem = f"mrope_section is {section}: {family} needs three counts that sum to head_size / 2 = {half}"
+    elif model["vision_width"] % (4 * model["vision_heads"]):
+        width = model["vision_width"]
+        problem = f"vision_width is {width}: it must be a multiple of 4 * vision_heads, for rows and columns"
+    elif least > most:
+        problem = f"min_image_tokens is {least}: more than max_image_tokens, {most}"
+    else:
+        return
+    raise UserError(f"config field model.{problem}")
 
 
 def _check(model: Mapping[str, Any]) -> None:
     """Raises UserError naming the field that no Qwen2.5-VL can have."""
-    section, window, layers = tuple(model["mrope_section"]), MERGE * model["patch_size"], model["vision_layers"]
-    least, most = model["min_image_tokens"], model["max_image_tokens"]
-    if len(section) != 3 or sum(section) * 2 != model["head_size"]:
-        half = model["head_size"] // 2
-        problem = f"mrope_section is {section}: qwen2_5_vl needs three counts that sum to head_size / 2 = {half}"
-    elif model["width"] != model["heads"] * model["head_size"]:  # No file of a checkpoint could say so.
+    check_common(model, "qwen2_5_vl")
+    window, layers = MERGE * model["patch_size"], model["vision_layers"]
+    if model["width"] != model["heads"] * model["head_size"]:  # No file of a checkpoint could say so.
         width, heads = model["width"], model["heads"]
         problem = f"head_size is {model['head_size']}: that of qwen2_5_vl is width / heads, {width} / {heads}"
-    elif model["vision_width"] % (4 * model["vision_heads"]):
-        width = model["vision_width"]
-        problem = f"vision_width is {width}: it must be a multiple of 4 * vision_heads, for rows and columns"
     elif model["window_size"] < window:
         size = model["window_size"]
         problem = f"window_size is {size} pixels: a merged token, {window} (2 * patch_size), must fit"
     elif beyond := [layer for layer in model["full_attention_layers"] if layer >= layers]:
         problem = f"full_attention_layers names layer {beyond[0]}: there are {layers}, from 0"
-    elif least > most:
-        problem = f"min_image_tokens is {least}: more than max_image_tokens, {most}"
     else:
         return
     raise UserError(f"config field model.{problem}")

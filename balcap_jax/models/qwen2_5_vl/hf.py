@@ -10,7 +10,7 @@ from balcap_jax.models.formats import hf_config
 from balcap_jax.models.formats.hf import VECTOR, Row, decoder_rows, dense, patches
 from balcap_jax.models.prompting import PIXEL_MEAN, PIXEL_STD
 from balcap_jax.models.qwen2_5_vl.processing import CHATML_TEMPLATE
-from balcap_jax.models.qwen2_5_vl.vision import FRAMES
+from balcap_jax.models.qwen2_5_vl.vision import FRAMES, QwenTower, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import MERGE
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -40,7 +40,7 @@ _BLOCK = f"{_TOWER}.blocks.{{}}"
 _MIN_IMAGE_TOKENS, _IMAGE_TOKENS = DEFAULTS["min_image_tokens"], DEFAULTS["max_image_tokens"]
 
 
-def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
+def split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
     """[frames, channels * rows * columns, width] to its axes."""
     side = math.isqrt(shape[1] // 3)
     return shape[0], 3, side, side, shape[2]
@@ -48,7 +48,7 @@ def _split_patch(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 TABLE = (
     # [width, channel, frame, row, column]
-    Row(f"{_TOWER}.patch_embed.proj.weight", "vision/patch/kernel", patches(2, 1, 3, 4, 0, split=_split_patch)),
+    Row(f"{_TOWER}.patch_embed.proj.weight", "vision/patch/kernel", patches(2, 1, 3, 4, 0, split=split_patch)),
     Row(f"{_BLOCK}.norm1.weight", "vision/layers/attention_norm/scale", VECTOR),
     # Queries, keys and values are one matrix there and three here.
     *(
@@ -89,7 +89,14 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
 
     A maximum beyond our default (published: 16,384 tokens) stays at that: every prompt is padded to it.
     """
-    hf_config.require_processor(processor, kind="Qwen2", mean=PIXEL_MEAN, std=PIXEL_STD)
+    return image_bounds(processor, fields, VisionConfig)
+
+
+def image_bounds(processor: Mapping[str, Any], fields: Mapping[str, Any], tower: type[QwenTower]) -> dict[str, Any]:
+    """`fields_from_processor` of both Qwen families, whose image processors differ in mean and deviation alone."""
+    # What a file leaves out is CLIP's in both.
+    pixels = {"image_mean": PIXEL_MEAN.tolist(), "image_std": PIXEL_STD.tolist()} | dict(processor)
+    hf_config.require_processor(pixels, kind="Qwen2", mean=tower.PIXEL_MEAN, std=tower.PIXEL_STD)
     patch = fields["patch_size"]
     if patch != processor.get("patch_size", 14):
         raise ValueError(f"patch_size is {processor.get('patch_size', 14)!r}, only {patch} is built")
@@ -116,16 +123,21 @@ def fields_from_processor(processor: Mapping[str, Any], fields: Mapping[str, Any
 
 def processor_to_hf(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """The first file of `hf.PROCESSORS` for a model that has none; published models do without the second."""
-    image_processor = {
+    return image_processor(fields, "Qwen2_5_VLProcessor", VisionConfig)
+
+
+def image_processor(fields: Mapping[str, Any], name: str, tower: type[QwenTower]) -> tuple[dict[str, Any], ...]:
+    """`processor_to_hf` of both Qwen families; `name` is the processor's in transformers."""
+    settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        **hf_config.processor_settings(PIXEL_MEAN, PIXEL_STD),
+        "processor_class": name,
+        **hf_config.processor_settings(tower.PIXEL_MEAN, tower.PIXEL_STD),
         **image_limits(fields),
         "patch_size": fields["patch_size"],
         "merge_size": MERGE,
         "temporal_patch_size": FRAMES,
     }
-    return (image_processor,)
+    return (settings,)
 
 
 def image_limits(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Images and instructions to static-shape prompts of Qwen2.5-VL, and tokens back to text, on the host."""
+"""Images and instructions to static-shape prompts of the Qwen families, and tokens back to text, on the host."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from PIL import Image
 from balcap_jax.cli.errors import UserError
 from balcap_jax.models.policy import Prompt
 from balcap_jax.models.prompting import PromptProcessor, names_of
-from balcap_jax.models.qwen2_5_vl.vision import PIXEL_MEAN, QwenImages, VisionConfig
+from balcap_jax.models.qwen2_5_vl.vision import QwenImages, QwenTower
 from balcap_jax.models.qwen2_5_vl.windows import MERGE, grid_of, patches_of, plan
 
 # The output of Qwen2.5-VL's chat template for one user message of an image and a text.
@@ -22,7 +22,7 @@ CHATML_TEMPLATE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen25VLProcessor(PromptProcessor):
+class QwenProcessor(PromptProcessor):
     """`processor(images, prompts)` gives a Prompt of NumPy arrays; `processor.decode(tokens)` gives text.
 
     An image is resized to as many merged tokens as its size asks for, at least `min_image_tokens` and at most I.
@@ -31,7 +31,7 @@ class Qwen25VLProcessor(PromptProcessor):
     images.
     """
 
-    vision: VisionConfig
+    vision: QwenTower
     min_image_tokens: int
     wide_images: str = "letterbox"
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter, compare=False, repr=False)
@@ -96,7 +96,7 @@ class Qwen25VLProcessor(PromptProcessor):
             )
             long = longest
         # Normalisation maps the pixels' mean to 0.
-        colour = tuple(round(255 * float(mean)) for mean in PIXEL_MEAN)
+        colour = tuple(round(255 * float(mean)) for mean in self.vision.PIXEL_MEAN)
         size = tuple(max(length, math.ceil(long / limit)) for length in picture.size)
         padded = Image.new("RGB", size, colour)
         padded.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))

@@ -1,4 +1,4 @@
-"""Pixels, token ids and positions of a Qwen2.5-VL prompt against transformers; windows and grids."""
+"""Pixels, token ids and positions of the Qwen families' prompts against transformers; windows and grids."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
-from qwen_tokenizer import CHAT_TEMPLATE, build_qwen_tokenizer
+from qwen_tokenizer import CHAT_TEMPLATES, build_qwen_tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from balcap_jax import models
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.recipes import default_config
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
-from balcap_jax.models import qwen2_5_vl
+from balcap_jax.models import qwen2_5_vl, qwen3_vl
 from balcap_jax.models.qwen2_5_vl import vision
 from balcap_jax.models.qwen2_5_vl.windows import grid_of, plan, windows_needed
 
@@ -42,12 +42,24 @@ FIELDS = default_config().model.to_dict() | {
     "max_image_tokens": MOST,
     "prompt_tokens": 260,
 }
+FIELDS_3 = FIELDS | {"family": "qwen3_vl", "patch_size": 16, "vision_positions": 16, "deepstack_layers": (0,)}
 
 
 @pytest.fixture(scope="module")
 def built():
-    """(policy, processor)"""
+    """(policy, processor) of Qwen2.5-VL."""
     return qwen2_5_vl.build(FIELDS, build_qwen_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def built_3():
+    """The same of Qwen3-VL, with patches of 16 pixels."""
+    return qwen3_vl.build(FIELDS_3, build_qwen_tokenizer())
+
+
+@pytest.fixture(scope="module", params=["built", "built_3"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -58,9 +70,12 @@ def picture(height: int, width: int) -> np.ndarray:
     return (128 + waves).astype(np.uint8)
 
 
-def image_processor(**changes):
-    size = {"shortest_edge": LEAST * FACTOR**2, "longest_edge": MOST * FACTOR**2}
-    return transformers.Qwen2VLImageProcessorPil(size=size, **changes)
+def image_processor(tower, **changes):
+    """The reference's, with the settings that published checkpoints of the tower's family have."""
+    token = (2 * tower.patch_size) ** 2
+    pixels = {"image_mean": tower.PIXEL_MEAN.tolist(), "image_std": tower.PIXEL_STD.tolist()}
+    size = {"shortest_edge": LEAST * token, "longest_edge": MOST * token}
+    return transformers.Qwen2VLImageProcessorPil(patch_size=tower.patch_size, size=size, **pixels, **changes)
 
 
 def error_of(call, *args, **kwargs) -> str:
@@ -73,44 +88,47 @@ def error_of(call, *args, **kwargs) -> str:
 # ------------------------------------------------------------------------------------------------- the whole prompt
 
 
-def test_pixels_equal_transformers(built):
-    policy, processor = built
-    raw, normal = image_processor(do_rescale=False, do_normalize=False), image_processor()
-    grids = set()
+def test_pixels_equal_transformers(either):
+    policy, processor = either
+    c, area, grids = policy.vision, policy.vision.patch_size**2, set()
+    raw, normal = image_processor(c, do_rescale=False, do_normalize=False), image_processor(c)
     for height, width in SIZES:
         image = picture(height, width)
         ours = processor.prepare_images([image])
         theirs = raw(image, return_tensors="np", input_data_format="channels_last")
         rows, columns = (theirs["image_grid_thw"][0, 1:] // 2).tolist()
-        where = plan(rows, columns, side=4, windows=policy.vision.windows, tokens=MOST)
+        where = plan(rows, columns, side=c.window_side, windows=c.windows, tokens=MOST)
         assert ours.token_mask.sum() == rows * columns
-        frames = theirs["pixel_values"].reshape(-1, 3, 2, 14 * 14)
+        frames = theirs["pixel_values"].reshape(-1, 3, 2, area)
         np.testing.assert_array_equal(frames[:, :, 0], frames[:, :, 1])
         slots = ours.patches[0][where.mask]
-        np.testing.assert_array_equal(slots.reshape(-1, 3, 14 * 14), frames[where.slot[where.mask], :, 0])
+        np.testing.assert_array_equal(slots.reshape(-1, 3, area), frames[where.slot[where.mask], :, 0])
         assert not ours.patches[0][~where.mask].any()
 
         # What the device makes of them: with each pixel as a feature of its own.
-        identity = jnp.concatenate([jnp.eye(588)[None], jnp.zeros((1, 588, 588))])
-        config = dataclasses.replace(policy.vision, width=588)
+        identity = jnp.stack([jnp.eye(3 * area), jnp.zeros((3 * area, 3 * area))])
+        config = dataclasses.replace(c, width=3 * area)
         pixels = vision.PatchEmbedding(config).apply({"params": {"kernel": identity}}, slots)
         values = normal(image, return_tensors="np", input_data_format="channels_last")["pixel_values"]
-        values = values.reshape(-1, 3, 2, 14 * 14)[where.slot[where.mask], :, 0].reshape(pixels.shape)
+        values = values.reshape(-1, 3, 2, area)[where.slot[where.mask], :, 0].reshape(pixels.shape)
         np.testing.assert_allclose(pixels, values, atol=2e-6)
         grids.add((rows, columns))
     assert len(grids) >= 6
 
 
-class ImagesOnly(transformers.Qwen2_5_VLProcessor):
-    """The reference's processor without its part for videos, which needs torchvision."""
+class ImagesOnly:
+    """A processor of the reference without its part for videos, which needs torchvision."""
 
     def check_argument_for_proper_class(self, name, argument):
         return type(argument)
 
 
-def test_token_ids_equal_transformers_and_its_chat_template(built):
-    policy, processor = built
-    theirs = ImagesOnly(image_processor(), processor.tokenizer, None, chat_template=CHAT_TEMPLATE)
+def test_token_ids_equal_transformers_and_its_chat_template(either):
+    policy, processor = either
+    family, name = ("qwen3_vl", "Qwen3VL") if isinstance(policy, qwen3_vl.Qwen3VL) else ("qwen2_5_vl", "Qwen2_5_VL")
+    kind = type(f"{name}Processor", (ImagesOnly, getattr(transformers, f"{name}Processor")), {})
+    pictures = image_processor(policy.vision)
+    theirs = kind(pictures, processor.tokenizer, None, chat_template=CHAT_TEMPLATES[family])
     images = [picture(height, width) for height, width in SIZES[-4:]]
     ours = processor(images, PROMPTS)
     for row, (image, text) in enumerate(zip(images, PROMPTS, strict=True)):
@@ -125,7 +143,7 @@ def test_token_ids_equal_transformers_and_its_chat_template(built):
 
 
 def test_positions_of_a_small_prompt(built):
-    """By hand: 45 tokens of text, an image of 2 x 3, text. tests/parity/test_qwen2_5_vl.py has transformers' own."""
+    """By hand: 45 tokens of text, an image of 2 x 3, text. tests/parity/test_qwen_vl.py has transformers' own."""
     _, processor = built
     prompt = processor([picture(56, 84)], ["?"])
     before = prompt.tokens[0].tolist().index(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
@@ -261,11 +279,29 @@ def test_sizes_that_no_model_can_have_are_named(change, named):
     assert named in error_of(qwen2_5_vl.build, FIELDS | change, build_qwen_tokenizer())
 
 
-def test_a_saved_model_comes_back(built, tmp_path):
-    policy, processor = built
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mrope_section": (4, 4, 4)}, "qwen3_vl needs three counts that sum to head_size / 2 = 16"),
+        ({"vision_width": 36}, "model.vision_width is 36"),
+        ({"deepstack_layers": ()}, "model.deepstack_layers is (): qwen3_vl needs vision layers in ascending order"),
+        ({"deepstack_layers": (1, 0)}, "model.deepstack_layers is (1, 0)"),
+        ({"deepstack_layers": (0, 2)}, "from 0 to 1"),
+        ({"deepstack_layers": (0, 1)}, "model.deepstack_layers names 2 layers: more than the decoder has, 1"),
+        ({"vision_positions": 15}, "model.vision_positions is 15: it must be a square number"),
+        ({"min_image_tokens": 49}, "model.min_image_tokens is 49"),
+    ],
+)
+def test_sizes_that_no_qwen3_vl_can_have_are_named(change, named):
+    assert named in error_of(qwen3_vl.build, FIELDS_3 | change, build_qwen_tokenizer())
+
+
+def test_a_saved_model_comes_back(either, tmp_path):
+    policy, processor = either
+    fields = FIELDS_3 if isinstance(policy, qwen3_vl.Qwen3VL) else FIELDS
     rng, shapes = np.random.default_rng(1), jax.eval_shape(policy.init, jax.random.key(0))
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
-    loaded, loaded_params, loaded_processor = models.load(models.save(tmp_path / "model", FIELDS, params, processor))
+    loaded, loaded_params, loaded_processor = models.load(models.save(tmp_path / "model", fields, params, processor))
     assert loaded == policy
     jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
     image = picture(97, 388)

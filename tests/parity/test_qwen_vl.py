@@ -1,4 +1,4 @@
-"""The whole Qwen2.5-VL against transformers: random weights at small size, fp32 unless the test's name says bf16."""
+"""The whole Qwen models against transformers: random weights at small size, fp32 unless the test's name says bf16."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from reference_qwen import (  # noqa: E402
     relative_error,
     to_params,
 )
-from tiny_qwen import EOS, IMAGE, PAD, START, V, make_images, make_policy  # noqa: E402
+from tiny_qwen import EOS, FAMILIES, IMAGE, PAD, START, V, make_images, make_policy  # noqa: E402
 
-from balcap_jax.models import attention, decoder  # noqa: E402
+from balcap_jax.models import attention, decoder, deepstack  # noqa: E402
 from balcap_jax.models.decoder import Block  # noqa: E402
 from balcap_jax.models.policy import Prompt  # noqa: E402
 from balcap_jax.models.qwen2_5_vl.processing import mrope_positions  # noqa: E402
@@ -38,10 +38,13 @@ BATCHES = {0: [(2, 3), (5, 7), (1, 1)], 1: [(5, 8), (4, 4), (3, 9)]}
 TEXTS = [(0, 2), (3, 1), (4, 5)]
 
 
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
 @functools.cache
-def models(tied: bool = False):
+def models(family: str, tied: bool = False):
     """(transformers model, our policy, its parameters) with the same weights."""
-    policy = make_policy(tied_embeddings=tied)
+    policy = make_policy(family, tied_embeddings=tied)
     reference = make_reference(policy)
     return reference, policy, to_params(policy, reference.state_dict())
 
@@ -68,7 +71,7 @@ def make_responses(seed: int) -> np.ndarray:
     return np.random.default_rng(100 + seed).integers(START + 1, VIDEO, (B, G, R)).astype(np.int32)
 
 
-def reference_inputs(rows, patches, grids, side: str = "right") -> dict[str, torch.Tensor]:
+def reference_inputs(policy, rows, patches, grids, side: str = "right") -> dict[str, torch.Tensor]:
     """The reference's arguments for `rows` of tokens, padded on `side`."""
     longest = max(map(len, rows))
     pad = [[PAD] * (longest - len(row)) for row in rows]
@@ -78,18 +81,18 @@ def reference_inputs(rows, patches, grids, side: str = "right") -> dict[str, tor
         "input_ids": tokens,
         "attention_mask": real if side == "right" else real.flip(1),
         "mm_token_type_ids": (tokens == IMAGE).int(),
-        "pixel_values": pixels(np.concatenate(patches)),
+        "pixel_values": pixels(policy.vision, np.concatenate(patches)),
         "image_grid_thw": grid_thw(grids),
     }
 
 
-def reference_logits(reference, batch, responses, side: str = "right") -> torch.Tensor:
+def reference_logits(reference, policy, batch, responses, side: str = "right") -> torch.Tensor:
     """[B, G, R, V]: what predicts each response token, every sample a sequence of its own."""
     _, rows, patches, grids = batch
     per_sample = []
     for g in range(G):
         longer = [row + responses[b, g].tolist() for b, row in enumerate(rows)]
-        inputs = reference_inputs(longer, patches, grids, side)
+        inputs = reference_inputs(policy, longer, patches, grids, side)
         logits = reference(**inputs).logits
         ends = [np.flatnonzero(mask)[-1] for mask in inputs["attention_mask"].numpy()]
         per_sample.append(torch.stack([logits[b, end - R : end] for b, end in enumerate(ends)]))
@@ -106,9 +109,10 @@ def our_logits(policy, params, prompt: Prompt, responses) -> tuple[jax.Array, ja
     return decoder.logits(policy.decoder, params["decoder"], hidden), first
 
 
+@every_family
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_positions_equal_transformers(side):
-    reference, policy, _ = models()
+def test_positions_equal_transformers(family, side):
+    reference, policy, _ = models(family)
     for seed in BATCHES:
         prompt, _, _, grids = make_batch(policy, seed, side)
         theirs, deltas = reference.model.get_rope_index(
@@ -123,9 +127,10 @@ def test_positions_equal_transformers(side):
         np.testing.assert_array_equal(ours, deltas[:, 0].numpy() + prompt.mask.sum(1))
 
 
+@every_family
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_logits_equal_transformers(tied):
-    reference, policy, params = models(tied)
+def test_logits_equal_transformers(family, tied):
+    reference, policy, params = models(family, tied)
     ours = jax.jit(functools.partial(our_logits, policy))
     allowed = [v for v in range(V) if v not in policy.forbidden]
     errors = {}
@@ -134,32 +139,51 @@ def test_logits_equal_transformers(tied):
             batch, responses = make_batch(policy, seed, side), make_responses(seed)
             logits, first = ours(params, batch[0], responses)
             with torch.no_grad():
-                theirs = reference_logits(reference, batch, responses, side)
+                theirs = reference_logits(reference, policy, batch, responses, side)
             errors[seed, side] = relative_error(logits, theirs)
             errors[seed, side, "prefill"] = relative_error(first[:, allowed], theirs[:, 0, 0, allowed])
     print("logits", {key: f"{error:.1e}" for key, error in errors.items()})
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-def test_every_decoder_block_equals_transformers():
-    reference, policy, params = models()
+def test_each_feature_of_deepstack_counts():
+    """Without one of them the logits are others than those that the test above allows, in prefill and in the update."""
+    reference, policy, params = models("qwen3_vl")
+    batch, responses = make_batch(policy, 0), make_responses(0)
+    allowed = [v for v in range(V) if v not in policy.forbidden]
+    with torch.no_grad():
+        theirs = reference_logits(reference, policy, batch, responses)
+    ours = jax.jit(functools.partial(our_logits, policy))
+    for i in range(len(policy.vision.deepstack_layers)):
+        second = params["deepstack"]["layers"]["second"]
+        without = {name: leaf.at[i].set(0.0) for name, leaf in second.items()}
+        layers = params["deepstack"]["layers"] | {"second": without}
+        logits, first = ours(params | {"deepstack": {"layers": layers}}, batch[0], responses)
+        assert relative_error(logits, theirs) > 1e3 * TOLERANCE
+        assert relative_error(first[:, allowed], theirs[:, 0, 0, allowed]) > 1e3 * TOLERANCE
+
+
+@every_family
+def test_every_decoder_block_equals_transformers(family):
+    reference, policy, params = models(family)
     c, side = policy.decoder, "left"
     prompt, rows, patches, grids = make_batch(policy, 1, side)
 
     @jax.jit
     def blocks(params):
         x = policy._prompt_embeddings(params, prompt, policy.encode(params, prompt.images))
+        x, deepen = deepstack.split(x, c.width)
         block, rope, outputs = Block(c), decoder.rope_table(c, prompt.positions), [x]
         for i in range(c.layers):
             weights = {"params": jax.tree.map(lambda stacked, i=i: stacked[i], params["decoder"]["layers"])}
             q, k, v = block.apply(weights, x, rope, method="qkv")
-            x = block.apply(weights, x, attention.causal(q, k, v, prompt.mask), method="output")
-            outputs.append(x)
+            outputs.append(block.apply(weights, x, attention.causal(q, k, v, prompt.mask), method="output"))
+            x = deepen(outputs[-1], i)  # The reference gives what its layers do, without what they gain.
         return outputs
 
-    inputs = reference_inputs(rows, patches, grids, side)
+    inputs = reference_inputs(policy, rows, patches, grids, side)
     with torch.no_grad():
-        theirs = reference(**inputs, output_hidden_states=True).hidden_states
+        theirs = list(reference(**inputs, output_hidden_states=True).hidden_states)
     real = inputs["attention_mask"].bool()
     # The last of the reference's hidden states has gone through the final norm.
     ours = blocks(params)
@@ -169,6 +193,7 @@ def test_every_decoder_block_equals_transformers():
     assert max(errors) <= TOLERANCE, errors
 
 
+@every_family
 @pytest.mark.parametrize(
     ("tied", "remat"),
     [
@@ -178,9 +203,9 @@ def test_every_decoder_block_equals_transformers():
     ],
     ids=["untied", "tied, remat full", "untied, remat dots"],
 )
-def test_gradients_of_every_parameter_equal_transformers(tied, remat):
-    reference, _, params = models(tied)
-    policy = make_policy(tower={"remat": remat}, remat=remat, tied_embeddings=tied)
+def test_gradients_of_every_parameter_equal_transformers(family, tied, remat):
+    reference, _, params = models(family, tied)
+    policy = make_policy(family, tower={"remat": remat}, remat=remat, tied_embeddings=tied)
     batch, responses = make_batch(policy, 0), make_responses(0)
     weights = np.random.default_rng(5).standard_normal((B, G, R)).astype(np.float32)
 
@@ -191,7 +216,7 @@ def test_gradients_of_every_parameter_equal_transformers(tied, remat):
     loss, gradients = jax.jit(jax.value_and_grad(ours))(params)
 
     reference.zero_grad()
-    logits = reference_logits(reference, batch, responses)
+    logits = reference_logits(reference, policy, batch, responses)
     logits = logits.index_fill(-1, torch.tensor(policy.forbidden), -1e30)
     chosen = torch.gather(logits.log_softmax(-1), -1, torch.tensor(responses).long()[..., None])[..., 0]
     their_loss = (torch.tensor(weights) * chosen).sum()
@@ -210,16 +235,17 @@ def test_gradients_of_every_parameter_equal_transformers(tied, remat):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
+@every_family
 @pytest.mark.parametrize(("seed", "side"), [(0, "left"), (1, "right")])
-def test_greedy_generation_equals_transformers_for_64_tokens(seed, side):
-    reference, policy, params = models()
+def test_greedy_generation_equals_transformers_for_64_tokens(family, seed, side):
+    reference, policy, params = models(family)
     # No sample may end, so that all 64 tokens are compared.
     banned = (PAD, EOS, IMAGE, START)
     policy = dataclasses.replace(policy, forbidden=banned)
     prompt, rows, patches, grids = make_batch(policy, seed, side)
     rollout = make_rollout(policy, Sampling(1, 64, greedy=True))
     out = rollout(params, prompt, jnp.arange(B, dtype=jnp.uint32), jnp.uint32(0), jnp.uint32(0))
-    inputs = reference_inputs(rows, patches, grids, "left")
+    inputs = reference_inputs(policy, rows, patches, grids, "left")
     settings = transformers.GenerationConfig(
         max_new_tokens=64, do_sample=False, suppress_tokens=list(banned), pad_token_id=PAD, eos_token_id=EOS
     )
@@ -230,14 +256,15 @@ def test_greedy_generation_equals_transformers_for_64_tokens(seed, side):
     np.testing.assert_array_equal(out.tokens[:, 0], theirs.numpy())
 
 
-def test_bf16_is_as_near_to_fp32_as_transformers_bf16():
-    reference, _, params = models()
-    policy = make_policy(tower={"dtype": "bfloat16"}, dtype="bfloat16")
+@every_family
+def test_bf16_is_as_near_to_fp32_as_transformers_bf16(family):
+    reference, _, params = models(family)
+    policy = make_policy(family, tower={"dtype": "bfloat16"}, dtype="bfloat16")
     batch, responses = make_batch(policy, 1), make_responses(1)
     logits, _ = jax.jit(functools.partial(our_logits, policy))(params, batch[0], responses)
     with torch.no_grad():
-        exact = reference_logits(reference, batch, responses)
-        theirs = reference_logits(make_reference(policy).to(torch.bfloat16), batch, responses)
+        exact = reference_logits(reference, policy, batch, responses)
+        theirs = reference_logits(make_reference(policy).to(torch.bfloat16), policy, batch, responses)
     ours, theirs = (relative_rms(x, exact) for x in (logits, theirs))
     print(f"bf16: ours {ours:.1e}, transformers {theirs:.1e}")
     assert ours <= 1.25 * theirs
