@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sides[name] = lambda peer=peer: peer.ask()["seconds"]
         for step in sides.values():  # warms up, and compiles where that is the peer's way
             step()
-            seconds = take_turns(sides, args.rounds, args.wait)
+        seconds = take_turns(sides, args.rounds, args.wait)
         tokens = shape.batch * shape.group * shape.response
     ours_median = statistics.median(seconds["balcap_jax"])
     rows = [("rollout", "median s", "tokens/s", "ours is", "all runs, s")]

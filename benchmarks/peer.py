@@ -6,10 +6,11 @@ nothing of ours and we import nothing of a peer's. peers/install.sh makes the en
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ PEERS = Path(__file__).parent / "peers"
 
 
 class Peer:
-    """One process of `peers/SCRIPT`; a context manager that ends it.
+    """One process of `peers/SCRIPT`; a context manager that ends it. `env` replaces variables of the environment.
 
     Raises (here and in `ask`):
       UserError: the interpreter does not start, or the peer ended or answered something else than JSON; with the last
         line that it wrote to stderr.
     """
 
-    def __init__(self, python: str, script: str, folder: Path = PEERS) -> None:
+    def __init__(self, python: str, script: str, folder: Path = PEERS, env: Mapping[str, str] | None = None) -> None:
         self.name = script.removesuffix(".py")
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         try:
@@ -36,6 +37,7 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 text=True,
+                env=os.environ | dict(env or {}),
             )
         except OSError as error:
             self._stderr.close()

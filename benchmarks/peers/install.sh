@@ -16,7 +16,7 @@ for name in "$@"; do
     pip="$folder/$name/bin/pip"
     case $name in
     trl)
-        # The environment of the transformers peer too.
+        # The environment of the peers transformers and unpadded too.
         "$pip" install -q "$TORCH"
         "$pip" install -q "$TORCH" "trl==1.16.0" "transformers==5.23.0" safetensors
         ;;

@@ -1,10 +1,13 @@
-"""The peer of update.py: TRL's GRPOTrainer on torch, in an environment of its own; see answers.py for the contract.
+"""A peer of update.py and uneven.py: TRL's GRPOTrainer on torch, in its own environment; answers.py has the contract.
 
 The trainer's own loop runs: its data loader, its loss, backward, clipping of the gradient, optimiser and metrics. Only
 its generation and scoring are replaced, by the batch of the job.
 
 job {"folder", "batch": .npz, "group", "checkpointing", "rate", "clip", "max_norm"}
--> {"versions"}, then for each request one update: {"seconds", "loss", "grad_norm", "peak_gb"}
+-> {"versions"}, then for each request one update: {"seconds", "cpu_seconds", "loss", "grad_norm", "peak_gb"}
+
+"parts" of the job: the batch runs in so many, which takes less memory. A request may bring another {"batch": .npz} of
+as many rows. A batch may have "lengths": tokens behind them are masked.
 """
 
 import platform
@@ -30,7 +33,7 @@ class InjectedBatch(trl.GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        self.last_loss = float(loss.detach())
+        self.last_loss += float(loss.detach())  # of all parts of the batch
         return loss
 
 
@@ -39,18 +42,42 @@ class OneStepPerRequest(transformers.TrainerCallback):
         self.answer, self.lines, self.trainer = answer, lines, None
 
     def on_step_begin(self, args, state, control, **_):
-        if next(self.lines, None) is None:
+        request = next(self.lines, None)
+        if request is None:
             raise SystemExit
-        self.start = time.perf_counter()
+        if "batch" in request:
+            self.trainer.injected = as_generated(np.load(request["batch"]))
+        self.trainer.last_loss = 0.0
+        self.start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **_):
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = time.perf_counter() - self.start[0]
+        self.cpu_seconds = time.process_time() - self.start[1]
 
     def on_log(self, args, state, control, logs=None, **_):
         if "grad_norm" in logs:
             self.answer(
-                seconds=self.seconds, loss=self.trainer.last_loss, grad_norm=logs["grad_norm"], peak_gb=peak_gb()
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                loss=self.trainer.last_loss,
+                grad_norm=logs["grad_norm"],
+                peak_gb=peak_gb(),
             )
+
+
+def as_generated(batch) -> dict[str, torch.Tensor]:
+    """What the trainer's rollout returns, of a batch of prompt_ids [N, P] and completion_ids [N, T]."""
+    names = ("prompt_ids", "completion_ids", "advantages", "old_per_token_logps")
+    arrays = {name: torch.from_numpy(batch[name]) for name in names}
+    mask = torch.ones_like(arrays["completion_ids"])
+    if "lengths" in batch:
+        mask = (torch.arange(mask.shape[1]) < torch.from_numpy(batch["lengths"])[:, None]).long()
+    return {
+        **arrays,
+        "prompt_mask": torch.ones_like(arrays["prompt_ids"]),
+        "completion_mask": mask,
+        "num_items_in_batch": mask.sum(),
+    }
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerBase:
@@ -64,16 +91,17 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
 def main() -> None:
     answer, lines = Answers(), requests()
     job = next(lines)
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(job["batch"]).items()}
-    rows, length = arrays["completion_ids"].shape
+    injected = as_generated(np.load(job["batch"]))
+    rows, length = injected["completion_ids"].shape
+    parts = job.get("parts", 1)
     model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
     callback = OneStepPerRequest(answer, lines)
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=rows // parts,
             num_generations=job["group"],
-            gradient_accumulation_steps=1,
+            gradient_accumulation_steps=parts,
             max_completion_length=length,
             max_steps=10**6,
             loss_type="grpo",
@@ -100,12 +128,7 @@ def main() -> None:
             callbacks=[callback],
         )
         callback.trainer = trainer
-        trainer.injected = {
-            **arrays,
-            "prompt_mask": torch.ones_like(arrays["prompt_ids"]),
-            "completion_mask": torch.ones_like(arrays["completion_ids"]),
-            "num_items_in_batch": torch.tensor(rows * length),
-        }
+        trainer.injected = injected
         versions = [f"{module.__name__} {module.__version__}" for module in (torch, transformers, trl)]
         threads = f"{torch.get_num_threads()} threads"
         attention = f"attention {model.config._attn_implementation}, optimiser {config.optim}"
