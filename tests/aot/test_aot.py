@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from balcap_jax.aot import __main__ as aot
@@ -48,6 +49,16 @@ def test_a_small_recipe_fits(tmp_path):
     assert programs["update"]["flops"] > 0
     assert programs["rollout"]["collectives"]
     assert not any(moved["of_invariant"] for moved in programs["rollout"]["collectives"])
+    # Of so small a model each chip has all, and the samples of a chip are its own affair.
+    assert "compiling rollout in 1 part, matrices over 1 of 16 devices; " in done.stdout
+    _, params = of_last_stage(configuration.load("configs/scenes.py"))
+    decoder = params["decoder"]
+    kernels = [leaf for leaf in jax.tree.leaves(decoder["layers"]) if leaf.ndim > 2]
+    (step,) = programs["rollout"]["decoding_step"]
+    # Matmuls of float32 take bfloat16 operands on a TPU, and the compiler keeps copies of the weights in it.
+    assert step["weights"] == 2 * (sum(leaf.size for leaf in kernels) + decoder["head"].size)
+    assert step["cache"] > 0
+    assert step["moved"] == 0
 
 
 @needs_libtpu
@@ -67,13 +78,18 @@ def test_the_rollout_of_a_3b_model_moves_no_weights_in_its_decoding_loop(tmp_pat
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_update_of_a_3b_model_fits(tmp_path):
+def test_the_updates_of_a_3b_model_fit(tmp_path):
     found = tmp_path / "found.json"
     run("--config=configs/qwen25vl_3b.py", "--topology=v5e:4x4", "--config.stages.rl.batch_size=16",
-        "--config.stages.rl.micro_batches=1", "--program=update", f"--json={found}")  # fmt: skip
-    (update,) = json.loads(found.read_text())
-    assert update["fits"]
-    assert 1 < 16 * update["flops"] / update["model_flops"] < 1.5
+        "--config.stages.rl.micro_batches=1", "--config.rollout.token_buckets=256", "--program=update",
+        f"--json={found}")  # fmt: skip
+    padded, packed = json.loads(found.read_text())
+    assert [padded["program"], packed["program"]] == ["update padded 1024", "update packed 256"]
+    for update in (padded, packed):
+        assert update["fits"]
+        assert 1 < 16 * update["flops"] / update["model_flops"] < 1.5
+    assert packed["flops"] < 0.35 * padded["flops"]
+    assert packed["temporaries"] < padded["temporaries"]
 
 
 @needs_libtpu
@@ -145,7 +161,7 @@ def test_what_xla_says_of_memory_is_told():
     assert memory.largest_buffers(other) == ""
 
 
-PLANNED = memory.Planned("update", None, 1, 2, 5.0, 20.0)
+PLANNED = memory.Planned("rollout", None, resident=2, model_flops=5.0, repeated_flops=20.0)
 REPORT = memory.Report(PLANNED, 6, 6, 4, 5, 1, 10.0, (), 1.0)
 
 
@@ -161,10 +177,14 @@ def test_the_text_names_each_kind_of_traffic():
         hlo.Collective("all-gather", 2**20, 3, 1, False, False, "layers"),
         hlo.Collective("all-reduce", 2**10, 7, 2, True, True, "decode"),
     ]
-    text = aot.text_of(dataclasses.replace(REPORT, collectives=tuple(moved)), memory.Chip(2**30, 1e12), 4)
+    turns = (hlo.Turn("body", 3 * 2**30, 2**29, 5 * 2**19, 7.0),)
+    report = dataclasses.replace(REPORT, collectives=tuple(moved), turns=turns)
+    text = aot.text_of(report, memory.Chip(2**30, 1e12), 4)
     assert "all-gather         other loops           3 times" in text
     assert "all-reduce         decoding loop         7 times" in text
     assert "1 collectives of the decoding loop move weights, first: decode" in text
+    step = "a decoding step reads 3.00 GiB of weights, 0.50 GiB of cache and prefix; 7 collectives move 2.50 MiB"
+    assert step in text
 
 
 def test_model_flops_of_the_recipe_by_hand():

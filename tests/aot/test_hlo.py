@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_llava import P, make_params, make_policy, make_prompt
 
 from balcap_jax.aot import hlo
 from balcap_jax.parallel import sharding
+from balcap_jax.rollout import Sampling, make_rollout
 
 
 def analyse(function, *arrays, open_turns: int = 1) -> hlo.Analysis:
@@ -32,6 +35,21 @@ def test_a_loop_that_ends_by_itself_counts_the_turns_that_are_given():
 
     flops = analyse(halve, jnp.ones((32, 64)), jnp.eye(64), open_turns=11).flops
     assert flops == 11 * 2 * 32 * 64 * 64
+
+
+def test_of_several_loops_that_end_by_themselves_the_first_takes_the_turns():
+    """As a rollout's stages do, the later ones on fewer rows; what is open inside one is counted apart."""
+
+    def stages(x, w, count):
+        def halve(x):
+            return jax.lax.fori_loop(0, count, lambda _, x: 0.1 * (x @ w), x)
+
+        x = jax.lax.while_loop(lambda x: x.sum() > 9, halve, x)
+        return jax.lax.while_loop(lambda x: x.sum() > 1, halve, x[:8])
+
+    lowered = jax.jit(stages).lower(jnp.ones((32, 64)), jnp.eye(64), jnp.int32(3))
+    flops = hlo.Program(lowered.compile().as_text()).analyse(11, 3).flops
+    assert flops == 11 * 3 * 2 * 32 * 64 * 64
 
 
 def split(x, *axes):
@@ -84,6 +102,28 @@ def test_weights_that_are_gathered_in_an_open_loop_are_found():
     assert found["all-gather"].of_invariant
     assert not found["all-reduce"].of_invariant
     assert (found["all-gather"].size, found["all-gather"].times) == (64 * 64 * 4, 5)
+
+
+def test_what_a_turn_reads_and_moves():
+    (turn,) = hlo.Program(GATHERING).analyse(5).turns
+    # The gathered weight is the same in every turn. The all-gather gives [64, 64], the all-reduce [8, 64].
+    assert (turn.weights, turn.cache) == (64 * 64 * 4, 0)
+    assert (turn.moved, turn.collectives) == (64 * 64 * 4 + 8 * 64 * 4, 2)
+
+
+def test_a_rollout_reads_its_matrices_and_its_cache_once_a_step():
+    """By hand: kernels of all layers and of the output; keys and values of each branch to its limit, and of prompts."""
+    batch, group, length = 4, 2, 40
+    policy = make_policy()
+    sampling, rows = Sampling(group, length), (make_prompt(policy, batch=batch), np.zeros(batch, np.uint32))
+    lowered = make_rollout(policy, sampling).lower(make_params(policy), *rows, np.uint32(0), np.uint32(0))
+    (turn,) = hlo.Program(lowered.compile().as_text()).analyse(length - 1).turns
+    c = policy.decoder
+    layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_size + 3 * c.width * c.mlp
+    assert turn.weights == 4 * (c.layers * layer + c.width * c.vocab)
+    keys = 4 * 2 * c.layers * c.kv_heads * c.head_size
+    assert turn.cache == keys * batch * (P + group * length)
+    assert (turn.moved, turn.collectives) == (0, 0)
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():

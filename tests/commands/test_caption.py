@@ -56,6 +56,13 @@ FAMILIES = {
         "qkv_bias": True,
         "max_image_tokens": 16,
     },
+    "qwen3_vl": {
+        "patch_size": 4,
+        "vision_positions": 9,
+        "deepstack_layers": (0,),
+        "mrope_section": (2, 2, 2),
+        "max_image_tokens": 16,
+    },
 }
 OPTIONS = Options(prompt=PROMPT, batch_size=4, max_tokens=12, dtype="float32")
 SAMPLED = dataclasses.replace(OPTIONS, temperature=1.0, samples=3, seed=7)

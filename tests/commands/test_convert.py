@@ -82,6 +82,7 @@ def saved_again(path, out):
         ("llava", "float16", "modules", 5.0),
         ("qwen2_5_vl", "float32", "modules", 5.0),
         ("qwen2_5_vl", "bfloat16", "saved", 2e-5),  # what transformers writes is what the hub holds
+        ("qwen3_vl", "bfloat16", "saved", 2e-5),
     ],
 )
 def test_a_checkpoint_comes_back_bit_for_bit_under_its_own_names(source, tmp_path, family, dtype, names, shard_gb):
@@ -237,8 +238,17 @@ def test_another_template_is_in_the_chat_template_too(source, tmp_path):
             "vision_layers": 2,
             "qkv_bias": False,
         },
+        {
+            "family": "qwen3_vl",
+            "tied_embeddings": True,
+            "head_size": 8,
+            "mrope_section": (1, 2, 1),
+            "vision_positions": 9,
+            "deepstack_layers": (0, 1),
+            "vision_layers": 3,
+        },
     ],
-    ids=["llava", "qwen2_5_vl"],
+    ids=["llava", "qwen2_5_vl", "qwen3_vl"],
 )
 def test_a_model_that_came_from_no_checkpoint_is_one(fields, tmp_path):
     sizes = {"image_size": 16, "patch_size": 4, "vision_width": 16, "vision_heads": 2, "vision_mlp": 20, "width": 24}
@@ -486,12 +496,12 @@ def deep_config(path):
 
 def odd_architecture(path):
     change_config(path, model_type={})
-    return "config.json is of the architecture {}", "only llava, qwen2_5_vl can be read"
+    return "config.json is of the architecture {}", "only llava, qwen2_5_vl, qwen3_vl can be read"
 
 
 def another_architecture(path):
     change_config(path, model_type="mistral3")
-    return "config.json is of the architecture 'mistral3'", "only llava, qwen2_5_vl can be read"
+    return "config.json is of the architecture 'mistral3'", "only llava, qwen2_5_vl, qwen3_vl can be read"
 
 
 def another_decoder(path):
@@ -595,6 +605,9 @@ def test_a_bad_checkpoint_ends_in_one_line_that_names_file_and_remedy(source, tm
             "num_hidden_layers is 1000000000, it must be in [1, ",
         ),
         ("qwen2_5_vl", {"vision_config__depth": 10**9}, "depth is 1000000000, it must be in [1, "),
+        ("qwen3_vl", {"vision_config__hidden_act": "gelu"}, "hidden_act is 'gelu', only 'gelu_pytorch_tanh'"),
+        ("qwen3_vl", {"text_config__attention_bias": True}, "attention_bias is True, only False"),
+        ("qwen3_vl", {"vision_config__deepstack_visual_indexes": [0, 5]}, "deepstack_visual_indexes is [0, 5]"),
         ("llava", {"text_config__num_attention_heads": 0, "text_config__head_dim": None}, ""),
         ("llava", {"text_config__num_key_value_heads": 3}, ""),
         ("llava", {"vision_config__patch_size": -4}, "patch_size is -4, it must be a whole number above 0"),
@@ -657,6 +670,7 @@ def change_processor(path, file="preprocessor_config.json", **changes):
             "max_pixels, 127, is less than the 2 tokens of 64 pixels",
         ),
         ("qwen2_5_vl", {"size": 224}, "size is 224"),
+        ("qwen3_vl", {"image_std": None}, "image_std is [0.26862"),  # the class's own
     ],
 )
 def test_an_image_processor_that_is_not_ours_is_refused(source, tmp_path, family, changes, named, file):

@@ -73,7 +73,10 @@ def test_every_field_has_a_meaning_a_default_of_its_type_and_stands_in_the_table
     assert len(set(names)) == len(names)
     types = {"int": int, "float": float, "bool": bool, "str": str, "ints": tuple, "floats": tuple}
     for field in config_lib.FIELDS.values():
-        assert type(field.default) is types[field.kind], field.name
+        if field.kind == "int or auto":
+            assert field.default in ("auto", 1), field.name
+        else:
+            assert type(field.default) is types[field.kind], field.name
         assert len(field.meaning) > 8, field.name
     rows = config.table(width=200).splitlines()
     printed = [line.split()[0] for line in rows if line and not line.startswith(" ")]
@@ -195,6 +198,22 @@ def test_every_number_has_bounds_within_what_fp32_and_int32_hold():
                 assert field.holds(number), field.name
 
 
+@pytest.mark.parametrize("name", ["rollout.parts", "mesh.sampling"])
+def test_a_count_may_be_left_to_the_memory(name):
+    field = name.replace(".", "__")
+    for value in ("auto", 1, 4, 65_536):
+        assert dict(config_lib.leaves(config_lib.check(changed(**{field: value}))))[name] == value
+    for text, value in {"auto": "auto", "12": 12}.items():
+        overridden = config_lib.check(config_lib.default_config(), {name: text})
+        assert dict(config_lib.leaves(overridden))[name] == value
+    for value in (0, -1, 65_537, 1.5, True, "all", None, (2,)):
+        message = error_of(config_lib.check, changed(**{field: value}))
+        assert message.startswith(f"config field {name!r} must be auto, or an integer in [1, 65536], got "), message
+    (row,) = [line for line in config.table(width=200).splitlines() if line.startswith(f"{name} ")]
+    assert "int or auto" in row
+    assert "auto | [1, 65536]" in row
+
+
 @pytest.mark.parametrize("text", ["\udcff", "a\ud800b"])
 def test_text_that_has_no_utf_8_form(text):
     """What bytes of a command line that are no UTF-8 come as."""
@@ -230,6 +249,8 @@ def test_one_sample_in_a_group_is_fine_without_rl():
         ({"stages__sft__batch_size": 5000}, ["stages.sft.batch_size", "data.train_size", "4096"]),
         ({"rollout__buckets": (96, 64)}, ["rollout.buckets", "ascending"]),
         ({"rollout__buckets": (96, 96)}, ["rollout.buckets", "ascending"]),
+        ({"rollout__token_buckets": (64, 32)}, ["rollout.token_buckets", "ascending"]),
+        ({"rollout__token_buckets": (64, 97)}, ["rollout.token_buckets", "rollout.max_tokens (96)", "(64, 97)"]),
         ({"rollout__max_tokens": 80}, ["rollout.buckets", "80", "--config.rollout.buckets=80"]),
         ({"rewards__gate_low": 2.0}, ["rewards.gate_low", "rewards.gate_high"]),
         ({"rewards__weights": (1.0, 1.0)}, ["rewards.weights", "3 numbers", "precision, recall, linguistic"]),

@@ -23,9 +23,11 @@ from balcap_jax.training import required
 from balcap_jax.training.programs import LORA_STAGES, check_freezes, freeze_of, make_optimizer, params_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SCENES = ["", "tiny", "qwen", "lora", "tiny,qwen", "qwen,lora", "tiny,lora,qwen"]
-MODELS = {"llava15_7b": "", "qwen25vl_3b": "qwen", "qwen25vl_7b": "qwen"}  # and the variant of scenes of that family
-VARIANTS = ["", "rl", "sft", "lora", "sft,lora"]
+SCENES = ["", "tiny", "qwen", "qwen3", "lora", "tiny,qwen", "tiny,qwen3", "qwen,lora", "qwen3,lora", "tiny,lora,qwen"]
+# The published models, and the variant of scenes of their family.
+MODELS = {"llava15_7b": "", "qwen25vl_3b": "qwen", "qwen25vl_7b": "qwen"}
+MODELS |= dict.fromkeys(("qwen3vl_2b", "qwen3vl_4b", "qwen3vl_8b"), "qwen3")
+VARIANTS = ["", "rl", "sft", "lora", "sft,lora", "one", "sft,one"]
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def check_stages(config, params) -> None:
 @pytest.mark.parametrize("variant", SCENES)
 def test_scenes(variant):
     config = config_lib.load(f"{CONFIGS / 'scenes.py'}:{variant}")
-    check_stages(config, shapes("qwen" if "qwen" in variant else ""))
+    check_stages(config, shapes(next((name for name in ("qwen3", "qwen") if name in variant), "")))
 
 
 @pytest.mark.parametrize(("name", "variant"), list(itertools.product(MODELS, VARIANTS)))
@@ -129,6 +131,16 @@ CHANGES = {
         "lora.alpha": 64.0,
         "stages.sft.learning_rate": 1e-4,
         "stages.rl.learning_rate": 1e-5,
+    },
+    # A batch as on many chips, in pieces that one device holds.
+    "one": {
+        "lora.rank": 64,
+        "lora.alpha": 64.0,
+        "stages.sft.learning_rate": 1e-4,
+        "stages.rl.learning_rate": 1e-5,
+        "stages.sft.micro_batches": 128,
+        "stages.rl.micro_batches": 128,
+        "rollout.parts": "auto",
     },
 }
 
@@ -240,7 +252,7 @@ def test_forkme():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("scenes.py:qwem", "unknown variant 'qwem'; there are tiny, qwen, lora"),
+        ("scenes.py:qwem", "unknown variant 'qwem'; there are tiny, qwen, qwen3, lora"),
         ("qwen25vl_3b.py:tiny", "unknown variant 'tiny'; there are rl, sft, lora"),
         ("llava15_7b.py:rl,sft", "variants rl and sft exclude each other"),
         ("qwen25vl_7b.py:no_recall,caprl", "variants no_recall and caprl exclude each other"),

@@ -55,6 +55,15 @@ FAMILIES = {
         "mrope_section": (2, 1, 1),
         "qkv_bias": True,
     },
+    "qwen3_vl": {
+        "family": "qwen3_vl",
+        "patch_size": 4,
+        "vision_positions": 9,
+        "deepstack_layers": (0,),
+        "max_image_tokens": 9,
+        "min_image_tokens": 4,
+        "mrope_section": (2, 1, 1),
+    },
 }
 BUCKETS = (400, 800)
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)

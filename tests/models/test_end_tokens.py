@@ -141,7 +141,7 @@ def test_they_go_with_a_model_wherever_it_goes(saved, words_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_captions_end_where_those_of_transformers_end(family, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers needs torch to run a model")
     import tiny_checkpoints as tiny
@@ -152,11 +152,12 @@ def test_captions_end_where_those_of_transformers_end(family, tmp_path):
     prompt = processor([picture], [tiny.PROMPT], ["x"])
     ids = torch.tensor(prompt.tokens[prompt.mask])[None].long()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family == "qwen2_5_vl":
+    if family != "llava":
         import transformers
         from PIL import Image
 
         sides = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+        sides |= {name: tiny.PROCESSORS[family][name] for name in ("image_mean", "image_std")}
         pixels = {"min_pixels": processor.min_image_tokens * 64, "max_pixels": processor.image_tokens * 64}
         made = transformers.Qwen2VLImageProcessor(**sides, **pixels)([Image.fromarray(picture)], return_tensors="pt")
         inputs |= {**made, "mm_token_type_ids": (ids == policy.image_token).int()}

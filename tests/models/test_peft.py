@@ -20,10 +20,11 @@ import tiny_checkpoints as tiny  # noqa: E402
 
 TOLERANCE = 1e-5  # of the largest logit, fp32
 RANK, ALPHA = 3, 5.0
-# Of Qwen2.5-VL's tower queries and values: there they are parts of one matrix.
+# Of a Qwen tower queries and values: there they are parts of one matrix.
 TARGETS = {
     "llava": "^(decoder|vision)/layers/(q|o|up)$|^projector/first$",
     "qwen2_5_vl": "^decoder/layers/(k|o|down)$|^vision/layers/(q|v|o)$|^merger/second$",
+    "qwen3_vl": "^decoder/layers/(k|o|down)$|^vision/layers/(q|v|o)$|^deepstack/layers/second$",
 }
 
 
@@ -161,7 +162,7 @@ def test_the_files_are_those_of_peft(family, base, trained):
     assert shapes[f"{layer}.lora_A.weight"] == (RANK, 24)
     assert shapes[f"{layer}.lora_B.weight"] == (24, RANK)
     assert len(shapes) == 2 * len(config["target_modules"])
-    if family == "qwen2_5_vl":  # Queries and values side by side in one matrix, whose scale is still alpha / rank.
+    if family != "llava":  # Queries and values side by side in one matrix, whose scale is still alpha / rank.
         qkv = "model.visual.blocks.1.attn.qkv"
         assert shapes[f"base_model.model.{qkv}.lora_B.weight"] == (48, 2 * RANK)
         assert (config["rank_pattern"][qkv], config["alpha_pattern"][qkv]) == (2 * RANK, 2 * ALPHA)

@@ -52,7 +52,7 @@ def paths_of(policy, targets: str = "") -> dict[str, tuple[int, ...]]:
 
 def test_every_parameter_matches_exactly_one_row_and_every_row_a_parameter():
     variants = ({}, {"tied_embeddings": True}, {"qkv_bias": True})
-    policies = [*(make_policy(**changes) for changes in variants), tiny_qwen.make_policy()]
+    policies = [*(make_policy(**changes) for changes in variants), *map(tiny_qwen.make_policy, tiny_qwen.FAMILIES)]
     dense = "/(q|k|v|o|gate|up|down|first|second)$"
     shapes = {path: shape for policy in policies for path, shape in paths_of(policy, dense).items()}
     used = set()

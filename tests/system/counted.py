@@ -2,7 +2,7 @@
 
     python counted.py <arguments of balcap_jax.train>
 
-The last line is a list of [stage, step, bucket, {event: count so far}].
+The last line is a list of [stage, step, [length, token bucket], {event: count so far}].
 """
 
 import collections
@@ -12,10 +12,10 @@ import sys
 import jax
 
 from balcap_jax import train
-from balcap_jax.training import stages
+from balcap_jax.training import job, stages
 
 counts: collections.Counter = collections.Counter()
-buckets, steps = [], []
+shapes, steps = [], []
 
 
 def count(event: str, duration: float, **_) -> None:
@@ -29,7 +29,7 @@ def watch(stage: type) -> None:
 
     def counted(self, state, examples, step):
         done = advance(self, state, examples, step)
-        steps.append((stage.__name__, step, buckets[-1], dict(counts)))
+        steps.append((stage.__name__, step, shapes[-1][:2], dict(counts)))
         return done
 
     stage.advance = counted
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     jax.monitoring.register_event_duration_secs_listener(count)
     watch(stages.SFTStage)
     watch(stages.RLStage)
-    bucket_of = stages.bucket_of
-    stages.bucket_of = lambda *given: buckets.append(bucket_of(*given)) or buckets[-1]
+    shape_for = job.Stage.shape_for
+    job.Stage.shape_for = lambda *given: shapes.append(shape_for(*given)) or shapes[-1]
     train.main(sys.argv[1:])
     print(json.dumps(steps))

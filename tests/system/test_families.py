@@ -1,4 +1,4 @@
-"""The main job with the Qwen2.5-VL family and with adapters: through every stage, resumed, to a model."""
+"""The main job with the Qwen families and with adapters: through every stage, resumed, to a model."""
 
 import shutil
 from pathlib import Path
@@ -24,6 +24,14 @@ QWEN = {
     "stages__align__freeze": "^vision/",
     "stages__rl__freeze": "^(vision|merger)/",
 }
+QWEN3 = QWEN | {
+    "model__family": "qwen3_vl",
+    "model__vision_positions": 16,
+    "model__deepstack_layers": 0,
+    "model__qkv_bias": False,
+    "stages__vision__freeze": "^(merger|deepstack|decoder)/",
+    "stages__rl__freeze": "^(vision|merger|deepstack)/",
+}
 LORA = {"lora__rank": 2, "lora__alpha": 3.0, "loss__kl_coef": 0.5}
 SCALE = 1.5
 BRIEF = {
@@ -37,15 +45,24 @@ BRIEF = {
 STAGES = {"stages__order": "vision,align,sft,rl", "stages__vision__steps": 2, "stages__align__steps": 1}
 STAGES |= {f"stages__{name}__batch_size": 4 for name in ("vision", "align")}
 STAGES |= {f"stages__{name}__warmup_steps": 1 for name in ("vision", "align")}
-ALL = QWEN | LORA | BRIEF | STAGES
+FAMILIES = {"qwen2_5_vl": QWEN, "qwen3_vl": QWEN3}
+EACH = ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data_dir) -> Path:
-    """The workdir of an uninterrupted run of all stages."""
-    workdir = tmp_path_factory.mktemp("families") / "whole"
-    train(workdir, data_dir, **ALL)
-    return workdir
+def run_of(tmp_path_factory, data_dir):
+    """family -> (the overrides, the workdir of an uninterrupted run of all stages), run on first use."""
+    done = {}
+
+    def run(family: str) -> tuple[dict, Path]:
+        given = FAMILIES[family] | LORA | BRIEF | STAGES
+        if family not in done:
+            workdir = tmp_path_factory.mktemp("families") / "whole"
+            train(workdir, data_dir, **given)
+            done[family] = given, workdir
+        return done[family]
+
+    return run
 
 
 def state_of(workdir, step: int) -> dict[str, np.ndarray]:
@@ -80,19 +97,23 @@ def assert_merged(model: dict[str, np.ndarray], trained: dict[str, np.ndarray]) 
 
 # After step 3 the parameters hold no adapters yet.
 @pytest.mark.parametrize(("step", "stage"), [(3, "align"), (6, "rl")])
-def test_all_stages_resumed_equal_uninterrupted(tmp_path, data_dir, whole, step, stage):
+@pytest.mark.parametrize("family", EACH)
+def test_all_stages_resumed_equal_uninterrupted(tmp_path, data_dir, run_of, family, step, stage):
     """Nothing was evaluated, or all of it was lost: the ends of align and of sft are evaluated from checkpoints."""
+    given, whole = run_of(family)
     resumed = tmp_path / "resumed"
     rewind(whole, resumed, step)
     (resumed / "summary.json").unlink()
     for file in (resumed / "samples").glob("*.jsonl"):
         file.unlink()
-    done = train(resumed, data_dir, **ALL)
+    done = train(resumed, data_dir, **given)
     assert f"going on after step {step} of 8 ({stage})" in done.stdout
     assert_same_run(resumed, whole)
 
 
-def test_what_each_stage_trains(whole):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_each_stage_trains(run_of, family):
+    _, whole = run_of(family)
     log = read_metrics(whole)
     assert [line["stage"] for line in log] == ["vision"] * 2 + ["align"] + ["sft"] * 2 + ["rl"] * 3
     divergence = [line["kl"] for line in log if line["stage"] == "rl"]
@@ -106,7 +127,9 @@ def test_what_each_stage_trains(whole):
     before, seen, sft, rl = (state_of(whole, step) for step in (2, 3, 5, 8))
     assert not any(map(is_adapter, seen))
     assert all(before[name].tobytes() == seen[name].tobytes() for name in seen if name.startswith("['vision']"))
-    assert (before["['merger']['second']['kernel']"] != seen["['merger']['second']['kernel']"]).any()
+    mergers = ["['merger']['second']['kernel']", "['deepstack']['layers']['second']['kernel']"]
+    for name in mergers[: 1 + (family == "qwen3_vl")]:
+        assert (before[name] != seen[name]).any()
     for trained in (sft, rl):
         for (
             name,
@@ -129,16 +152,18 @@ def test_what_each_stage_trains(whole):
     policy, params, processor = models.load(whole / "model")
     prompt = processor([np.full((24, 24, 3), 90, np.uint8)], ["describe"])
     embeds = jax.jit(policy.encode)(params, prompt.images)
-    assert embeds.shape == (1, 9, 16)
+    assert embeds.shape == (1, 9, 16 * (1 + (family == "qwen3_vl")))  # and what the first layer adds
     assert np.isfinite(embeds).all()
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_new_adapters_on_a_saved_model(tmp_path, data_dir, whole):
+@pytest.mark.parametrize("family", EACH)
+def test_new_adapters_on_a_saved_model(tmp_path, data_dir, run_of, family):
     """The way of published models: base from a directory, adapters in RL alone."""
+    given, whole = run_of(family)
     base = tmp_path / "base"
     shutil.copytree(whole / "model", base)
-    train(tmp_path / "run", data_dir, **(ALL | {"stages__order": "rl", "model__path": base}))
+    train(tmp_path / "run", data_dir, **(given | {"stages__order": "rl", "model__path": base}))
     trained, start = state_of(tmp_path / "run", 3), read_model(base)
     assert all(trained[name].tobytes() == array.astype(jnp.bfloat16).tobytes() for name, array in start.items())
     assert_merged(read_model(tmp_path / "run" / "model"), trained)

@@ -186,7 +186,7 @@ def test_parameters_and_adapters_split_over_processes_equal_one(tmp_path, data_d
 ROWS = """
 import jax, numpy as np
 from balcap_jax.parallel import distributed, sharding
-from balcap_jax.parallel.host_batch import Rows, take
+from balcap_jax.parallel.host_batch import Rows, make_reordering, take
 with distributed.session():
     p0, p1 = ([d for d in jax.devices() if d.process_index == p] for p in range(2))
     mixed = [p0[0], p1[0], p0[1], p1[1]]
@@ -198,7 +198,8 @@ with distributed.session():
         ((1, 2, 1, 2), mixed, 8),
         ((1, 1, 1, 4), jax.devices(), 8),
     ):
-        rows = Rows(sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices), 8)
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices)
+        rows = Rows(mesh, 8)
         assert len(rows.held) == held, (sizes, rows.held)
         mine = take(batch, rows.held)
         placed = rows.put(mine["x"])
@@ -208,6 +209,11 @@ with distributed.session():
         assert (rows.fetch(jax.jit(lambda x: x + 1)(placed)) == mine["x"] + 1).all()
         assert (rows.gather(mine["x"][rows.own]) == batch["x"]).all()
         assert rows.gather_list([mine["id"][i] for i in rows.own]) == batch["id"]
+        order = np.array([5, 0, 7, 2, 1, 6, 3, 4], np.int32)
+        tree = {"x": mine["x"], "y": mine["x"][:, 0] % 2 == 0}
+        dealt = rows.fetch(make_reordering(mesh)(rows.put(tree), rows.put(order[rows.held])))
+        assert (dealt["x"] == batch["x"][order][rows.held]).all()
+        assert (dealt["y"] == (batch["x"][order, 0] % 2 == 0)[rows.held]).all()
         owners = np.concatenate(distributed.all_gather(rows.held[rows.own]))
         assert sorted(owners) == list(range(8)), owners
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, (1, 1, 4, 1))), jax.devices())

@@ -288,6 +288,7 @@ RL_VALUES = {
     "b_capscore": 64.25,
     "length/mean": 33.6,
     "gate/in_band": 0.934,
+    "padding/rollout_useful": 0.664,
     "loss": 0.01,
     "time/rollout": 0.61,
     "time/judge": 0.05,
@@ -306,8 +307,8 @@ def test_plain_lines_when_not_a_terminal():
     lines = stream.getvalue().splitlines()
     assert len(lines) == 22  # the first, every tenth, the note
     assert lines[1] == (  # the reward names are shortened to fit
-        "rl 10/200  eta 3:10  1 s/step (rollout 61 judge 5 update 33%)  5.23k tok/s  "
-        "prec 71.2 reca 60.0 ling -  b-cap 64.2  34 words  in band 93%"
+        "rl 10/200  eta 3:10  1 s/step (rollout 61 judge 5 update 33%)  5.23k tok/s  use 66%  "
+        "pr 71.2 re 60.0 li -  b-cap 64.2  34 words  in band 93%"
     )
     assert lines[-2].startswith("rl 200/200  done")
     assert lines[-1] == "saved [bold]checkpoint[/bold] 200"
@@ -326,6 +327,16 @@ def test_sft_shows_the_loss():
         "sft 20/40  eta 0:10  0.5 s/step  loss 1.2500",
         "sft 40/40  done  0.5 s/step  loss 1.2500",
     ]
+
+
+def test_the_share_that_is_no_padding_is_shown():
+    progress = Progress(40, "sft", stream=io.StringIO())
+    values = {"loss": 1.25, "time/update": 0.5, "padding/update_useful": 0.934}
+    progress.update(40, values)
+    assert progress.line(40, values) == "sft 40/40  done  0.5 s/step (update 100%)  use 93%  loss 1.2500"
+    both = values | {"padding/rollout_useful": 0.706}
+    assert "  use 71/93%  " in progress.line(40, both)
+    assert "  use " not in progress.line(40, both | {name: math.nan for name in both if name.startswith("padding/")})
 
 
 @pytest.mark.parametrize("width", [140, 100, 60, 20])
