@@ -231,8 +231,7 @@ def sample(
         image_embeds = policy.encode(params, prompt.images)
         prefix, logits = policy.prefill(params, prompt, image_embeds)
         cache = policy.empty_branch(batch, group, length)
-        parts = sharding.batch_parts()
-        parts = parts if batch % parts == 0 else 1
+        parts = sharding.batch_parts(batch)
     prompts = batch // parts
     stages = staging.plan(prompts, group, length) if stages is None else stages
     ends = jnp.array(policy.end_tokens, jnp.int32)

@@ -15,7 +15,7 @@ SHORTEST = 256
 SHRINK = 4
 """A stage has this many times fewer rows than the one before."""
 MOST = 3
-"""Stages of a rollout: each is a program of its own to compile, and a fourth would save 3% (docs/performance.md)."""
+"""Stages of a rollout: each is a loop of its own to compile, and a fourth saved nothing (docs/performance.md)."""
 LEAST_ROWS = 2
 """A matmul of one row takes other code on CPUs, and longer than one of two."""
 

@@ -145,6 +145,7 @@ def overrides(args: argparse.Namespace, devices: int) -> dict[str, str]:
         "stages.rl.eval_every": "0",
         "rollout.max_tokens": str(tokens),
         "rollout.buckets": str(tokens),
+        "rollout.token_buckets": "",  # Captions of random weights all run to the end.
         "pipeline.depth": "0",
         "checkpoint.every": "0",
         "checkpoint.best_metric": "",
@@ -152,8 +153,6 @@ def overrides(args: argparse.Namespace, devices: int) -> dict[str, str]:
         "log.samples_every": "0",
         "log.tensorboard": "false",
     }
-    if "token_buckets" in recipes.load(RECIPE).rollout:  # Captions of random weights all run to the end.
-        result["rollout.token_buckets"] = ""
     if args.small:
         result |= {f"model.{name}": str(value) for name, value in SMALL_MODEL.items()} | {"lora.rank": "4"}
     return result

@@ -7,7 +7,6 @@ the pictures that are left, so that the processes agree on it without asking eac
 import contextlib
 import functools
 import itertools
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +53,7 @@ class Captioner:
             params = relay(params)
         self._params = params
         self._rollout = make_rollout(policy, sampling_of(options))
-        parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        parts = sharding.parts_of(mesh)
         self.rows = Rows(mesh, parts * min(options.batch_size, -(-pictures // parts)))
 
     def check_prompts(self, items: Sequence[Item]) -> None:

@@ -279,7 +279,7 @@ def prefill(
 
 def empty_branch(config: DecoderConfig, batch: int, group: int, length: int) -> Branch:
     """An unwritten Branch for `length` response tokens, in whole blocks."""
-    parts = batch_parts() if batch % batch_parts() == 0 else 1
+    parts = batch_parts(batch)
     length = -(-length // CACHE_BLOCK) * CACHE_BLOCK if length > CACHE_BLOCK else length
     shape = (config.layers, parts, batch // parts * group, config.kv_heads, length, config.head_size)
     empty = jnp.zeros(shape, jnp.dtype(config.dtype))

@@ -16,8 +16,8 @@ def few_at_a_time(attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...
 
     logits: how many one row has.
     """
-    rows, devices = arrays[0].shape[0], sharding.batch_parts()
-    here = rows // devices if rows % devices == 0 else 1
+    rows = arrays[0].shape[0]
+    here = rows // sharding.batch_parts(rows)
     of_rows = {parts: 4 * logits * (here // parts) for parts in range(1, here + 1) if here % parts == 0}
     fitting = [parts for parts, size in of_rows.items() if size <= IMAGE_LOGITS]
     return sharding.in_parts(attend, arrays, min(fitting, default=here))

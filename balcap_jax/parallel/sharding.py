@@ -149,16 +149,16 @@ def check_parts(mesh: Mesh, batch_size: int, parts: int) -> None:
     """Raises UserError when the prompts that are sampled at a time do not divide over the data axes."""
     possible = possible_parts(mesh, batch_size)
     if parts not in possible:
-        devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         raise UserError(
-            f"rollout.parts is {parts}: {batch_size} prompts over {devices} devices (mesh {' x '.join(BATCH_AXES)}) "
-            f"can be sampled in {_listed(possible)} parts of one size; set it to one of these, or to auto"
+            f"rollout.parts is {parts}: {batch_size} prompts over {parts_of(mesh)} devices "
+            f"(mesh {' x '.join(BATCH_AXES)}) can be sampled in {_listed(possible)} parts of one size; "
+            "set it to one of these, or to auto"
         )
 
 
 def possible_parts(mesh: Mesh, batch_size: int) -> list[int]:
     """The numbers of equal parts of a batch in which every device has rows of each."""
-    most = batch_size // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    most = batch_size // parts_of(mesh)
     return [parts for parts in range(1, most + 1) if most % parts == 0]
 
 
@@ -344,9 +344,10 @@ def platform() -> str:
     return current[0].devices.flat[0].platform if (current := _layout.get()) else jax.default_backend()
 
 
-def batch_parts() -> int:
-    """The number of parts that a batch is in: 1 where no layout is set."""
-    return parts_of(current[0]) if (current := _layout.get()) else 1
+def batch_parts(batch: int = 0) -> int:
+    """The number of parts that a batch is in: 1 where no layout is set, or it does not divide the `batch` rows."""
+    parts = parts_of(current[0]) if (current := _layout.get()) else 1
+    return parts if batch % parts == 0 else 1
 
 
 def parts_of(mesh: Mesh) -> int:

@@ -204,7 +204,7 @@ class Programs:
         sizes = {"prompt": self.config.model.prompt_tokens, "group": group or self.group_size}
         return packing.micro_batches_of(token_bucket, settings.micro_batches, length=rollout.max_tokens, **sizes)
 
-    def lower_reordering(self, state: TrainState, group: int | None = None, **_: Any) -> jax.stages.Lowered:
+    def lower_reordering(self, state: TrainState, group: int | None = None) -> jax.stages.Lowered:
         """The program that deals the rows of a batch out before a packed update, see `host_batch.make_reordering`."""
         batch = self._batch(state.params, self.config.rollout.max_tokens, group)
         return make_reordering(self.mesh).lower(batch, self._rows((), jnp.int32))

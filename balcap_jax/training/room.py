@@ -15,8 +15,8 @@ from balcap_jax.models.policy import Params, Policy
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.rollout import CompiledRollout, LoweredRollout, Sampling
 
-# Bytes from a device's own memory that take as long as a byte from another device: 4 by the data sheets of TPU v5e,
-# v5p, v6e and H100, and twice that since a link is seldom half used by small messages.
+# Bytes from a device's own memory that count as much as a byte from another device. A choice, not a measurement: peak
+# rates differ by about 4, and small messages leave a link mostly unused.
 LINK = 8
 # Bytes that a device reads while others wait for the first byte of a sum: ten microseconds' worth.
 START = 8 * 2**20
@@ -167,4 +167,4 @@ def _sums(policy: Policy, batch: Batch, dtype: str, mesh: Mesh, split: int, part
 
 def _rows(batch: Batch, mesh: Mesh, parts: int) -> int:
     """Prompts of a part on each device."""
-    return batch.prompts // parts // math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    return batch.prompts // parts // sharding.parts_of(mesh)
