@@ -66,6 +66,15 @@ class ForcedEnd:
         return branch, jnp.where((t + 2 >= self.limits)[..., None], only_end, logits)
 
 
+def decoder_config(fields: dict[str, Any]) -> DecoderConfig:
+    """The decoder of `fields`; those that an older version lacks must be off, since it computes without them."""
+    known = {field.name for field in dataclasses.fields(DecoderConfig)}
+    lacking = {name: value for name, value in fields.items() if name not in known and value}
+    if lacking:
+        raise ValueError(f"this version's decoder has no {lacking}")
+    return DecoderConfig(**{name: value for name, value in fields.items() if name in known})
+
+
 def make_policy(config: DecoderConfig, end: int, forbidden: tuple[int, ...] = (END,)) -> TextPolicy:
     names = {field.name for field in dataclasses.fields(TextPolicy)}
     ends = {"end_tokens": (end,)} if "end_tokens" in names else {"eos_token": end}
@@ -83,7 +92,7 @@ class Side:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
-        self.config = DecoderConfig(**job["decoder"])
+        self.config = decoder_config(job["decoder"])
         self.programs: dict[tuple, dict[str, Any]] = {}
         self.state = None
         # A version with limits needs no end token.
