@@ -112,7 +112,7 @@ class Model(Group):
     dtype: Dtype = Field("float32", description="compute type; parameters stay float32")
     remat: Literal["none", "full", "dots"] = Field("none", description="activations recomputed in the backward pass")
     attention: Literal["auto", "einsum", "dot_product", "splash"] = "auto"
-    """how whole sequences attend; auto: splash on TPU, dot_product (cuDNN) on GPU in bfloat16, else einsum"""
+    """how whole sequences attend; auto: splash on TPU where nothing is packed, cuDNN on GPU in bfloat16, else einsum"""
     logits_chunk: Wide = Field(512, description="tokens per device whose [V] logits exist at once, in the update")
     prompt_tokens: Size = Field(48, description="padded prompt length with image tokens, P; longer is refused")
     template: Text = Field("", description="prompt text with {image} and {prompt}; empty = the family's own")

@@ -109,9 +109,12 @@ def over_prompt_packed(
 ) -> jax.Array:
     """`over_prompt` of packed responses of at most `length` tokens; a library's kernel sees them unpacked.
 
+    A library's kernel meets the padding again. On a TPU that is as much attention as the padded update has, so `auto`
+    is `packed_attention` there.
+
     q [Q, S, N, H]; prefix_k, prefix_v [B, M, P, H]; prefix_mask [B, P] bool; k, v [Q, M, S, H] -> [Q, S, N, H].
     """
-    if resolve(kind, q.shape[-1], q.dtype.name) == "einsum":
+    if (sharding.platform() == "tpu" and kind == "auto") or resolve(kind, q.shape[-1], q.dtype.name) == "einsum":
         return packed_attention.over_prompt(q, prefix_k, prefix_v, prefix_mask, k, v, at)
 
     def rows(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.models import attention, kernels
+from balcap_jax.models import attention, kernels, packing
 from balcap_jax.parallel import sharding
 
 B, G, P, R, N, M, H = 2, 2, 21, 10, 4, 2, 16
@@ -91,3 +91,21 @@ def test_auto_is_chosen_for_the_devices_of_the_program(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     with pytest.raises(UserError, match="heads of a multiple of 128"):
         kernels.resolve("splash", 80, "bfloat16")
+
+
+def test_packed_responses_on_a_tpu_meet_no_padding_again(monkeypatch):
+    # The library's kernel takes a response at a time, with all of its R keys: as much attention as padding has.
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    length, heads, size = 1024, 2, 128
+    at = packing.places(jnp.full((1, 2, 2), 64), length, bucket=64)
+    tokens = 2 * 2 * 64
+    inputs = arrays((1, tokens, heads, size), *[(2, 1, 128, size)] * 2, *[(1, 1, tokens, size)] * 2)
+
+    def kernels_of(kind: str) -> str:
+        def attend(q, prefix_k, prefix_v, k, v):
+            return kernels.over_prompt_packed(kind, q, prefix_k, prefix_v, jnp.ones((2, 128), bool), k, v, at, length)
+
+        return str(jax.make_jaxpr(attend)(*inputs))
+
+    assert "pallas_call" not in kernels_of("auto")
+    assert "pallas_call" in kernels_of("splash")
