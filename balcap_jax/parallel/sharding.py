@@ -359,8 +359,7 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
     """`function` of `arrays`, a tuple of trees with a leading axis B, computed for B / parts rows at a time.
 
     It is traced once. A part has every parts-th row: B is split over the devices, and each of them has its share of
-    every part, so that nothing moves between them. The rows of the results are in the order of the rows of `arrays`;
-    results without an axis are counts of a part, and add up.
+    every part, so that nothing moves between them. The rows of the results are in the order of the rows of `arrays`.
     """
     if parts == 1:
         return function(*arrays)
@@ -373,7 +372,7 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
         return function(*jax.tree.map(rows, arrays))
 
     def join(x: jax.Array) -> jax.Array:
-        return x.sum(0) if x.ndim == 1 else constrain(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), "batch")
+        return constrain(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), "batch")
 
     return jax.tree.map(join, jax.lax.map(part, jnp.arange(parts)))
 
