@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import resolved
 from balcap_jax.config.lists import parse_endpoints, parse_shares
+from balcap_jax.config.packed import UNIT, WORTH
 
 STAGES = ("vision", "align", "sft", "rl")
 """Stages that `stages.order` may name."""
@@ -263,10 +264,12 @@ class Rollout(Group):
             yield "rollout.buckets", f"must end with rollout.max_tokens ({self.max_tokens}), got {self.buckets}; {hint}"
         if sorted(set(self.token_buckets)) != list(self.token_buckets):
             yield "rollout.token_buckets", f"must be ascending, got {self.token_buckets}"
-        if self.token_buckets and self.token_buckets[-1] > self.max_tokens:
-            fitting = ",".join(str(bucket) for bucket in self.token_buckets if bucket <= self.max_tokens)
-            problem = f"must not exceed rollout.max_tokens ({self.max_tokens}), got {self.token_buckets}"
-            yield "rollout.token_buckets", f"{problem}; try --config.rollout.token_buckets={fitting}"
+        taken = tuple(bucket for bucket in self.token_buckets if UNIT <= bucket <= WORTH * self.max_tokens)
+        if taken != self.token_buckets:
+            why = f"a response takes {UNIT} tokens or more, and above {WORTH:g} of that limit padding is cheaper"
+            problem = f"would compile an update that no batch takes, got {self.token_buckets} with rollout.max_tokens"
+            hint = f"try --config.rollout.token_buckets={','.join(map(str, taken))}"
+            yield "rollout.token_buckets", f"{problem} ({self.max_tokens}): {why}; {hint}"
         if 0 < self.eval_temperature < _LEAST:
             yield "rollout.eval_temperature", f"must be 0 (greedy) or at least {_LEAST:g}, got {self.eval_temperature}"
 

@@ -15,11 +15,14 @@ from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.config.groups import SIZE, Config, Group, Model
 from balcap_jax.config.lists import parse_endpoints, parse_shares
+from balcap_jax.config.packed import UNIT, WORTH
 
 __all__ = [
     "FIELDS",
     "KINDS",
     "RUN_FIELDS",
+    "UNIT",
+    "WORTH",
     "Config",
     "Model",
     "Setting",

@@ -251,6 +251,7 @@ def test_one_sample_in_a_group_is_fine_without_rl():
         ({"rollout__buckets": (96, 96)}, ["rollout.buckets", "ascending"]),
         ({"rollout__token_buckets": (64, 32)}, ["rollout.token_buckets", "ascending"]),
         ({"rollout__token_buckets": (64, 97)}, ["rollout.token_buckets", "rollout.max_tokens (96)", "(64, 97)"]),
+        ({"rollout__token_buckets": (31, 32, 76, 77)}, ["no batch takes", "32 tokens or more", "token_buckets=32,76"]),
         ({"rollout__max_tokens": 80}, ["rollout.buckets", "80", "--config.rollout.buckets=80"]),
         ({"rewards__gate_low": 2.0}, ["rewards.gate_low", "rewards.gate_high"]),
         ({"rewards__weights": (1.0, 1.0)}, ["rewards.weights", "3 numbers", "precision, recall, linguistic"]),
