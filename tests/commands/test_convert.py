@@ -627,6 +627,22 @@ def test_odd_values_of_a_config_are_one_line(source, tmp_path, family, changes, 
     assert message.endswith(("; give another checkpoint", "; download it again"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"vision_config__num_position_embeddings": 8}, "vision_positions is 8: it must be a square number from 4 on"),
+        ({"vision_config__num_heads": 8}, "vision_width is 16: it must be a multiple of 4 * vision_heads"),
+        ({"text_config__num_hidden_layers": 1}, "deepstack_layers names 2 layers: more than the decoder has, 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_name_the_directory(source, tmp_path, changes, problem):
+    path = shutil.copytree(source("qwen3_vl")[1], tmp_path / "bad")
+    change_config(path, **changes)
+    message = error_of(models.load, path)
+    assert message.startswith(f"{path} can't be built: config field model.{problem}")
+    assert message.endswith("give another model")
+
+
 # ------------------------------------------------------------------------------------------------- image processors
 
 

@@ -182,7 +182,7 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
     """Policy and processor of the checkpoint directory `path` with the fields `fields`.
 
     Raises:
-      UserError: the tokenizer cannot be read or does not fit.
+      UserError: the tokenizer cannot be read or does not fit, or the family can't have such fields.
     """
     tokenizer = read_tokenizer(path)
     for kind, token in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
@@ -196,7 +196,12 @@ def build_saved(path: Path, fields: Mapping[str, Any]) -> tuple[Policy, PromptPr
             f"belongs to it"
         )
     ends = _end_tokens(path, vocab)
-    return FAMILIES[fields["family"]]({**fields, "end_tokens": ends}, tokenizer, fields["template"])
+    try:
+        return FAMILIES[fields["family"]]({**fields, "end_tokens": ends}, tokenizer, fields["template"])
+    except UserError as error:
+        raise UserError(
+            f"{path} can't be built: {error}; mend your own setting of it, or give another model"
+        ) from error
 
 
 def _end_tokens(directory: Path, vocab: int) -> tuple[int, ...]:

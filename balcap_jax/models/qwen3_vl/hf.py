@@ -79,7 +79,8 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     hf_config.require(tower.get("rope_parameters") or {}, rope_theta=(ROPE_THETA, None))
     taken = tower["deepstack_visual_indexes"]
     if not taken or list(taken) != sorted({i for i in taken if 0 <= i < tower["depth"]}):
-        raise ValueError(f"deepstack_visual_indexes is {taken!r}, only layers in ascending order are built")
+        layers = f"layers from 0 to {tower['depth'] - 1}"
+        raise ValueError(f"deepstack_visual_indexes is {taken!r}, only {layers} in ascending order are built")
     return {
         "family": "qwen3_vl",
         **{name: tower[theirs] for name, theirs in _TOWER_FIELDS.items()},
