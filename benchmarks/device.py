@@ -29,13 +29,14 @@ from typing import Any
 
 import chips
 import jax
+import lengths
 import numpy as np
 import uneven_report
 from device_parity import differences
 from peer import table
 
 from balcap_jax.aot.memory import model_flops
-from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.arguments import CommandParser, output_file
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config import recipes
@@ -44,6 +45,7 @@ from balcap_jax.training.programs import of_last_stage
 BENCHMARKS = Path(__file__).parent
 RECIPE = f"{BENCHMARKS.parent / 'configs' / 'qwen25vl_3b.py'}:rl,lora,scenes"
 PARTS = ("parity", "step", "uneven")
+DAY = 24 * 60  # minutes
 # float32 sums in another order; a sampled token may flip where two are all but equal; bfloat16 keeps 8 bits.
 BARS = {"log_probs": 1e-3, "loss": 1e-3, "gradient": 1e-3, "tokens": 0.02, "log_probs_bfloat16": 0.2}
 PROBE = """
@@ -281,12 +283,14 @@ def make_parser() -> CommandParser:
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="of a step and device, 8 captions each")
     parser.add_argument("--max_tokens", type=int, default=512, metavar="N", help="of a caption, in part step")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed RL steps; the median counts")
-    parser.add_argument("--shape", default="500m", metavar="NAME", help="of part uneven, see lengths.py")
+    parser.add_argument("--shape", default="500m", choices=tuple(lengths.SHAPES), help="of part uneven")
     parser.add_argument(
         "--peak_flops", type=float, default=0.0, metavar="N", help="of one device, bfloat16, per second"
     )
     parser.add_argument("--bandwidth", type=float, default=0.0, metavar="N", help="of one device's memory, bytes/s")
-    parser.add_argument("--out", default="device.json", metavar="FILE.json", help="where the results go")
+    parser.add_argument(
+        "--out", type=output_file, default="device.json", metavar="FILE.json", help="where the results go"
+    )
     return parser
 
 
@@ -297,9 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [part.strip() for part in args.only.split(",")]
     if not set(parts) <= set(PARTS):
         raise UserError(f"--only={args.only} is not of {', '.join(PARTS)}")
-    for name in ("minutes", "prompts", "max_tokens", "steps"):
+    for name in ("prompts", "max_tokens", "steps"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} must be above 0")
+    if not 0 < args.minutes <= DAY:
+        raise UserError(f"--minutes must be above 0 and at most {DAY}, got {args.minutes:g}")
     jax.config.update("jax_platforms", "cpu")  # of this process alone: the device belongs to the parts
     deadline = time.monotonic() + 60 * args.minutes
     device = probe()

@@ -45,7 +45,7 @@ from generate import SIZES, compare_greedy, write_for_peer
 from peer import Peer
 from step_time import load_average, machine
 
-from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.arguments import CommandParser, output_file
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models import decoder
@@ -299,8 +299,8 @@ def make_parser() -> CommandParser:
     parser.add_argument("--tunix", default="", metavar="PATH", help="Python of tunix")
     parser.add_argument("--no_checkpointing", action="store_true", help="trl and unpadded keep their activations")
     parser.add_argument("--trl_parts", type=int, default=1, metavar="N", help="of trl's batch, one after the other")
-    parser.add_argument("--out", default="", metavar="FILE.json", help="where the results go")
-    parser.add_argument("--plot", default="", metavar="FILE", help="where the plot goes, .svg or .png")
+    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="where the results go")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="where the plot goes, .svg or .png")
     return parser
 
 
@@ -311,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("draws", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or above, got {args.seed}")
     args.sides = parse_sides(args.sides, vars(args))
     args.means = lengths.parse_means(args.means)
     work = [part.strip() for part in args.work.split(",")]

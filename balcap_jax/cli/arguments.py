@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
@@ -60,3 +62,12 @@ def place(text: str) -> str:
         return str(resolved(text, "it"))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_file(text: str) -> str:
+    """A `place` where a file can be written, so that hours of work do not end without one; folders may be missing."""
+    path = Path(place(text))
+    folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"no file can be written at {text}; name one in a folder that is yours")
+    return str(path)

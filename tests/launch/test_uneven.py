@@ -174,6 +174,9 @@ def test_bad_input_of_uneven_ends_in_one_line(capsys):
         (["--means=2"], "neither a share"),
         (["--trl_parts=3"], "--trl_parts=3 must divide the 32 responses"),
         (["--sides=now,trl"], "trl needs --torch=PYTHON"),
+        (["--seed=-1"], "--seed must be 0 or above"),
+        (["--out=/dev/null/results.json"], "argument --out: no file can be written at /dev/null/results.json"),
+        (["--plot=/"], "argument --plot: no file can be written at /"),
     ):
         with pytest.raises(SystemExit) as ended:
             uneven.main(arguments)
@@ -300,6 +303,9 @@ def test_device_refuses_what_it_lacks(capsys, monkeypatch):
         ([], "jax sees no accelerator here, only a CPU; --small runs all parts on it"),
         (["--only=speed"], "--only=speed is not of parity, step, uneven"),
         (["--steps=0"], "--steps must be above 0"),
+        (["--minutes=inf"], "--minutes must be above 0 and at most 1440, got inf"),
+        (["--shape=3b"], "argument --shape: invalid choice: '3b'"),
+        (["--small", "--out=/tmp"], "argument --out: no file can be written at /tmp"),
         (["--small", "--peak_flops=-1"], "--peak_flops is the rate of one device"),
     ):
         with pytest.raises(SystemExit) as ended:
