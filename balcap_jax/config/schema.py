@@ -124,6 +124,7 @@ def validated(group: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     elif kind != "value_error":
         is_outside = kind in ("greater_than_equal", "less_than_equal", "less_than")
         demand = f"in {field.range_text}" if is_outside else KINDS[field.kind]
+        demand += ", at least one" if kind == "too_short" else ""
         reason = f"must be {demand}, got {shown(value)} ({field.meaning})"
     raise UserError(f"config field {name!r} {reason}")
 

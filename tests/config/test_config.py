@@ -140,7 +140,7 @@ def test_a_group_set_to_a_value_and_a_missing_field():
         ("rewards__gate", 1, "True or False"),
         ("data__prompt", None, "a string"),
         ("rollout__buckets", 96, "a tuple of integers"),
-        ("rollout__buckets", (), "a tuple of integers"),
+        ("rollout__buckets", (), "a tuple of integers, at least one"),
         ("rollout__buckets", (64.0, 96), "a tuple of integers"),
         ("rewards__weights", "1,1,1", "a tuple of numbers"),
     ],
