@@ -416,7 +416,7 @@ class Mesh(Group):
     data: Devices = Field(-1, description="devices along data")
     fsdp: Devices = Field(1, description="devices that parameters are sharded over")
     tensor: Devices = Field(1, description="devices that heads and MLP features are split over")
-    sampling: CountOrAuto = "auto"
+    sampling: Resumable[CountOrAuto] = "auto"
     """devices that a matrix is split over while sampling; auto = what fits and reads and sends the fewest bytes"""
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -283,8 +283,8 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
     """What keeps `current` from resuming the run of `saved`: one "field: old -> new" each; empty = it may resume.
 
     Fields that change neither what is learnt nor how it is evaluated may differ (`Setting.resumable`: most of log.*,
-    checkpoint.*, reader threads). The last stage may grow, unless its schedule depends on its length: the steps already
-    made would have been others.
+    checkpoint.*, reader threads, how a rollout fits the devices). The last stage may grow, unless its schedule depends
+    on its length: the steps already made would have been others.
     """
     old, new = dict(leaves(saved)), dict(leaves(current))
     last = stage_order(current)[-1]

@@ -688,6 +688,11 @@ def test_what_does_not_change_the_run_may_differ():
     assert config_lib.differences(changed(), new) == []
 
 
+def test_how_a_rollout_fits_the_devices_may_differ_and_how_it_is_learnt_from_may_not():
+    new = changed(rollout__parts=4, mesh__sampling=2, rollout__token_buckets=(32, 64))
+    assert config_lib.differences(changed(), new) == ["rollout.token_buckets: () -> (32, 64)"]
+
+
 def test_evaluations_before_and_after_are_of_the_same_size():
     assert config_lib.differences(changed(), changed(log__eval_images=8)) == ["log.eval_images: 48 -> 8"]
 
