@@ -68,6 +68,8 @@ def partial_files(folder: Path) -> list[str]:
             {"data__data_dir": "~nobody-of-that-name/data"},
             "'data.data_dir' names the home of a user that does not exist",
         ),
+        ({"rollout__parts": 3}, "rollout.parts is 3: 4 prompts over 1 devices"),
+        ({"mesh__sampling": 2}, "mesh.sampling is 2, but on the mesh replica 1 x data 1 x fsdp 1 x tensor 1"),
         ({"checkpoint__best_metric": "bleu"}, "'checkpoint.best_metric' must be one of"),
         ({"stages__rl__freeze": "^visoin/"}, "'stages.rl.freeze' ('^visoin/') matches no parameter; their paths begin"),
     ],
