@@ -41,6 +41,13 @@ class Data(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+class BuiltHereInfo(tfds.core.DatasetInfo):
+    """What a data set says of itself that is made here and nowhere else."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing: TFDS would ask its public bucket, and leave an empty temporary folder behind each time."""
+
+
 class Kept(Sequence):
     """A source whose examples stay in memory from their first reading on: those of a small data set are read often.
 

@@ -48,7 +48,8 @@ class Sharegpt4v(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         names = ("id", "picture", "image", "prompt", "reference", *REWARDED)  # the last as JSON text
-        return self.dataset_info_from_configs(
+        return input.BuiltHereInfo(
+            builder=self,
             features=tfds.features.FeaturesDict(dict.fromkeys(names, tfds.features.Text())),
             disable_shuffling=True,
             supervised_keys=None,

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -350,7 +351,9 @@ def test_sharegpt4v_keeps_prompts_and_counts_what_is_missing(tmp_path, manual, c
         assert all(np.prod(one["image"].shape[:2]) <= 500 for one in found.values())
 
 
-def test_sharegpt4v_carries_what_rewards_need(tmp_path, manual):
+def test_sharegpt4v_carries_what_rewards_need(tmp_path, tmp_path_factory, monkeypatch, manual):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     question = {"question": "Which?", "choices": ["a", "b"], "answer": "b"}
     rubric = {"criterion": "names it", "weight": 3}
     entries = json.loads((manual / "list.json").read_text())
@@ -365,6 +368,7 @@ def test_sharegpt4v_carries_what_rewards_need(tmp_path, manual):
     assert (first["reference_units"], json.loads(first["questions"])) == (["one", "two"], [question])
     assert (json.loads(second["rubrics"]), second["reference_units"]) == ([rubric], [])
     assert (third["reference_units"], third["questions"], third["rubrics"]) == ([], "[]", "[]")
+    assert list(temporary.iterdir()) == []
 
     entries[1] |= {"rubrics": [{"criterion": "names it", "weight": 0}]}
     (manual / "list.json").write_text(json.dumps(entries))

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -255,7 +256,9 @@ def test_the_data_set_of_the_default_seed_is_what_it_has_always_been():
     assert captions.hexdigest()[:16] == "a138cd648af0f706"  # since the base captioner has habits
 
 
-def test_second_preparation_reads_what_the_first_wrote(tmp_path, capsys):
+def test_second_preparation_reads_what_the_first_wrote(tmp_path, tmp_path_factory, monkeypatch, capsys):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     first = builder.prepare(tmp_path, **SETTINGS)
     assert "generating 20 examples" in capsys.readouterr().out
     stamps = {path: path.stat().st_mtime_ns for path in pathlib.Path(first.data_dir).rglob("*")}
@@ -267,6 +270,7 @@ def test_second_preparation_reads_what_the_first_wrote(tmp_path, capsys):
     other = builder.prepare(tmp_path, **SETTINGS | {"test": 6})
     assert other.data_dir != first.data_dir
     assert len(other.as_data_source("test")) == 6
+    assert list(temporary.iterdir()) == []
 
 
 def test_default_settings_are_the_default_config(tmp_path, monkeypatch):

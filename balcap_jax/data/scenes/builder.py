@@ -105,7 +105,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             | {"questions": text}
         )
         # Stored in the order of generation, so that "the first n of the test split" means the same everywhere.
-        return self.dataset_info_from_configs(features=features, disable_shuffling=True, supervised_keys=None)
+        return input.BuiltHereInfo(builder=self, features=features, disable_shuffling=True, supervised_keys=None)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         del dl_manager  # nothing is downloaded
