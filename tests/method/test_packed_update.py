@@ -126,39 +126,53 @@ def test_the_capacities_are_the_last_that_holds_them_and_the_first_that_does_not
 # ------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("kind", ["einsum", "dot_product", "splash"])
-def test_packed_responses_attend_as_padded_ones(kind):
-    batch, group, length, prompt, heads, kv_heads, size = 2, 2, 140, 21, 4, 2, 16
-    # More tiles of keys than one, a block of units with several responses, a last block that is not full.
-    lengths = np.array([[140, 5], [0, 70]])
-    mask = np.arange(length) < lengths[..., None]
-    prompt_mask = jnp.asarray(np.arange(prompt) >= np.array([[0], [4]]))
-    at = packing.places(jnp.asarray(lengths[None]), length, bucket=80)  # 10 places for 9 units
-    shapes = [(batch, group, length, heads, size), *[(batch, kv_heads, prompt, size)] * 2]
-    shapes += [(batch, group, length, kv_heads, size)] * 2
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    weight = jnp.cos(jnp.arange(mask.size * heads * size)).reshape(shapes[0]) * mask[..., None, None]
+class Attended:
+    """Four responses of three lengths over two prompts, and what they read with its gradients."""
 
-    def padded(q, prefix_k, prefix_v, k, v):
-        visible = jnp.tril(jnp.ones((length, length), bool))
+    def __init__(self):
+        batch, group, self.length, prompt, heads, kv_heads, size = 2, 2, 140, 21, 4, 2, 16
+        # More tiles of keys than one, a block of units with several responses, a last block that is not full.
+        lengths = np.array([[140, 5], [0, 70]])
+        self.mask = np.arange(self.length) < lengths[..., None]
+        self.prompt_mask = jnp.asarray(np.arange(prompt) >= np.array([[0], [4]]))
+        self.at = packing.places(jnp.asarray(lengths[None]), self.length, bucket=80)  # 10 places for 9 units
+        shapes = [(batch, group, self.length, heads, size), *[(batch, kv_heads, prompt, size)] * 2]
+        shapes += [(batch, group, self.length, kv_heads, size)] * 2
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        self.arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+        weight = jnp.cos(jnp.arange(self.mask.size * heads * size)).reshape(shapes[0])
+        self.weight = weight * self.mask[..., None, None]
+
+    def padded(self, q, prefix_k, prefix_v, k, v):
+        visible = jnp.tril(jnp.ones((self.length, self.length), bool))
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
-        return attention.prefix_and_branch(q, prefix_k, prefix_v, prompt_mask, k, v, visible)
+        return attention.prefix_and_branch(q, prefix_k, prefix_v, self.prompt_mask, k, v, visible)
 
-    def packed(q, prefix_k, prefix_v, k, v):
-        q, k, v = (packing.pack(x, at) for x in (q, k, v))
+    def packed(self, kind, q, prefix_k, prefix_v, k, v):
+        q, k, v = (packing.pack(x, self.at) for x in (q, k, v))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        read = kernels.over_prompt_packed(kind, q, prefix_k, prefix_v, prompt_mask, k, v, at, length)
-        return packing.unpack(read, at, length)
+        read = kernels.over_prompt_packed(kind, q, prefix_k, prefix_v, self.prompt_mask, k, v, self.at, self.length)
+        return packing.unpack(read, self.at, self.length)
 
-    def pull(attend):
+    def pull(self, attend):
         def product(*arrays):
             read = attend(*arrays)
-            return jnp.sum(jnp.sin(read) * weight), read * mask[..., None, None]
+            return jnp.sum(jnp.sin(read) * self.weight), read * self.mask[..., None, None]
 
-        return jax.jit(jax.grad(product, range(5), has_aux=True))(*arrays)
+        return jax.jit(jax.grad(product, range(5), has_aux=True))(*self.arrays)
 
-    (want_gradients, want), (gradients, got) = pull(padded), pull(packed)
+
+@pytest.fixture(scope="module")
+def attended():
+    """(the example, gradients of the padded responses, what they read)"""
+    example = Attended()
+    return example, *example.pull(example.padded)
+
+
+@pytest.mark.parametrize("kind", ["einsum", "dot_product", "splash"])
+def test_packed_responses_attend_as_padded_ones(kind, attended):
+    example, want_gradients, want = attended
+    gradients, got = example.pull(functools.partial(example.packed, kind))
     np.testing.assert_allclose(got, want, atol=1e-5)
     for name, gradient, wanted in zip(("q", "prefix_k", "prefix_v", "k", "v"), gradients, want_gradients, strict=True):
         assert float(jnp.abs(gradient - wanted).max()) < 1e-5 * float(jnp.abs(wanted).max()), name
