@@ -5,6 +5,7 @@ both sides of the image.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,12 @@ def make_responses(batch: int = B, group: int = G, length: int = R) -> tuple[jax
     return jnp.asarray(np.where(mask, tokens, PAD)), jnp.asarray(mask)
 
 
+@functools.cache
+def shapes_of(policy: Llava) -> Params:
+    """The parameters' shapes; tracing `init` for them takes longer than drawing the numbers."""
+    return jax.eval_shape(policy.init, jax.random.key(0))
+
+
 def make_params(policy: Llava) -> Params:
     """Random parameters of the policy's shapes; no bias is 0 and no norm's scale 1, so that none is forgotten unseen.
 
@@ -78,4 +85,4 @@ def make_params(policy: Llava) -> Params:
         centre = 1.0 if path[-1].key == "scale" else 0.0
         return jnp.asarray(centre + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(random, jax.eval_shape(policy.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(random, shapes_of(policy))

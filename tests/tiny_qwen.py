@@ -5,6 +5,7 @@ of 4 x 4 tokens. Qwen3-VL: positions learned on a grid of 5 x 5, DeepStack from 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,12 @@ def make_images(policy: Policy, grids: list[tuple[int, int]], seed: int = 0) -> 
     return QwenImages(*map(np.stack, zip(*laid_out, strict=True))), patches
 
 
+@functools.cache
+def shapes_of(policy: Policy) -> Params:
+    """The parameters' shapes; tracing `init` for them takes longer than drawing the numbers."""
+    return jax.eval_shape(policy.init, jax.random.key(0))
+
+
 def make_params(policy: Policy, scale: float = 0.2) -> Params:
     """Random parameters of the policy's shapes; no bias is 0 and no norm's scale 1."""
     rng = np.random.default_rng(3)
@@ -80,4 +87,4 @@ def make_params(policy: Policy, scale: float = 0.2) -> Params:
         centre = 1.0 if path[-1].key == "scale" else 0.0
         return jnp.asarray(centre + scale * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(random, jax.eval_shape(policy.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(random, shapes_of(policy))
