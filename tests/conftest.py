@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+from pathlib import Path
 
 # Tests that start commands of their own pass the environment on, so what must hold for them too is set here, and
 # before anything imports jax.
@@ -33,7 +34,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # a resumed training run would otherwise compile again what the interrupted one had compiled.
 _own_cache = None
 if "BALCAP_TEST_CACHE" not in os.environ:
-    _own_cache = tempfile.mkdtemp(prefix="balcap-test-cache-")
+    # Tests that were killed leave theirs behind: its name says whose it is.
+    for left in Path(tempfile.gettempdir()).glob("balcap-test-cache-*-*"):
+        owner = left.name.split("-")[3]
+        if owner.isdecimal() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    _own_cache = tempfile.mkdtemp(prefix=f"balcap-test-cache-{os.getpid()}-")
     os.environ["BALCAP_TEST_CACHE"] = _own_cache
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["BALCAP_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
