@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from balcap_jax.models.decoder import DecoderConfig
-from balcap_jax.models.policy import Params, Policy
+from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.qwen2_5_vl import Qwen25VL
+from balcap_jax.models.qwen2_5_vl.processing import mrope_positions
 from balcap_jax.models.qwen2_5_vl.vision import QwenImages, VisionConfig
 from balcap_jax.models.qwen2_5_vl.windows import plan
 from balcap_jax.models.qwen3_vl import Qwen3VL
@@ -73,10 +74,16 @@ def make_images(policy: Policy, grids: list[tuple[int, int]], seed: int = 0) -> 
     return QwenImages(*map(np.stack, zip(*laid_out, strict=True))), patches
 
 
-@functools.cache
-def shapes_of(policy: Policy) -> Params:
-    """The parameters' shapes; tracing `init` for them takes longer than drawing the numbers."""
-    return jax.eval_shape(policy.init, jax.random.key(0))
+def make_prompt(policy: Policy, grids: list[tuple[int, int]], length: int) -> Prompt:
+    """Prompts of `length` tokens with an image each and one to three words before and behind it; padded on the left."""
+    rng, shape = np.random.default_rng(1), (len(grids), length)
+    tokens, mask = np.full(shape, PAD, np.int32), np.zeros(shape, bool)
+    for b, (rows, columns) in enumerate(grids):
+        before, behind = (rng.integers(START + 1, V, 1 + (b + turn) % 3) for turn in (0, 1))
+        row = [*before, *[IMAGE] * (rows * columns), *behind]
+        tokens[b, length - len(row) :], mask[b, length - len(row) :] = row, True
+    positions = mrope_positions(tokens == IMAGE, mask, np.array(grids))
+    return jax.tree.map(jnp.asarray, Prompt(tokens, mask, positions, make_images(policy, grids)[0]))
 
 
 def make_params(policy: Policy, scale: float = 0.2) -> Params:
