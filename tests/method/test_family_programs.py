@@ -33,9 +33,10 @@ from balcap_jax.training.programs import state_shardings
 GRIDS = [(2, 3), (1, 1), (3, 2), (1, 5), (2, 2), (1, 4), (3, 1), (2, 1)]
 P = 10
 PARTS = 2
-# Of the prompts of a part, on one device and on each of four: lines that split, then fewer lines than prompts.
-STAGES = {4: (Stage(4, 3), Stage(4, 1), Stage(2, 1)), 1: (Stage(1, 3), Stage(1, 2), Stage(1, 1))}
-LIMITS = np.maximum(LENGTHS, 1)  # some are a token, some all of R
+# Of the prompts of a part, on one device and on each of four: lines that split, and fewer of them than prompts.
+STAGES = {4: (Stage(4, 3), Stage(3, 1)), 1: (Stage(1, 3), Stage(1, 1))}
+LIMITS = np.maximum(LENGTHS, 1)[np.argsort(LENGTHS.sum(1))]  # The longest of the batch lie side by side.
+SAMPLING = Sampling(G, R, temperature=OBJECTIVE.temperature)
 FREEZE = "^(vision|merger|deepstack)/"
 EACH = [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"]
 
@@ -62,7 +63,8 @@ def inputs(family: str) -> tuple:
     """(parameters, prompts, a key for each branch) on the host."""
     policy = policy_of(family)
     prompt = tiny_qwen.make_prompt(policy, GRIDS, P)
-    return tiny_qwen.make_params(policy), prompt, jax.random.split(jax.random.key(7), (B, G))
+    params, prompt = jax.device_get((tiny_qwen.make_params(policy), prompt))  # Updates donate what they are given.
+    return params, prompt, jax.random.split(jax.random.key(7), (B, G))
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def drawn(family: str, parts: int = 1, shrinks: bool = False, **sizes: int) -> R
     @jax.jit
     def rollout(params, prompt, keys, limits):
         def part(prompt, keys, limits):
-            return sample(policy, params, prompt, keys, Sampling(G, R, top_p=0.95), mesh, limits=limits, stages=stages)
+            return sample(policy, params, prompt, keys, SAMPLING, mesh, limits=limits, stages=stages)
 
         with sharding.layout(mesh, sharding.SAMPLING):
             return sharding.in_parts(part, (prompt, keys, limits), parts)
