@@ -104,6 +104,16 @@ def test_a_rollout_in_parts_that_shrink_has_the_samples_of_the_whole(family):
     assert_same_samples(drawn(family, PARTS, shrinks=True), whole)
 
 
+@pytest.mark.parametrize("family", EACH)
+def test_packed_log_probs_are_those_that_decoding_gave(family):
+    policy, out, (params, prompt, _) = policy_of(family), drawn(family), inputs(family)
+    bucket = -(-int(packing.units_of(out.lengths).sum()) * UNIT // (B * G))
+    options = {"temperature": SAMPLING.temperature, "mask": out.mask, "token_bucket": bucket}
+    found = jax.jit(functools.partial(policy.log_probs, **options))(params, prompt, out.image_embeds, out.tokens)
+    assert (np.asarray(found)[~out.mask] == 0).all()
+    np.testing.assert_allclose(found, out.policy_log_probs, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
 def test_eight_devices_sample_what_one_does(family):
