@@ -9,6 +9,7 @@ Exit status 1 says that a program does not fit, and names its largest part.
 import argparse
 import importlib.util
 import itertools
+import math
 import os
 import re
 import sys
@@ -33,6 +34,9 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
+LARGEST = 2**17
+"""Chips in all slices. The largest slices have some thousand; a list of many millions of devices would take hours."""
+
 
 def prepare_environment() -> None:
     """Sets what libtpu needs. Must run before jax is imported. Raises UserError where there is no libtpu."""
@@ -48,10 +52,14 @@ def devices_of(topology: str, slices: int) -> list[Any]:
     """The devices of a topology such as "v5e:4x4". Raises UserError where libtpu knows none of that name."""
     from jax.experimental import topologies
 
-    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+    if not re.fullmatch(r"\w+:\d{1,9}(x\d{1,9})+", topology):
         raise UserError(f"--topology is {topology!r}; name one as v5e:4x8 or v5p:2x2x2")
+    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+    if (chips := math.prod(sizes) * slices) > LARGEST:
+        what = f"--topology={topology}" + (f" --slices={slices}" if slices > 1 else "")
+        raise UserError(f"{what}: {chips:,} chips in all, at most {LARGEST:,} can be planned for; name fewer")
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if set(re.split(r"[:x]", topology)[1:]) == {"1"}:
+    if set(sizes) == {1}:
         options["chips_per_host_bounds"] = (1, 1, 1)  # Or libtpu wants a multiple of a host with all of its chips.
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
