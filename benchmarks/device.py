@@ -1,7 +1,7 @@
 """What is worth knowing of an accelerator, in under ten minutes; device.sh starts it.
 
     benchmarks/device.sh --out=device.json                 on a GPU or a TPU host
-    benchmarks/device.sh --small --out=device.json         about two minutes on a CPU, to see that it runs
+    benchmarks/device.sh --small --out=device.json         four minutes of CPU time, to see that it runs
 
     parity   a small captioner in float32 and bfloat16 beside the same programs on this machine's CPU (device_parity.py)
     step     RL steps of Qwen2.5-VL-3B's shape with LoRA and random weights, by `train` itself: seconds by phase, the
@@ -221,17 +221,17 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def step_rows(found: Mapping[str, Any], peak: chips.Peak | None, devices: int) -> Iterator[tuple[str, str, bool]]:
     """(what, value, True)"""
-    size = f"{found['parameters'] / 1e9:.2f}B parameters, {found['prompts']} prompts x {found['group']}"
+    size = f"{found['parameters'] / 1e9:.3g}B parameters, {found['prompts']} prompts x {found['group']}"
     yield f"RL step with LoRA: {size}", f"{found['length/tokens_mean']:.0f} tokens", True
     for phase in ("rollout", "judge", "update", "other"):
         yield f"  {phase}", f"{found[f'time/{phase}']:.3f} s", True
     unknown = "not known here: give --peak_flops and --bandwidth"
     rate = found["update_flops"] / found["time/update"] / devices
     mfu = f"{100 * rate / peak.flops:.1f} %" if peak else unknown
-    yield f"update: {rate / 1e12:.2f} Tflop/s a device (model flops of real tokens), share of peak (MFU)", mfu, True
+    yield f"update: {rate / 1e12:.3g} Tflop/s a device (model flops of real tokens), share of peak (MFU)", mfu, True
     rate = found["decode_bytes"] / found["time/rollout"] / devices
     share = f"{100 * rate / peak.bandwidth:.1f} %" if peak else unknown
-    yield f"decode: {rate / 1e9:.1f} GB/s a device (prefill's time included), share of bandwidth", share, True
+    yield f"decode: {rate / 1e9:.3g} GB/s a device (prefill's time included), share of bandwidth", share, True
     for name in ("rollout", "update"):
         if f"padding/{name}_useful" in found:
             yield f"  useful share of the {name}", f"{found[f'padding/{name}_useful']:.2f}", True
