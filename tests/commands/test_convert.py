@@ -686,6 +686,7 @@ def change_processor(path, file="preprocessor_config.json", **changes):
             "max_pixels, 127, is less than the 2 tokens of 64 pixels",
         ),
         ("qwen2_5_vl", {"size": 224}, "size is 224"),
+        ("qwen3_vl", {"size": {"height": 224, "width": 224}}, "size is {'height': 224, 'width': 224}, only numbers"),
         ("qwen3_vl", {"image_std": None}, "image_std is [0.26862"),  # the class's own
     ],
 )

@@ -102,7 +102,7 @@ def image_bounds(processor: Mapping[str, Any], fields: Mapping[str, Any], tower:
         raise ValueError(f"patch_size is {processor.get('patch_size', 14)!r}, only {patch} is built")
     hf_config.require(processor, merge_size=(MERGE, None), temporal_patch_size=(FRAMES, None))
     size = processor.get("size")
-    if size is not None and not isinstance(size, dict):
+    if size is not None and not (isinstance(size, dict) and set(size) <= {"shortest_edge", "longest_edge"}):
         raise ValueError(f"size is {size!r}, only numbers of pixels as shortest_edge and longest_edge are built")
     bounds = {}
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
