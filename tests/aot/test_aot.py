@@ -3,10 +3,14 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -22,35 +26,82 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run(*arguments: str, expected: int = 0) -> subprocess.CompletedProcess:
-    """The command in a process of its own: libtpu reads the environment once, when jax is imported."""
+IN_TURN = """
+import json, sys
+from balcap_jax.aot import __main__ as aot
+for line in sys.stdin:
+    status = 0
+    try:
+        aot.main(json.loads(line))
+    except SystemExit as ended:
+        status = ended.code
+    for stream in (sys.stdout, sys.stderr):
+        print("status", status, file=stream, flush=True)
+"""
+"""The command several times in one process, which takes seconds to start. libtpu reads the environment once."""
+
+
+class Done(NamedTuple):
+    status: int
+    output: list[str]
+    errors: list[str]
+
+
+def run(*commands: Sequence[str]) -> list[Done]:
     environment = {name: value for name, value in os.environ.items() if name not in aot.ENVIRONMENT}
-    done = subprocess.run(
-        [sys.executable, "-m", "balcap_jax.aot", *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=900,
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    return done
+    given = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}, "text": True, "capture_output": True}
+    lines = "".join(json.dumps(command) + "\n" for command in commands)
+    done = subprocess.run([sys.executable, "-c", IN_TURN], input=lines, timeout=900, check=False, **given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Between two lines with a status is what one command wrote.
+    output, errors = (re.split(r"^status (\d+)\n", text, flags=re.MULTILINE) for text in (done.stdout, done.stderr))
+    assert output[1::2] == errors[1::2]
+    return [
+        Done(int(status), *(text.splitlines() for text in texts))
+        for status, *texts in zip(output[1::2], output[:-1:2], errors[:-1:2], strict=True)
+    ]
+
+
+SMALL = ["--config=configs/scenes.py", "--topology=v5e:4x4", "--config.mesh.data=4", "--config.mesh.fsdp=4"]
+# Matrices lie over four chips in a decoding step too.
+SPLIT = [*SMALL, "--config.mesh.sampling=4", "--program=rollout"]
+# Two tables of 16 million words, whole on each chip: much memory in two operations, which XLA refuses at once.
+TOO_LARGE = ["--config=configs/scenes.py", "--topology=v5e:2x2", "--program=layout", "--config.stages.rl.batch_size=8",
+             "--config.model.vocab=16000000", "--config.model.width=256", "--config.mesh.fsdp=4",
+             "--config.mesh.sampling=1"]  # fmt: skip
+REFUSED_IN_A_LINE = {
+    "--topology=h100": "error: --topology is 'h100'; name one as v5e:4x8",
+    "--topology=v9z:2x2": "error: --topology=v9z:2x2: libtpu knows no such topology",
+    "--topology=v5e:2x4 --config.mesh.fsdp=3": "error: the mesh (replica 1 x data -1 x fsdp 3 x tensor 1)",
+    "--topology=v5e:2x4 --json=nowhere/found.json": "error: cannot write --json=nowhere/found.json",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, tuple[Done, Path]]:
+    """What each of the commands above wrote, and its file of figures."""
+    folder = tmp_path_factory.mktemp("aot")
+    commands = {"small": SMALL, "split": SPLIT, "too large": TOO_LARGE}
+    given = [[*command, f"--json={folder / name}.json"] for name, command in commands.items()]
+    refused = [["--config=configs/scenes.py", *line.split()] for line in REFUSED_IN_A_LINE]
+    done = run(*refused, *given)
+    found = dict(zip([*REFUSED_IN_A_LINE, *commands], done, strict=True))
+    return {name: (one, folder / f"{name}.json") for name, one in found.items()}
 
 
 @needs_libtpu
-def test_a_small_recipe_fits(tmp_path):
-    found = tmp_path / "found.json"
-    done = run("--config=configs/scenes.py", "--topology=v5e:4x4", "--config.mesh.data=4", "--config.mesh.fsdp=4",
-               f"--json={found}")  # fmt: skip
-    assert done.stdout.splitlines()[0] == "v5e:4x4: 16 x TPU v5 lite, mesh replica 1 x data 4 x fsdp 4 x tensor 1"
-    assert done.stdout.splitlines()[-1] == "fits 15.75 GiB"
+def test_a_small_recipe_fits(compiled):
+    done, found = compiled["small"]
+    assert done.status == 0, done.errors
+    assert done.output[0] == "v5e:4x4: 16 x TPU v5 lite, mesh replica 1 x data 4 x fsdp 4 x tensor 1"
+    assert done.output[-1] == "fits 15.75 GiB"
     programs = {program["program"]: program for program in json.loads(found.read_text())}
     assert list(programs) == ["layout for sampling", "rollout", "update"]
     assert programs["update"]["flops"] > 0
     assert programs["rollout"]["collectives"]
     assert not any(moved["of_invariant"] for moved in programs["rollout"]["collectives"])
     # Of so small a model each chip has all, and the samples of a chip are its own affair.
-    assert "compiling rollout in 1 part, matrices over 1 of 16 devices; " in done.stdout
+    assert any(line.startswith("compiling rollout in 1 part, matrices over 1 of 16 devices; ") for line in done.output)
     _, params = of_last_stage(configuration.load("configs/scenes.py"))
     decoder = params["decoder"]
     kernels = [leaf for leaf in jax.tree.leaves(decoder["layers"]) if leaf.ndim > 2]
@@ -61,28 +112,49 @@ def test_a_small_recipe_fits(tmp_path):
     assert step["moved"] == 0
 
 
-@needs_libtpu
-def test_the_rollout_of_a_3b_model_moves_no_weights_in_its_decoding_loop(tmp_path):
-    found = tmp_path / "found.json"
-    run("--config=configs/qwen25vl_3b.py", "--topology=v5e:4x4", "--config.stages.rl.batch_size=16",
-        "--config.stages.rl.micro_batches=1", "--program=rollout", f"--json={found}")  # fmt: skip
-    (rollout,) = json.loads(found.read_text())
-    assert rollout["fits"]
-    assert rollout["total"] < 5 * 2**30
+def assert_moves_no_weights(rollout: dict, smallest_kernel: int) -> None:
+    """What travels per token is the tokens."""
     inside = [moved for moved in rollout["collectives"] if moved["in_open_loop"]]
     assert inside
     assert not any(moved["of_invariant"] for moved in inside)
-    # A layer's smallest kernel is 1 MiB in bfloat16; what travels per token is the tokens.
-    assert max(moved["size"] for moved in inside if moved["loops"] > 1) < 2**20
+    assert max(moved["size"] for moved in inside if moved["loops"] > 1) < smallest_kernel
+
+
+@needs_libtpu
+def test_split_matrices_stay_where_they_are_in_the_decoding_loop(compiled):
+    done, found = compiled["split"]
+    assert done.status == 0, done.errors
+    assert any("matrices over 4 of 16 devices; " in line for line in done.output)
+    (rollout,) = json.loads(found.read_text())
+    _, params = of_last_stage(configuration.load("configs/scenes.py"))
+    kernels = [leaf for leaf in jax.tree.leaves(params["decoder"]["layers"]) if leaf.ndim > 2]
+    assert_moves_no_weights(rollout, 2 * min(math.prod(leaf.shape[1:]) for leaf in kernels))
+    (step,) = rollout["decoding_step"]
+    assert step["moved"] > 0
+
+
+# A minute of compilation. The test above has the same of a small model.
+@needs_libtpu
+@pytest.mark.slow
+def test_the_rollout_of_a_3b_model_moves_no_weights_in_its_decoding_loop(tmp_path):
+    found = tmp_path / "found.json"
+    (done,) = run(["--config=configs/qwen25vl_3b.py", "--topology=v5e:4x4", "--config.stages.rl.batch_size=16",
+                   "--config.stages.rl.micro_batches=1", "--program=rollout", f"--json={found}"])  # fmt: skip
+    assert done.status == 0, done.errors
+    (rollout,) = json.loads(found.read_text())
+    assert rollout["fits"]
+    assert rollout["total"] < 5 * 2**30
+    assert_moves_no_weights(rollout, 2**20)  # A layer's smallest kernel is 1 MiB in bfloat16.
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_the_updates_of_a_3b_model_fit(tmp_path):
     found = tmp_path / "found.json"
-    run("--config=configs/qwen25vl_3b.py", "--topology=v5e:4x4", "--config.stages.rl.batch_size=16",
-        "--config.stages.rl.micro_batches=1", "--config.rollout.token_buckets=256", "--program=update",
-        f"--json={found}")  # fmt: skip
+    (done,) = run(["--config=configs/qwen25vl_3b.py", "--topology=v5e:4x4", "--config.stages.rl.batch_size=16",
+                   "--config.stages.rl.micro_batches=1", "--config.rollout.token_buckets=256", "--program=update",
+                   f"--json={found}"])  # fmt: skip
+    assert done.status == 0, done.errors
     padded, packed = json.loads(found.read_text())
     assert [padded["program"], packed["program"]] == ["update padded 1024", "update packed 256"]
     for update in (padded, packed):
@@ -93,45 +165,23 @@ def test_the_updates_of_a_3b_model_fit(tmp_path):
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_named_with_its_largest_part():
-    # Two tables of eight million words and their moments: much memory in few operations, which XLA refuses soon.
-    done = run("--config=configs/scenes.py", "--topology=v5e:2x2", "--program=update",
-               "--config.stages.rl.batch_size=8", "--config.model.layers=1",
-               "--config.model.vocab=8000000", expected=1)  # fmt: skip
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("does not fit 15.75 GiB: update")
-    assert "DOES NOT FIT" in done.stdout
-
-
-IN_TURN = """
-import sys
-from balcap_jax.aot import __main__ as aot
-for line in sys.stdin:
-    try:
-        aot.main(["--config=configs/scenes.py", *line.split()])
-    except SystemExit as ended:
-        print("status", ended.code, file=sys.stderr, flush=True)
-"""
-"""The command several times in one process, which takes seconds to start."""
+def test_what_does_not_fit_is_named_with_its_largest_part(compiled):
+    done, found = compiled["too large"]
+    assert done.status == 1
+    assert done.errors[-1].startswith("does not fit 15.75 GiB: layout for sampling")
+    assert any("DOES NOT FIT, XLA refuses it: Used " in line for line in done.output)
+    (layout,) = json.loads(found.read_text())
+    assert (layout["fits"], layout["hbm"]) == (False, 15.75 * 2**30)
 
 
 @needs_libtpu
-def test_bad_input_is_one_line():
-    cases = {
-        "--topology=h100": "error: --topology is 'h100'; name one as v5e:4x8",
-        "--topology=v9z:2x2": "error: --topology=v9z:2x2: libtpu knows no such topology",
-        "--topology=v5e:9999x9999": "error: --topology=v5e:9999x9999: 99,980,001 chips in all, at most 131,072",
-        "--topology=v5e:2x4 --config.mesh.fsdp=3": "error: the mesh (replica 1 x data -1 x fsdp 3 x tensor 1)",
-        "--topology=v5e:2x4 --json=nowhere/found.json": "error: cannot write --json=nowhere/found.json",
-    }
-    environment = {name: value for name, value in os.environ.items() if name not in aot.ENVIRONMENT}
-    given = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}, "text": True, "capture_output": True}
-    done = subprocess.run([sys.executable, "-c", IN_TURN], input="\n".join(cases), timeout=900, check=True, **given)
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "status "))]
-    assert lines[1::2] == ["status 2"] * len(cases)
-    for line, message in zip(lines[::2], cases.values(), strict=True):
-        assert line.startswith(message)
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("given", REFUSED_IN_A_LINE)
+def test_bad_input_is_one_line(compiled, given):
+    done, _ = compiled[given]
+    assert done.status == 2
+    (line,) = [line for line in done.errors if line.startswith("error: ")]
+    assert line.startswith(REFUSED_IN_A_LINE[given])
+    assert "Traceback" not in "".join(done.errors)
 
 
 def test_without_libtpu_the_command_says_what_to_install(monkeypatch, capsys):
