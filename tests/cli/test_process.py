@@ -47,7 +47,7 @@ from balcap_jax.training.checkpoint import Checkpointer
 from balcap_jax.config.recipes import default_config
 fields = default_config().model.to_dict()
 policy, processor = models.build(fields, scenes_tokenizer())
-path = models.save(sys.argv[1] + "/model", fields, policy.init(jax.random.key(0)), processor)
+path = models.save(sys.argv[1] + "/model", fields, jax.jit(policy.init)(jax.random.key(0)), processor)
 models.load(path)
 builder.prepare(sys.argv[1], train=1, validation=1, test=1)
 with Checkpointer(sys.argv[1] + "/checkpoints") as checkpointer:

@@ -564,7 +564,7 @@ def test_a_model_answers_and_a_second_run_asks_it_nothing(tmp_path, monkeypatch)
     sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}
     fields = configuration.default_config().model.to_dict() | sizes | {"prompt_tokens": 64}
     policy, processor = models.build(fields, tokenizer)
-    model = models.save(tmp_path / "model", fields, policy.init(jax.random.key(0)), processor)
+    model = models.save(tmp_path / "model", fields, jax.jit(policy.init)(jax.random.key(0)), processor)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     rows = ["index\tquestion\tanswer\timage\tsplit"]

@@ -143,7 +143,7 @@ def test_a_model_captions_the_pictures_once(tmp_path, monkeypatch, capsys):
     sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}
     fields = configuration.default_config().model.to_dict() | sizes | {"prompt_tokens": 64}
     policy, processor = models.build(fields, tokenizer)
-    model = models.save(tmp_path / "model", fields, policy.init(jax.random.key(0)), processor)
+    model = models.save(tmp_path / "model", fields, jax.jit(policy.init)(jax.random.key(0)), processor)
     given = [
         "--suite=captions",
         f"--data={data}",

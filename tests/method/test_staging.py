@@ -134,6 +134,12 @@ def branch_keys(batch: int, group: int) -> jax.Array:
 
 
 @functools.cache
+def start():
+    """The parameters of all rollouts."""
+    return jax.jit(POLICY.init)(jax.random.key(0))
+
+
+@functools.cache
 def program(batch: int, group: int, stages: tuple[Stage, ...] | None, mesh=None, greedy: bool = False):
     """(the compiled rollout, `run(limits)` of it)."""
     prompt, sampling = make_prompt(batch), Sampling(group, R, top_p=0.95, greedy=greedy)
@@ -141,7 +147,7 @@ def program(batch: int, group: int, stages: tuple[Stage, ...] | None, mesh=None,
     def run(params, prompt, keys, limits):
         return sample(POLICY, params, prompt, keys, sampling, mesh, limits=limits, stages=stages)
 
-    params = POLICY.init(jax.random.key(0))
+    params = start()
     keys = branch_keys(batch, group)
     limits = jnp.zeros((batch, group), jnp.int32)
     if mesh is not None:

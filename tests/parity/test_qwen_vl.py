@@ -109,6 +109,12 @@ def our_logits(policy, params, prompt: Prompt, responses) -> tuple[jax.Array, ja
     return decoder.logits(policy.decoder, params["decoder"], hidden), first
 
 
+@functools.cache
+def compiled_logits(policy):
+    """`our_logits(params, prompt, responses)` of a policy, compiled for all tests that look at them."""
+    return jax.jit(functools.partial(our_logits, policy))
+
+
 @every_family
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_positions_equal_transformers(family, side):
@@ -131,7 +137,7 @@ def test_positions_equal_transformers(family, side):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_equal_transformers(family, tied):
     reference, policy, params = models(family, tied)
-    ours = jax.jit(functools.partial(our_logits, policy))
+    ours = compiled_logits(policy)
     allowed = [v for v in range(V) if v not in policy.forbidden]
     errors = {}
     for seed in BATCHES:
@@ -153,7 +159,7 @@ def test_each_feature_of_deepstack_counts():
     allowed = [v for v in range(V) if v not in policy.forbidden]
     with torch.no_grad():
         theirs = reference_logits(reference, policy, batch, responses)
-    ours = jax.jit(functools.partial(our_logits, policy))
+    ours = compiled_logits(policy)
     for i in range(len(policy.vision.deepstack_layers)):
         second = params["deepstack"]["layers"]["second"]
         without = {name: leaf.at[i].set(0.0) for name, leaf in second.items()}

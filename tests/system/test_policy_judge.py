@@ -26,7 +26,8 @@ def judge_directory(tmp_path_factory):
     sizes |= {"width": 16, "heads": 2, "kv_heads": 1, "head_size": 8, "image_size": 24, "patch_size": 8}
     fields = configuration.default_config().model.to_dict() | sizes
     policy, processor = models.build(fields, tokenizer)
-    return models.save(tmp_path_factory.mktemp("judge") / "small", fields, policy.init(jax.random.key(3)), processor)
+    params = jax.jit(policy.init)(jax.random.key(3))
+    return models.save(tmp_path_factory.mktemp("judge") / "small", fields, params, processor)
 
 
 def test_training_with_a_judge_on_the_mesh(tmp_path, data_dir, judge_directory):

@@ -25,7 +25,7 @@ def brief_model(tmp_path_factory) -> Path:
     """
     fields = recipes.load(str(RECIPE)).model.to_dict() | {"mlp": 24}
     policy, processor = models.build(fields, scenes_tokenizer())
-    params = policy.init(jax.random.key(0))
+    params = jax.jit(policy.init)(jax.random.key(0))
     decoder = params["decoder"]
     decoder["embed"] = decoder["embed"].at[:, 0].set(100.0)
     decoder["head"] = decoder["head"].at[0, policy.end_tokens[0]].set(0.33)

@@ -26,7 +26,7 @@ def batch(seed: int = 0) -> VisionBatch:
 
 def start(freeze: str = "^(projector|decoder)/"):
     optimizer = optax.adamw(3e-3)
-    return optimizer, train_step.init_state(POLICY.init(jax.random.key(0)), optimizer, freeze), freeze
+    return optimizer, train_step.init_state(jax.jit(POLICY.init)(jax.random.key(0)), optimizer, freeze), freeze
 
 
 def test_labels_name_the_object_at_the_centre_of_each_token():
