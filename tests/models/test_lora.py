@@ -61,6 +61,12 @@ def outputs(policy, params):
     return {"embeds": embeds, "prefix": prefix.keys, "prefill": first, "decode": after, "log_probs": log_probs}
 
 
+@functools.cache
+def compiled_outputs(policy):
+    """`outputs(policy, params)`, traced once for parameters of one form."""
+    return compiled(functools.partial(outputs, policy))
+
+
 def assert_close(found, wanted, tolerance: float = 1e-5) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
         scale = np.abs(np.where(np.abs(leaf) < 1e20, leaf, 0)).max()
@@ -81,10 +87,10 @@ def total(policy, params) -> jax.Array:
 def test_outputs_equal_those_of_the_summed_kernels():
     policy = make_policy(qkv_bias=True)
     params = with_adapters(policy)
-    wanted = compiled(lambda p: outputs(policy, p))(explicit(params))
-    found = compiled(lambda p: outputs(lora.Adapted(policy, SCALE), p))(params)
+    wanted = compiled_outputs(policy)(explicit(params))
+    found = compiled_outputs(lora.Adapted(policy, SCALE))(params)
     assert_close(found, wanted)
-    base = compiled(lambda p: outputs(policy, p))(params)  # Entries that the models do not know do them no harm.
+    base = compiled_outputs(policy)(params)  # Entries that the models do not know do them no harm.
     for name in ("embeds", "prefix", "log_probs"):
         assert np.abs(base[name] - wanted[name]).max() > 0.05, f"{name}: the adapters hardly change it"
 
@@ -111,11 +117,11 @@ def test_gradients_follow_from_those_of_the_summed_kernels():
 
 
 def test_it_starts_as_the_base_exactly():
-    policy = make_policy()
+    policy = make_policy(qkv_bias=True)
     base = make_params(policy)
     params = lora.add(base, RANK, EVERY_DENSE, jax.random.key(1))
-    found = compiled(lambda p: outputs(lora.Adapted(policy, SCALE), p))(params)
-    jax.tree.map(np.testing.assert_array_equal, found, compiled(lambda p: outputs(policy, p))(base))
+    found = compiled_outputs(lora.Adapted(policy, SCALE))(params)
+    jax.tree.map(np.testing.assert_array_equal, found, compiled_outputs(policy)(base))
     a = flatten(params)["decoder/layers/down/lora_a"]
     bound = make_policy().decoder.mlp ** -0.5
     assert 0.5 * bound < np.abs(a).max() <= bound
@@ -156,9 +162,10 @@ def test_vmap_over_adapters():
 def test_bfloat16_adds_in_the_compute_type():
     policy = make_policy(dtype="bfloat16", tower={"dtype": "bfloat16"})
     params = lora.cast_base(with_adapters(policy), "bfloat16")
-    embeds = lora.Adapted(policy, SCALE).encode(params, PROMPT.images)
+    embeds = compiled(lora.Adapted(policy, SCALE).encode)(params, PROMPT.images)
     assert embeds.dtype == jnp.bfloat16
-    wanted = make_policy().encode(explicit(jax.tree.map(lambda x: x.astype(jnp.float32), params)), PROMPT.images)
+    summed = explicit(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    wanted = compiled(make_policy().encode)(summed, PROMPT.images)
     assert_close(embeds.astype(jnp.float32), wanted, 0.05)
 
 
