@@ -106,7 +106,8 @@ def test_update_gives_both_sides_one_batch(tmp_path):
     )
     responses = rows["completion_ids"].astype(np.int32)
     policy = update.make_policy(shape, "none")
-    log_probs = policy.log_probs({"decoder": params}, prompt, np.zeros((count, 1, 16)), responses[:, None])[:, 0]
+    nothing = np.zeros((count, 1, 16), np.float32)
+    log_probs = jax.jit(policy.log_probs)({"decoder": params}, prompt, nothing, responses[:, None])[:, 0]
     ratio = np.exp(log_probs - rows["old_per_token_logps"])
     advantage = rows["advantages"][:, None]
     clipped = np.clip(ratio, 1 - update.CLIP, 1 + update.CLIP)
