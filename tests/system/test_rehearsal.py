@@ -49,6 +49,7 @@ TRAIN = {
     "rollout.token_buckets": "",  # Captions of half a unit leave nothing to pack.
     "model.prompt_tokens": 224,
     "log.eval_images": 2,
+    "log.eval_samples": 4,  # As many as training draws: one program for both.
     "data.validation_share": 0.2,
     "data.test_share": 0.2,
 }
