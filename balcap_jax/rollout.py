@@ -98,6 +98,7 @@ class RolloutProgram:
 
     def __init__(self, rollout: Callable[..., Rollout]):
         self._rollout, self._jit = rollout, jax.jit(rollout, static_argnums=0)
+        self._lowered: dict[tuple, jax.stages.Lowered] = {}
 
     def __call__(self, params: Params, *inputs: Any) -> Rollout:
         return self._jit(sharding.mesh_of(params), params, *inputs)
@@ -106,16 +107,23 @@ class RolloutProgram:
         return self._jit.lower(sharding.mesh_of(params), params, *inputs)
 
     def lower_on(self, mesh: Mesh, params: Params, *inputs: Any) -> jax.stages.Lowered:
-        """`lower` with `mesh` for sampling, where arguments may lie on another mesh of its devices."""
+        """`lower` with `mesh` for sampling, where arguments may lie on another mesh of its devices.
+
+        For arguments alike it is the same object, which is compiled once.
+        """
 
         def rollout(*arguments: Any) -> Rollout:
             return self._rollout(mesh, *arguments)
 
-        arguments = (params, *inputs)
-        places = jax.tree.map(lambda x: getattr(x, "sharding", None), arguments)
+        leaves, structure = jax.tree.flatten((params, *inputs))
+        places = [getattr(leaf, "sharding", None) for leaf in leaves]
         # A traced array would carry the mesh of its argument, and JAX lets no two meshes meet in an operation.
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-        return jax.jit(rollout, in_shardings=places).lower(*shapes)
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        key = (mesh, structure, *places, *shapes)
+        if key not in self._lowered:
+            program = jax.jit(rollout, in_shardings=structure.unflatten(places))
+            self._lowered[key] = program.lower(*structure.unflatten(shapes))
+        return self._lowered[key]
 
 
 class LoweredRollout(NamedTuple):

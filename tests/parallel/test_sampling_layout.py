@@ -99,9 +99,22 @@ def test_one_program_samples_all_parts():
     assert loops[8] == loops[1] + 1
 
 
+def test_an_evaluation_that_samples_as_training_does_is_not_compiled_again():
+    (params, prompt, *rest), sampling = inputs("one"), Sampling(G, R, top_p=0.95)
+    lowered = lower_rollout(POLICY, sampling, "float32", params, prompt, *rest)
+    # Other arrays, laid out alike.
+    alike = jax.tree.map(lambda x: x.copy(), (params, prompt))
+    again = lower_rollout(POLICY, sampling, "float32", *alike, *rest)
+    assert again.program is lowered.program
+    half = jax.tree.map(lambda x: jax.device_put(x[: B // 2], x.sharding), (prompt, rest[0]))
+    other = lower_rollout(POLICY, sampling, "float32", params, *half, *rest[1:])
+    assert other.program is not lowered.program
+    assert jax.tree.leaves(other.program.out_info)[0].shape == (B // 2, G, R)
+
+
 def test_memory_falls_with_the_number_of_parts():
-    """The cache of 64 branches of 256 tokens is most of the memory here."""
-    policy, length = make_policy(vocab=V, kv_heads=4), 256
+    """The cache of 64 branches of 240 tokens, too few to shrink in stages, is most of the memory here."""
+    policy, length = make_policy(vocab=V, kv_heads=4), 240
     temporaries, cache = {}, 2 * 4 * policy.decoder.layers * B * G * 4 * length * policy.decoder.head_size
     for parts in (1, 8):
         lowered = make_rollout(policy, Sampling(G, length, parts=parts)).lower(make_params(policy), *inputs("one")[1:])
