@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
-from balcap_jax.config.groups import SIZE, Config, Group, Model
+from balcap_jax.config.fields import SIZE, Group
+from balcap_jax.config.groups import Config, Model
 from balcap_jax.config.lists import parse_endpoints, parse_shares
 from balcap_jax.config.packed import UNIT, WORTH
 
