@@ -1,9 +1,9 @@
-"""Advantages of a rollout group: c-GDPO, GDPO, GRPO, Dr.GRPO, RLOO and the length gate, in pure jnp.
+"""Advantages of a rollout group: c-GDPO, GDPO, GRPO, Dr.GRPO, RLOO, aggregations and the length gate, in pure jnp.
 
 For prompt i, sample j, objective k, with means and standard deviations over the group's valid members:
 
     GDPO family   A_k(i,j) = (r_k(i,j) - mean_j r_k(i,.)) / (std_j r_k(i,.) + eps_group)       GDPO eq 4
-                  A(i,j)   = sum_k w_k A_k(i,j)                                                eqs 5 and 7
+                  A(i,j)   = sum_k w_k A_k(i,j), or another of AGGREGATIONS                    eqs 5 and 7
                   Â(i,j)   = (A(i,j) - mean A) / (std A + eps_batch)     over the global batch eq 6
     GRPO          A(i,j)   = (R(i,j) - mean_j R(i,.)) / (std_j R(i,.) + eps_group),  R = sum_k w_k r_k
     Dr.GRPO       A(i,j)   = R(i,j) - mean_j R(i,.)
@@ -14,9 +14,11 @@ The arithmetic is GDPO's, so the two names are one computation here. Continuous 
 `eps_group`: it is a noise gate, and a column whose spread is well below it contributes almost nothing.
 
 GDPO: arXiv 2601.05242. BalCapRL: arXiv 2605.07394. Dr.GRPO: arXiv 2503.20783. RLOO: arXiv 2402.14740.
+RVPO: arXiv 2605.05750. GD2PO: arXiv 2606.16771.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,16 +27,19 @@ import jax.numpy as jnp
 GDPO_FAMILY = ("c_gdpo", "gdpo")
 ESTIMATORS = (*GDPO_FAMILY, "grpo", "dr_grpo", "rloo")
 BATCH_NORMS = ("sequence", "none")
+CONFLICT = 0.2
+"""|sum Z| / sum |Z| below which a rollout whose objectives disagree is dropped (GD2PO's value)."""
 
 
 class Advantages(NamedTuple):
     """`combined` [B, G]; `per_objective` [B, G, K] before weights and batch step; `stats` {name: (sum, count)}.
 
-    Without the batch step `combined = sum_k weights[k] * per_objective[..., k]` for every estimator.
+    Without the batch step `combined = sum_k weights[k] * per_objective[..., k]` for every estimator with the
+    aggregation "sum".
 
     `contributes` [B, G] bool: the members that have an advantage, 0 or not. All others have advantage 0, because they
-    are excluded or because a score is missing. The loss leaves them out of its denominator: a judge that failed must
-    not scale the members that it did score.
+    are excluded, a score is missing, or the aggregation dropped them. The loss leaves them out of its denominator: a
+    judge that failed must not scale the members that it did score.
     """
 
     combined: jax.Array
@@ -56,7 +61,39 @@ def length_gate(generated, reference, low: float, high: float) -> jax.Array:
     return (in_band & (reference > 0)).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("estimator", "batch_norm", "ddof", "names"))
+def _sum(z, counted, kappa):
+    """GDPO: the sum."""
+    return z.sum(-1), jnp.ones(z.shape[:-1], bool)
+
+
+def _soft_min(z, counted, kappa):
+    """RVPO: -(1/kappa) ln((1/M) sum_k exp(-kappa Z_k)) over the M counted objectives: their mean for a small kappa,
+    their minimum for a large one.
+    """
+    least = jnp.where(counted, z, jnp.inf).min(-1)
+    above = jnp.where(counted, z - least[..., None], 0.0)
+    # From the least Z, and by expm1 and log1p: no kappa overflows, and a small one does not cancel.
+    shrunk = jnp.expm1(-kappa * above).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+    return jnp.where(counted.any(-1), least, 0.0) - jnp.log1p(shrunk) / kappa, jnp.ones(least.shape, bool)
+
+
+def _conflict(z, counted, kappa):
+    """GD2PO: the sum, without the rollouts whose signs are mixed and that nearly cancel."""
+    total, size = z.sum(-1), jnp.abs(z).sum(-1)
+    mixed = (z > 0).any(-1) & (z < 0).any(-1)
+    return total, ~(mixed & (jnp.abs(total) / (size + 1e-8) < CONFLICT))
+
+
+AGGREGATIONS = {"sum": _sum, "soft_min": _soft_min, "conflict": _conflict}
+"""How a member's weighted z-scores become one number: f(z, counted, kappa) -> (advantage [B, G], kept [B, G] bool).
+
+z [B, G, K] is 0 wherever `counted` [B, G, K] is False: an objective without a usable score there, or of weight 0.
+A member that is not kept is dropped: it has no advantage. A new rule is a function here and its name, in this table
+and in `config`.
+"""
+
+
+@functools.partial(jax.jit, static_argnames=("estimator", "aggregation", "kappa", "batch_norm", "ddof", "names"))
 @jax.named_scope("advantages")
 def compute(
     rewards,
@@ -66,6 +103,8 @@ def compute(
     gate=None,
     member_valid=None,
     estimator: str = "c_gdpo",
+    aggregation: str = "sum",
+    kappa: float = 1.0,
     batch_norm: str = "sequence",
     eps_group: float = 1e-4,
     eps_batch: float = 1e-4,
@@ -82,6 +121,9 @@ def compute(
       gate: [B, G, K] in {0, 1}; multiplies the raw reward, so that a gated member stays in its group with reward 0.
       member_valid: [B, G] bool; False = out of every statistic, advantage exactly 0.
       estimator: one of ESTIMATORS.
+      aggregation: one of AGGREGATIONS, over weights * z-scores. The other estimators than the GDPO family have no
+        z-score of each objective, and take "sum" alone.
+      kappa: above 0; how close "soft_min" is to the minimum. The others ignore it.
       batch_norm: "sequence" = GDPO's batch-wise step over all valid members of the global batch, "none" = without it.
         Only for the GDPO family; the other estimators have no such step and ignore it.
       eps_group, eps_batch: added to the standard deviations. `eps_batch` below 1e-6 lets fp32 noise of a batch that
@@ -94,13 +136,15 @@ def compute(
     estimators need the weighted sum of rewards, and a sum without one of its terms is a lower reward that nobody gave:
     a member that misses any objective of non-zero weight leaves its group and gets advantage 0.
 
-    A column with fewer than two valid members, or without spread, contributes exactly 0.
+    A column with fewer than two valid members, or without spread, contributes exactly 0: its z-scores are 0, also among
+    those that "soft_min" counts. A group of such columns alone has advantage exactly 0.
 
     Raises:
-      ValueError: for an unknown option or shapes that do not fit.
+      ValueError: for an unknown option, options that exclude each other, or shapes that do not fit.
     """
     rewards, weights = jnp.asarray(rewards, jnp.float32), jnp.asarray(weights, jnp.float32)
-    _check(rewards, weights, valid, gate, member_valid, estimator, batch_norm, ddof, names)
+    _check_options(estimator, aggregation, kappa, batch_norm, ddof)
+    _check_shapes(rewards, weights, valid, gate, member_valid, names)
     B, G, K = rewards.shape
     member_mask = jnp.ones((B, G), bool) if member_valid is None else jnp.asarray(member_valid, bool)
     has_score = jnp.ones((B, G, K), bool) if valid is None else jnp.asarray(valid, bool)
@@ -125,13 +169,16 @@ def compute(
     else:
         per_objective = centred
 
-    combined = _weighted_sum(per_objective, weights)
-    # Eq 6 subtracts the batch mean. Every column is centred within its group, so this mean is 0 in exact arithmetic;
-    # subtracting its fp32 residue would only move groups without a signal off their exact 0.
-    batch_std = _std(combined.reshape(1, B * G), contributes.reshape(1, B * G), ddof)
+    combined, kept = AGGREGATIONS[aggregation](per_objective * weights, valid & weighted, kappa)
+    scored, contributes = contributes, contributes & kept
+    batch_mean, batch_std = _moments(combined, contributes, ddof, has_mean=aggregation != "sum")
     stats = _stats(per_objective, weights, member_mask, has_score, valid, gate, std, count, batch_std, names)
+    stats["advantage/dropped_frac"] = _counts(scored & ~kept, scored)
     if estimator in GDPO_FAMILY and batch_norm == "sequence":
-        combined = _divide(combined, batch_std + eps_batch)
+        combined = _divide(combined - batch_mean, batch_std + eps_batch)
+        # The mean of the others must not become the advantage of a group in which nothing differs.
+        contrasts = ((per_objective != 0) & weighted).any((1, 2), keepdims=True)[..., 0]
+        combined = jnp.where(contrasts, combined, 0.0)
     combined = jnp.where(contributes, combined, 0.0)
     return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats, contributes))
 
@@ -154,6 +201,17 @@ def _std(centred, valid, ddof):
     count = valid.sum(1, keepdims=True, dtype=jnp.float32)
     squares = jnp.where(valid, jnp.square(centred), 0.0).sum(1, keepdims=True)
     return jnp.sqrt(squares / jnp.maximum(count - ddof, 1))
+
+
+def _moments(combined, contributes, ddof, has_mean):
+    """Mean and standard deviation, scalars, of the advantages [B, G] of the whole batch's contributing members."""
+    values, contributes = combined.reshape(1, -1), contributes.reshape(1, -1)
+    # Every column is centred within its group, so the mean of sums is 0 in exact arithmetic; subtracting its fp32
+    # residue would only add noise. A soft minimum lies below the mean, and a sum that leaves members out beside it.
+    mean = jnp.zeros(())
+    if has_mean:
+        mean = jnp.where(contributes, values, 0.0).sum() / jnp.maximum(contributes.sum(), 1)
+    return mean, _std(values - mean, contributes, ddof)[0, 0]
 
 
 def _divide(numerator, denominator):
@@ -192,20 +250,33 @@ def _stats(per_objective, weights, member_mask, has_score, valid, gate, std, cou
     # Groups with an objective whose every member is out of band: nothing there pulls the length back.
     group_has_score = valid.any((1, 2))
     pair = fully_gated.any(-1), group_has_score
-    stats["gate/fully_gated_frac"] = tuple(mask.sum(dtype=jnp.float32) for mask in pair)
+    stats["gate/fully_gated_frac"] = _counts(*pair)
     # Already over the whole global batch, so it counts once: pairs of several batches add up to their mean deviation.
-    stats["advantage/pre_norm_std"] = (batch_std[0, 0], jnp.float32(1))
+    stats["advantage/pre_norm_std"] = (batch_std, jnp.float32(1))
     return stats
 
 
-def _check(rewards, weights, valid, gate, member_valid, estimator, batch_norm, ddof, names):
+def _counts(*masks):
+    return tuple(mask.sum(dtype=jnp.float32) for mask in masks)
+
+
+def _check_options(estimator, aggregation, kappa, batch_norm, ddof):
     for option, value, allowed in (
         ("estimator", estimator, ESTIMATORS),
+        ("aggregation", aggregation, AGGREGATIONS),
         ("batch_norm", batch_norm, BATCH_NORMS),
         ("ddof", ddof, (0, 1)),
     ):
         if value not in allowed:
             raise ValueError(f"{option} {value!r} is not one of {', '.join(map(repr, allowed))}")
+    if aggregation != "sum" and estimator not in GDPO_FAMILY:
+        why = f"estimator {estimator!r} adds the rewards themselves"
+        raise ValueError(f"aggregation {aggregation!r} needs a z-score of each objective, and {why}")
+    if not 0 < kappa < math.inf:
+        raise ValueError(f"kappa must be above 0 and finite, got {kappa}")
+
+
+def _check_shapes(rewards, weights, valid, gate, member_valid, names):
     if rewards.ndim != 3:
         raise ValueError(f"rewards must be [B, G, K], got shape {rewards.shape}")
     B, G, K = rewards.shape

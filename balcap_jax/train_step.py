@@ -107,6 +107,8 @@ class RLObjective:
     gate_high: float = 2.0
     gate: bool = True
     estimator: str = "c_gdpo"
+    aggregation: str = "sum"
+    kappa: float = 1.0
     batch_norm: str = "sequence"
     eps_group: float = 1e-4
     eps_batch: float = 1e-4
@@ -193,6 +195,8 @@ def make_rl_step(
             gate=gate,
             member_valid=~batch.truncated if objective.exclude_truncated else jnp.ones_like(batch.truncated),
             estimator=objective.estimator,
+            aggregation=objective.aggregation,
+            kappa=objective.kappa,
             batch_norm=objective.batch_norm,
             eps_group=objective.eps_group,
             eps_batch=objective.eps_batch,

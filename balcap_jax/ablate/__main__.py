@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from balcap_jax import rewards
 from balcap_jax.ablate import plot
 from balcap_jax.ablate.table import BASE, claims_markdown, markdown, points, rows
-from balcap_jax.ablate.variants import FULL, VARIANTS
+from balcap_jax.ablate.variants import FULL, LEAVE_ONE_OUTS
 from balcap_jax.cli import json_text
 from balcap_jax.cli.arguments import CommandParser, place, split_overrides
 from balcap_jax.cli.errors import UserError
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     configuration.add_arguments(parser)
     parser.add_argument("--out", type=place, metavar="DIR", required=True, help="where the study is written")
     variants_help = "comma-separated; default: %(default)s"
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=variants_help, metavar="A,B")
+    parser.add_argument("--variants", default=",".join(LEAVE_ONE_OUTS), help=variants_help, metavar="A,B")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="default: %(default)s")
     cores = len(os.sched_getaffinity(0))
     jobs_help = "runs at a time, which share the cores; default: one per core (%(default)s); 1 on an accelerator"

@@ -1,4 +1,4 @@
-"""The variants of a leave-one-out study by the names that recipes take, and the reports about each.
+"""The variants of a study by the names that recipes take, and the reports about each.
 
 The reported directions are second-hand (docs/method.md); they are of a 3B model on photographs, against the paper's
 full method unless `against` says otherwise. `expected` are claims of the method's argument that have no figure there.
@@ -40,4 +40,10 @@ VARIANTS: dict[str, Variant] = {
     "tau_1_1": Variant("the band ends at 1.1 lengths of the reference", {"dcscore": -1, "captionqa": -1, "arena": 1}),
     "tau_1_5": Variant("the band ends at 1.5", {"dcscore": -1, "captionqa": -1, "arena": 1}),
     "tau_3": Variant("the band ends at 3", {"dcscore": 1, "captionqa": 1, "arena": -1}),
+}
+LEAVE_ONE_OUTS = tuple(VARIANTS)
+"""The variants of a study that names none."""
+VARIANTS |= {
+    "soft_min": Variant("RVPO: the soft minimum of the objectives' z-scores in place of their sum"),
+    "conflict": Variant("GD2PO: captions on which the objectives disagree are dropped"),
 }

@@ -1,4 +1,6 @@
-"""Variants that the recipes of the method share: leave-one-outs, estimators, length penalties and other rewards."""
+"""Variants that the recipes of the method share: leave-one-outs, estimators, aggregations, length penalties and other
+rewards.
+"""
 
 from collections.abc import Sequence
 
@@ -12,11 +14,13 @@ REWARDS = {"caprl": (1.0,), "rubicap": (1.0,), "feedquill": (1.0, 1.0), "lexical
 REWARDS |= {"balcap_arena": (1.0, 1.0, 1.0, 1.0)}
 TAU_U = {"tau_1_1": 1.1, "tau_1_5": 1.5, "tau_3": 3.0}
 ESTIMATORS = ("grpo", "dr_grpo", "rloo")
+AGGREGATIONS = ("soft_min", "conflict")
 PENALTIES = ("two_sided", "ramp", "ramp_reference")
-NAMES = ("no_pointability", "no_gate", "no_batch_norm", *ESTIMATORS, *WITHOUT, *ONLY, *TAU_U, *PENALTIES, *REWARDS)
+NAMES = ("no_pointability", "no_gate", "no_batch_norm", *ESTIMATORS, *AGGREGATIONS)
+NAMES += (*WITHOUT, *ONLY, *TAU_U, *PENALTIES, *REWARDS)
 """All of these variants, in the order in which messages list them."""
 
-_ONE_OF = ((*WITHOUT, *ONLY, *REWARDS), ESTIMATORS, (*TAU_U, *PENALTIES, "no_gate"))
+_ONE_OF = ((*WITHOUT, *ONLY, *REWARDS), (*ESTIMATORS, *AGGREGATIONS), (*TAU_U, *PENALTIES, "no_gate"))
 
 
 def chosen(variant: str, known: Sequence[str], one_of: Sequence[Sequence[str]] = ()) -> list[str]:
@@ -60,5 +64,8 @@ def apply(config: ConfigDict, variants: Sequence[str], length_start: int, length
     for name in ESTIMATORS:
         if name in variants:
             config.advantage.estimator = name
+    for name in AGGREGATIONS:
+        if name in variants:
+            config.advantage.aggregation = name
     if "no_batch_norm" in variants:
         config.advantage.batch_norm = "none"

@@ -349,12 +349,24 @@ class Judge(Group):
 class Advantage(Group):
     estimator: Literal["c_gdpo", "gdpo", "grpo", "dr_grpo", "rloo"] = "c_gdpo"
     """how K rewards become one advantage"""
+    aggregation: Literal["sum", "soft_min", "conflict"] = "sum"
+    """how the z-scores of K objectives become one (GDPO family): their sum; RVPO's soft minimum; GD2PO's sum without
+    the rollouts on which the objectives disagree"""
+    kappa: float = Field(1.0, ge=0.01, le=100, description="how close soft_min is to the minimum; small = the mean")
     batch_norm: Literal["sequence", "none"] = "sequence"
     """second normalisation, over the batch (GDPO family)"""
     eps_group: Share = Field(1e-4, description="added to the std of a group")
     eps_batch: Share = Field(1e-4, description="added to the std of the batch")
     ddof: int = Field(1, ge=0, le=1, description="0 = population std, 1 = sample std")
     exclude_truncated: bool = Field(False, description="leave truncated responses out of groups and loss")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.aggregation != "sum" and self.estimator not in ("c_gdpo", "gdpo"):
+            why = f"needs z-scores of each objective, and advantage.estimator is {self.estimator!r}"
+            yield (
+                "advantage.aggregation",
+                f"is {self.aggregation!r}, which {why}; take c_gdpo, or the aggregation 'sum'",
+            )
 
 
 class Loss(Group):

@@ -51,7 +51,9 @@ def _data(config: ConfigDict, splits: Data) -> str:
 def _reward(config: ConfigDict) -> str:
     names = rewards.objectives(config.rewards)
     weighted = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, config.rewards.weights, strict=True))
-    return f"{config.rewards.name}: {weighted}; advantages by {config.advantage.estimator}"
+    rule = config.advantage.aggregation
+    joined = "" if rule == "sum" else f", joined by {rule}"
+    return f"{config.rewards.name}: {weighted}; advantages by {config.advantage.estimator}{joined}"
 
 
 def _judge(config: ConfigDict, judge: Judge) -> str:

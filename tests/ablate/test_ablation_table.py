@@ -18,7 +18,8 @@ from balcap_jax.ablate.table import (
     points,
     rows,
 )
-from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
+from balcap_jax.ablate.variants import FULL, LEAVE_ONE_OUTS, VARIANTS, Variant
+from balcap_jax.config import ablations
 
 VALUES = {
     BASE: {0: {"b_capscore": 40.0}},
@@ -93,6 +94,8 @@ def test_claims():
         ("arena", 0, FULL, "paper"),
         ("words", 1, FULL, "method"),
     ]
+    assert {*VARIANTS} - {*LEAVE_ONE_OUTS} == {"soft_min", "conflict"}
+    assert {*VARIANTS} <= {FULL, *ablations.NAMES}
     for variant in VARIANTS.values():
         assert variant.against in VARIANTS
         assert {*variant.reported, *variant.expected} <= METRICS.keys()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from balcap_jax import rewards
+from balcap_jax import advantages, rewards
 from balcap_jax.cli.arguments import CommandParser, place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import __main__ as config
@@ -168,6 +168,7 @@ def test_ill_typed_value_names_field_type_and_value(name, value, kind):
         ("stages__rl__batch_size", 10**12, "in [1, 65536]"),
         ("judge__failure_rate", -0.1, "in [0, 1]"),
         ("advantage__ddof", 2, "in [0, 1]"),
+        ("advantage__kappa", 0.0, "in [0.01, 100]"),
         ("checkpoint__keep", 0, "in [1, 100000000]"),
         ("rewards__weights", (1.0, -1.0, 1.0), "in [0, 1000]"),
         ("rewards__weights", (1.0, 1e300, 1.0), "in [0, 1000]"),
@@ -226,6 +227,27 @@ def test_choices():
     message = error_of(config_lib.check, changed(advantage__estimator="gdop"))
     assert "c_gdpo, gdpo, grpo, dr_grpo, rloo" in message
     assert "did you mean 'gdpo'?" in message
+    message = error_of(config_lib.check, changed(advantage__aggregation="softmin"))
+    assert "sum, soft_min, conflict" in message
+    assert "did you mean 'soft_min'?" in message
+
+
+def test_the_choices_of_the_advantage_are_those_that_it_computes():
+    choices = {name: config_lib.FIELDS[f"advantage.{name}"].choices for name in ("estimator", "aggregation")}
+    assert choices == {"estimator": advantages.ESTIMATORS, "aggregation": tuple(advantages.AGGREGATIONS)}
+
+
+@pytest.mark.parametrize("aggregation", ["soft_min", "conflict"])
+def test_aggregations_other_than_the_sum_need_z_scores(aggregation):
+    for estimator in ("c_gdpo", "gdpo"):
+        config_lib.check(changed(advantage__aggregation=aggregation, advantage__estimator=estimator))
+    for estimator in ("grpo", "dr_grpo", "rloo"):
+        fields = {"advantage__aggregation": aggregation, "advantage__estimator": estimator}
+        message = error_of(config_lib.check, changed(**fields))
+        assert message == (
+            f"config field 'advantage.aggregation' is {aggregation!r}, which needs z-scores of each objective, and "
+            f"advantage.estimator is {estimator!r}; take c_gdpo, or the aggregation 'sum'"
+        )
 
 
 @pytest.mark.parametrize("group_size", [1, 0])

@@ -93,6 +93,8 @@ CHANGES = {
     "no_batch_norm": {"advantage.batch_norm": "none"},
     "tau_3": {"rewards.gate_high": 3.0},
     "grpo": {"advantage.estimator": "grpo"},
+    "soft_min": {"advantage.aggregation": "soft_min"},
+    "conflict": {"advantage.aggregation": "conflict"},
     "ramp": {
         "rewards.length": "ramp",
         "rewards.weights": (1.0, 1.0, 1.0, 1.0),
@@ -257,6 +259,8 @@ def test_forkme():
         ("llava15_7b.py:rl,sft", "variants rl and sft exclude each other"),
         ("qwen25vl_7b.py:no_recall,caprl", "variants no_recall and caprl exclude each other"),
         ("scenes.py:grpo,tiny,rloo", "variants grpo and rloo exclude each other"),
+        ("scenes.py:soft_min,grpo", "variants soft_min and grpo exclude each other"),
+        ("qwen25vl_3b.py:caprl,soft_min", "which needs z-scores of each objective, and advantage.estimator is 'rloo'"),
         ("scenes.py:rubicap", "unknown variant 'rubicap'"),
     ],
 )

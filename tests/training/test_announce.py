@@ -37,6 +37,8 @@ def test_a_run_of_a_published_recipe():
         "/sg4v/units.jsonl says about them"
     )
     assert lines["reward"] == "balcap: precision 1, recall 1, linguistic 1; advantages by c_gdpo"
+    joined = lines_of("configs/qwen25vl_3b.py:soft_min")["reward"]
+    assert joined == f"{lines['reward']}, joined by soft_min"
     assert lines["judge"] == (
         "remote: judge-7b at http://a/v1,http://b/v1, 512 requests at once, beside the next rollout"
     )
