@@ -17,6 +17,8 @@ Leave-one-outs of the method, which `python -m balcap_jax.ablate` runs and compa
     :two_sided :ramp :ramp_reference   a linear length penalty in place of the gate
     :grpo      vanilla GRPO: the weighted sum is normalised, in place of each objective
     :dr_grpo :rloo   other estimators of one summed reward     :no_batch_norm   c-GDPO without its batch step
+    :soft_min  RVPO: the soft minimum of the objectives' z-scores in place of their sum
+    :conflict  GD2PO: captions on which the objectives disagree are dropped
 
 Rewards that the method is compared with; not yet run at full length:
     :caprl     accuracy of questions answered from the caption     :feedquill   verified share and number of units

@@ -25,6 +25,8 @@ Leave-one-outs of the method:
     :two_sided :ramp :ramp_reference   a linear length penalty in place of the gate
     :grpo      vanilla GRPO: the weighted sum is normalised, in place of each objective
     :dr_grpo :rloo   other estimators of one summed reward     :no_batch_norm   c-GDPO without its batch step
+    :soft_min  RVPO: the soft minimum of the objectives' z-scores in place of their sum
+    :conflict  GD2PO: captions on which the objectives disagree are dropped
 
 Rewards that the method is compared with:
     :caprl     accuracy of 8 questions answered from the caption, as CapRL's released script trains: RLOO, no KL, 1e-6
