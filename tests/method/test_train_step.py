@@ -84,7 +84,7 @@ def by_hand(objective: RLObjective, batch: RLBatch, log_probs, reference=None) -
         ]
     )
 
-    combined = np.zeros((B, G))
+    z = np.zeros((B, G, len(NAMES)))
     for i in range(B):
         for k in range(len(NAMES)):
             rewards = {}
@@ -95,10 +95,17 @@ def by_hand(objective: RLObjective, batch: RLBatch, log_probs, reference=None) -
             if len(rewards) >= 2 and len(set(rewards.values())) > 1:
                 mean, std = np.mean(list(rewards.values())), np.std(list(rewards.values()), ddof=1)
                 for j, reward in rewards.items():
-                    combined[i, j] += objective.weights[k] * (reward - mean) / (std + objective.eps_group)
-    scored = taking_part & b.valid.any(-1)
-    spread = np.std([combined[m] for m in members if scored[m]], ddof=1)
-    advantages = np.where(scored, combined / (spread + objective.eps_batch), 0.0)
+                    z[i, j, k] = objective.weights[k] * (reward - mean) / (std + objective.eps_group)
+    scored, combined = taking_part & b.valid.any(-1), z.sum(-1)
+    if objective.aggregation == "soft_min":
+        for m in members:
+            if scored[m]:
+                combined[m] = -np.log(np.mean(np.exp(-objective.kappa * z[m][b.valid[m]]))) / objective.kappa
+    if objective.aggregation == "conflict":
+        mixed = (z < 0).any(-1) & (z > 0).any(-1)
+        scored = scored & ~(mixed & (np.abs(combined) < 0.2 * np.abs(z).sum(-1)))
+    mean, spread = np.mean(combined[scored]), np.std(combined[scored], ddof=1)
+    advantages = np.where(scored, (combined - mean) / (spread + objective.eps_batch), 0.0)
 
     tokens_of = {m: int(b.mask[m].sum()) for m in members if scored[m]}
     loss, slope, kl = 0.0, np.zeros((B, G, R)), np.zeros((B, G, R))
@@ -185,8 +192,9 @@ def largest_error(got: dict, want: dict) -> float:
     "changes",
     [
         {},
-        {"normaliser": "token", "exclude_truncated": True, "clip_high": 0.28},
+        {"normaliser": "token", "exclude_truncated": True, "clip_high": 0.28, "aggregation": "conflict"},
         CONSTANT,
+        pytest.param({"aggregation": "soft_min", "kappa": 2.0}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -196,10 +204,14 @@ def test_loss_and_gradient_equal_the_slow_version(changes):
     expected = by_hand(objective, batch, log_probs)
     assert expected.clipped.any()
     assert not expected.clipped[np.asarray(batch.mask)].all()
+    could = np.asarray(batch.valid).any(-1) & ~(np.asarray(batch.truncated) & objective.exclude_truncated)
+    dropped = (could & ~expected.scored).sum()
+    assert (dropped > 0) == (objective.aggregation == "conflict")
     _, gradient = plain(objective.temperature)(params, jnp.asarray(expected.slope, jnp.float32))
 
     state, metrics = rl_step(objective=objective)(new_state(), batch)
     np.testing.assert_allclose(finalise(metrics)["loss"], expected.loss, rtol=1e-5)
+    assert metrics["advantage/dropped_frac"] == (dropped, could.sum())
     assert largest_error(gradient_of(state), flat(gradient)) < 1e-5
     norm = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in flat(gradient).values()))
     np.testing.assert_allclose(finalise(metrics)["grad_norm"], norm, rtol=1e-5)
