@@ -363,7 +363,8 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
     """
     if parts == 1:
         return function(*arrays)
-    arrays = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), arrays)
+    # Rows are counted, and not left to -1: text alone has images [B, 0].
+    arrays = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), arrays)
 
     def part(index: jax.Array) -> Any:
         def rows(x: jax.Array) -> jax.Array:
@@ -372,7 +373,9 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
         return function(*jax.tree.map(rows, arrays))
 
     def join(x: jax.Array) -> jax.Array:
-        return constrain(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), "batch")
+        if x.ndim == 1:
+            return x.sum(0)
+        return constrain(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), "batch")
 
     return jax.tree.map(join, jax.lax.map(part, jnp.arange(parts)))
 
