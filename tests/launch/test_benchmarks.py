@@ -19,6 +19,7 @@ import advantages as advantages_benchmark  # noqa: E402
 import generate  # noqa: E402
 import load_memory  # noqa: E402
 import peer  # noqa: E402
+import rollout_memory  # noqa: E402
 import scaling  # noqa: E402
 import update  # noqa: E402
 
@@ -157,3 +158,16 @@ def test_a_model_is_loaded_onto_devices_without_a_copy_on_the_host(tmp_path):
     assert found["held"] > 300e6
     # The threads map a tensor each; what Python and JAX take on the way comes on top.
     assert found["beyond"] < 90e6
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_rollout_falls_with_its_parts():
+    """34 MB of cache in one part, 8 MB in each of four; the rest that sampling takes is some MB."""
+    assert rollout_memory.cache_bytes(small=False, parts=1) == 2 * 4 * 16 * 8 * 1024 * 8 * 64 * 4
+    whole, parts = (rollout_memory.measure_apart(small=True, parts=parts) for parts in (1, 4))
+    print(whole, parts)
+    assert parts["tokens"] == whole["tokens"]
+    assert parts["checksum"] == whole["checksum"]
+    beyond = [found["peak"] - found["before"] for found in (whole, parts)]
+    assert beyond[0] > rollout_memory.cache_bytes(small=True, parts=1)
+    assert beyond[1] < 0.6 * beyond[0]
