@@ -1,29 +1,57 @@
-"""Attention of packed responses: each unit's queries meet the prefix of their own prompt and their own response.
+"""Attention of packed responses: blocks of units of one prompt meet its prefix, and the responses that they belong to.
 
-As in FlashAttention (Dao et al., arXiv 2205.14135) the logits of a few units exist at a time, and the backward pass
-computes them again. Where a few responses are long, the loop over keys takes as many turns as each block of units
-needs: no unit meets the padding of another's length.
+As in FlashAttention (Dao et al., arXiv 2205.14135) the logits of one block exist at a time, and the backward pass
+computes them again. A block begins with every prompt's first unit, so its keys lie in one row, and its sums over
+queries are matmuls. The last block of a prompt runs on into the next prompt's units; what it finds there is not kept.
+Loops take as many turns as there are blocks, and as each block has keys: neither empty places nor another response's
+length cost anything.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from balcap_jax.models.attention import bias
+from balcap_jax.models.attention import SAVED, bias
 from balcap_jax.models.packing import UNIT, Places
 from balcap_jax.parallel import sharding
 
-_UNITS = 4  # units whose logits exist at once
-TILE = 4 * UNIT  # keys of a response that a turn of the inner loop takes
+_UNITS = 4  # units of a block
+_BLOCK = _UNITS * UNIT  # tokens of a block
+TILE = 4 * UNIT  # keys of responses that a turn of the inner loop takes
 
 
-class _Where(NamedTuple):
-    """[T, U] int32 for T blocks of U units: the row of the prompt, the response's first token, the unit's number."""
+class _Blocks(NamedTuple):
+    """Of T blocks [T] int32, the real ones first: row of the prompt, first unit, units of that prompt from there on,
+    the first unit of the response that the block begins in. count []: of real blocks. response [S / UNIT + _UNITS]: the
+    first unit of each unit's response."""
 
     prompt: jax.Array
-    first: jax.Array
-    chunk: jax.Array
+    start: jax.Array
+    units: jax.Array
+    keys: jax.Array
+    count: jax.Array
+    response: jax.Array
+
+
+def _blocks(units: jax.Array, first: jax.Array) -> _Blocks:
+    """The blocks of Q parts of b prompts with `units` [Q, b]; first [Q, K] as of `Places`."""
+    (parts, prompts), size = units.shape, first.shape[1]
+    part = jnp.arange(parts, dtype=jnp.int32)[:, None] * size
+    place = (part + jnp.cumsum(units, axis=1) - units).reshape(-1)
+    units = units.reshape(-1)
+    of_prompt = -(-units // _UNITS)
+    end = jnp.cumsum(of_prompt)
+    most = parts * ((size + prompts * (_UNITS - 1)) // _UNITS)
+    block = jnp.arange(most, dtype=jnp.int32)
+    prompt = jnp.minimum((end <= block[:, None]).sum(-1, dtype=jnp.int32), len(units) - 1)
+    done = (block - end[prompt] + of_prompt[prompt]) * _UNITS
+    # Of a part that does not fit, units lie behind the last place: then the numbers mean nothing, and must be finite.
+    start = jnp.minimum(place[prompt] + done, parts * size)
+    response = jnp.pad((part + first).reshape(-1), (0, _UNITS))
+    left = jnp.clip(units[prompt] - done, 0, _UNITS)
+    return _Blocks(prompt, start, left, response[start], jnp.minimum(end[-1], most), response)
 
 
 @jax.named_scope("attention")
@@ -44,162 +72,164 @@ def over_prompt(
       at: the places of the units.
 
     Returns:
-      [Q, S, N, H].
+      [Q, S, N, H]; of empty places finite numbers without a meaning.
     """
 
-    def of_device(q, k, v, prefix_k, prefix_v, prefix_mask, prompt, first, chunk):
+    def of_device(q, k, v, prefix_k, prefix_v, prefix_mask, units, first):
         parts, length, heads, size = q.shape
-        kv_heads, prompts = k.shape[1], prefix_mask.shape[0] // parts
-        part = jnp.arange(parts, dtype=jnp.int32)[:, None]
-        where = _Where(part * prompts + prompt, part * length + first * UNIT, chunk)
-        units = parts * length // UNIT
-        empty = -units % _UNITS
-        # An empty unit at the end of the last block: its queries are 0 and see one response's first keys.
-        where = _Where(*(jnp.pad(x.reshape(-1), (0, empty)).reshape(-1, _UNITS) for x in where))
-        q = q.reshape(units, UNIT, kv_heads, -1, size).swapaxes(1, 2)
-        rows = jnp.pad(q, [(0, empty)] + [(0, 0)] * 4).reshape(-1, _UNITS, kv_heads, UNIT * heads // kv_heads, size)
-        # One row of keys for all parts; behind it a tile that no query sees.
+        kv_heads = k.shape[1]
+        q = (q * size**-0.5).reshape(parts * length, kv_heads, -1, size).swapaxes(0, 1)
+        # One row of queries and of keys for all parts; behind it what the last block and tile run on into.
+        q = jnp.pad(q, [(0, 0), (0, _BLOCK), (0, 0), (0, 0)]).reshape(kv_heads, -1, size)
         k, v = (jnp.pad(x.swapaxes(0, 1).reshape(kv_heads, -1, size), [(0, 0), (0, TILE), (0, 0)]) for x in (k, v))
-        read = _attend(rows * size**-0.5, k, v, prefix_k, prefix_v, prefix_mask, where)
-        read = read.reshape(-1, kv_heads, UNIT, heads // kv_heads, size)[:units].swapaxes(1, 2)
-        return read.reshape(parts, length, heads, size)
+        read = _attend(q, k, v, prefix_k, prefix_v, prefix_mask, _blocks(units, first))
+        read = read.reshape(kv_heads, parts * length + _BLOCK, -1, size)[:, : parts * length]
+        return read.swapaxes(0, 1).reshape(parts, length, heads, size)
 
-    arrays = (q, k, v, prefix_k, prefix_v, prefix_mask, at.prompt, at.first, at.chunk)
+    arrays = (q, k, v, prefix_k, prefix_v, prefix_mask, at.units, at.first)
     heads = [("batch", None, "heads")] + [("batch", "heads")] * 4
-    return sharding.shard_mapped(of_device, arrays, (*heads, *[("batch",)] * 4))(*arrays)
+    return sharding.shard_mapped(of_device, arrays, (*heads, *[("batch",)] * 3))(*arrays)
 
 
-# X queries of a unit share a key head: UNIT tokens of N / M heads. S keys of all parts, one row.
+# N / M queries of a token share a key head: they lie side by side, Z of all places and X of a block. S keys.
 
 
 @jax.custom_vjp
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, prefix_k: jax.Array, prefix_v: jax.Array, mask: jax.Array, where: _Where
+    q: jax.Array, k: jax.Array, v: jax.Array, prefix_k: jax.Array, prefix_v: jax.Array, mask: jax.Array, blocks: _Blocks
 ) -> jax.Array:
-    """q [T, U, M, X, H], scaled; k, v [M, S, H]; prefix_k, prefix_v [B, M, P, H]; mask [B, P] -> [T, U, M, X, H]."""
-    return _forward(q, k, v, prefix_k, prefix_v, mask, where)[0]
+    """q [M, Z, H], scaled; k, v [M, S, H]; prefix_k, prefix_v [B, M, P, H]; mask [B, P] -> [M, Z, H]."""
+    return _forward(q, k, v, prefix_k, prefix_v, mask, blocks)[0]
 
 
-def _forward(q, k, v, prefix_k, prefix_v, mask, where):
-    """-> what is read, and the logarithm [T, U, M, X] of each query's sum of exponentials."""
+def _forward(q, k, v, prefix_k, prefix_v, mask, blocks):
+    """-> what is read, and the logarithm [M, Z] of each query's sum of exponentials."""
+    share = _share(q, blocks)
 
-    def block(_, inputs):
-        q, at = inputs
-        logits = _prefix_logits(q, prefix_k, mask, at)
+    def block(t, found):
+        rows = _cut(q, blocks.start[t] * UNIT * share, _BLOCK * share)
+        logits = _prefix_logits(rows, prefix_k, mask, blocks.prompt[t])
         top = logits.max(-1)
         weights = jnp.exp(logits - top[..., None])
-        start = top, weights.sum(-1), _read(weights, _rows(prefix_v, at.prompt))
+        start = top, weights.sum(-1), _read(weights, _row(prefix_v, blocks.prompt[t]))
 
         def tile(j, carry):
             top, total, read = carry
-            logits = _own_logits(q, k, at, j)
+            place = blocks.keys[t] * UNIT + j * TILE
+            logits = _own_logits(rows, _cut(k, place, TILE), blocks, t, place)
             higher = jnp.maximum(top, logits.max(-1))
             weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
-            read = read * shrink[..., None] + _read(weights, _tiles(v, at, j))
+            read = read * shrink[..., None] + _read(weights, _cut(v, place, TILE))
             return higher, total * shrink + weights.sum(-1), read
 
-        top, total, read = jax.lax.fori_loop(0, _turns(at), tile, start)
-        return None, ((read / total[..., None]).astype(v.dtype), top + jnp.log(total))
+        top, total, read = jax.lax.fori_loop(0, _turns(blocks, t), tile, start)
+        # In order: the next prompt's first block puts its own in the place of what this one found of it.
+        new = (read / total[..., None]).astype(v.dtype), top + jnp.log(total)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, x, blocks.start[t] * UNIT * share, 1)
+            for old, x in zip(found, new, strict=True)
+        )
 
-    return jax.lax.scan(block, None, (q, where))[1]
+    empty = jnp.zeros(q.shape, v.dtype), jnp.zeros(q.shape[:2], jnp.float32)
+    return jax.lax.fori_loop(0, blocks.count, block, empty)
 
 
 def _attend_forward(*arguments):
-    read, log_total = _forward(*arguments)
+    read, log_total = (checkpoint_name(x, SAVED) for x in _forward(*arguments))
     return read, (*arguments, read, log_total)
 
 
 @jax.named_scope("attention")
 def _attend_backward(saved, gradient):
-    q, k, v, prefix_k, prefix_v, mask, where, read, log_total = saved
+    q, k, v, prefix_k, prefix_v, mask, blocks, read, log_total = saved
+    share = _share(q, blocks)
+    # The gradient of a softmax row p by its logits is p * (g - sum(p g)), and sum(p g) is that of what was read.
+    mean = (read.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1)
 
-    def block(sums, inputs):
-        q, at, read, log_total, gradient = inputs
-        # The gradient of a softmax row p by its logits is p * (g - sum(p g)), and sum(p g) is that of what was read.
-        mean = (read.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1)
+    def block(t, sums):
+        to_q, own_k, own_v, of_prefix_k, of_prefix_v = sums
+        start, prompt = blocks.start[t] * UNIT * share, blocks.prompt[t]
+        rows, to_read, means, totals = (_cut(x, start, _BLOCK * share) for x in (q, gradient, mean, log_total))
+        # Rows of the next prompt have no weights here.
+        is_own = jnp.arange(_BLOCK * share) < blocks.units[t] * UNIT * share
+        totals = jnp.where(is_own, totals, jnp.inf)
 
         def of(logits, keys, values):
-            """Gradients of q [U, M, X, H] and of keys and values [U, M, S, H]."""
-            weights = jnp.exp(logits - log_total[..., None])
-            to_weights = jnp.einsum("umxh,umsh->umxs", gradient, values, preferred_element_type=jnp.float32)
-            to_logits = (weights * (to_weights - mean[..., None])).astype(q.dtype)
+            """Gradients of q [M, X, H] and of keys and values [M, S, H]."""
+            weights = jnp.exp(logits - totals[..., None])
+            to_weights = jnp.einsum("mxh,msh->mxs", to_read, values, preferred_element_type=jnp.float32)
+            to_logits = (weights * (to_weights - means[..., None])).astype(q.dtype)
             return (
-                jnp.einsum("umxs,umsh->umxh", to_logits, keys, preferred_element_type=jnp.float32),
-                jnp.einsum("umxs,umxh->umsh", to_logits, q, preferred_element_type=jnp.float32),
-                jnp.einsum("umxs,umxh->umsh", weights.astype(q.dtype), gradient, preferred_element_type=jnp.float32),
+                jnp.einsum("mxs,msh->mxh", to_logits, keys, preferred_element_type=jnp.float32),
+                jnp.einsum("mxs,mxh->msh", to_logits, rows, preferred_element_type=jnp.float32),
+                jnp.einsum("mxs,mxh->msh", weights.astype(q.dtype), to_read, preferred_element_type=jnp.float32),
             )
 
-        own_k, own_v, of_prefix_k, of_prefix_v = sums
-        logits = _prefix_logits(q, prefix_k, mask, at)
-        to_q, to_k, to_v = of(logits, _rows(prefix_k, at.prompt), _rows(prefix_v, at.prompt))
-        of_prefix_k, of_prefix_v = _added(of_prefix_k, to_k, at.prompt), _added(of_prefix_v, to_v, at.prompt)
+        prefix = _row(prefix_k, prompt), _row(prefix_v, prompt)
+        to_rows, to_k, to_v = of(_prefix_logits(rows, prefix_k, mask, prompt), *prefix)
+        of_prefix_k, of_prefix_v = _added(of_prefix_k, to_k[None], prompt, 0), _added(of_prefix_v, to_v[None], prompt, 0)
 
         def tile(j, carry):
-            to_q, own_k, own_v = carry
-            more, to_k, to_v = of(_own_logits(q, k, at, j), _tiles(k, at, j), _tiles(v, at, j))
-            return to_q + more, _added_tiles(own_k, to_k, at, j), _added_tiles(own_v, to_v, at, j)
+            to_rows, own_k, own_v = carry
+            place = blocks.keys[t] * UNIT + j * TILE
+            keys, values = _cut(k, place, TILE), _cut(v, place, TILE)
+            more, to_k, to_v = of(_own_logits(rows, keys, blocks, t, place), keys, values)
+            return to_rows + more, _added(own_k, to_k, place, 1), _added(own_v, to_v, place, 1)
 
-        to_q, own_k, own_v = jax.lax.fori_loop(0, _turns(at), tile, (to_q, own_k, own_v))
-        return (own_k, own_v, of_prefix_k, of_prefix_v), to_q.astype(q.dtype)
+        to_rows, own_k, own_v = jax.lax.fori_loop(0, _turns(blocks, t), tile, (to_rows, own_k, own_v))
+        to_q = jax.lax.dynamic_update_slice_in_dim(to_q, to_rows.astype(q.dtype), start, 1)
+        return to_q, own_k, own_v, of_prefix_k, of_prefix_v
 
     arrays = k, v, prefix_k, prefix_v
-    zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in arrays)
-    sums, to_q = jax.lax.scan(block, zero, (q, where, read, log_total, gradient))
+    zero = (jnp.zeros_like(q), *(jnp.zeros(x.shape, jnp.float32) for x in arrays))
+    to_q, *sums = jax.lax.fori_loop(0, blocks.count, block, zero)
     return to_q, *(total.astype(x.dtype) for total, x in zip(sums, arrays, strict=True)), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _prefix_logits(q: jax.Array, prefix_k: jax.Array, mask: jax.Array, at: _Where) -> jax.Array:
-    """[U, M, X, P]"""
-    logits = jnp.einsum("umxh,umph->umxp", q, _rows(prefix_k, at.prompt), preferred_element_type=jnp.float32)
-    return logits + bias(mask[at.prompt])[:, None, None]
+def _share(q: jax.Array, blocks: _Blocks) -> int:
+    """Queries of a token that share a key head."""
+    return q.shape[1] // (len(blocks.response) * UNIT)
 
 
-def _own_logits(q: jax.Array, k: jax.Array, at: _Where, j: jax.Array) -> jax.Array:
-    """[U, M, X, TILE], of the keys of turn j"""
-    logits = jnp.einsum("umxh,umsh->umxs", q, _tiles(k, at, j), preferred_element_type=jnp.float32)
-    key = j * TILE + jnp.arange(TILE)
-    seen = key <= (at.chunk[:, None] * UNIT + jnp.arange(UNIT))[..., None]  # [U, UNIT, TILE]
-    units, heads, queries, _ = logits.shape
-    logits = logits.reshape(units, heads, UNIT, -1, TILE) + bias(seen)[:, None, :, None]
-    return logits.reshape(units, heads, queries, TILE)
+def _prefix_logits(rows: jax.Array, prefix_k: jax.Array, mask: jax.Array, prompt: jax.Array) -> jax.Array:
+    """[M, X, P]"""
+    logits = jnp.einsum("mxh,mph->mxp", rows, _row(prefix_k, prompt), preferred_element_type=jnp.float32)
+    return logits + bias(_row(mask, prompt))
+
+
+def _own_logits(rows: jax.Array, keys: jax.Array, blocks: _Blocks, t: jax.Array, place: jax.Array) -> jax.Array:
+    """[M, X, TILE], of the keys from token `place` on"""
+    logits = jnp.einsum("mxh,msh->mxs", rows, keys, preferred_element_type=jnp.float32)
+    start = blocks.start[t]
+    key, query = place + jnp.arange(TILE), start * UNIT + jnp.arange(_BLOCK)
+    response = jnp.repeat(jax.lax.dynamic_slice_in_dim(blocks.response, start, _UNITS) * UNIT, UNIT)
+    seen = (key <= query[:, None]) & (key >= response[:, None])
+    heads, queries, _ = logits.shape
+    return (logits.reshape(heads, _BLOCK, -1, TILE) + bias(seen)[:, None]).reshape(heads, queries, TILE)
 
 
 def _read(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.einsum("umxs,umsh->umxh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return jnp.einsum("mxs,msh->mxh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def _turns(at: _Where) -> jax.Array:
-    """Turns over the keys of a response that the last of the block's units needs."""
-    return at.chunk.max() // (TILE // UNIT) + 1
+def _turns(blocks: _Blocks, t: jax.Array) -> jax.Array:
+    """Tiles from the first key of the block's responses to its own last token."""
+    return -(-(blocks.start[t] + blocks.units[t] - blocks.keys[t]) * UNIT // TILE)
 
 
-# Slices that are written out move as blocks of memory, and the sums are updated in place. Indexing with an array, and
-# its transpose, are loops over single rows on some platforms.
+def _row(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
-def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x [B, ...] at index [U]."""
-    return jnp.stack([jax.lax.dynamic_index_in_dim(x, index[u], keepdims=False) for u in range(_UNITS)])
+def _cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """x [M, S, ...] -> [M, size, ...]"""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
 
 
-def _added(sums: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-    for u in range(_UNITS):
-        row = jax.lax.dynamic_index_in_dim(sums, index[u], keepdims=False)
-        sums = jax.lax.dynamic_update_index_in_dim(sums, row + x[u], index[u], 0)
-    return sums
-
-
-def _tiles(x: jax.Array, at: _Where, j: jax.Array) -> jax.Array:
-    """x [M, S, H] -> [U, M, TILE, H], from token j * TILE of each unit's response on."""
-    return jnp.stack([jax.lax.dynamic_slice_in_dim(x, at.first[u] + j * TILE, TILE, 1) for u in range(_UNITS)])
-
-
-def _added_tiles(sums: jax.Array, x: jax.Array, at: _Where, j: jax.Array) -> jax.Array:
-    for u in range(_UNITS):
-        start = at.first[u] + j * TILE
-        old = jax.lax.dynamic_slice_in_dim(sums, start, TILE, 1)
-        sums = jax.lax.dynamic_update_slice_in_dim(sums, old + x[u], start, 1)
-    return sums
+def _added(sums: jax.Array, x: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """`sums` with x added from `start` on, in place."""
+    old = jax.lax.dynamic_slice_in_dim(sums, start, x.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(sums, old + x, start, axis)

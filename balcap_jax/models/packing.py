@@ -117,6 +117,7 @@ class Places(NamedTuple):
       the place of that response's first unit. An empty place is a response of its own.
     source [Q, K]: the unit of the padded form [b * G * C] that lies there, b * G * C for none.
     target [Q, b, G, C]: the place of each unit of the padded form, K for padding.
+    units [Q, b]: the units of each prompt, which lie side by side.
     fits [Q] bool: whether all units of the part have a place.
     """
 
@@ -125,6 +126,7 @@ class Places(NamedTuple):
     first: jax.Array
     source: jax.Array
     target: jax.Array
+    units: jax.Array
     fits: jax.Array
 
 
@@ -145,7 +147,8 @@ def places(lengths: jax.Array, length: int, bucket: int) -> Places:
     nth = jnp.arange(chunks, dtype=jnp.int32)
     target = start[..., None] + nth
     target = jnp.where((nth < count[..., None]) & (target < size), target, size)
-    return Places(response // group, chunk, first, source, target.reshape(*lengths.shape, chunks), end[:, -1] <= size)
+    target, units = target.reshape(*lengths.shape, chunks), count.reshape(lengths.shape).sum(-1)
+    return Places(response // group, chunk, first, source, target, units, end[:, -1] <= size)
 
 
 def pack(x: jax.Array, at: Places) -> jax.Array:
