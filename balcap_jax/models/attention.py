@@ -13,7 +13,6 @@ from balcap_jax.parallel.sharding import constrain
 
 # Finite, so that a row without any allowed key (a padding query) stays finite instead of becoming NaN.
 MASKED = -1e30
-SAVED = "attention"  # what the backward pass of a remat of this name does not compute again, see `decoder.remat`
 
 
 def bias(allowed: jax.Array) -> jax.Array:

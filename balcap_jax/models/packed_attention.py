@@ -1,37 +1,38 @@
 """Attention of packed responses: blocks of units of one prompt meet its prefix, and the responses that they belong to.
 
 As in FlashAttention (Dao et al., arXiv 2205.14135) the logits of one block exist at a time, and the backward pass
-computes them again. A block begins with every prompt's first unit, so its keys lie in one row, and its sums over
-queries are matmuls. The last block of a prompt runs on into the next prompt's units; what it finds there is not kept.
-Loops take as many turns as there are blocks, and as each block has keys: neither empty places nor another response's
-length cost anything.
+computes them again. Each prompt's first unit begins a block, so that a block needs one row of prefix keys, and their
+gradients add up inside a matmul. The last block of a prompt may run on into the next prompt's units: what it finds for
+them is not kept. The loop over responses' keys takes as many turns as each block needs: no unit meets the padding of
+another's length.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from balcap_jax.models.attention import SAVED, bias
+from balcap_jax.models.attention import bias
 from balcap_jax.models.packing import UNIT, Places
 from balcap_jax.parallel import sharding
 
-_UNITS = 4  # units of a block
+_UNITS = 2  # units of a block
 _BLOCK = _UNITS * UNIT  # tokens of a block
 TILE = 4 * UNIT  # keys of responses that a turn of the inner loop takes
 
 
 class _Blocks(NamedTuple):
-    """Of T blocks [T] int32, the real ones first: row of the prompt, first unit, units of that prompt from there on,
-    the first unit of the response that the block begins in. count []: of real blocks. response [S / UNIT + _UNITS]: the
-    first unit of each unit's response."""
+    """What T blocks hold; those behind the last prompt's have no unit.
+
+    prompt, start, units, keys [T] int32: the row of the prompt, the first unit, the units of that prompt from there on,
+      and the first unit of the response that the block begins in.
+    response [S / UNIT + _UNITS]: the first unit of each unit's response.
+    """
 
     prompt: jax.Array
     start: jax.Array
     units: jax.Array
     keys: jax.Array
-    count: jax.Array
     response: jax.Array
 
 
@@ -51,7 +52,8 @@ def _blocks(units: jax.Array, first: jax.Array) -> _Blocks:
     start = jnp.minimum(place[prompt] + done, parts * size)
     response = jnp.pad((part + first).reshape(-1), (0, _UNITS))
     left = jnp.clip(units[prompt] - done, 0, _UNITS)
-    return _Blocks(prompt, start, left, response[start], jnp.minimum(end[-1], most), response)
+    # A block without units has no keys of responses to go through.
+    return _Blocks(prompt, start, left, jnp.where(left > 0, response[start], start), response)
 
 
 @jax.named_scope("attention")
@@ -131,11 +133,11 @@ def _forward(q, k, v, prefix_k, prefix_v, mask, blocks):
         )
 
     empty = jnp.zeros(q.shape, v.dtype), jnp.zeros(q.shape[:2], jnp.float32)
-    return jax.lax.fori_loop(0, blocks.count, block, empty)
+    return jax.lax.fori_loop(0, len(blocks.start), block, empty)
 
 
 def _attend_forward(*arguments):
-    read, log_total = (checkpoint_name(x, SAVED) for x in _forward(*arguments))
+    read, log_total = _forward(*arguments)
     return read, (*arguments, read, log_total)
 
 
@@ -167,7 +169,8 @@ def _attend_backward(saved, gradient):
 
         prefix = _row(prefix_k, prompt), _row(prefix_v, prompt)
         to_rows, to_k, to_v = of(_prefix_logits(rows, prefix_k, mask, prompt), *prefix)
-        of_prefix_k, of_prefix_v = _added(of_prefix_k, to_k[None], prompt, 0), _added(of_prefix_v, to_v[None], prompt, 0)
+        of_prefix_k = _added(of_prefix_k, to_k[None], prompt, 0)
+        of_prefix_v = _added(of_prefix_v, to_v[None], prompt, 0)
 
         def tile(j, carry):
             to_rows, own_k, own_v = carry
@@ -182,7 +185,7 @@ def _attend_backward(saved, gradient):
 
     arrays = k, v, prefix_k, prefix_v
     zero = (jnp.zeros_like(q), *(jnp.zeros(x.shape, jnp.float32) for x in arrays))
-    to_q, *sums = jax.lax.fori_loop(0, blocks.count, block, zero)
+    to_q, *sums = jax.lax.fori_loop(0, len(blocks.start), block, zero)
     return to_q, *(total.astype(x.dtype) for total, x in zip(sums, arrays, strict=True)), None, None
 
 

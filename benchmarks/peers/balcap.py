@@ -193,8 +193,8 @@ class Side:
         longest = self.job["response"]
         length = int(-(-lengths.max() * QUARTERS // longest) * longest // QUARTERS)
         if mode == "best" and packing is not None:
-            # One device and one micro-batch of any program; an eighth of R more in each.
-            buckets = {longest * eighths // 8: 1 for eighths in range(1, 8)}
+            # One device and one micro-batch of any program; a sixteenth of R more in each.
+            buckets = {longest * parts // 16: 1 for parts in range(1, 16)}
             if choice := packing.choose(lengths, buckets, 1, length):
                 return longest, choice.bucket, packing.capacity(choice.bucket, lengths.size) * packing.UNIT
         return length, 0, lengths.size * length
