@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import functools
 import importlib.resources
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,6 +67,12 @@ FAMILIES = {
         "mrope_section": (2, 1, 1),
     },
 }
+# What a judge takes from a family is in the test of its probabilities, for each; what follows is done alike for all.
+ONE_FAMILY = pytest.mark.parametrize(
+    "directory",
+    ["qwen3_vl", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llava", "qwen2_5_vl"))],
+    indirect=True,
+)
 BUCKETS = (400, 800)
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
 
@@ -76,7 +84,7 @@ def directory(request, tmp_path_factory):
     tokenizer = photos.caption_tokenizer(photos.Photos([record] * 3, 1, 0))
     fields = configuration.default_config().model.to_dict() | SIZES | FAMILIES[request.param]
     policy, processor = models.build(fields, tokenizer)
-    params = policy.init(jax.random.key(3))
+    params = jax.jit(policy.init)(jax.random.key(3))
     params["decoder"] = jax.tree.map(lambda x: x * 3.0, params["decoder"])  # or all answers were about as likely
     folder = tmp_path_factory.mktemp("judge") / request.param
     return models.save(folder, fields, params, processor)
@@ -91,6 +99,14 @@ def judge_on(loaded, batch_size=4, buckets=BUCKETS) -> Model:
     return Model(*loaded, buckets=buckets, batch_size=batch_size)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def log_probs(policy, params, prompt, responses):
+    """Compiled for prompts with a picture and for those without."""
+    no_image = jnp.zeros((1, 1, policy.decoder.width))
+    embeds = no_image if prompt.images is None else policy.encode(params, prompt.images)
+    return policy.log_probs(params, prompt, embeds, responses)
+
+
 def plain_probabilities(loaded, question: Question, words) -> np.ndarray:
     """By the log-probabilities of whole responses of one token, spelling by spelling."""
     policy, params, processor = loaded
@@ -100,16 +116,14 @@ def plain_probabilities(loaded, question: Question, words) -> np.ndarray:
         room = dataclasses.replace(room, template="{prompt}")
         tokens, mask = room.encode_prompts([text], [0], ["x"])
         prompt = models.Prompt(tokens, mask, room.text_positions(mask), None)
-        embeds = np.zeros((1, 1, policy.decoder.width), np.float32)
     else:
         prompt = room([question.image], [text])
-        embeds = policy.encode(params, prompt.images)
     found = []
     for word in words:
         spellings = {s + w for w in (word, word.capitalize(), word.upper()) for s in ("", " ")}
         ids = {tuple(room.tokenizer.encode(text, add_special_tokens=False)) for text in spellings}
         one = np.array([[list(i) for i in sorted(ids) if len(i) == 1]], np.int32)
-        found.append(float(np.exp(np.asarray(policy.log_probs(params, prompt, embeds, one))).sum()))
+        found.append(float(np.exp(np.asarray(log_probs(policy, params, prompt, one))).sum()))
     return np.array(found) / sum(found)
 
 
@@ -128,6 +142,7 @@ def test_probabilities_are_those_of_a_plain_forward_pass(loaded):
     assert max(p[0] for p in found) - min(p[0] for p in found) > 1e-4, "the texts made no difference"
 
 
+@ONE_FAMILY
 def test_batches_padding_and_buckets_change_nothing(loaded):
     asked = questions(3)
     found = judge_on(loaded, 4).probabilities(asked, MARKS)
@@ -138,6 +153,7 @@ def test_batches_padding_and_buckets_change_nothing(loaded):
         assert one == pytest.approx(third, abs=1e-5)
 
 
+@ONE_FAMILY
 def test_a_prompt_that_is_too_long_is_a_failure_of_its_own(loaded):
     model = judge_on(loaded, 2)
     asked = [questions(1)[1], Question(render("covered", caption="word " * 3000, unit="x")), questions(1)[1]]
@@ -181,6 +197,7 @@ def test_written_answers_go_through_the_same_parser():
     assert judge.about["model"] == "m"
 
 
+@ONE_FAMILY
 def test_a_random_model_writes_nothing_usable_and_says_so(loaded):
     judge = RemoteJudge(PolicyClient(judge_on(loaded, 2), "random"), max_tokens=12)
     verdicts = judge.linguistic([LinguisticQuestion("A dog."), LinguisticQuestion("")])
@@ -276,6 +293,7 @@ def group(directory, **changes):
     return judge
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -288,12 +306,14 @@ def test_bad_settings_are_found_when_the_judge_is_built(directory, changes, mess
         build_judge({**group(directory), **changes})
 
 
+@ONE_FAMILY
 def test_a_tokenizer_without_the_words(loaded, monkeypatch):
     model = judge_on(loaded)
     with pytest.raises(UserError, match="no token for 'unheardof'"):
         model.word_ids(["unheardof"])
 
 
+@ONE_FAMILY
 def test_a_judge_built_from_a_config_spreads_over_the_devices(directory):
     judge = judges.build(group(directory, scoring="yes_no"), seed=0)
     assert judge.about["recall"] == "covered.v1"
