@@ -75,7 +75,7 @@ def test_the_training_in_it_ran_to_its_end(executed):
     _, probe, folder = executed
     assert probe["fast"] is True
     assert probe["stages"] == ["vision", "align", "sft", "rl"]
-    assert probe["steps"] == list(range(1, 3 * 150 + 24 + 1))
+    assert probe["steps"] == list(range(1, 60 + 2 * 80 + 24 + 1))
     for kind, count in (("greedy", 8), ("evaluations", 48)):
         assert list(probe["summary"][kind]) == ["align", "sft", "rl"]
         for evaluation in probe["summary"][kind].values():
