@@ -9,8 +9,8 @@
 
 Variants: sft, lora, one, scenes, no_precision, caprl and more; `vlm.py`, which belongs beside this file, has them all.
 
-Chips: compiled for v5e:4x4 (15.24 of 15.75 GiB a chip in the rollout, 12.45 in the padded update); `docs/performance.md`
-has the command. Weights, moments and gradients of the decoder are 64 GB in all.
+Chips: compiled for v5e:4x4 (15.24 of 15.75 GiB a chip in the rollout, 12.45 in the padded update);
+`docs/performance.md` has the command. Weights, moments and gradients of the decoder are 64 GB in all.
 Result: compiled ahead of time, not yet run.
 """
 

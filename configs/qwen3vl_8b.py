@@ -9,8 +9,8 @@
 
 Variants: sft, lora, one, scenes, no_precision, caprl and more; `vlm.py`, which belongs beside this file, has them all.
 
-Chips: compiled for v5e:4x8 (10.65 of 15.75 GiB a chip in the rollout, 14.12 in the padded update); `docs/performance.md`
-has the command. Weights, moments and gradients of the decoder are 131 GB in all.
+Chips: compiled for v5e:4x8 (10.65 of 15.75 GiB a chip in the rollout, 14.12 in the padded update);
+`docs/performance.md` has the command. Weights, moments and gradients of the decoder are 131 GB in all.
 Result: compiled ahead of time, not yet run.
 """
 
