@@ -117,7 +117,7 @@ def check_common(model: Mapping[str, Any], family: str) -> None:
         width = model["vision_width"]
         problem = f"vision_width is {width}: it must be a multiple of 4 * vision_heads, for rows and columns"
     elif least > most:
-        problem = f"min_image_tokens is {least}: more than max_image_tokens, {most}"
+        problem = f"min_image_tokens is {least}: more than max_image_tokens, {most}; lower the one or raise the other"
     else:
         return
     raise UserError(f"config field model.{problem}")
