@@ -134,7 +134,7 @@ def places(lengths: jax.Array, length: int, bucket: int) -> Places:
     """The places of responses of `lengths` [Q, b, G] tokens, of at most `length`; `bucket` as of `capacity`."""
     parts, prompts, group = lengths.shape
     chunks, size = -(-length // UNIT), capacity(bucket, prompts * group)
-    count = ((lengths + UNIT - 1) // UNIT).reshape(parts, -1)
+    count = ((jnp.asarray(lengths) + UNIT - 1) // UNIT).reshape(parts, -1)
     end = jnp.cumsum(count, axis=1)
     start = end - count
     place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (parts, size))
