@@ -74,6 +74,12 @@ def make_images(policy: Policy, grids: list[tuple[int, int]], seed: int = 0) -> 
     return QwenImages(*map(np.stack, zip(*laid_out, strict=True))), patches
 
 
+@functools.cache
+def shapes_of(policy: Policy) -> Params:
+    """The parameters' shapes; tracing `init` for them takes longer than drawing the numbers."""
+    return jax.eval_shape(policy.init, jax.random.key(0))
+
+
 def make_prompt(policy: Policy, grids: list[tuple[int, int]], length: int) -> Prompt:
     """Prompts of `length` tokens with an image each and one to three words before and behind it; padded on the left."""
     rng, shape = np.random.default_rng(1), (len(grids), length)

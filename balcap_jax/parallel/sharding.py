@@ -373,8 +373,6 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
         return function(*jax.tree.map(rows, arrays))
 
     def join(x: jax.Array) -> jax.Array:
-        if x.ndim == 1:
-            return x.sum(0)
         return constrain(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), "batch")
 
     return jax.tree.map(join, jax.lax.map(part, jnp.arange(parts)))
