@@ -20,8 +20,10 @@ KINDS = ("auto", "einsum", "dot_product", "splash")
 LANES = 128  # The kernel's blocks and its sequences are multiples of it.
 
 
-def resolve(kind: str, head_size: int, dtype: str) -> str:
+def resolve(kind: str, head_size: int, dtype: str, *, packed: bool = False) -> str:
     """The kernel that `auto` means on the program's devices: splash on TPU, cuDNN's on GPU, else einsum.
+
+    Packed responses are einsum on TPU: the kernel meets the padding again, as much attention as the padded update has.
 
     Raises:
       UserError: `kind` is splash, and on a TPU it does not take heads of this size.
@@ -29,7 +31,7 @@ def resolve(kind: str, head_size: int, dtype: str) -> str:
     platform = sharding.platform()
     if kind == "auto":
         if platform == "tpu":
-            return "einsum" if head_size % LANES else "splash"
+            return "einsum" if packed or head_size % LANES else "splash"
         return "dot_product" if platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16") else "einsum"
     if kind == "splash" and platform == "tpu" and head_size % LANES:
         raise UserError(
@@ -109,12 +111,9 @@ def over_prompt_packed(
 ) -> jax.Array:
     """`over_prompt` of packed responses of at most `length` tokens; a library's kernel sees them unpacked.
 
-    A library's kernel meets the padding again. On a TPU that is as much attention as the padded update has, so `auto`
-    is `packed_attention` there.
-
     q [Q, S, N, H]; prefix_k, prefix_v [B, M, P, H]; prefix_mask [B, P] bool; k, v [Q, M, S, H] -> [Q, S, N, H].
     """
-    if (sharding.platform() == "tpu" and kind == "auto") or resolve(kind, q.shape[-1], q.dtype.name) == "einsum":
+    if resolve(kind, q.shape[-1], q.dtype.name, packed=True) == "einsum":
         return packed_attention.over_prompt(q, prefix_k, prefix_v, prefix_mask, k, v, at)
 
     def rows(x: jax.Array) -> jax.Array:

@@ -161,7 +161,7 @@ def test_the_updates_of_a_3b_model_fit(tmp_path):
     for update in (padded, packed):
         assert update["fits"]
         assert 1 < 16 * update["flops"] / update["model_flops"] < 1.5
-    assert packed["flops"] < 0.31 * padded["flops"]
+    assert packed["flops"] < 0.35 * padded["flops"]
     assert packed["temporaries"] < padded["temporaries"]
 
 

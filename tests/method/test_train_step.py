@@ -192,7 +192,8 @@ def largest_error(got: dict, want: dict) -> float:
     "changes",
     [
         {},
-        {"normaliser": "token", "exclude_truncated": True, "clip_high": 0.28, "aggregation": "conflict"},
+        {"normaliser": "token", "exclude_truncated": True, "clip_high": 0.28},
+        {"normaliser": "token", "exclude_truncated": True, "aggregation": "conflict"},
         CONSTANT,
         pytest.param({"aggregation": "soft_min", "kappa": 2.0}, marks=pytest.mark.slow),
     ],
