@@ -20,12 +20,9 @@ lint=0
 export LAUNCH_TEST_LINT="$lint"
 
 tests=0
-# A file's tests stay in one process, with their fixtures. Compiling takes one core mostly, so processes hardly disturb each
-# other. One more than there are cores: servers that answer late, kills and what other processes do are waited for. Each takes
-# up to 5 GB, hence no more than four. Files run as they are sorted, the short ones last: by the number of their tests, as
-# xdist has it, the few tests that take a minute each would be left to the end, with the other processes waiting.
-processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
-((processes <= 4)) || processes=4
-"$VENV_PYTHON" -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder "$@" || tests=$?
+# A file's tests stay in one process, with their fixtures. Compiling takes one core mostly, so two processes hardly disturb
+# each other; each takes up to 5 GB, hence no more than four. Files run as they are sorted, the short ones last: by the number
+# of their tests, as xdist has it, the few tests that take a minute each would be left to the end, with one process waiting.
+"$VENV_PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" || tests=$?
 [[ "$tests" == 0 ]] || exit "$tests"
 exit "$lint"

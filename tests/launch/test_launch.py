@@ -339,8 +339,7 @@ def test_checks_run_in_order_and_end_with_pytests_closing_line(clone, tmp_path, 
     result = clone.run(script, "tests/method", "-k", "gate", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert clone.calls("ruff") == ["check .", "format --check ."]
-    processes = min(os.sysconf("SC_NPROCESSORS_ONLN") + 1, 4)
-    options = f"-n {processes} --dist loadfile --no-loadscope-reorder"
+    options = "-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
     assert clone.calls("pytest") == [f"{options} tests/method -k gate"]
     assert result.stdout.splitlines()[-1] == "7 passed in 0.01s"
 
