@@ -235,8 +235,8 @@ def model_flops(
 
 def refusal(message: str) -> str:
     """The sentence of an out-of-memory error that says how much is needed."""
-    match = re.search(r"Used [\d.]+\w of [\d.]+\w hbm[^.]*\.?[^.\n]*", message)
-    return match[0].strip() if match else " ".join(message.split())[:300]
+    match = re.search(r"Used [\d.]+\w of [\d.]+\w hbm(?:\. Exceeded [^\n]*?\d\w(?=\.?\s|$))?", message)
+    return match[0] if match else " ".join(message.split())[:300]
 
 
 def largest_buffers(message: str, count: int = 4) -> str:

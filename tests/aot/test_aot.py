@@ -205,7 +205,7 @@ Largest program allocations in hbm:
 
 
 def test_what_xla_says_of_memory_is_told():
-    assert memory.refusal(REFUSED).startswith("Used 20.03G of 15.75G hbm")
+    assert memory.refusal(REFUSED) == "Used 20.03G of 15.75G hbm. Exceeded hbm capacity by 4.28G"
     buffers = memory.largest_buffers(REFUSED)
     assert buffers.split() == ["8.00G", "f32[8,16384,16384]{2,1,0:T(8,128)}", "jit(step)/dot_general"]
     other = "RESOURCE_EXHAUSTED: Ran out of memory on HBM.\n It needs temporaries (16.65G)"
