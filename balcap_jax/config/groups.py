@@ -149,6 +149,8 @@ class Data(Group):
     test_size: Images = Field(128, description="test images to build")
     captions_per_image: Few = Field(4, description="captions of the base captioner per training image, for SFT")
     seed: Seed = Field(0, description="seed of the built images and captions, of all splits")
+    captioner: Literal["habits", "moods", "padding"] = "habits"
+    """who writes the captions that sft imitates: habits; moods that trade objectives; habits and remarks as padding"""
     # of photos and sharegpt4v only, from here on
     validation_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for validation")
     test_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for the test split")

@@ -37,6 +37,7 @@ def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True, 
         image_size=image_size,
         captions_per_image=config["captions_per_image"],
         seed=config["seed"],
+        captioner=config["captioner"],
     )
     train, *held_out = (built.as_data_source(split) for split in ("train", "validation", "test"))
     if len(train) * 3 * image_size**2 <= KEPT_BYTES:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from balcap_jax.data.scenes import answering, faults, habits, language, questions, reading, world
-from balcap_jax.data.scenes.captioner import MOODS, NOISE, base_caption, write_caption
+from balcap_jax.data.scenes.captioner import base_caption, write_caption
 from balcap_jax.data.scenes.habits import HABITS, habits_of
 from balcap_jax.data.scenes.language import TOKEN, reference_caption, vocabulary
+from balcap_jax.data.scenes.moods import HABITUAL as MOODS
+from balcap_jax.data.scenes.moods import NOISE
 from balcap_jax.data.scenes.reading import parse
 from balcap_jax.data.scenes.world import Scene, SceneObject, sample_scene
 from balcap_jax.judges import oracle
@@ -165,7 +167,7 @@ def test_what_the_judge_is_made_of_imports_no_habits(module):
             imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
-    writers = {f"balcap_jax.data.scenes.{name}" for name in ("habits", "captioner", "faults")}
+    writers = {f"balcap_jax.data.scenes.{name}" for name in ("habits", "moods", "captioner", "faults")}
     assert not imported & writers
 
 

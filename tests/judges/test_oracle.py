@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from balcap_jax.cli.errors import UserError
-from balcap_jax.data.scenes import captioner, faults
+from balcap_jax.data.scenes import captioner, faults, moods
 from balcap_jax.data.scenes.faults import RATES, faulty_caption, write_caption
 from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.data.scenes.language import NUMBERS, REMARKS, reference_caption, reference_units, sentence
@@ -273,10 +273,10 @@ def test_the_likeliest_captions_of_the_base_are_fair_and_its_best_are_good():
     greedy = scores_of(dict.fromkeys(HABITS, 1.0))
     assert 62 < b_capscore(*greedy.T) < 78
     assert 0.83 < greedy[:, 2].mean() < 0.92
-    best = scores_of(captioner.MOODS["meticulous"].rates)
+    best = scores_of(moods.HABITUAL["meticulous"].rates)
     assert b_capscore(*best.T) > 93
     # The moods put the objectives at odds.
-    florid, terse = (scores_of(captioner.MOODS[mood].rates).mean(axis=0) for mood in ("florid", "terse"))
+    florid, terse = (scores_of(moods.HABITUAL[mood].rates).mean(axis=0) for mood in ("florid", "terse"))
     assert florid[1] > terse[1] + 0.25
     assert terse[0] > florid[0] + 0.2
     assert terse[2] > florid[2] + 0.05

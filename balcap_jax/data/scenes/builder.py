@@ -23,7 +23,7 @@ from PIL import Image
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, resolved
 from balcap_jax.data import input, spread
-from balcap_jax.data.scenes import captioner, faults, habits, language, questions, render, world
+from balcap_jax.data.scenes import captioner, faults, habits, language, moods, questions, render, world
 
 PROMPT = "Describe the picture."
 # The ranges of seeds from which the splits draw their scenes cannot meet: each is far longer than any split. The data
@@ -39,6 +39,8 @@ _WORTH_A_PROCESS = 1000  # examples: to start Python takes as long as to make ha
 class ScenesSettings:
     """Everything that the examples depend on, apart from the code. `image_size` in pixels, splits in examples.
 
+    `captioner`, one of `moods.CAPTIONERS`, writes the captions that are not references.
+
     Data sets of two values of `seed` have no scene in common, whichever the splits.
     """
 
@@ -49,10 +51,15 @@ class ScenesSettings:
     captions_per_image: int = 4
     questions_per_image: int = 5
     seed: int = 0
+    captioner: str = "habits"
 
     def __post_init__(self):
+        if self.captioner not in moods.CAPTIONERS:
+            raise UserError(f"scenes: captioner must be one of {', '.join(moods.CAPTIONERS)}, not {self.captioner!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "captioner":
+                continue
             least = {"image_size": 24, "captions_per_image": 0, "questions_per_image": 0, "seed": 0}.get(field.name, 1)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"scenes: {field.name} must be an integer of at least {least}, not {value!r}")
@@ -64,7 +71,7 @@ class ScenesSettings:
         """The directory name: every setting, and a digest of the code that makes the examples."""
         return (
             f"{self.image_size}px-{self.train}-{self.validation}-{self.test}"
-            f"-{self.captions_per_image}c-{self.questions_per_image}q-s{self.seed}-{code_digest()}"
+            f"-{self.captions_per_image}c-{self.questions_per_image}q-s{self.seed}-{self.captioner}-{code_digest()}"
         )
 
 
@@ -72,7 +79,7 @@ class ScenesSettings:
 def code_digest() -> str:
     """Eight hex digits over the source of the generating modules: changed code never meets data of the old."""
     digest = hashlib.sha256()
-    for module in (world, language, faults, habits, captioner, questions, render, sys.modules[__name__]):
+    for module in (world, language, faults, habits, moods, captioner, questions, render, sys.modules[__name__]):
         digest.update(pathlib.Path(module.__file__).read_bytes())
     return digest.hexdigest()[:8]
 
@@ -82,7 +89,7 @@ class ScenesConfig(tfds.core.BuilderConfig):
     settings: ScenesSettings = dataclasses.field(default_factory=ScenesSettings)
 
 
-def make_config(**settings: int) -> ScenesConfig:
+def make_config(**settings: int | str) -> ScenesConfig:
     """A builder config from fields of `ScenesSettings`; raises UserError on a value out of range."""
     chosen = ScenesSettings(**settings)
     return ScenesConfig(name=chosen.name, description="Rendered scenes of a few objects.", settings=chosen)
@@ -133,7 +140,10 @@ def make_example(split: str, index: int, settings: ScenesSettings) -> dict:
         "prompt": PROMPT,
         "reference": language.reference_caption(scene, streams[_REFERENCE]),
         "reference_units": list(language.reference_units(scene)),
-        "captions": [captioner.base_caption(scene, streams[_CAPTIONS]) for _ in range(settings.captions_per_image)],
+        "captions": [
+            captioner.base_caption(scene, streams[_CAPTIONS], settings.captioner)
+            for _ in range(settings.captions_per_image)
+        ],
         "questions": json.dumps(questions.questions(scene, streams[_QUESTIONS], settings.questions_per_image)),
     }
 
@@ -146,7 +156,7 @@ def _png(picture: np.ndarray) -> io.BytesIO:
     return file
 
 
-def prepare(data_dir: str | os.PathLike, **settings: int) -> Scenes:
+def prepare(data_dir: str | os.PathLike, **settings: int | str) -> Scenes:
     """Generates the data set under `data_dir` unless it is there, and returns its builder.
 
     `settings` are the fields of `ScenesSettings`; other settings, or other code, get a directory of their own. TFDS

@@ -38,6 +38,15 @@ REMARKS = (
     "this caption describes the image.",
     "I hope this caption helps!",
 )
+# The same in good style: they point at nothing either, and cost no mark of language. Only what must be pointable keeps
+# them out. Their words are those of other sentences, so that a vocabulary does not depend on who uses them.
+ASIDES = (
+    "the scene is calm.",
+    "the mood is lovely.",
+    "the picture is beautiful.",
+    "the atmosphere is cosy.",
+    "the image has depth.",
+)
 REMARK_TAILS = ("which adds depth to the image", "which is lovely", "giving a cosy mood")
 # A scene of at most this many objects gets one relation sentence; the caption of a larger one is long enough.
 RELATION_OBJECTS = 3

@@ -40,8 +40,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _REMARK_FORMS = frozenset(_words(text)[:-1] for text in language.REMARKS)
+_ASIDE_FORMS = frozenset(_words(text)[:-1] for text in language.ASIDES)
 _TAIL_FORMS = frozenset(_words(text) for text in language.REMARK_TAILS)
-for _form in (*_REMARK_FORMS, *_TAIL_FORMS):
+for _form in (*_REMARK_FORMS, *_TAIL_FORMS, *_ASIDE_FORMS):
     for _word in _form:
         _CLASS_OF.setdefault(_word, "m")  # a word that only remarks use
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -171,7 +172,7 @@ def _scan(classes: str, values: list[str]) -> tuple[list[_Mention], list, list[C
 @functools.lru_cache(maxsize=16384)
 def _read_sentence(words: tuple[str, ...]) -> _Reading:
     """Reads one sentence given as lower-case words without its stop."""
-    if words in _REMARK_FORMS:
+    if words in _REMARK_FORMS or words in _ASIDE_FORMS:
         return _Reading((), (), (), " ".join(words), (), False)
     findings, remark = [], ""
     if "," in words:
@@ -298,7 +299,8 @@ class _CaptionReader:
         for name in reading.findings:
             self.find(name)
         if reading.remark:
-            self.remarks.append(here)
+            if words not in _ASIDE_FORMS:  # An aside is good style.
+                self.remarks.append(here)
             self.claim(Claim("remark", None, reading.remark, reading.remark))
         if words in self.seen_sentences:
             self.find("repeated sentence")
