@@ -95,7 +95,8 @@ class SFTBatch(NamedTuple):
 class RLObjective:
     """The method's settings; the fields are those of the config groups `advantage`, `loss` and `rewards`.
 
-    names, weights, gated: one entry per objective. `temperature` is the rollout's, so that the recomputed
+    names, weights, gated: one entry per objective, and so is `scales`, or it is empty: advantages are those of rewards
+    times scales, and metrics those of the rewards as they came. `temperature` is the rollout's, so that the recomputed
     log-probabilities are those of the distribution that was sampled from.
     """
 
@@ -103,6 +104,7 @@ class RLObjective:
     weights: tuple[float, ...]
     gated: tuple[bool, ...]
     max_tokens: int
+    scales: tuple[float, ...] = ()
     gate_low: float = 0.5
     gate_high: float = 2.0
     gate: bool = True
@@ -188,8 +190,9 @@ def make_rl_step(
         gate = jnp.where(gated, in_band[..., None], 1.0)
 
         # 2. Per-objective advantages, normalised within the group before they are combined (c-GDPO).
+        rewards = batch.rewards * jnp.asarray(objective.scales) if objective.scales else batch.rewards
         advantage = advantages.compute(
-            batch.rewards,
+            rewards,
             weights=jnp.asarray(objective.weights),
             valid=batch.valid,
             gate=gate,

@@ -49,6 +49,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, le=1e6)]
 Seconds = Annotated[float, Field(ge=0.1, le=86_400)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
+Scale = Annotated[float, Field(ge=1e-3, le=1000)]
 PromptSize = Annotated[int, Field(ge=8, le=SIZE)]
 
 

@@ -27,6 +27,7 @@ from balcap_jax.config.fields import (
     Pixels,
     PromptSize,
     Resumable,
+    Scale,
     Seconds,
     Seed,
     Share,
@@ -255,6 +256,8 @@ class Rewards(Group):
     """balcap, caprl, rubicap, feedquill, arena, balcap_arena, lexical, text, or your own package.module:Class"""
     weights: tuple[Weight, ...] = Field((1.0, 1.0, 1.0), min_length=1)
     """weight per objective of the reward; of balcap: precision, recall, linguistic"""
+    scales: tuple[Scale, ...] = ()
+    """factor on each objective's score before advantages, as of a judge with marks of another range; empty = ones"""
     pointability: bool = Field(True, description="assertions must be pointable to count in precision (balcap)")
     draws: FewOrNone = Field(8, description="questions drawn per caption (caprl); 0 = each one once")
     opponents: Few = Field(2, description="captions of its group that each one is shown before (arena)")

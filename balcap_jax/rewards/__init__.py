@@ -127,6 +127,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
             f"config field 'rewards.weights' needs {len(names)} numbers for {settings['name']} ({', '.join(names)}), "
             f"got {settings['weights']}"
         )
+    if settings["scales"] and len(settings["scales"]) != len(names):
+        raise UserError(
+            f"config field 'rewards.scales' needs {len(names)} numbers for {settings['name']} ({', '.join(names)}), or "
+            f"none, got {settings['scales']}"
+        )
     if data != "scenes" and config["judge"]["name"] == "oracle" and resolve(settings["name"]).asks:
         raise UserError(
             f"config field 'judge.name' is oracle, which knows the scenes only: with data.name {data!r} set it to "

@@ -163,6 +163,7 @@ class Programs:
             weights=tuple(config.rewards.weights),
             gated=(*gated, *[False] * (len(self.names) - len(gated))),  # That of the length is never gated.
             max_tokens=rollout.max_tokens,
+            scales=tuple(config.rewards.scales),
             gate=config.rewards.gate,
             gate_low=config.rewards.gate_low,
             gate_high=config.rewards.gate_high,

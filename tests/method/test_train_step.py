@@ -91,7 +91,8 @@ def by_hand(objective: RLObjective, batch: RLBatch, log_probs, reference=None) -
             for j in range(G):
                 if taking_part[i, j] and b.valid[i, j, k]:
                     gated = objective.gate and objective.gated[k] and not in_band[i, j]
-                    rewards[j] = 0.0 if gated else float(b.rewards[i, j, k])
+                    scale = objective.scales[k] if objective.scales else 1.0
+                    rewards[j] = 0.0 if gated else scale * float(b.rewards[i, j, k])
             if len(rewards) >= 2 and len(set(rewards.values())) > 1:
                 mean, std = np.mean(list(rewards.values())), np.std(list(rewards.values()), ddof=1)
                 for j, reward in rewards.items():
@@ -192,7 +193,7 @@ def largest_error(got: dict, want: dict) -> float:
     "changes",
     [
         {},
-        {"normaliser": "token", "exclude_truncated": True, "clip_high": 0.28},
+        {"normaliser": "token", "exclude_truncated": True, "clip_high": 0.28, "scales": (0.1, 10.0, 1.0)},
         {"normaliser": "token", "exclude_truncated": True, "aggregation": "conflict"},
         CONSTANT,
         pytest.param({"aggregation": "soft_min", "kappa": 2.0}, marks=pytest.mark.slow),
@@ -213,6 +214,8 @@ def test_loss_and_gradient_equal_the_slow_version(changes):
     state, metrics = rl_step(objective=objective)(new_state(), batch)
     np.testing.assert_allclose(finalise(metrics)["loss"], expected.loss, rtol=1e-5)
     assert metrics["advantage/dropped_frac"] == (dropped, could.sum())
+    precision = np.asarray(batch.rewards)[..., 0].sum()  # As it came, whatever its scale; a missing one is 0.
+    np.testing.assert_allclose(metrics["reward/precision"].total, precision, rtol=1e-5)
     assert largest_error(gradient_of(state), flat(gradient)) < 1e-5
     norm = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in flat(gradient).values()))
     np.testing.assert_allclose(finalise(metrics)["grad_norm"], norm, rtol=1e-5)
