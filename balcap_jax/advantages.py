@@ -8,6 +8,7 @@ For prompt i, sample j, objective k, with means and standard deviations over the
     GRPO          A(i,j)   = (R(i,j) - mean_j R(i,.)) / (std_j R(i,.) + eps_group),  R = sum_k w_k r_k
     Dr.GRPO       A(i,j)   = R(i,j) - mean_j R(i,.)
     RLOO          A(i,j)   = (R(i,j) - mean_j R(i,.)) n / (n - 1),  n valid members
+    best of G     A(i,j)   = 1 for the member of the highest R, the first of equals; all others have no part in the loss
 
 The "c" of BalCapRL's c-GDPO stands for continuous rewards (fractions and judge scores in place of GDPO's 0/1 rewards).
 The arithmetic is GDPO's, so the two names are one computation here. Continuous rewards only change the weight of
@@ -25,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 GDPO_FAMILY = ("c_gdpo", "gdpo")
-ESTIMATORS = (*GDPO_FAMILY, "grpo", "dr_grpo", "rloo")
+BEST_OF = "best_of"
+ESTIMATORS = (*GDPO_FAMILY, "grpo", "dr_grpo", "rloo", BEST_OF)
 BATCH_NORMS = ("sequence", "none")
 CONFLICT = 0.2
 """|sum Z| / sum |Z| below which a rollout whose objectives disagree is dropped (GD2PO's value)."""
@@ -34,8 +36,8 @@ CONFLICT = 0.2
 class Advantages(NamedTuple):
     """`combined` [B, G]; `per_objective` [B, G, K] before weights and batch step; `stats` {name: (sum, count)}.
 
-    Without the batch step `combined = sum_k weights[k] * per_objective[..., k]` for every estimator with the
-    aggregation "sum".
+    Without the batch step `combined = sum_k weights[k] * per_objective[..., k]` for every estimator but BEST_OF with
+    the aggregation "sum".
 
     `contributes` [B, G] bool: the members that have an advantage, 0 or not. All others have advantage 0, because they
     are excluded, a score is missing, or the aggregation dropped them. The loss leaves them out of its denominator: a
@@ -171,6 +173,9 @@ def compute(
 
     combined, kept = AGGREGATIONS[aggregation](per_objective * weights, valid & weighted, kappa)
     scored, contributes = contributes, contributes & kept
+    if estimator == BEST_OF:
+        contributes = _best(_weighted_sum(jnp.where(valid, rewards * gate, 0.0), weights), contributes)
+        combined, scored = jnp.ones((B, G)), contributes
     batch_mean, batch_std = _moments(combined, contributes, ddof, has_mean=aggregation != "sum")
     stats = _stats(per_objective, weights, member_mask, has_score, valid, gate, std, count, batch_std, names)
     stats["advantage/dropped_frac"] = _counts(scored & ~kept, scored)
@@ -181,6 +186,12 @@ def compute(
         combined = jnp.where(contrasts, combined, 0.0)
     combined = jnp.where(contributes, combined, 0.0)
     return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats, contributes))
+
+
+def _best(totals, contributes):
+    """[B, G] bool: the contributing member of the highest total, the first of equals; none where none contributes."""
+    best = jnp.where(contributes, totals, -jnp.inf).argmax(1)
+    return contributes & (jnp.arange(totals.shape[1]) == best[:, None])
 
 
 def _centre(rewards, valid, ddof):

@@ -135,10 +135,13 @@ def build(
         params = jax.jit(lambda: policy.init(jax.random.key(config.seed)), out_shardings=placed)()
     check_freezes(config, params)
     reward = rewards.build(config.rewards, run.judge, config.seed, references_as_samples(shown))
-    measure = with_miniature(rewards.measure(reward, run.judge, splits.fields), run.judge, splits.fields)
+    # Evaluations ask everything, and no judge that is wrong on purpose.
+    exact = run.judge.exact()
+    measured = reward if exact is run.judge else rewards.build(config.rewards, exact, config.seed)
+    measure = with_miniature(rewards.measure(measured, exact, splits.fields), exact, splits.fields)
     check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
-    reward = rewards.sparing(reward, config.judge, config.seed)  # Evaluations ask everything.
-    job = Job(config, mesh, adapted(config, policy), processor, reward, run.clock, measure, run.settle)
+    reward, truth = rewards.in_training(reward, config.judge, config.seed), rewards.truth(run.judge, splits.fields)
+    job = Job(config, mesh, adapted(config, policy), processor, reward, run.clock, measure, run.settle, truth)
     return job, params
 
 

@@ -232,6 +232,8 @@ def make_rl_step(
 
             log_probs = log_probs_of(params)
             surrogate, _, _ = objective.surrogate(log_probs, batch.old_log_probs, combined)
+            if objective.estimator == advantages.BEST_OF:  # Imitated, however far the policy is from who wrote it.
+                surrogate = -log_probs
             aux = {"log_probs": log_probs}
             if objective.kl_coef:
                 aux["kl"] = losses.kl_k3(log_probs, jax.lax.stop_gradient(log_probs_of(anchor)))
@@ -262,6 +264,8 @@ def _rl_metrics(objective, batch: RLBatch, advantage: advantages.Advantages, in_
         rewards = jnp.where(valid, batch.rewards[..., k], 0.0)
         metrics[f"reward/{name}"] = masked_mean(rewards, valid)
         metrics[f"reward/{name}_std"] = _group_std(rewards, valid)
+        if objective.estimator == advantages.BEST_OF:
+            metrics[f"best/{name}"] = masked_mean(rewards, valid & advantage.contributes)
     every = jnp.ones_like(in_band)
     return metrics | {
         "gate/in_band": masked_mean(in_band, every),

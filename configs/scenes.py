@@ -19,9 +19,12 @@ Leave-one-outs of the method, which `python -m balcap_jax.ablate` runs and compa
     :dr_grpo :rloo   other estimators of one summed reward     :no_batch_norm   c-GDPO without its batch step
     :soft_min  RVPO: the soft minimum of the objectives' z-scores in place of their sum
     :conflict  GD2PO: captions on which the objectives disagree are dropped
+    :best_of   in place of RL: supervised on the best of 8 captions of the base, by the summed reward, at as many judge
+               calls
 
 Rewards that the method is compared with; not yet run at full length:
     :caprl     accuracy of questions answered from the caption     :feedquill   verified share and number of units
+    :rubicap   weighted criteria, one for each unit of the reference
     :lexical   ROUGE-L to the reference, no judge
     :arena     comparisons with the other captions of the picture     :balcap_arena   these beside the method's three
 """
@@ -32,8 +35,7 @@ from balcap_jax.config import ablations
 from balcap_jax.config.recipes import default_config
 
 OWN = ("tiny", "qwen", "qwen3", "lora")
-# Scenes have no criteria.
-VARIANTS = (*OWN, *(name for name in ablations.NAMES if name != "rubicap"))
+VARIANTS = (*OWN, *ablations.NAMES)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -119,6 +121,8 @@ def get_config(variant: str = "") -> ConfigDict:
         # Ten times fewer numbers, which start at 0, take larger steps.
         config.stages.sft.learning_rate = 4e-3
         config.stages.rl.learning_rate = 1.6e-3
+    if "best_of" in variants:
+        config.stages.rl.learning_rate = config.stages.sft.learning_rate
     # About the tokens of a reference, and the longest response.
     ablations.apply(config, variants, length_start=56, length_end=80)
     if "tiny" in variants:

@@ -25,6 +25,7 @@ Leave-one-outs of the method:
     :two_sided :ramp :ramp_reference   a linear length penalty in place of the gate
     :grpo      vanilla GRPO: the weighted sum is normalised, in place of each objective
     :dr_grpo :rloo   other estimators of one summed reward     :no_batch_norm   c-GDPO without its batch step
+    :best_of   supervised on the best caption of each group of the model at the start, in place of RL
     :soft_min  RVPO: the soft minimum of the objectives' z-scores in place of their sum
     :conflict  GD2PO: captions on which the objectives disagree are dropped
 

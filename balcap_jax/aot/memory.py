@@ -218,7 +218,7 @@ def model_flops(
     flops += head * sizes.vocab * sizes.width * responses
     pairs = prompts * prompt**2 + responses * (prompt + length)
     flops += 12 * sizes.layers * sizes.heads * sizes.head_size * pairs
-    if programs.anchored:  # The reference runs forward.
+    if programs.anchored and programs.config.loss.kl_coef:  # The reference runs forward.
         layers = per_token(every, lambda path: path.startswith("decoder/layers/"))
         flops += 2 * layers * (prompts * prompt + responses) + 2 * sizes.vocab * sizes.width * responses
         flops += 4 * sizes.layers * sizes.heads * sizes.head_size * pairs

@@ -13,7 +13,7 @@ ONLY = {"precision_only": (1.0, 0.0, 0.0), "recall_only": (0.0, 1.0, 0.0), "ling
 REWARDS = {"caprl": (1.0,), "rubicap": (1.0,), "feedquill": (1.0, 1.0), "lexical": (1.0,), "arena": (1.0,)}
 REWARDS |= {"balcap_arena": (1.0, 1.0, 1.0, 1.0)}
 TAU_U = {"tau_1_1": 1.1, "tau_1_5": 1.5, "tau_3": 3.0}
-ESTIMATORS = ("grpo", "dr_grpo", "rloo")
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "best_of")
 AGGREGATIONS = ("soft_min", "conflict")
 PENALTIES = ("two_sided", "ramp", "ramp_reference")
 NAMES = ("no_pointability", "no_gate", "no_batch_norm", *ESTIMATORS, *AGGREGATIONS)
@@ -64,6 +64,8 @@ def apply(config: ConfigDict, variants: Sequence[str], length_start: int, length
     for name in ESTIMATORS:
         if name in variants:
             config.advantage.estimator = name
+    if "best_of" in variants:
+        config.loss.kl_coef = 0.0  # It is supervised training.
     for name in AGGREGATIONS:
         if name in variants:
             config.advantage.aggregation = name

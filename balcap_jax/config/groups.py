@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from balcap_jax.cli.errors import shown
+from balcap_jax.config import flaws
 from balcap_jax.config.fields import (
     IMAGES,
     SIZE,
@@ -284,6 +285,9 @@ class Judge(Group):
     failure_rate: Share = Field(0.0, description="share of oracle calls made to fail, as a drill")
     max_failure_rate: Share = Field(0.2, description="share of failed calls above which the run stops")
     failure_window: SomeSteps = Field(20, description="steps over which it is measured, at most those of rl")
+    flaws: Text = ""
+    """what is wrong on purpose with the oracle that train asks, such as false_accept:0.2,coarse:3; empty = nothing"""
+    votes: Few = Field(1, description="votes on each question with flaws; the majority decides, the mean of scores")
     ask: Text = ""
     """shares of a group's captions that train asks each question about, such as precision:0.5; empty = all"""
     # of the policy only, beside max_tokens
@@ -328,6 +332,7 @@ class Judge(Group):
             parse_shares(self.ask)
         except ValueError as error:
             yield "judge.ask", str(error)
+        yield from flaws.problems(self.flaws, self.votes, self.name, self.failure_rate, self.max_failure_rate)
         if self.name == "policy" and sorted(set(self.prompt_buckets)) != list(self.prompt_buckets):
             yield "judge.prompt_buckets", f"must be ascending, got {self.prompt_buckets}"
         if self.name == "policy" and not self.path:
@@ -352,8 +357,8 @@ class Judge(Group):
 
 
 class Advantage(Group):
-    estimator: Literal["c_gdpo", "gdpo", "grpo", "dr_grpo", "rloo"] = "c_gdpo"
-    """how K rewards become one advantage"""
+    estimator: Literal["c_gdpo", "gdpo", "grpo", "dr_grpo", "rloo", "best_of"] = "c_gdpo"
+    """how K rewards become one advantage; best_of: imitate the best caption of each group of the policy at the start"""
     aggregation: Literal["sum", "soft_min", "conflict"] = "sum"
     """how the z-scores of K objectives become one (GDPO family): their sum; RVPO's soft minimum; GD2PO's sum without
     the rollouts on which the objectives disagree"""

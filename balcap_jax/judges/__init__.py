@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
-from balcap_jax.config.schema import parse_shares
+from balcap_jax.config.schema import parse_flaws, parse_shares
+from balcap_jax.judges.flawed import FlawedJudge
 from balcap_jax.judges.oracle import OracleJudge
 from balcap_jax.judges.schema import Judge
 
-__all__ = ["Judge", "build", "parse_shares", "sees"]
+__all__ = ["Judge", "build", "parse_flaws", "parse_shares", "sees"]
 
 
 def sees(asks: Collection[str]) -> bool:
@@ -26,6 +27,8 @@ def build(config: Mapping[str, Any], seed: int, asks: Collection[str] = ()) -> J
       UserError: an endpoint of a remote judge is down, refuses the key, or does not know the model; or the model of a
         judge on the mesh cannot be loaded or cannot answer.
     """
+    if config["name"] == "oracle" and (flaws := parse_flaws(config["flaws"])):
+        return FlawedJudge(flaws, config["votes"], seed)
     if config["name"] == "oracle":
         return OracleJudge(failure_rate=config["failure_rate"], seed=seed)
     if config["name"] == "policy":

@@ -4,7 +4,6 @@ It knows nothing of the habits and faults that captions are given; recall and la
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,10 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.data.scenes.answering import answer_from
 from balcap_jax.data.scenes.language import NUMBERS, Claim, Subject
 from balcap_jax.data.scenes.reading import Parsed, covers, parse
+from balcap_jax.data.scenes.rubrics import STATES, unit_of
 from balcap_jax.data.scenes.world import Scene, SceneObject
 from balcap_jax.judges import schema
+from balcap_jax.judges.draws import uniform
 from balcap_jax.judges.schema import (
     ChoiceVerdict,
     Failure,
@@ -23,6 +24,7 @@ from balcap_jax.judges.schema import (
     PrecisionVerdict,
     PreferenceVerdict,
     RecallVerdict,
+    RubricVerdict,
 )
 
 CRITERIA = ("clarity", "fluency", "coherency")
@@ -101,11 +103,16 @@ class OracleJudge(Judge):
             verdicts.append(failure or judge_preference(question))
         return verdicts
 
+    def rubric(self, questions: Sequence[schema.RubricQuestion]) -> list[RubricVerdict | Failure]:
+        """Needs the scenes' own criteria, each about one unit. Raises UserError for any other."""
+        return [
+            self._failure("rubric", q.caption, *q.criteria) or judge_rubric(q.caption, q.criteria) for q in questions
+        ]
+
     def _failure(self, *content: str) -> Failure | None:
         if not self.failure_rate:
             return None
-        digest = hashlib.blake2b("\x1f".join((str(self.seed), *content)).encode(errors="replace"), digest_size=8)
-        if int.from_bytes(digest.digest(), "big") / 2**64 < self.failure_rate:
+        if uniform(str(self.seed), *content) < self.failure_rate:
             return Failure(f"simulated failure of the {content[0]} judge (failure_rate {self.failure_rate:g})")
         return None
 
@@ -123,6 +130,17 @@ def judge_precision(caption: str, scene: Scene, *, pointability: bool = True) ->
 def judge_recall(caption: str, units: Sequence[str]) -> RecallVerdict:
     parsed = parse(caption)
     return RecallVerdict(covered=[covers(parsed, unit) for unit in units])
+
+
+def judge_rubric(caption: str, criteria: Sequence[str]) -> RubricVerdict:
+    """A criterion is met where the caption covers its unit."""
+    units = [unit_of(criterion) for criterion in criteria]
+    if None in units:
+        raise UserError(
+            f"the oracle judge answers the criteria of scenes only, which begin with {STATES.strip()!r}, not "
+            f"{criteria[units.index(None)]!r}; use it with that data set, or choose another judge (judge.name)"
+        )
+    return RubricVerdict(passed=judge_recall(caption, units).covered)
 
 
 def judge_linguistic(caption: str) -> LinguisticVerdict:

@@ -186,6 +186,7 @@ class Judge:
 
     about: what records hold of the judge: its "model", and the prompt behind each method; empty where there is none.
     is_exact: its verdicts are exact and free, so that evaluations ask it more than the reward does.
+    exact: the judge that evaluations ask: itself, but for one that is wrong on purpose.
     """
 
     about: Mapping[str, str] = {}
@@ -197,6 +198,9 @@ class Judge:
         for method, run in itertools.groupby(questions, key=lambda question: question.method):
             answers += ask_all(getattr(self, method), list(run))
         return answers
+
+    def exact(self) -> "Judge":
+        return self
 
     def usage(self) -> Usage:
         return Usage()

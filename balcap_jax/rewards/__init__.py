@@ -11,13 +11,14 @@ from typing import Any
 
 from balcap_jax.cli.errors import UserError, raised, shown, streams_kept
 from balcap_jax.data.words import count_words
-from balcap_jax.judges import parse_shares
+from balcap_jax.judges import parse_flaws, parse_shares
 from balcap_jax.judges.schema import Judge
 from balcap_jax.rewards.arena import ArenaReward, BalCapArenaReward
 from balcap_jax.rewards.balcap import BalCapReward, TextReward
 from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores
 from balcap_jax.rewards.caprl import CaprlReward
 from balcap_jax.rewards.feedquill import FeedquillReward
+from balcap_jax.rewards.flawed import OF_SCORES, Flawed
 from balcap_jax.rewards.length import LengthPenalised
 from balcap_jax.rewards.lexical import LexicalReward
 from balcap_jax.rewards.own import OwnReward
@@ -120,6 +121,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
       UserError: they do not fit, or `objectives` fails.
     """
     check_asked(config)
+    if config["judge"]["flaws"] and not resolve(config["rewards"]["name"]).asks:
+        raise UserError(
+            f"config field 'judge.flaws' is {config['judge']['flaws']!r}, and the reward {config['rewards']['name']!r} "
+            "asks no judge; leave it empty"
+        )
     settings, data = config["rewards"], config["data"]["name"]
     names = objectives(settings)
     if len(settings["weights"]) != len(names):
@@ -155,10 +161,23 @@ def build(config: Mapping[str, Any], judge: Judge, seed: int = 0, tried_on: Samp
     return reward if config["length"] == "none" else LengthPenalised(reward, settings)
 
 
-def sparing(reward: RewardFn, judge: Mapping[str, Any], seed: int) -> RewardFn:
-    """`reward` as training calls it: with the questions left out that `ask` of the config group `judge` leaves out."""
-    shares = parse_shares(judge["ask"])
-    return Sparing(reward, shares, seed) if shares else reward
+def in_training(reward: RewardFn, judge: Mapping[str, Any], seed: int) -> RewardFn:
+    """`reward` as training calls it, by the config group `judge`: with what `ask` leaves out, and the errors of scores
+    that `flaws` names."""
+    shares, flaws = parse_shares(judge["ask"]), parse_flaws(judge["flaws"])
+    flaws = {name: amount for name, amount in flaws.items() if name in OF_SCORES}
+    if shares:
+        reward = Sparing(reward, shares, seed)
+    return Flawed(reward, flaws, judge["votes"], seed) if flaws else reward
+
+
+def truth(judge: Judge, fields: Collection[str]) -> RewardFn | None:
+    """What scores the captions of training beside a judge that is wrong on purpose: BalCap's three, exactly.
+
+    None for any other judge. `fields` are those that examples have.
+    """
+    exact = judge.exact()
+    return None if exact is judge or not set(BalCapReward.needs) <= set(fields) else BalCapReward(exact)
 
 
 def measure(reward: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn:
@@ -192,4 +211,4 @@ def check(config: Mapping[str, Any], judge: Judge, fields: Collection[str], data
 
 
 __all__ = ["RewardFn", "Samples", "Scores", "build", "check", "check_settings", "count_words", "measure"]
-__all__ += ["objectives", "resolve", "sparing"]
+__all__ += ["in_training", "objectives", "resolve", "truth"]

@@ -13,6 +13,7 @@ from balcap_jax.judges.schema import Failure
 from balcap_jax.rewards.base import Joined, RewardFn, Samples, Scores, collect
 
 KINDS = ("none", "two_sided", "ramp", "ramp_reference")
+LENGTH = "length"  # the objective's name
 
 
 class LengthPenalised(Joined):
@@ -25,7 +26,7 @@ class LengthPenalised(Joined):
 class Length(RewardFn):
     """K = 1: the penalty that the setting `length` names."""
 
-    names: tuple[str, ...] = ("length",)
+    names: tuple[str, ...] = (LENGTH,)
     gated: tuple[bool, ...] = (False,)
 
     def __call__(self, samples: Samples) -> Scores:

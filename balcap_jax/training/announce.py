@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from balcap_jax import rewards
+from balcap_jax.advantages import BEST_OF
 from balcap_jax.config.recipes import stage_order
 from balcap_jax.data import Data
 from balcap_jax.judges import cost
@@ -53,6 +54,8 @@ def _reward(config: ConfigDict) -> str:
     weighted = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, config.rewards.weights, strict=True))
     rule = config.advantage.aggregation
     joined = "" if rule == "sum" else f", joined by {rule}"
+    if config.advantage.estimator == BEST_OF:
+        return f"{config.rewards.name}: {weighted}; the best of each group is imitated"
     return f"{config.rewards.name}: {weighted}; advantages by {config.advantage.estimator}{joined}"
 
 
@@ -63,6 +66,8 @@ def _judge(config: ConfigDict, judge: Judge) -> str:
         return f"remote: {judge.about['model']} at {settings.endpoints}, {settings.concurrency} requests at once{ahead}"
     if settings.name == "policy":
         return f"policy: {settings.path} on the devices that train"
+    if settings.flaws:
+        return f"{judge.about['model']}, in training alone: the rules of the scenes"
     return "oracle: the rules of the scenes"
 
 

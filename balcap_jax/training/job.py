@@ -44,13 +44,17 @@ def to_samples(
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Captions [B][G] of B examples (columns) with their scores; tokens, truncated [B, G]."""
+    """Captions [B][G] of B examples (columns) with their scores; tokens, truncated [B, G].
+
+    `true` are the exact scores of BalCap's objectives, where `scores` are those of a judge that is wrong on purpose.
+    """
 
     examples: Mapping[str, Sequence]
     captions: Sequence[Sequence[str]]
     tokens: np.ndarray
     truncated: np.ndarray
     scores: Scores
+    true: Scores | None = None
 
     def records(self, names: Sequence[str], gate: tuple[float, float]) -> list[dict[str, Any]]:
         """One JSON-able record per image, as the report reads them.
@@ -113,6 +117,7 @@ class Job:
     """What all stages of a run share.
 
     measure: what evaluations score; None = the reward.
+    truth: what scores the captions of training once more, see `Judged`; None = nothing does.
     settle: (step, failed, calls) -> whether to ask more. It is called when a step's captions are judged and nothing is
       asked.
     """
@@ -125,6 +130,7 @@ class Job:
     clock: PhaseClock
     measure: RewardFn | None = None
     settle: Callable[[int, int, int], bool] = lambda *_: True
+    truth: RewardFn | None = None
 
     def prompt(self, examples: Examples) -> Prompt:
         """Host arrays of the prompts of `examples`."""
@@ -153,12 +159,16 @@ class Job:
         lengths, truncated = samples.lengths[rows.own], samples.truncated[rows.own]
 
         def ask() -> Judged:
+            truth = self.truth if reward is self.reward else None
+            scores = score(reward)
+            return Judged(own, captions, lengths, truncated, scores, truth and score(truth))
+
+        def score(reward: RewardFn) -> Scores:
             if captions:
-                scores = reward(to_samples(own, captions, lengths))
-            else:  # All that is held here is another process's to judge.
-                nothing = (*shape, len(reward.names))
-                scores = Scores(np.zeros(nothing, np.float32), np.zeros(nothing, bool), [])
-            return Judged(own, captions, lengths, truncated, scores)
+                return reward(to_samples(own, captions, lengths))
+            # All that is held here is another process's to judge.
+            nothing = (*shape, len(reward.names))
+            return Scores(np.zeros(nothing, np.float32), np.zeros(nothing, bool), [])
 
         return ask
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from balcap_jax import models, rewards, train_step
+from balcap_jax.advantages import BEST_OF
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 from balcap_jax.config.recipes import stage_order
@@ -48,7 +50,8 @@ class Programs:
         self.sampling = Sampling(
             rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k
         )
-        self.anchored = name == "rl" and config.loss.kl_coef > 0
+        self.imitates_best = name == "rl" and config.advantage.estimator == BEST_OF
+        self.anchored = self.imitates_best or (name == "rl" and config.loss.kl_coef > 0)
         self.names = rewards.objectives(config.rewards)
 
     # ---- the state
@@ -69,8 +72,16 @@ class Programs:
         return sharding.abstract(state, state_shardings(self.mesh, state))
 
     def reference(self, state: TrainState) -> Params | None:
-        """The trained parameters of `state`, its own arrays, for the KL term; None where there is no such term."""
+        """The trained parameters of `state`, its own arrays, where the stage keeps them: for the KL term, or to sample
+        from. None where it does not."""
         return train_step.trained(state.params, self.freeze) if self.anchored else None
+
+    def sampler(self, params: Params, reference: Params | None) -> Params:
+        """The parameters that sample: the newest, or those of the stage's start whose best captions are imitated."""
+        if not self.imitates_best:
+            return params
+        at_start = flax.traverse_util.flatten_dict(reference, sep="/")
+        return train_step.join(at_start, self.split(params)[1])
 
     def abstract_checkpoint(self, params: Params) -> dict[str, Any]:
         """The arrays of a checkpoint of this stage, as they are to be restored."""

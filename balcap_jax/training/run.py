@@ -183,7 +183,7 @@ class Run:
             write_text(workdir / "config.json", configuration.to_text(config))
             if data.left_out:
                 write_text(workdir / "left_out.jsonl", json_text.lines(entry._asdict() for entry in data.left_out))
-        self._held_out, self._is_exact = held_out, miniature.is_exact(self.judge, data.fields)
+        self._held_out, self._is_exact = held_out, miniature.is_exact(self.judge.exact(), data.fields)
         log, checkpoint, enter = config.log, config.checkpoint, self._open.enter_context
         files = {"keep": checkpoint.keep, "beside": [workdir / "metrics.jsonl"]}
         self._checkpointer = enter(Checkpointer(workdir / "checkpoints", **files, asynchronous=checkpoint.asynchronous))

@@ -8,7 +8,7 @@ A stage owns its compiled programs. Its first step compiles all of them, one upd
 no later step can meet a shape for the first time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,13 @@ from balcap_jax.train_step import RLBatch, SFTBatch, TrainState
 from balcap_jax.training.job import Examples, Job, Judged, Stage
 from balcap_jax.training.pipeline import Flight, Judging
 from balcap_jax.training.progress import HIDDEN
+
+
+def true_values(scores: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """What the log has of exact scores [B, G, K] beside those of a judge that is wrong on purpose."""
+    values = {f"true/{name}": float(scores[..., k].mean()) for k, name in enumerate(names)}
+    every = np.ones(scores.shape, bool)
+    return values | {"true/b_capscore": b_capscore(*three_of(scores, every, names))}
 
 
 class SFTStage(Stage):
@@ -60,7 +67,8 @@ class RLStage(Stage):
     """Rollout, judgement and the BalCapRL update.
 
     With `depth` 1 a batch is always in flight between two steps: sampled, and being judged unless `job.settle` forbade
-    it.
+    it. With the estimator `best_of` the policy of the stage's start samples all of them, and the update imitates the
+    best of each group.
     """
 
     name = "rl"
@@ -157,6 +165,8 @@ class RLStage(Stage):
             state, values = self.run_update(state, batch, shape, self._reference)
 
         values["b_capscore"] = b_capscore(*three_of(scores, valid, job.reward.names))
+        if judged.true is not None:
+            values |= true_values(rows.gather(judged.true.rewards), job.truth.names)
         values["tokens"] = float(lengths.sum())
         values["padding/rollout_useful"] = float(lengths.sum() / slots.sum())
         values["failed_calls"], values["calls"] = failed, calls
@@ -168,8 +178,9 @@ class RLStage(Stage):
         return state, values, judged
 
     def _sample(self, params: Params, examples: Examples, step: int) -> Flight:
-        """Draws G captions per example from `params`, with the random numbers of `step`."""
+        """Draws G captions per example, with the random numbers of `step`; `params` are the newest."""
         job, programs, clock = self.job, self.programs, self.job.clock
+        params = programs.sampler(params, self._reference)
         inputs = job.rollout_inputs(self.rows, examples, step)
         if self._rollout is None:
             with clock.phase("compile"):

@@ -241,7 +241,7 @@ def test_the_choices_of_the_advantage_are_those_that_it_computes():
 def test_aggregations_other_than_the_sum_need_z_scores(aggregation):
     for estimator in ("c_gdpo", "gdpo"):
         config_lib.check(changed(advantage__aggregation=aggregation, advantage__estimator=estimator))
-    for estimator in ("grpo", "dr_grpo", "rloo"):
+    for estimator in ("grpo", "dr_grpo", "rloo", "best_of"):
         fields = {"advantage__aggregation": aggregation, "advantage__estimator": estimator}
         message = error_of(config_lib.check, changed(**fields))
         assert message == (

@@ -93,6 +93,7 @@ CHANGES = {
     "no_batch_norm": {"advantage.batch_norm": "none"},
     "tau_3": {"rewards.gate_high": 3.0},
     "grpo": {"advantage.estimator": "grpo"},
+    "best_of": {"advantage.estimator": "best_of"},
     "soft_min": {"advantage.aggregation": "soft_min"},
     "conflict": {"advantage.aggregation": "conflict"},
     "ramp": {
@@ -261,7 +262,7 @@ def test_forkme():
         ("scenes.py:grpo,tiny,rloo", "variants grpo and rloo exclude each other"),
         ("scenes.py:soft_min,grpo", "variants soft_min and grpo exclude each other"),
         ("qwen25vl_3b.py:caprl,soft_min", "which needs z-scores of each objective, and advantage.estimator is 'rloo'"),
-        ("scenes.py:rubicap", "unknown variant 'rubicap'"),
+        ("scenes.py:best_of,rloo", "variants rloo and best_of exclude each other"),
     ],
 )
 def test_unknown_variants_are_refused(recipe, message):

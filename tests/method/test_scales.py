@@ -34,7 +34,7 @@ def test_a_scale_is_another_epsilon_to_c_gdpo_and_another_weight_to_grpo(scale, 
     np.testing.assert_allclose(ours, c_gdpo_by_hand(REWARDS, EPS / factors), atol=2e-5)
     # Epsilon is a hundredth of the least standard deviation that is scaled by 0.1; advantages are up to 3.
     np.testing.assert_allclose(ours, combined(REWARDS, "c_gdpo"), atol=0.04)
-    assert np.abs(combined(REWARDS * factors, "grpo") - combined(REWARDS, "grpo")).mean() > 0.25
+    assert np.abs(combined(REWARDS * factors, "grpo") - combined(REWARDS, "grpo")).mean() > 0.15
 
 
 def test_a_recipe_needs_a_scale_for_each_objective_or_none():

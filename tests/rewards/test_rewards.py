@@ -21,7 +21,7 @@ from balcap_jax.data.words import count_words, words
 from balcap_jax.judges import writers
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.oracle import OracleJudge
-from balcap_jax.judges.schema import Assertion, ChoiceVerdict, Failure, PrecisionVerdict, RubricVerdict
+from balcap_jax.judges.schema import Assertion, ChoiceVerdict, Failure, Judge, PrecisionVerdict, RubricVerdict
 from balcap_jax.rewards.balcap import BalCapReward
 from balcap_jax.rewards.base import Samples
 from balcap_jax.rewards.caprl import CaprlReward, first_letter
@@ -487,8 +487,11 @@ def test_unknown_rewards_and_what_a_reward_lacks_are_one_line_each():
     judge, fields = OracleJudge(), {"reference", "captions"}
     with pytest.raises(UserError, match=r"'caprl' needs 'questions'.*'photos' has none"):
         rewards.check(config_of(name="caprl"), judge, fields, "photos")
-    with pytest.raises(UserError, match=r"'rubic.*OracleJudge does not answer"):
-        rewards.check(config_of(name="rubicap"), judge, fields | {"rubrics"}, "photos")
+    rewards.check(config_of(name="rubicap"), judge, fields | {"rubrics"}, "photos")
+    with pytest.raises(
+        UserError, match=r"'rubicap' asks its judge for 'rubric', which the judge Judge does not answer"
+    ):
+        rewards.check(config_of(name="rubicap"), Judge(), fields | {"rubrics"}, "photos")
     rewards.check(config_of(name="lexical"), judge, fields, "photos")
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, resolved
 from balcap_jax.data import input, spread
-from balcap_jax.data.scenes import captioner, faults, habits, language, moods, questions, render, world
+from balcap_jax.data.scenes import captioner, faults, habits, language, moods, questions, render, rubrics, world
 
 PROMPT = "Describe the picture."
 # The ranges of seeds from which the splits draw their scenes cannot meet: each is far longer than any split. The data
@@ -79,7 +79,18 @@ class ScenesSettings:
 def code_digest() -> str:
     """Eight hex digits over the source of the generating modules: changed code never meets data of the old."""
     digest = hashlib.sha256()
-    for module in (world, language, faults, habits, moods, captioner, questions, render, sys.modules[__name__]):
+    for module in (
+        world,
+        language,
+        faults,
+        habits,
+        moods,
+        captioner,
+        questions,
+        rubrics,
+        render,
+        sys.modules[__name__],
+    ):
         digest.update(pathlib.Path(module.__file__).read_bytes())
     return digest.hexdigest()[:8]
 
@@ -96,7 +107,7 @@ def make_config(**settings: int | str) -> ScenesConfig:
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder):
-    """Rendered scenes with reference captions, faulty captions, reference units and questions."""
+    """Rendered scenes with reference captions, faulty captions, reference units, questions and rubrics."""
 
     VERSION = tfds.core.Version("1.0.0")
     # No download, no checksums; to look for some, TFDS would need importlib_resources, which it does not install.
@@ -109,7 +120,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict(
             {"id": text, "image": image, "scene": text, "prompt": text, "reference": text}
             | dict.fromkeys(("reference_units", "captions"), tfds.features.Sequence(text))
-            | {"questions": text}
+            | {"questions": text, "rubrics": text}
         )
         # Stored in the order of generation, so that "the first n of the test split" means the same everywhere.
         return input.BuiltHereInfo(builder=self, features=features, disable_shuffling=True, supervised_keys=None)
@@ -145,6 +156,7 @@ def make_example(split: str, index: int, settings: ScenesSettings) -> dict:
             for _ in range(settings.captions_per_image)
         ],
         "questions": json.dumps(questions.questions(scene, streams[_QUESTIONS], settings.questions_per_image)),
+        "rubrics": json.dumps(rubrics.rubrics(scene)),
     }
 
 
