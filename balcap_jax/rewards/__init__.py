@@ -121,7 +121,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
       UserError: they do not fit, or `objectives` fails.
     """
     check_asked(config)
-    if config["judge"]["flaws"] and not resolve(config["rewards"]["name"]).asks:
+    if parse_flaws(config["judge"]["flaws"]) and not resolve(config["rewards"]["name"]).asks:
         raise UserError(
             f"config field 'judge.flaws' is {config['judge']['flaws']!r}, and the reward {config['rewards']['name']!r} "
             "asks no judge; leave it empty"

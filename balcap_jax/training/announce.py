@@ -10,7 +10,7 @@ from balcap_jax import rewards
 from balcap_jax.advantages import BEST_OF
 from balcap_jax.config.recipes import stage_order
 from balcap_jax.data import Data
-from balcap_jax.judges import cost
+from balcap_jax.judges import cost, parse_flaws
 from balcap_jax.judges.schema import Judge
 from balcap_jax.models.policy import Params
 
@@ -66,7 +66,7 @@ def _judge(config: ConfigDict, judge: Judge) -> str:
         return f"remote: {judge.about['model']} at {settings.endpoints}, {settings.concurrency} requests at once{ahead}"
     if settings.name == "policy":
         return f"policy: {settings.path} on the devices that train"
-    if settings.flaws:
+    if parse_flaws(settings.flaws):
         return f"{judge.about['model']}, in training alone: the rules of the scenes"
     return "oracle: the rules of the scenes"
 
