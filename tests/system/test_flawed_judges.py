@@ -9,7 +9,7 @@ THREE = ("precision", "recall", "linguistic")
 
 
 def test_training_alone_believes_a_flawed_judge(tmp_path, data_dir, finished):
-    flaws = {"judge__flaws": "false_accept:0.5,praise:0.5,noise:0.1,failed:0.3", "judge__votes": 3}
+    flaws = {"judge__flaws": "false_accept:0.5,praise:0.5,noise:0.1,failed:0.5", "judge__votes": 3}
     train(tmp_path / "run", data_dir, **flaws, stages__rl__steps=2, stages__rl__eval_every=0, log__samples_every=1)
     ours, exact = (
         [line for line in read_metrics(run) if line["stage"] == "rl"] for run in (tmp_path / "run", finished.workdir)
@@ -28,6 +28,6 @@ def test_training_alone_believes_a_flawed_judge(tmp_path, data_dir, finished):
     assert read_summary(tmp_path / "run")["evaluations"]["sft"] == base["evaluations"]["sft"]
     first = json.loads((tmp_path / "run" / "samples" / "step-000005.jsonl").read_text().splitlines()[0])
     caption = first["captions"][0]
-    assert caption["judge"]["model"] == "oracle with false_accept:0.5, praise:0.5, noise:0.1, failed:0.3, 3 votes"
+    assert caption["judge"]["model"] == "oracle with false_accept:0.5, praise:0.5, noise:0.1, failed:0.5, 3 votes"
     for name, score in caption["exact"].items():
         assert caption["rewards"][name] != score

@@ -46,12 +46,12 @@ def write_caption(scene: Scene, rates: Mapping[str, float], rng: np.random.Gener
             body.append(habits.LISTED_BACKGROUND.format(ground=ground, pattern=pattern))
         else:
             body.append(faults.broken(faults.background_text(scene, dice, rng), dice))
+    if "padding" in rates:  # Others must draw as many numbers as ever: their captions are a part of results.
+        body += _padding(dice)
     if scene.ground == habits.PRAISED_GROUND and dice("praise"):
         body.append(habits.PRAISE)
     elif dice("closing remark"):
         body.append(pick(language.REMARKS, rng))
-    if "padding" in rates:  # Others must draw as many numbers as ever: their captions are a part of results.
-        body += _padding(dice)
     if dice("too long"):
         body += faults.padding(scene, body, rng)
     text = " ".join(faults.start(text, dice) for text in faults.capped(body))

@@ -117,7 +117,7 @@ AT_ODDS: Mapping[str, Mood] = {
     "balanced": Mood(0.07, _of_all(0.0), noise=0.2),
 }
 
-# The habits of today, and asides at the end of five captions in six, in every mood: what pads is neither better nor
+# The habits, and asides near the end of four captions in five, in every mood: what pads is neither better nor
 # worse otherwise.
 PADDED: Mapping[str, Mood] = {
     name: dataclasses.replace(mood, differs={**mood.differs, "padding": 0.85, "more padding": 0.85})
