@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "captioning": {"data", "models", "rollout", "parallel", "config.schema"},
     "training": {"config", "parallel", "data", "models", "judges", "rewards", "train_step", "rollout", "advantages"},
     "aot": {"training.programs", "models", "parallel", "config"},
-    "ablate": {"training", "report", "config"},
+    "ablate": {"training", "report", "config", "rewards", "judges.cost"},
 }
 
 

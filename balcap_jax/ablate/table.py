@@ -4,13 +4,12 @@ Values are in points (0 to 100), arena in -100 to 100, words in words.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
+from balcap_jax.ablate import statistics
 from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
 from balcap_jax.report.run import MINIATURE
 
@@ -24,9 +23,9 @@ METRICS = {
     "recall": "recall",
     "linguistic": "linguistic",
     "in_band": "in band, %",
+    "lowest": "lowest of the three",
 }
 _AS_STORED = ("b_capscore", "words")
-CONFIDENCE = 0.95
 MARGIN = 1.0  # points that count as nothing
 _SIGNS = {1: "rises", -1: "falls", 0: "does not fall"}
 
@@ -76,10 +75,8 @@ def difference(values: Values, variant: str, other: str, metric: str) -> Differe
     seeds = [seed for seed in ours if metric in ours[seed] and metric in theirs.get(seed, {})]
     if not seeds:
         return None
-    mean, spread = mean_and_spread([ours[seed][metric] - theirs[seed][metric] for seed in seeds])
-    n = len(seeds)
-    half = None if spread is None else float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * spread / math.sqrt(n)
-    return Difference(mean, half, n)
+    found = statistics.paired([ours[seed][metric] - theirs[seed][metric] for seed in seeds])
+    return Difference(found.mean, found.half(), found.n)
 
 
 def claims_of(variant: str, known: Mapping[str, Variant] = VARIANTS) -> list[tuple[str, int, str, str]]:
@@ -91,8 +88,11 @@ def claims_of(variant: str, known: Mapping[str, Variant] = VARIANTS) -> list[tup
     return reported + [(metric, sign, FULL, "method") for metric, sign in about.expected.items()]
 
 
-def rows(values: Values) -> list[dict[str, Any]]:
-    """One JSON-able row per variant: values by seed, mean and sd of each metric, and the verdict on each claim."""
+def rows(values: Values, known: Mapping[str, Variant] = VARIANTS) -> list[dict[str, Any]]:
+    """One JSON-able row per variant: values by seed, mean and sd of each metric, and the verdict on each claim.
+
+    known: what the variants are, and the claims about them.
+    """
     table = []
     for variant, by_seed in values.items():
         metrics, claims = {}, []
@@ -104,12 +104,12 @@ def rows(values: Values) -> list[dict[str, Any]]:
                 change = difference(values, variant, FULL, metric)
                 if change is not None and variant not in (FULL, BASE):
                     metrics[metric]["against_full"] = {"mean": change.mean, "half": change.half}
-        for metric, sign, other, source in claims_of(variant):
+        for metric, sign, other, source in claims_of(variant, known):
             change = difference(values, variant, other, metric)
             if change is not None:
                 claim = {"metric": metric, "direction": sign, "source": source, "against": other}
                 claims.append(claim | {"mean": change.mean, "half": change.half, "agrees": change.verdict(sign)})
-        about = VARIANTS[variant].about if variant in VARIANTS else _ABOUT_BASE if variant == BASE else ""
+        about = known[variant].about if variant in known else _ABOUT_BASE if variant == BASE else ""
         table.append({"variant": variant, "about": about, "seeds": len(by_seed), "metrics": metrics, "claims": claims})
     return table
 

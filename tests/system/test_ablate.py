@@ -19,7 +19,8 @@ from commands import (
 )
 
 from balcap_jax.ablate import __main__ as ablate
-from balcap_jax.ablate.__main__ import cost, is_finished, plan, with_variant
+from balcap_jax.ablate.leave_one_out import plan, with_variant
+from balcap_jax.ablate.running import copy_base, cost, is_finished
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_text
 from balcap_jax.config import recipes
@@ -134,7 +135,7 @@ def test_a_variant_has_the_ceiling_of_its_base(tmp_path, finished):
     both = {kind: ceiling[kind] | {"sft": evaluations["sft"]} for kind, evaluations in summary.items()}
     (base / "summary.json").write_text(json.dumps(both | {"seconds": {"wall": 3.0}}))
     (base / "samples" / "greedy-align.jsonl").write_text("a line\n")
-    ablate.copy_base(base, workdir)
+    copy_base(base, workdir)
     assert json.loads((workdir / "summary.json").read_text()) == ceiling
     assert [path.name for path in (workdir / "samples").iterdir()] == ["greedy-align.jsonl"]
     assert checkpoints(workdir) == [4]

@@ -1,0 +1,148 @@
+"""The four primary claims of the studies, stated with their tests before the runs, and what the seeds say to them.
+
+A claim holds where every part of it does (intersection-union: its p value is the largest of its parts'). A part is a
+paired t test over seeds, of greedy captions. Over the claims p values are adjusted by Holm's rule.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from balcap_jax.ablate.statistics import ALPHA, POWER, Paired, detectable, holm, paired, seeds_needed
+from balcap_jax.ablate.studies import GATE, PILOT_EFFECT, POINTABILITY, RIVALS, SCALES, SPREAD, Study, scaled
+from balcap_jax.ablate.variants import FULL
+
+Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # arm -> seed -> metric -> points
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """That `metric` of `arm` is above that of `against` by more than `-margin`, in the arms of one study.
+
+    Several arms in `against`: each seed is compared with the lowest of them.
+    """
+
+    study: Study
+    metric: str
+    against: tuple[str, ...]
+    arm: str = FULL
+    margin: float = 0.0
+
+    def differences(self, values: Values) -> dict[int, float]:
+        """{seed: arm - lowest of against} of the seeds that all of them have."""
+        arms = (self.arm, *self.against)
+        shared = [
+            seed
+            for seed in values.get(self.arm, {})
+            if all(self.metric in values.get(arm, {}).get(seed, {}) for arm in arms)
+        ]
+        return {
+            seed: values[self.arm][seed][self.metric] - min(values[arm][seed][self.metric] for arm in self.against)
+            for seed in sorted(shared)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    name: str
+    statement: str
+    parts: tuple[Part, ...]
+
+
+PRIMARY = (
+    Claim(
+        "spread",
+        "c-GDPO ends above GRPO's worst case over the scales in b-CapScore",
+        (Part(SPREAD, "b_capscore", tuple(scaled("grpo", scale) for scale in SCALES)),),
+    ),
+    Claim(
+        "pointability",
+        "with pointability the arena score is higher where captions pad",
+        (Part(POINTABILITY, "arena", ("no_pointability",)),),
+    ),
+    Claim(
+        "gate",
+        "the gate raises the share in band, and lowers DCScore and CaptionQA by at most 1 point",
+        (
+            Part(GATE, "in_band", ("no_gate",)),
+            Part(GATE, "dcscore", ("no_gate",), margin=1.0),
+            Part(GATE, "captionqa", ("no_gate",), margin=1.0),
+        ),
+    ),
+    Claim(
+        "rivals",
+        "BalCap is above every rival in the lowest of its three objectives",
+        tuple(Part(RIVALS, "lowest", (arm,)) for arm in RIVALS.arms if arm != FULL),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+    """A claim beside its seeds. parts: what was compared, one each; None where no seed has both.
+
+    p: the largest of the parts' p values; None where one is missing or has one seed. adjusted: by Holm. verdict: "yes",
+    "no" (a part goes the other way, by the same rule), "not told apart", or what is missing.
+    """
+
+    claim: Claim
+    parts: tuple[Paired | None, ...]
+    p: float | None
+    adjusted: float | None
+    verdict: str
+
+    def detectable(self) -> float | None:
+        """The smallest effect that all parts' tests could have seen: the largest of theirs."""
+        found = [part.detectable() for part in self.parts if part is not None and part.sd is not None]
+        return max(found) if len(found) == len(self.parts) else None
+
+
+def assess(values: Mapping[str, Values], claims: Sequence[Claim] = PRIMARY) -> list[Assessment]:
+    """The claims beside `values`, {study: values of its arms}. Holm's rule counts all claims, with or without seeds."""
+    parts = [tuple(_compare(part, values.get(part.study.name, {})) for part in claim.parts) for claim in claims]
+    supports = [_largest(claim, found) for claim, found in zip(claims, parts, strict=True)]
+    opposes = [_against(claim, found) for claim, found in zip(claims, parts, strict=True)]
+    adjusted, opposed = (holm([1.0 if p is None else p for p in column]) for column in (supports, opposes))
+    result = []
+    for claim, found, p, up, down in zip(claims, parts, supports, adjusted, opposed, strict=True):
+        if p is None:
+            verdict = "no seeds yet" if None in found else "one seed"
+        else:
+            verdict = "yes" if up <= ALPHA else "no" if down <= ALPHA else "not told apart"
+        result.append(Assessment(claim, found, p, None if p is None else up, verdict))
+    return result
+
+
+def _compare(part: Part, values: Values) -> Paired | None:
+    differences = part.differences(values)
+    return paired(list(differences.values())) if differences else None
+
+
+def _largest(claim: Claim, found: Sequence[Paired | None]) -> float | None:
+    """The p value that all parts hold; None where one is not known."""
+    each = [one.p_above(-part.margin) if one else None for part, one in zip(claim.parts, found, strict=True)]
+    return None if None in each else max(each)
+
+
+def _against(claim: Claim, found: Sequence[Paired | None]) -> float | None:
+    """The p value that one part at least goes the other way, for as many parts as were looked at (Bonferroni)."""
+    each = [one.p_below(-part.margin) if one else None for part, one in zip(claim.parts, found, strict=True)]
+    return None if None in each else min(1.0, len(each) * min(each))
+
+
+def planned_seeds(values: Mapping[str, Values], claims: Sequence[Claim] = PRIMARY) -> list[dict[str, Any]]:
+    """What a pilot's spread asks for: {part, sd, n, seeds at ALPHA, seeds at ALPHA / number of claims} of each part.
+
+    Seeds are for POWER at an effect of PILOT_EFFECT points. The second level is the first that Holm's rule may ask for.
+    """
+    found = []
+    for claim in claims:
+        for part in claim.parts:
+            one = _compare(part, values.get(part.study.name, {}))
+            if one is None or one.sd is None:
+                continue
+            levels = [ALPHA, ALPHA / len(claims)]
+            seeds = [seeds_needed(one.sd, PILOT_EFFECT, POWER, level) for level in levels]
+            seen = detectable(one.sd, len(part.study.seeds), POWER, ALPHA)
+            found.append({"part": part, "mean": one.mean, "sd": one.sd, "n": one.n, "seeds": seeds, "detectable": seen})
+    return found

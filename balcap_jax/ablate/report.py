@@ -1,0 +1,333 @@
+"""What the results of the studies say: a table and a figure for each, from result files alone.
+
+    <!-- ablate: NAME -->   ...   <!-- end: NAME -->
+
+In a page, what stands between these two lines is written anew for each study NAME, for "primary" (the primary claims)
+and for "pilot"; all else is the writer's.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from balcap_jax.ablate import drawings, results
+from balcap_jax.ablate.claims import PRIMARY, Values, assess, planned_seeds
+from balcap_jax.ablate.plans import Plan
+from balcap_jax.ablate.statistics import ALPHA, paired
+from balcap_jax.ablate.studies import (
+    BUDGET,
+    FLAWS,
+    JUDGED,
+    JUDGES,
+    LEAVE_ONE_OUT,
+    PILOT_EFFECT,
+    SCALES,
+    SHARES,
+    SPREAD,
+    VOTED,
+    VOTES,
+    Study,
+    asked,
+    flawed,
+    scaled,
+)
+from balcap_jax.ablate.table import BASE, METRICS, claims_markdown, markdown, mean_and_spread, rows
+from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import read_bytes, write_text
+
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> result
+
+
+def load(plan: Plan, study: Study, *, pilot: bool = False) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results of a study's arms that are of today's configs, those of pilots or the others."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in study.arms:
+        seeds = results.seeds_of(plan.results, study.label(name), pilot=pilot)
+        by_seed = {seed: plan.result(study, name, seed, warn=True) for seed in seeds}
+        found[name] = {seed: result for seed, result in by_seed.items() if result}
+    return found
+
+
+def values_of(found: Results, kind: str = "greedy") -> dict[str, dict[int, dict[str, float]]]:
+    """{arm: {seed: metrics}} of evaluations after rl, and of BASE, which all arms share."""
+    base = {
+        seed: results.metrics_of(result, kind, "base")
+        for by_seed in found.values()
+        for seed, result in by_seed.items()
+        if "base" in result[kind]
+    }
+    after = {
+        arm: {seed: results.metrics_of(result, kind, "after") for seed, result in by_seed.items()}
+        for arm, by_seed in found.items()
+    }
+    return {name: by_seed for name, by_seed in ({BASE: base} | after).items() if by_seed}
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+def section(study: Study, found: Results, figure: str = "") -> str:
+    """Markdown of a study: how it was made, its tables, its comparisons, what is missing, and the figure's link."""
+    command = f"```bash\npython -m balcap_jax.ablate --study={study.name} --out=DIR\n```\n"
+    if not any(found.values()):
+        return f"{study.question}\n\n{command}\nNot yet run.\n"
+    values = values_of(found)
+    known = VARIANTS if study is LEAVE_ONE_OUT else {name: Variant(arm.about) for name, arm in study.arms.items()}
+    table = rows(values, known)
+    parts = [study.question, command, made(study, found)]
+    if study is JUDGES:
+        parts += judges_tables(found, values)
+    else:
+        parts += ["Greedy captions:", markdown(table)]
+    if study is SPREAD:
+        parts.append(worst_cases(values))
+    if study is BUDGET:
+        parts.append(bills(found, values))
+    if any(row["claims"] for row in table):
+        parts += ["What was claimed (ours: mean paired difference ± half of its 95% interval):", claims_markdown(table)]
+    elif study is not JUDGES:
+        parts.append(comparisons(study, values))
+    if figure:
+        parts.append(f"![{study.question}]({figure})")
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def made(study: Study, found: Results) -> str:
+    """Seeds, time, machine and versions of the results of a study, and which runs are missing."""
+    everything = [result for by_seed in found.values() for result in by_seed.values()]
+    seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
+    seconds = sum(result["seconds"] for result in everything)
+    wall = sum(result["seconds"] / result["jobs"] for result in everything)
+    devices = " and ".join(sorted({result["device"] for result in everything}))
+    jax = ", ".join(sorted({result["versions"].get("jax", "?") for result in everything}))
+    text = (
+        f"{len(everything)} runs, seeds {', '.join(map(str, seeds))}; {seconds / 60:.0f} min of runs, about "
+        f"{wall / 60:.0f} min on the clock without bases (runs that studies share are counted in each), on {devices}; "
+        f"jax {jax}. Mean ± standard deviation over seeds; **bold**: the 95% t interval of the paired difference to "
+        "`full` leaves out 0."
+    )
+    missing = [f"{arm} ({seed})" for arm, by_seed in found.items() for seed in study.seeds if seed not in by_seed]
+    return text + (f" Missing: {', '.join(missing)}." if missing else "")
+
+
+def comparisons(study: Study, values: Values) -> str:
+    """The study's metric of each arm against one: difference, 95% interval, and what could have been seen."""
+    unit = METRICS[study.metric]
+    lines = [
+        f"{unit} against `{study.against}` (exploratory but for the [primary claims](#primary-claims); ± half of the "
+        "95% interval; seen: the effect that these seeds find with 80% probability):",
+        "",
+        f"| variant | what it is | {unit}, difference | p | seen |",
+        "|---|---|---|---|---|",
+    ]
+    for name, arm in study.arms.items():
+        found = differences(values, name, study.against, study.metric)
+        if name != study.against and found:
+            one = paired(found)
+            lines.append(f"| {name} | {arm.about} | {_interval(one)} | {_p(one.p())} | {_number(one.detectable())} |")
+    return "\n".join(lines)
+
+
+def differences(values: Values, arm: str, against: str, metric: str) -> list[float]:
+    """Of the seeds that both have, ascending."""
+    ours, theirs = values.get(arm, {}), values.get(against, {})
+    seeds = sorted(seed for seed in ours if metric in ours[seed] and metric in theirs.get(seed, {}))
+    return [ours[seed][metric] - theirs[seed][metric] for seed in seeds]
+
+
+def worst_cases(values: Values, metric: str = "b_capscore") -> str:
+    """Of each estimator the lowest value over the scales, by seed."""
+    lines = [
+        "Worst case over the scales, by seed (c-GDPO and fixed weights do not depend on the scale; c-GDPO was run at "
+        "three of them as a check):",
+        "",
+        f"| estimator | {METRICS[metric]}, worst | furthest from scale 1 |",
+        "|---|---|---|",
+    ]
+    for name, arms in (
+        (FULL, [scaled(FULL, scale) for scale in SCALES]),
+        ("grpo", [scaled("grpo", scale) for scale in SCALES]),
+        ("grpo_fixed", ["grpo_fixed"]),
+    ):
+        arms = [arm for arm in arms if arm in values]
+        seeds = [seed for seed in values.get(name, {}) if all(seed in values[arm] for arm in arms)]
+        if not seeds:
+            continue
+        each = [[values[arm][seed][metric] for arm in arms] for seed in seeds]
+        ones = [values[name][seed][metric] for seed in seeds]
+        furthest = max(abs(value - one) for column, one in zip(each, ones, strict=True) for value in column)
+        lines.append(f"| {name} | {_mean_text([min(column) for column in each])} | {furthest:.1f} |")
+    return "\n".join(lines)
+
+
+def bills(found: Results, values: Values, metric: str = "b_capscore") -> str:
+    """What each share of questions costs and loses, and the cheapest that loses at most 1 point."""
+    lines = ["| share asked | questions to the judge | b-CapScore | difference |", "|---|---|---|---|"]
+    cheapest = None
+    for share in sorted(SHARES, reverse=True):
+        arm = asked(share)
+        if not (calls := [result["judge_calls"] for result in found.get(arm, {}).values()]):
+            continue
+        change = paired(differences(values, arm, FULL, metric) or [0.0])
+        scores = [one[metric] for one in values[arm].values() if metric in one]
+        lines.append(f"| {share:g} | {calls[0]:,} | {_mean_text(scores)} | {_interval(change) if share < 1 else ''} |")
+        cheapest = share if change.mean >= -1 else cheapest
+    if cheapest is not None:
+        lines += ["", f"The cheapest within 1 point of the full bill, by the mean: a share of {cheapest:g}."]
+    return "\n".join(lines)
+
+
+def judges_tables(found: Results, values: Values, metric: str = "b_capscore") -> list[str]:
+    """True b-CapScore after training with each judge, how much the judge flatters at the end, and votes."""
+    flaws = ["", *FLAWS]
+    head = f"| judge | {' | '.join(JUDGED)} |\n|---{'|---' * len(JUDGED)}|"
+
+    def cells(flaw: str, text: Callable[[str], str]) -> str:
+        return f"| {flaw or 'exact'} | {' | '.join(text(method) for method in JUDGED)} |"
+
+    def score(arm: str) -> str:
+        return _mean_text([one[metric] for one in values.get(arm, {}).values() if metric in one])
+
+    def loss(flaw: str, method: str) -> str:
+        found = differences(values, flawed(method, flaw), method, metric)
+        return _interval(paired(found)) if found else "-"
+
+    def flattery(arm: str) -> str:
+        last = [result["trajectory"][-1] for result in found.get(arm, {}).values() if result.get("trajectory")]
+        return _mean_text([one["proxy"][metric] - one["true"][metric] for one in last])
+
+    votes = ["| judge | one vote | three votes | difference |", "|---|---|---|---|"]
+    for flaw in VOTED:
+        one, three = flawed(FULL, flaw), flawed(FULL, flaw, VOTES)
+        if change := differences(values, three, one, metric):
+            votes.append(f"| {flaw} | {score(one)} | {score(three)} | {_interval(paired(change))} |")
+    return [
+        "True b-CapScore of greedy captions after training with that judge:",
+        "\n".join([head, *(cells(flaw, lambda method, flaw=flaw: score(flawed(method, flaw))) for flaw in flaws)]),
+        "Against the same method under the exact judge, ± half of the 95% interval:",
+        "\n".join([head, *(cells(flaw, partial(loss, flaw)) for flaw in FLAWS)]),
+        "What the judge says of the last updates' captions above what is true, in b-CapScore:",
+        "\n".join([head, *(cells(flaw, lambda method, flaw=flaw: flattery(flawed(method, flaw))) for flaw in FLAWS)]),
+        "Votes, for the full method:",
+        "\n".join(votes),
+    ]
+
+
+def primary(values: Mapping[str, Values]) -> str:
+    """The table of the primary claims; `values` by study."""
+    lines = [
+        "| claim | compared | mean difference | p | p, Holm | holds | could have been seen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in assess(values):
+        for part, found in zip(one.claim.parts, one.parts, strict=True):
+            first = part is one.claim.parts[0]
+            margin = f", margin {part.margin:g}" if part.margin else ""
+            rival = part.against[0] if len(part.against) == 1 else f"the lowest of {', '.join(part.against)}"
+            cells = [
+                one.claim.statement if first else "",
+                f"{METRICS[part.metric]}, {part.arm} - {rival}{margin}",
+                _interval(found) if found else "-",
+                _p(found.p_above(-part.margin)) if found else "-",
+                _p(one.adjusted) if first else "",
+                one.verdict if first else "",
+                _number(one.detectable()) if first else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return (
+        "Paired t tests over seeds of greedy captions; a claim of several parts has the largest of their p values; "
+        f"Holm over the {len(PRIMARY)} claims at {ALPHA:g}. The last column is the effect that these seeds find with "
+        "80% probability.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def pilot(values: Mapping[str, Values]) -> str:
+    """Seeds that the pilots' spread asks for; `values` by study."""
+    planned = planned_seeds(values)
+    if not planned:
+        return "No pilot has two seeds of a primary comparison yet.\n"
+    lines = [
+        f"Seeds for 80% power at an effect of {PILOT_EFFECT:g} points, from the pilots' standard deviation of paired "
+        f"differences; at {ALPHA:g}, and at {ALPHA / len(PRIMARY):g}, which Holm's rule asks of the first claim:",
+        "",
+        f"| study | compared | sd | pilot seeds | seeds at {ALPHA:g} | at {ALPHA / len(PRIMARY):g} | seen by the "
+        "study's seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in planned:
+        part = one["part"]
+        rival = part.against[0] if len(part.against) == 1 else f"lowest of {len(part.against)}"
+        seeds = " | ".join(map(str, one["seeds"]))
+        compared = f"{METRICS[part.metric]}, {part.arm} - {rival}"
+        sd, seen = one["sd"], one["detectable"]
+        lines.append(f"| {part.study.name} | {compared} | {sd:.2f} | {one['n']} | {seeds} | {seen:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(one: Any) -> str:
+    half = one.half()
+    return f"{one.mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def sections(plan: Plan, studies: Sequence[Study], figures: Path, *, whole: bool = False) -> dict[str, str]:
+    """{name: Markdown for a page beside the folder `figures`}; writes figures/NAME.svg of each study with a result.
+
+    whole: the primary claims and the pilots too, which take all studies.
+    """
+    found = {study.name: load(plan, study) for study in studies}
+    values = {name: values_of(one) for name, one in found.items()}
+    made = {}
+    for study in studies:
+        drawing = drawings.draw(study, found[study.name], values[study.name])
+        if drawing:
+            write_text(figures / f"{study.name}.svg", drawing)
+        made[study.name] = section(study, found[study.name], f"{figures.name}/{study.name}.svg" if drawing else "")
+    if whole:
+        pilots = {study.name: values_of(load(plan, study, pilot=True)) for study in studies}
+        made |= {"primary": primary(values), "pilot": pilot(pilots)}
+    return made
+
+
+def rewrite(page: Path, contents: Mapping[str, str]) -> None:
+    """Puts each section in its place in the page.
+
+    Raises:
+      UserError: the page cannot be read, or has no place for a section.
+    """
+    try:
+        text = read_bytes(page).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{page} cannot be read ({error}); name another --page") from error
+    for name, content in contents.items():
+        text = replaced(text, name, content, page)
+    write_text(page, text)
+
+
+def replaced(text: str, name: str, content: str, page: Path) -> str:
+    """The text with `content` between the lines of `name`. Raises UserError where they are not there once."""
+    first, last = f"<!-- ablate: {name} -->\n", f"<!-- end: {name} -->"
+    place = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+    if len(place.findall(text)) != 1:
+        raise UserError(f"{page} must have the lines {first.strip()} and {last} once; add them where the table belongs")
+    return place.sub(lambda _: f"{first}{content}{last}", text)

@@ -1,0 +1,140 @@
+"""The primary claims on hand-made seeds: what is compared, which p values count, and what is said."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from balcap_jax.ablate.claims import PRIMARY, Claim, Part, assess, planned_seeds
+from balcap_jax.ablate.statistics import power
+from balcap_jax.ablate.studies import GATE, POINTABILITY, RIVALS, SPREAD
+
+SPREAD_CLAIM, POINTABILITY_CLAIM, GATE_CLAIM, RIVALS_CLAIM = PRIMARY
+
+
+def seeds(metric, *values):
+    return {seed: {metric: value} for seed, value in enumerate(values)}
+
+
+def test_the_claims_compare_what_was_stated():
+    assert [claim.name for claim in PRIMARY] == ["spread", "pointability", "gate", "rivals"]
+    [part] = SPREAD_CLAIM.parts
+    assert (part.metric, part.arm) == ("b_capscore", "full")
+    assert part.against == ("grpo_s0.1", "grpo_s0.3", "grpo", "grpo_s3", "grpo_s10")
+    [part] = POINTABILITY_CLAIM.parts
+    assert (part.metric, part.arm, part.against) == ("arena", "full", ("no_pointability",))
+    assert [(part.metric, part.against, part.margin) for part in GATE_CLAIM.parts] == [
+        ("in_band", ("no_gate",), 0.0),
+        ("dcscore", ("no_gate",), 1.0),
+        ("captionqa", ("no_gate",), 1.0),
+    ]
+    rivals = ("caprl", "rubicap", "feedquill", "arena", "lexical", "best_of")
+    assert [part.against for part in RIVALS_CLAIM.parts] == [(name,) for name in rivals]
+    assert {part.metric for part in RIVALS_CLAIM.parts} == {"lowest"}
+    for claim in PRIMARY:
+        for part in claim.parts:
+            assert {part.arm, *part.against} <= part.study.arms.keys()
+
+
+def test_the_worst_case_is_taken_by_seed():
+    part = Part(SPREAD, "b_capscore", ("grpo", "grpo_s3"))
+    values = {
+        "full": seeds("b_capscore", 80.0, 81.0, 82.0),
+        "grpo": seeds("b_capscore", 79.0, 60.0, 70.0),
+        "grpo_s3": seeds("b_capscore", 70.0, 78.0),
+    }
+    assert part.differences(values) == {0: 10.0, 1: 21.0}
+    assert part.differences({}) == {}
+
+
+def gate(in_band, dcscore, captionqa):
+    zero = (0.0,) * len(in_band)
+    columns = {"in_band": in_band, "dcscore": dcscore, "captionqa": captionqa}
+    rows = {
+        arm: {seed: {name: values[seed] for name, values in these.items()} for seed in range(len(in_band))}
+        for arm, these in (("full", columns), ("no_gate", dict.fromkeys(columns, zero)))
+    }
+    return {GATE.name: rows}
+
+
+def test_a_claim_of_several_parts_has_the_largest_p():
+    change = {
+        "in_band": (20.0, 22.0, 25.0, 19.0),
+        "dcscore": (-0.5, -0.2, -0.6, -0.1),
+        "captionqa": (0.3, 0.1, -0.4, 0),
+    }
+    [one] = assess(gate(**change), [GATE_CLAIM])
+    expected = [
+        scipy.stats.ttest_1samp(change[name], null).pvalue
+        for name, null in (("in_band", 0), ("dcscore", -1), ("captionqa", -1))
+    ]
+    assert one.p == pytest.approx(max(expected))
+    assert (one.adjusted, one.verdict) == (one.p, "yes")
+    # A fall of two points is more than the margin, however far the share in band rises.
+    [one] = assess(gate(change["in_band"], (-2.1, -2.0, -1.9, -2.2), change["captionqa"]), [GATE_CLAIM])
+    assert (one.p, one.verdict) == (1.0, "no")
+    # A fall of 1.5 +- 1.3 points is neither within the margin nor surely beyond it.
+    [one] = assess(gate(change["in_band"], (-1.5, -0.5, -2.5, -1.5), change["captionqa"]), [GATE_CLAIM])
+    assert one.verdict == "not told apart"
+    sd = np.std(change["in_band"], ddof=1)  # the noisiest part, hence the largest effect that may be missed
+    assert power(one.detectable(), sd, 4) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_holm_counts_all_claims_whether_or_not_they_have_seeds():
+    low = {"full": seeds("arena", 5.0, 6.0, 7.5), "no_pointability": seeds("arena", 0.0, 0.2, 0.0)}
+    p = scipy.stats.ttest_1samp([5.0, 5.8, 7.5], 0).pvalue
+    assert 0.0125 < p < 0.05
+    found = {one.claim.name: one for one in assess({POINTABILITY.name: low})}
+    assert found["pointability"].p == pytest.approx(p)
+    assert found["pointability"].adjusted == pytest.approx(4 * p)
+    assert found["pointability"].verdict == "not told apart"
+    assert [found[name].verdict for name in ("spread", "gate", "rivals")] == ["no seeds yet"] * 3
+    assert found["gate"].adjusted is None
+    [alone] = assess({POINTABILITY.name: low}, [POINTABILITY_CLAIM])
+    assert alone.verdict == "yes"
+    swapped = {"full": low["no_pointability"], "no_pointability": low["full"]}
+    [alone] = assess({POINTABILITY.name: swapped}, [POINTABILITY_CLAIM])
+    assert (alone.p, alone.verdict) == (1.0, "no")
+
+
+def test_one_seed_is_no_test():
+    values = {POINTABILITY.name: {"full": seeds("arena", 5.0), "no_pointability": seeds("arena", 1.0)}}
+    [one] = assess(values, [POINTABILITY_CLAIM])
+    assert (one.parts[0].mean, one.p, one.verdict, one.detectable()) == (4.0, None, "one seed", None)
+
+
+def test_one_weak_rival_decides():
+    values = {arm: seeds("lowest", 70.0, 71.0, 72.0, 70.5) for arm in RIVALS.arms}
+    values["full"] = seeds("lowest", 80.0, 82.0, 81.0, 80.5)
+    assert assess({RIVALS.name: values}, [RIVALS_CLAIM])[0].verdict == "yes"
+    values["lexical"] = seeds("lowest", 79.0, 83.0, 80.0, 81.0)
+    [one] = assess({RIVALS.name: values}, [RIVALS_CLAIM])
+    assert one.p == pytest.approx(scipy.stats.ttest_1samp([1.0, -1.0, 1.0, -0.5], 0).pvalue)
+    assert one.verdict == "not told apart"
+
+
+def test_the_level_of_the_claims_holds_where_nothing_differs():
+    """Of 400 draws without any effect, Holm's rule says yes or no to some claim in about a twentieth."""
+    generator = np.random.default_rng(3)
+    claims = [Claim(str(k), "", (Part(POINTABILITY, f"m{k}", ("no_pointability",)),)) for k in range(4)]
+    wrong = 0
+    for _ in range(400):
+        draws = generator.normal(size=(2, 5, 4))
+        values = {
+            arm: {seed: {f"m{k}": draws[row, seed, k] for k in range(4)} for seed in range(5)}
+            for row, arm in enumerate(("full", "no_pointability"))
+        }
+        wrong += any(one.verdict in ("yes", "no") for one in assess({POINTABILITY.name: values}, claims))
+    assert 5 <= wrong <= 35  # 20 expected, with a standard deviation of 4.4
+
+
+def test_seeds_are_planned_from_the_spread_of_the_pilot():
+    values = {
+        POINTABILITY.name: {
+            "full": {seed: {"arena": value} for seed, value in zip((100, 101, 102), (3.0, 5.0, 1.0), strict=True)},
+            "no_pointability": {seed: {"arena": 0.0} for seed in (100, 101, 102)},
+        }
+    }
+    [one] = planned_seeds(values)
+    assert (one["sd"], one["n"], one["part"]) == (2.0, 3, POINTABILITY_CLAIM.parts[0])
+    assert one["seeds"] == [6, 9]  # at 0.05 and at 0.0125
+    assert power(one["detectable"], 2.0, 5) == pytest.approx(0.8, abs=1e-4)
