@@ -1,0 +1,223 @@
+"""What is written of results: tables with numbers that were put in, figures that place them, and pages."""
+
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+from balcap_jax.ablate import drawings, figures, report, results
+from balcap_jax.ablate.figures import Panel, Series
+from balcap_jax.ablate.plans import Plan
+from balcap_jax.ablate.studies import BUDGET, FLAWS, JUDGES, POINTABILITY, RECIPE, RIVALS, SPREAD, STUDIES, flawed
+from balcap_jax.cli.errors import UserError
+from balcap_jax.config import recipes
+
+SVG = "{http://www.w3.org/2000/svg}"
+COST = {"seconds": 90.0, "jobs": 2, "device": "1 x cpu", "versions": {"jax": "0.10.1"}}
+
+
+def result(score, **more):
+    """A result whose captions have b-CapScore `score` after, 60 before."""
+    means = {"precision": score, "recall": score - 10, "linguistic": score + 5, "b_capscore": score}
+    means |= {"dcscore": score - 4, "captionqa": score - 2, "arena": score - 50, "words": score / 2, "in_band": 99.0}
+    base = dict.fromkeys(means, 60.0)
+    return {kind: {"base": base, "after": means} for kind in ("greedy", "sampled")} | COST | more
+
+
+def of(study, score, seeds=(0, 1, 2), **more):
+    """Results of all arms: those of the arm number k and the seed s have the b-CapScore score(k, s)."""
+    return {arm: {seed: result(score(number, seed), **more) for seed in seeds} for number, arm in enumerate(study.arms)}
+
+
+def table(text, first):
+    """{first cell: other cells} of the table in `text` whose head begins with `first`."""
+    lines = text.split("\n")
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name] = cells
+    return rows
+
+
+def test_worst_cases_over_the_scales():
+    # c-GDPO: 80, 81, 79 (+ seed); GRPO: 74, 77, 78, 70, 75 at the scales 0.1 to 10; fixed weights 76.
+    scores = [80, 81, 79, 74, 77, 78, 70, 75, 76]
+    found = of(SPREAD, lambda arm, seed: scores[arm] + seed)
+    text = report.section(SPREAD, found, "figures/spread.svg")
+    assert table(text, "estimator") == {
+        "full": ["80.0 ± 1.0", "1.0"],
+        "grpo": ["71.0 ± 1.0", "8.0"],
+        "grpo_fixed": ["77.0 ± 1.0", "0.0"],
+    }
+    assert "27 runs, seeds 0, 1, 2; 40 min of runs, about 20 min on the clock" in text
+    assert "Missing: full (3), full (4)" in text
+    assert "![" in text
+    assert table(text, "variant")["base"][0] == "60.0 ± 0.0"
+    assert table(text, "variant")["grpo_s3"][0] == "**71.0 ± 1.0**"
+
+
+def test_comparisons_have_intervals_and_what_could_be_seen():
+    found = of(POINTABILITY, lambda arm, seed: 80 - arm * (4, 5, 6)[seed])
+    text = report.comparisons(POINTABILITY, report.values_of(found))
+    mean, p, seen = table(text, "variant")["no_pointability"][1:]
+    # Differences -4, -5, -6 of the arena: t(0.975, 2) = 4.30265, so +- 2.48; t = -8.66, p = 0.013.
+    assert (mean, p) == ("-5.0 ± 2.5", "0.013")
+    assert float(seen) == pytest.approx(3.26, abs=0.05)
+
+
+def test_the_cheapest_share_within_a_point():
+    scores = {"full": 80.0, "ask_0.5": 79.4, "ask_0.25": 77.0}
+    calls = {"full": 30720, "ask_0.5": 15360, "ask_0.25": 7680}
+    found = {arm: {seed: result(scores[arm] + seed, judge_calls=calls[arm]) for seed in (0, 1)} for arm in scores}
+    text = report.section(BUDGET, found)
+    rows = table(text, "share asked")
+    assert [row[0] for row in rows.values()] == ["30,720", "15,360", "7,680"]
+    assert [row[2] for row in rows.values()] == ["", "-0.6 ± 0.0", "-3.0 ± 0.0"]
+    assert "within 1 point of the full bill, by the mean: a share of 0.5" in text
+
+
+def test_judges_are_compared_with_the_exact_one():
+    path = [
+        {"update": 5, "proxy": {"b_capscore": 70.0}, "true": {"b_capscore": 65.0}},
+        {"update": 10, "proxy": {"b_capscore": 90.0}, "true": {"b_capscore": 72.0}},
+    ]
+    found = of(JUDGES, lambda arm, seed: 80.0 + seed, trajectory=path)
+    bad = flawed("grpo", "praise:0.5")
+    found[bad] = {seed: result(70.0 + seed + seed % 2, trajectory=path) for seed in (0, 1, 2)}
+    found[flawed("full", "noise:0.3", 3)] = {seed: result(83.0 + seed) for seed in (0, 1, 2)}
+    text = report.section(JUDGES, found)
+    scores = table(text, "judge")
+    assert scores["exact"] == ["81.0 ± 1.0"] * 4
+    assert scores["praise:0.5"] == ["81.0 ± 1.0", "71.3 ± 1.2", "81.0 ± 1.0", "81.0 ± 1.0"]
+    after = text.split("Against the same")[1]
+    losses = table(after, "judge")
+    assert {*losses} == {*FLAWS}
+    assert losses["praise:0.5"] == ["+0.0 ± 0.0", "-9.7 ± 1.4", "+0.0 ± 0.0", "+0.0 ± 0.0"]
+    flattery = table(after.split("What the judge says")[1], "judge")
+    assert flattery["coarse:3"] == ["18.0 ± 0.0"] * 4
+    votes = table(after.split("Votes")[1], "judge")
+    assert votes["noise:0.3"] == ["81.0 ± 1.0", "84.0 ± 1.0", "+3.0 ± 0.0"]
+
+
+def test_a_study_without_results_says_how_to_run_it():
+    text = report.section(RIVALS, {arm: {} for arm in RIVALS.arms})
+    assert "python -m balcap_jax.ablate --study=rivals --out=DIR" in text
+    assert text.rstrip().endswith("Not yet run.")
+    assert drawings.draw(RIVALS, {arm: {} for arm in RIVALS.arms}, {}) == ""
+
+
+def test_the_table_of_the_primary_claims():
+    found = of(POINTABILITY, lambda arm, seed: 80 - 20 * arm + seed * (1 + arm), seeds=(0, 1, 2, 3))
+    text = report.primary({POINTABILITY.name: report.values_of(found)})
+    line = next(line for line in text.split("\n") if "no_pointability" in line)
+    # Differences 20, 19, 18, 17: t = 18.5 / (1.291 / 2) = 28.7, p = 9.3e-5, times four by Holm's rule.
+    assert line == (
+        "| with pointability the arena score is higher where captions pad | arena (mini), full - no_pointability "
+        "| +18.5 ± 2.1 | < 0.0001 | 0.00037 | yes | 2.7 |"
+    )
+    assert sum("no seeds yet" in line for line in text.split("\n")) == 3
+
+
+def test_the_pilot_plans_seeds():
+    found = of(POINTABILITY, lambda arm, seed: 80.0 + (3, 5, 1)[seed - 100] * (arm == 0), seeds=(100, 101, 102))
+    text = report.pilot({POINTABILITY.name: report.values_of(found)})
+    assert table(text, "study")["pointability"][1:] == ["2.00", "3", "6", "9", "3.4"]
+    assert "No pilot has two seeds" in report.pilot({})
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def circles(root):
+    return [(float(c.get("cx")), float(c.get("cy")), float(c.get("r"))) for c in root.iter(f"{SVG}circle")]
+
+
+def test_curves_place_their_points():
+    series = [Series("a <b>", [(0.1, 70.0), (1.0, 75.0), (10.0, 80.0)], 0, [(1.0, 74.0)])]
+    root = xml.etree.ElementTree.fromstring(figures.svg([Panel("p & q", "x", "y", series, log_x=True)], "t"))
+    [line] = [line for line in root.iter(f"{SVG}polyline") if line.get("points").count(" ") == 2]
+    points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)  # evenly apart by factors
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert y0 > y1
+    seed = next(circle for circle in circles(root) if circle[2] == 2.5)
+    assert seed[0] == x1
+    assert (seed[1] - y1) / (y0 - y1) == pytest.approx(0.2, abs=0.02)
+    assert "a <b>" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+def test_panels_without_points_are_left_out():
+    drawn = Panel("one", "x", "y", [Series("s", [(1.0, 2.0)], 0)])
+    text = figures.svg([drawn, Panel("none", "x", "y", [Series("s", [], 0)])], "t")
+    assert ">one<" in text
+    assert ">none<" not in text
+
+
+def test_every_study_has_a_figure():
+    path = [
+        {"update": step, "proxy": {"b_capscore": 60.0 + step}, "true": {"b_capscore": 60.0 + step / 2}}
+        for step in (5, 10)
+    ]
+    for study in STUDIES.values():
+        found = of(study, lambda arm, seed: 70.0 + arm + seed, judge_calls=100, trajectory=path)
+        root = xml.etree.ElementTree.fromstring(drawings.draw(study, found, report.values_of(found)))
+        width, height = float(root.get("width")), float(root.get("height"))
+        texts = [text.text for text in root.iter(f"{SVG}text")]
+        assert all(0 <= x <= width and 0 <= y <= height for x, y, _ in circles(root))
+        if study is RIVALS:
+            assert {"BalCap", "caprl", "arena", "base", "Long and noisy?"} <= {*texts}
+        elif study is JUDGES:
+            assert {*FLAWS} <= {*texts}
+            dashed = [line for line in root.iter(f"{SVG}polyline") if "d" in line.get("class").split()]
+            assert len(dashed) == 4 * (len(FLAWS) + 1)  # a proxy of each method in each panel, and in the legend
+        elif study not in (SPREAD, BUDGET):
+            assert {*study.arms} <= {*texts}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_keeps_what_is_not_generated():
+    page = "# A\n<!-- ablate: x -->\nold\n<!-- end: x -->\ntext\n<!-- ablate: y -->\n<!-- end: y -->\n"
+    once = report.replaced(page, "x", "new \\1\n", Path("p.md"))
+    assert once == page.replace("old", "new \\1")
+    assert report.replaced(once, "x", "new \\1\n", Path("p.md")) == once
+    with pytest.raises(UserError, match=r"p\.md must have the lines <!-- ablate: z --> and <!-- end: z --> once"):
+        report.replaced(page, "z", "new", Path("p.md"))
+    with pytest.raises(UserError, match="once"):
+        report.replaced(page + page, "x", "new", Path("p.md"))
+
+
+def test_the_page_of_results_has_a_place_for_every_section():
+    page = Path(__file__).parents[2] / "docs" / "results.md"
+    text = page.read_text()
+    for name in (*STUDIES, "primary", "pilot"):
+        assert "new" in report.replaced(text, name, "new", page)
+    for link in re.findall(r"\]\((figures/[^)]*)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_results_of_another_config_do_not_count(tmp_path, capsys):
+    plan = Plan(RECIPE, {}, tmp_path, tmp_path / "results")
+    study = STUDIES["leave_one_out"]
+    for seed, steps in ((0, "80"), (1, "81"), (100, "80")):
+        config = recipes.load(RECIPE, plan.fields(study.world, seed) | {"stages.rl.steps": steps})
+        identity = results.identity(config)
+        saved = result(70.0) | {"config": identity, "config_digest": results.digest(identity)}
+        results.write(results.path_of(plan.results, study.label("full"), seed), saved)
+    found = report.load(plan, study)
+    assert [*found["full"]] == [0]
+    assert found["grpo"] == {}
+    assert [*report.load(plan, study, pilot=True)["full"]] == [100]
+    report.load(plan, study)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("is of another config (stages.rl.steps: 81 -> 80) and does not count")
+    assert "habits-full-seed1.json" in line
+    missing = [run.name for run in plan.missing([study], [0, 1])]
+    assert "habits-full-seed0" not in missing
+    assert "habits-full-seed1" in missing
