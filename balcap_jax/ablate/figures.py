@@ -9,6 +9,7 @@ from balcap_jax.report.charts import scale, short_number, ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 220, 44, 14, 26, 40  # pixels of a panel, and its margins
 LEGEND, LEGEND_ENTRY = 24, 150
+LABEL, LETTER = 11, 6.5  # height of a label, and width of one of its letters
 COLOURS = ("#1f5fa8", "#b3541e", "#2e7d32", "#7b3fa0", "#c2185b", "#5d6770", "#00838f", "#8d6e00")
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#333}.t{font-weight:600}.k{text-anchor:middle;fill:#666}"
@@ -118,6 +119,7 @@ def _panel(panel: Panel) -> Iterator[str]:
         yield f'<line class="g" x1="{place}" x2="{place}" y1="{TOP}" y2="{bottom}"/>'
         yield _text("k", place, bottom + 14, text)
     yield _text("k", (LEFT + WIDTH - RIGHT) / 2, bottom + 29, f"{panel.x}  |  up: {panel.y}")
+    labels = []
     for one in panel.series:
         places = [(x(a), y(b)) for a, b in one.points]
         for a, b in one.seeds:
@@ -128,5 +130,26 @@ def _panel(panel: Panel) -> Iterator[str]:
             if not one.dashed:
                 yield _dot(a, b, one, 3.5)
             if one.label:
-                near_the_edge = a > WIDTH - 70
-                yield _text("n" if near_the_edge else "", a - 6 if near_the_edge else a + 6, b - 5, one.label)
+                labels.append((a, b, one.label))
+    yield from _labels(labels)
+
+
+def _labels(labels: Sequence[tuple[float, float, str]]) -> Iterator[str]:
+    """Each beside its point, at the nearest height at which it lies on no other."""
+    taken: list[tuple[float, float, float]] = []
+    for x, y, text in labels:
+        width = LETTER * len(text)
+        is_left = x + 6 + width > WIDTH
+        start = x - 6 - width if is_left else x + 6
+        heights = sorted((y + 4 + step * LABEL for step in range(-20, 21)), key=lambda place: abs(place - y - 4))
+        free = (
+            place
+            for place in heights
+            if TOP <= place <= HEIGHT - BOTTOM
+            and all(
+                abs(place - other) >= LABEL or start + width < left or start > right for left, right, other in taken
+            )
+        )
+        height = next(free, y + 4)
+        taken.append((start, start + width, height))
+        yield _text("n" if is_left else "", x - 6 if is_left else x + 6, height, text)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from balcap_jax import rewards
 from balcap_jax.ablate import results
 from balcap_jax.ablate.leave_one_out import arguments_of, order_before, with_variant
-from balcap_jax.ablate.running import Run, Scheduler, cost
+from balcap_jax.ablate.running import Run, Scheduler, cost, is_finished
 from balcap_jax.ablate.studies import FIELDS, QUIET, Arm, Study, World
 from balcap_jax.cli.files import AppendedLines
 from balcap_jax.cli.process import PreemptionFlag
@@ -84,7 +84,7 @@ class Plan:
     # ---- runs
 
     def missing(self, studies: Iterable[Study], seeds: Sequence[int] | None = None) -> list[Run]:
-        """Runs without a result, each with its base, which stands before it; seed by seed, shared ones once.
+        """Runs without a result, each behind the bases that it still needs; seed by seed, shared ones once.
 
         seeds: None = those of each study. A run that depends on another's result is not among them before that.
 
@@ -103,29 +103,30 @@ class Plan:
             if made is None:
                 continue
             recipe, fields, config = made
+            run = Run(label, seed, config, arguments_of(recipe, fields), self.out)
             base = None
-            for base in self._bases(study.world, seed, configuration.stage_order(config), runs):
+            for base in () if is_finished(run) else self._bases(study.world, run, runs):
                 runs[base.name] = base
-            run = Run(label, seed, config, arguments_of(recipe, fields), self.out, base=base)
-            runs[run.name] = run
+            runs[run.name] = dataclasses.replace(run, base=base)
         for run in runs.values():
             refuse_another_run(run.workdir / "config.json", run.config)
         return list(runs.values())
 
-    def _bases(self, world: World, seed: int, order: Sequence[str], known: Mapping[str, Run]) -> Iterator[Run]:
-        """What a run of the stages `order` goes on from: the stages that all captioners share, then the captioner's."""
+    def _bases(self, world: World, run: Run, known: Mapping[str, Run]) -> Iterator[Run]:
+        """What a run goes on from: the stages that all captioners share, then the captioner's."""
+        order = configuration.stage_order(run.config)
         whole = order_before(self._config(self.recipe, self.overrides))
         shared = whole[: whole.index(CEILING) + 1] if CEILING in whole else ()
         captioner = world.fields.get("data.captioner", "habits")
         steps = [(CEILING, shared, World(""))] * (0 < len(shared) < len(whole)) + [(f"{captioner}-base", whole, world)]
         base = None
         for name, stages, of in steps:
-            if not stages or tuple(order[: len(stages)]) != stages:
+            if not stages or order[: len(stages)] != stages:
                 return
-            fields = self.fields(of, seed) | {"stages.order": ",".join(stages), "checkpoint.best_metric": ""}
+            fields = self.fields(of, run.seed) | {"stages.order": ",".join(stages), "checkpoint.best_metric": ""}
             config, arguments = self._config(self.recipe, fields), arguments_of(self.recipe, fields)
-            run = Run(name, seed, config, arguments, self.out, base=base, is_base=True)
-            base = known.get(run.name, run)
+            made = Run(name, run.seed, config, arguments, self.out, base=base, is_base=True)
+            base = known.get(made.name, made)
             yield base
 
 

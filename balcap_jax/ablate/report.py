@@ -109,8 +109,18 @@ def made(study: Study, found: Results) -> str:
         f"jax {jax}. Mean ± standard deviation over seeds; **bold**: the 95% t interval of the paired difference to "
         "`full` leaves out 0."
     )
-    missing = [f"{arm} ({seed})" for arm, by_seed in found.items() for seed in study.seeds if seed not in by_seed]
-    return text + (f" Missing: {', '.join(missing)}." if missing else "")
+    return text + lacking(study, found)
+
+
+def lacking(study: Study, found: Results) -> str:
+    """Which runs of the study have no result: " Missing: ...", or "" where all have."""
+    gaps = {arm: [seed for seed in study.seeds if seed not in by_seed] for arm, by_seed in found.items()}
+    everywhere = [seed for seed in study.seeds if all(seed in gap for gap in gaps.values())]
+    texts = [f"seeds {', '.join(map(str, everywhere))} of all"] if everywhere else []
+    for arm, gap in gaps.items():
+        if rest := [str(seed) for seed in gap if seed not in everywhere]:
+            texts.append(f"{arm} ({', '.join(rest)})")
+    return f" Missing: {'; '.join(texts)}." if texts else ""
 
 
 def comparisons(study: Study, values: Values) -> str:

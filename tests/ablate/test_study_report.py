@@ -54,7 +54,10 @@ def test_worst_cases_over_the_scales():
         "grpo_fixed": ["77.0 ± 1.0", "0.0"],
     }
     assert "27 runs, seeds 0, 1, 2; 40 min of runs, about 20 min on the clock" in text
-    assert "Missing: full (3), full (4)" in text
+    assert "Missing: seeds 3, 4 of all." in text
+    del found["grpo"][1], found["full"][0]
+    assert report.lacking(SPREAD, found) == " Missing: seeds 3, 4 of all; full (0); grpo (1)."
+    assert report.lacking(SPREAD, of(SPREAD, lambda arm, seed: 1.0, seeds=SPREAD.seeds)) == ""
     assert "![" in text
     assert table(text, "variant")["base"][0] == "60.0 ± 0.0"
     assert table(text, "variant")["grpo_s3"][0] == "**71.0 ± 1.0**"
@@ -149,6 +152,17 @@ def test_curves_place_their_points():
     assert seed[0] == x1
     assert (seed[1] - y1) / (y0 - y1) == pytest.approx(0.2, abs=0.02)
     assert "a <b>" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+def test_labels_of_neighbours_do_not_lie_on_each_other():
+    points = [(1.0, 2.0), (1.0, 2.01), (1.01, 2.0), (5.0, 9.0)]
+    series = [Series(f"n{k}", [point], k, line=False, label=f"label{k}") for k, point in enumerate(points)]
+    root = xml.etree.ElementTree.fromstring(figures.svg([Panel("p", "x", "y", series)], "t"))
+    places = {t.text: (float(t.get("x")), float(t.get("y"))) for t in root.iter(f"{SVG}text")}
+    first, second, third = sorted(places[f"label{k}"][1] for k in range(3))
+    assert second - first >= 11
+    assert third - second >= 11
+    assert places["label3"][1] < first
 
 
 def test_panels_without_points_are_left_out():
