@@ -151,8 +151,8 @@ def differences(values: Values, arm: str, against: str, metric: str) -> list[flo
 def worst_cases(values: Values, metric: str = "b_capscore") -> str:
     """Of each estimator the lowest value over the scales, by seed."""
     lines = [
-        "Worst case over the scales, by seed (c-GDPO and fixed weights do not depend on the scale; c-GDPO was run at "
-        "three of them as a check):",
+        "Worst case over the scales, by seed (the lowest of as many runs for c-GDPO, which does not depend on the "
+        "scale, as for GRPO; fixed weights are one run, from which the scale cancels):",
         "",
         f"| estimator | {METRICS[metric]}, worst | furthest from scale 1 |",
         "|---|---|---|",
@@ -235,11 +235,9 @@ def primary(values: Mapping[str, Values]) -> str:
     for one in assess(values):
         for part, found in zip(one.claim.parts, one.parts, strict=True):
             first = part is one.claim.parts[0]
-            margin = f", margin {part.margin:g}" if part.margin else ""
-            rival = part.against[0] if len(part.against) == 1 else f"the lowest of {', '.join(part.against)}"
             cells = [
                 one.claim.statement if first else "",
-                f"{METRICS[part.metric]}, {part.arm} - {rival}{margin}",
+                f"{METRICS[part.metric]}: {part.text()}",
                 _interval(found) if found else "-",
                 _p(found.p_above(-part.margin)) if found else "-",
                 _p(one.adjusted) if first else "",
@@ -269,9 +267,8 @@ def pilot(values: Mapping[str, Values]) -> str:
     ]
     for one in planned:
         part = one["part"]
-        rival = part.against[0] if len(part.against) == 1 else f"lowest of {len(part.against)}"
         seeds = " | ".join(map(str, one["seeds"]))
-        compared = f"{METRICS[part.metric]}, {part.arm} - {rival}"
+        compared = f"{METRICS[part.metric]}: {part.text()}"
         sd, seen = one["sd"], one["detectable"]
         lines.append(f"| {part.study.name} | {compared} | {sd:.2f} | {one['n']} | {seeds} | {seen:.1f} |")
     return "\n".join(lines) + "\n"

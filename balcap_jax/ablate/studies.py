@@ -97,7 +97,7 @@ SPREAD = Study(
     "spread",
     "Does c-GDPO pay where one objective's scores are on another scale?",
     HABITS,
-    {scaled(FULL, scale): _scaled(FULL, scale) for scale in (1.0, 0.1, 10.0)}
+    {scaled(FULL, scale): _scaled(FULL, scale) for scale in SCALES}
     | {scaled("grpo", scale): _scaled("grpo", scale) for scale in SCALES}
     | {
         "grpo_fixed": Arm(

@@ -18,10 +18,11 @@ def seeds(metric, *values):
 def test_the_claims_compare_what_was_stated():
     assert [claim.name for claim in PRIMARY] == ["spread", "pointability", "gate", "rivals"]
     [part] = SPREAD_CLAIM.parts
-    assert (part.metric, part.arm) == ("b_capscore", "full")
+    assert part.metric == "b_capscore"
+    assert part.arms == ("full_s0.1", "full_s0.3", "full", "full_s3", "full_s10")
     assert part.against == ("grpo_s0.1", "grpo_s0.3", "grpo", "grpo_s3", "grpo_s10")
     [part] = POINTABILITY_CLAIM.parts
-    assert (part.metric, part.arm, part.against) == ("arena", "full", ("no_pointability",))
+    assert (part.metric, part.arms, part.against) == ("arena", ("full",), ("no_pointability",))
     assert [(part.metric, part.against, part.margin) for part in GATE_CLAIM.parts] == [
         ("in_band", ("no_gate",), 0.0),
         ("dcscore", ("no_gate",), 1.0),
@@ -32,17 +33,20 @@ def test_the_claims_compare_what_was_stated():
     assert {part.metric for part in RIVALS_CLAIM.parts} == {"lowest"}
     for claim in PRIMARY:
         for part in claim.parts:
-            assert {part.arm, *part.against} <= part.study.arms.keys()
+            assert {*part.arms, *part.against} <= part.study.arms.keys()
 
 
 def test_the_worst_case_is_taken_by_seed():
     part = Part(SPREAD, "b_capscore", ("grpo", "grpo_s3"))
+    assert part.text() == "full - the lowest of grpo, grpo_s3"
     values = {
         "full": seeds("b_capscore", 80.0, 81.0, 82.0),
         "grpo": seeds("b_capscore", 79.0, 60.0, 70.0),
         "grpo_s3": seeds("b_capscore", 70.0, 78.0),
     }
     assert part.differences(values) == {0: 10.0, 1: 21.0}
+    both = Part(SPREAD, "b_capscore", ("grpo", "grpo_s3"), ("full", "full_s3"))
+    assert both.differences(values | {"full_s3": seeds("b_capscore", 90.0, 61.0, 50.0)}) == {0: 10.0, 1: 1.0}
     assert part.differences({}) == {}
 
 

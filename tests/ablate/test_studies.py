@@ -37,10 +37,10 @@ def plan(tmp_path):
 def test_the_studies_are_those_asked_for():
     assert [*STUDIES] == ["spread", "moods", "pointability", "gate", "rivals", "judges", "budget", "leave_one_out"]
     assert [*SPREAD.arms] == [
-        *("full", "full_s0.1", "full_s10"),
+        *("full_s0.1", "full_s0.3", "full", "full_s3", "full_s10"),
         *("grpo_s0.1", "grpo_s0.3", "grpo", "grpo_s3", "grpo_s10", "grpo_fixed"),
     ]
-    assert [scaled("grpo", scale) for scale in SCALES] == [*SPREAD.arms][3:8]
+    assert [scaled("grpo", scale) for scale in SCALES] == [*SPREAD.arms][5:10]
     assert {*STUDIES["rivals"].arms} == {"full", "arena", "lexical", "best_of", *UTILITY_REWARDS}
     assert len(JUDGES.arms) == len(JUDGED) * (1 + len(FLAWS)) + 3
     assert [asked(share) for share in (1, 0.5, 0.25)] == [*STUDIES["budget"].arms]
@@ -127,8 +127,8 @@ def test_studies_share_runs(plan):
     names = [run.name for run in plan.missing([STUDIES["spread"], STUDIES["leave_one_out"]], [0])]
     assert len(names) == len({*names})
     assert names.count("habits-grpo-seed0") == 1
-    # 2 bases; 9 arms, of which one waits for another's result; 17 of which full and grpo are shared.
-    assert len(names) == 2 + 8 + 15
+    # 2 bases; 11 arms, of which one waits for another's result; 17 of which full and grpo are shared.
+    assert len(names) == 2 + 10 + 15
 
 
 def test_seeds_are_made_one_after_the_other(plan):
