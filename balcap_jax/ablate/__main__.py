@@ -27,6 +27,7 @@ from pathlib import Path
 
 from balcap_jax import rewards
 from balcap_jax.ablate import plans, report
+from balcap_jax.ablate.claims import piloted
 from balcap_jax.ablate.leave_one_out import plan, write_tables
 from balcap_jax.ablate.plans import Plan
 from balcap_jax.ablate.running import Scheduler, is_finished
@@ -136,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants_help = "without --study: comma-separated; default: %(default)s"
     parser.add_argument("--variants", metavar="A,B", help=variants_help, default=",".join(LEAVE_ONE_OUTS))
     parser.add_argument("--seeds", metavar="N,N", help="default: those of the study; without --study 0,1,2")
-    parser.add_argument("--pilot", action="store_true", help="run a study on the pilot's seeds, and plan its own")
+    parser.add_argument(
+        "--pilot", action="store_true", help="run what a primary claim compares on other seeds, and plan the study's"
+    )
     results_help = f"where results of studies lie; default: {PAGE.parent}/results, with own fields OUT/results"
     parser.add_argument("--results", type=place, metavar="DIR", help=results_help)
     parser.add_argument("--keep", action="store_true", help="keep the directories of a study's finished runs")
@@ -180,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pilot and args.seeds:
         raise UserError("--pilot has seeds of its own; leave --seeds out")
     seeds = PILOT_SEEDS if args.pilot else _seeds(args.seeds) if args.seeds else None
+    studies = list(map(piloted, studies)) if args.pilot else studies
     run_studies(made, studies, seeds, args.jobs, args.keep, args.pilot)
 
 

@@ -85,6 +85,14 @@ PRIMARY = (
 )
 
 
+def piloted(study: Study) -> Study:
+    """The study with the arms alone that a primary claim compares; the whole study where none does."""
+    parts = [part for claim in PRIMARY for part in claim.parts if part.study.name == study.name]
+    compared = {arm for part in parts for arm in (*part.arms, *part.against)}
+    arms = {name: arm for name, arm in study.arms.items() if name in compared}
+    return dataclasses.replace(study, arms=arms or study.arms)
+
+
 @dataclasses.dataclass(frozen=True)
 class Assessment:
     """A claim beside its seeds. parts: what was compared, one each; None where no seed has both.

@@ -194,7 +194,7 @@ def result_of(run: Run, jobs: int, entries: Sequence[Mapping[str, Any]]) -> dict
             result["trajectory"] = points
     seconds = cost([entry for entry in entries if entry.get("run") == run.name])["runs_seconds"]
     result |= {"seconds": round(seconds, 1), "jobs": jobs}
-    return result | {name: summary[name] for name in ("device", "versions")}
+    return result | {"device": summary.get("device", "?"), "versions": summary.get("versions", {})}
 
 
 def judge_calls(config: ConfigDict) -> int:

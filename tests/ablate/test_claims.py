@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from balcap_jax.ablate.claims import PRIMARY, Claim, Part, assess, planned_seeds
+from balcap_jax.ablate.claims import PRIMARY, Claim, Part, assess, piloted, planned_seeds
 from balcap_jax.ablate.statistics import power
-from balcap_jax.ablate.studies import GATE, POINTABILITY, RIVALS, SPREAD
+from balcap_jax.ablate.studies import GATE, POINTABILITY, RIVALS, SPREAD, STUDIES
 
 SPREAD_CLAIM, POINTABILITY_CLAIM, GATE_CLAIM, RIVALS_CLAIM = PRIMARY
 
@@ -34,6 +34,13 @@ def test_the_claims_compare_what_was_stated():
     for claim in PRIMARY:
         for part in claim.parts:
             assert {*part.arms, *part.against} <= part.study.arms.keys()
+
+
+def test_a_pilot_has_what_the_claims_compare():
+    assert {*piloted(GATE).arms} == {"full", "no_gate"}
+    assert {*SPREAD.arms} - {*piloted(SPREAD).arms} == {"grpo_fixed"}
+    assert piloted(RIVALS).arms == RIVALS.arms
+    assert piloted(STUDIES["moods"]) == STUDIES["moods"]
 
 
 def test_the_worst_case_is_taken_by_seed():
