@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from commands import RECIPE, finish, read_summary, start
+from commands import RECIPE, finish, start
 
 from balcap_jax.ablate import plans, report, results
 from balcap_jax.ablate.plans import Plan
@@ -49,7 +49,8 @@ def test_a_finished_run_leaves_its_result_and_goes(tmp_path, data_dir, finished,
     assert not run.workdir.exists()
     assert not half.exists()
     assert plan.missing([study]) == []
-    saved, summary = results.read(tmp_path / "results" / "habits-full-seed0.json"), read_summary(finished.workdir)
+    saved = results.read(tmp_path / "results" / "habits-full-seed0.json")
+    summary = json.loads((finished.workdir / "summary.json").read_text())
     for ours, kind in (("greedy", "greedy"), ("sampled", "evaluations")):
         for role, label in (("base", "sft"), ("after", "rl")):
             for name, factor in (("b_capscore", 1), ("recall", 100), ("arena", 100), ("words", 1), ("tokens", 1)):
@@ -62,7 +63,7 @@ def test_a_finished_run_leaves_its_result_and_goes(tmp_path, data_dir, finished,
     assert saved["group_std"]["recall"] == pytest.approx(sum(spreads) / len(spreads))
     assert saved["judge_calls"] == 6 * 4 * 3 * 3  # updates x pictures x captions x questions
     assert (saved["seconds"], saved["jobs"], saved["seed"]) == (12.5, 1, 0)
-    assert saved["versions"] == summary["versions"]
+    assert (saved["versions"], saved["device"]) == (summary["versions"], summary["device"])
     assert "trajectory" not in saved
     text = report.section(study, report.load(plan, study))
     assert f"| full | {summary['greedy']['rl']['b_capscore']['mean']:.1f} |" in text
