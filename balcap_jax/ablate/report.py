@@ -179,9 +179,13 @@ def bills(found: Results, values: Values, metric: str = "b_capscore") -> str:
     cheapest = None
     for share in sorted(SHARES, reverse=True):
         arm = asked(share)
-        if not (calls := [result["judge_calls"] for result in found.get(arm, {}).values()]):
+        calls, changes = (
+            [one["judge_calls"] for one in found.get(arm, {}).values()],
+            differences(values, arm, FULL, metric),
+        )
+        if not changes:
             continue
-        change = paired(differences(values, arm, FULL, metric) or [0.0])
+        change = paired(changes)
         scores = [one[metric] for one in values[arm].values() if metric in one]
         lines.append(f"| {share:g} | {calls[0]:,} | {_mean_text(scores)} | {_interval(change) if share < 1 else ''} |")
         cheapest = share if change.mean >= -1 else cheapest
@@ -207,7 +211,8 @@ def judges_tables(found: Results, values: Values, metric: str = "b_capscore") ->
 
     def flattery(arm: str) -> str:
         last = [result["trajectory"][-1] for result in found.get(arm, {}).values() if result.get("trajectory")]
-        return _mean_text([one["proxy"][metric] - one["true"][metric] for one in last])
+        both = [one for one in last if metric in one["proxy"] and metric in one["true"]]
+        return _mean_text([one["proxy"][metric] - one["true"][metric] for one in both])
 
     votes = ["| judge | one vote | three votes | difference |", "|---|---|---|---|"]
     for flaw in VOTED:

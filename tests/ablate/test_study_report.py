@@ -81,6 +81,10 @@ def test_the_cheapest_share_within_a_point():
     assert [row[0] for row in rows.values()] == ["30,720", "15,360", "7,680"]
     assert [row[2] for row in rows.values()] == ["", "-0.6 ± 0.0", "-3.0 ± 0.0"]
     assert "within 1 point of the full bill, by the mean: a share of 0.5" in text
+    found["ask_0.25"] = {7: result(99.0, judge_calls=7680)}  # of no seed that the full bill has
+    text = report.bills(found, report.values_of(found))
+    assert [*table(text, "share asked")] == ["1", "0.5"]
+    assert text.endswith("a share of 0.5.")
 
 
 def test_judges_are_compared_with_the_exact_one():
