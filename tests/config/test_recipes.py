@@ -262,7 +262,7 @@ def test_forkme():
         ("scenes.py:grpo,tiny,rloo", "variants grpo and rloo exclude each other"),
         ("scenes.py:soft_min,grpo", "variants soft_min and grpo exclude each other"),
         ("qwen25vl_3b.py:caprl,soft_min", "which needs z-scores of each objective, and advantage.estimator is 'rloo'"),
-        ("scenes.py:best_of,rloo", "variants rloo and best_of exclude each other"),
+        ("scenes.py:best_of,rloo", "variants best_of and rloo exclude each other"),
     ],
 )
 def test_unknown_variants_are_refused(recipe, message):
