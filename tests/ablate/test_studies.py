@@ -21,12 +21,6 @@ from balcap_jax.ablate.studies import (
 )
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes
-from balcap_jax.config.schema import FIELDS
-
-# The worlds and judges of these studies come with fields of their own.
-all_fields = pytest.mark.skipif(
-    not {"data.captioner", "rewards.scales", "judge.flaws", "judge.votes"} <= FIELDS.keys(), reason="fields are missing"
-)
 
 
 @pytest.fixture
@@ -50,7 +44,6 @@ def test_the_studies_are_those_asked_for():
         assert all(arm.about and "\n" not in arm.about for arm in study.arms.values())
 
 
-@all_fields
 def test_all_arms_have_configs_and_one_name_is_one_run(plan):
     """Over all studies: equal labels have equal configs, and other labels other ones."""
     known: dict[str, str] = {}
@@ -68,7 +61,6 @@ def test_all_arms_have_configs_and_one_name_is_one_run(plan):
     assert len({*known.values()}) == len(known)
 
 
-@all_fields
 def test_fields_of_arms(plan):
     def config(study, arm):
         return plan.of(STUDIES[study], arm, 0)[2]
@@ -85,7 +77,6 @@ def test_fields_of_arms(plan):
     assert config("budget", "ask_0.25").judge.ask == "precision:0.25,recall:0.25,linguistic:0.25"
 
 
-@all_fields
 def test_questions_to_the_judge(plan):
     """80 updates of 16 pictures with 8 captions each are 10,240 captions; three questions about each, or a share."""
 
@@ -102,7 +93,6 @@ def test_questions_to_the_judge(plan):
     assert calls("judges", "full_noise_0.3_votes_3") == 9 * captions
 
 
-@all_fields
 def test_runs_go_on_from_bases_that_they_share(plan):
     runs = {run.name: run for run in plan.missing([STUDIES["moods"], STUDIES["pointability"], STUDIES["gate"]], [7])}
     order = [*runs]
@@ -122,7 +112,6 @@ def test_runs_go_on_from_bases_that_they_share(plan):
     assert runs["align-seed7"].config.stages.order == "vision,align"
 
 
-@all_fields
 def test_studies_share_runs(plan):
     names = [run.name for run in plan.missing([STUDIES["spread"], STUDIES["leave_one_out"]], [0])]
     assert len(names) == len({*names})
