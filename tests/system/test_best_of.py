@@ -8,7 +8,8 @@ from commands import arguments, assert_same_run, finish, read_metrics, read_samp
 OVERRIDES = {"stages__order": "rl", "stages__rl__steps": 4, "advantage__estimator": "best_of", "log__samples_every": 1}
 
 
-@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [0, 1])
 def test_a_killed_run_goes_on_with_the_captions_of_the_start(tmp_path, data_dir, depth):
     overrides = OVERRIDES | {"pipeline__depth": depth}
     train(tmp_path / "whole", data_dir, **overrides)
