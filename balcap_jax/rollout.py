@@ -1,7 +1,7 @@
 """Sampling of G captions per image: encode the image once, prefill the prompt once, decode G branches.
 
 One compiled program of a few loops, each over fewer rows than the one before (`staging`); the last ends when every
-branch has ended. `sample` has the loops, `make_rollout` is its face.
+branch has ended. `sample` has the loops, `make_rollout` is its face. With `refill` it is one loop of `refill.sample`.
 """
 
 import dataclasses
@@ -15,29 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from balcap_jax import staging
+from balcap_jax import refill, staging
+from balcap_jax.drawing import Sampling, draw
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.parallel import sharding
 from balcap_jax.staging import Moves, Stage
-
-_BLOCK = 256  # tokens of a block in `categorical`; near the square root of a large vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """The sampling of responses. `top_k` 0 and `top_p` 1 mean no truncation; `greedy` ignores these and `temperature`.
-
-    `parts`: the batch is sampled in so many parts, one after the other, and the tokens are the same. The cache then
-    takes memory for one part, and the weights are read anew for the steps of each.
-    """
-
-    group_size: int
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    greedy: bool = False
-    parts: int = 1
 
 
 class Rollout(NamedTuple):
@@ -82,13 +64,15 @@ def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
         base = jax.random.fold_in(jax.random.key(seed), step)
         members = jnp.arange(sampling.group_size)
 
-        def part(prompt: Prompt, keys: jax.Array) -> Rollout:
+        def of_branches(sampler: Callable[..., Rollout], prompt: Prompt, keys: jax.Array) -> Rollout:
             prompt_keys = jax.vmap(lambda key: jax.random.fold_in(base, key))(keys)
             branch_keys = jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(members))(prompt_keys)
-            return sample(policy, params, prompt, branch_keys, sampling, mesh)
+            return sampler(policy, params, prompt, branch_keys, sampling, mesh)
 
         with sharding.layout(mesh, sharding.SAMPLING):
-            return sharding.in_parts(part, (prompt, keys), sampling.parts)
+            if sampling.refill and sampling.parts > 1:
+                return of_branches(refilled, prompt, keys)
+            return sharding.in_parts(functools.partial(of_branches, sample), (prompt, keys), sampling.parts)
 
     return RolloutProgram(rollout)
 
@@ -247,14 +231,7 @@ def sample(
     @jax.named_scope("sample")
     def extended(branches: _Branches, logits: jax.Array, t: jax.Array) -> _Branches:
         """Draws index t of the branches from `logits` [lines, g, V], and writes it for those that are not done."""
-        if sampling.greedy:
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            scaled = logits
-        else:
-            scaled = logits / sampling.temperature
-            step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(branches.key)
-            tokens = categorical(step_keys, truncate(scaled, sampling.top_p, sampling.top_k))
-        done, log_probs = branches.done, _log_prob(scaled, tokens)
+        done, (tokens, log_probs) = branches.done, draw(sampling, logits, branches.key, t)
         tokens = jnp.where(done, policy.pad_token, tokens)
         new = _Written(tokens, ~done, jnp.where(done, 0.0, log_probs))
         written = jax.tree.map(lambda old, new: old.at[:, :, t].set(new), branches.written, new)
@@ -305,11 +282,34 @@ def sample(
         slots += (t - start) * float(stage.rows)
 
     written = _collected(written, branches, parts) if len(stages) > 1 else branches.written
+    return _finished(policy, written, slots / prompts, image_embeds, mesh)
+
+
+def refilled(
+    policy: Policy,
+    params: Params,
+    prompt: Prompt,
+    keys: jax.Array,
+    sampling: Sampling,
+    mesh: Mesh | None = None,
+    *,
+    limits: jax.Array | None = None,
+) -> Rollout:
+    """`sample` of the whole batch, in the rows of one of `sampling.parts`, see `refill`."""
+    with sharding.layout(mesh, sharding.SAMPLING):
+        found = refill.sample(policy, params, prompt, keys, sampling, mesh, limits=limits)
+    return _finished(policy, _Written(*found[:3]), found.slots, found.image_embeds, mesh)
+
+
+def _finished(
+    policy: Policy, written: _Written, slots: jax.Array, image_embeds: jax.Array, mesh: Mesh | None
+) -> Rollout:
+    """The rollout of what is written; slots []: those of each prompt."""
     lengths = written.mask.sum(-1, dtype=jnp.int32)
     last = jnp.take_along_axis(written.tokens, lengths[..., None] - 1, axis=-1)
-    truncated = ~(last == ends).any(-1)
+    truncated = ~(last == jnp.array(policy.end_tokens, jnp.int32)).any(-1)
     with sharding.layout(mesh, sharding.SAMPLING):
-        slots = sharding.constrain(jnp.full(batch, slots / prompts), "batch")
+        slots = sharding.constrain(jnp.full(len(lengths), slots), "batch")
     return Rollout(*written, lengths, truncated, slots, image_embeds)
 
 
@@ -335,58 +335,3 @@ def _moved(branches: _Branches, moves: Moves, stage: Stage, nowhere: int) -> _Br
 
     moved, real = jax.tree.map(take, branches), moves.real.reshape(-1, stage.group)
     return moved._replace(place=jnp.where(real, moved.place, nowhere), done=moved.done | ~real)
-
-
-def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """A sample int32 [...] of softmax(logits [..., V]) for each of the PRNG keys [...].
-
-    Inversion in two steps draws first a block of tokens and then a token of it, with a uniform number for each. That
-    takes two random numbers, where the Gumbel maximum of `jax.random.categorical` takes V. The second step restores the
-    resolution that fp32 sums over a large V would lose. No sample has probability 0.
-    """
-    vocab = logits.shape[-1]
-    blocks = -(-vocab // _BLOCK)
-    padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * _BLOCK - vocab)]
-    mass = jnp.exp(logits - logits.max(-1, keepdims=True))
-    mass = jnp.pad(mass, padding).reshape(*logits.shape[:-1], blocks, _BLOCK)
-    uniform = jax.random.uniform
-    for _ in keys.shape:
-        uniform = jax.vmap(uniform, in_axes=(0, None))
-    draws = uniform(keys, (2,))
-    block = _invert(mass.sum(-1), draws[..., 0])
-    within = jnp.take_along_axis(mass, block[..., None, None], axis=-2)[..., 0, :]
-    return (block * _BLOCK + _invert(within, draws[..., 1])).astype(jnp.int32)
-
-
-def _invert(mass: jax.Array, draw: jax.Array) -> jax.Array:
-    """The index [...] at which the running sum of `mass` [..., N] passes the share `draw` [...] of the total."""
-    cumulative = jnp.cumsum(mass, axis=-1)
-    passed = cumulative > draw[..., None] * cumulative[..., -1:]
-    # Rounding may let a sum pass at an entry without mass, or nowhere: then the largest entry.
-    index = jnp.argmax(passed & (mass > 0), axis=-1)
-    has_mass = jnp.take_along_axis(mass, index[..., None], axis=-1)[..., 0] > 0
-    return jnp.where(has_mass, index, jnp.argmax(mass, axis=-1))
-
-
-def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
-    """Keeps the `top_k` likeliest tokens (0: all), then the smallest set of them that holds mass `top_p`.
-
-    The set includes the token that crosses `top_p` (nucleus sampling, Holtzman et al., arXiv 1904.09751) and ties at
-    the border. All other logits become -inf.
-    """
-    if top_k:
-        lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    if top_p < 1.0:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ordered, axis=-1)
-        inside = jnp.cumsum(probs, axis=-1) - probs < top_p
-        lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return logits
-
-
-def _log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probability [...] of `tokens` [...] under softmax of `logits` [..., V]."""
-    token_logits = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return token_logits - jax.nn.logsumexp(logits, axis=-1)

@@ -152,7 +152,8 @@ def _rollout_programs(programs: Programs, params: Params, held: int, hbm: float)
         return Planned(
             "rollout",
             programs.lower_rollout(params, fit).program,
-            open_turns=tokens - 1,
+            # A refilled rollout is one loop, in which no response need end before the others.
+            open_turns=(tokens - 1) * (fit.parts if programs.sampling.refill else 1),
             inner_turns=-(-tokens // CACHE_BLOCK),
             resident=held + moved - bytes_per_device(params),
             note=str(fit),

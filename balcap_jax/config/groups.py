@@ -227,6 +227,8 @@ class Rollout(Group):
     eval_temperature: float = Field(1.0, ge=0, le=100, description="sampling temperature in evaluations; 0 = greedy")
     parts: Resumable[CountOrAuto] = 1
     """parts of B sampled one after the other: the cache holds one; auto = as few as fit (1 if memory is unknown)"""
+    refill: Resumable[bool] = False
+    """with parts: a row whose response has ended takes the batch's next one, and all prompts' keys are held at once"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if sorted(set(self.buckets)) != list(self.buckets):
@@ -243,6 +245,8 @@ class Rollout(Group):
             problem = f"would compile an update that no batch takes, got {self.token_buckets} with rollout.max_tokens"
             hint = f"try --config.rollout.token_buckets={','.join(map(str, taken))}"
             yield "rollout.token_buckets", f"{problem} ({self.max_tokens}): {why}; {hint}"
+        if self.refill and self.parts == 1:
+            yield "rollout.refill", "is True, but one part has a row for each response; set rollout.parts to auto or 2"
         if 0 < self.eval_temperature < _LEAST:
             yield "rollout.eval_temperature", f"must be 0 (greedy) or at least {_LEAST:g}, got {self.eval_temperature}"
 

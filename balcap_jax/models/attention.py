@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from balcap_jax.models.seats import Seats
 from balcap_jax.parallel.sharding import constrain
 
 # Finite, so that a row without any allowed key (a padding query) stays finite instead of becoming NaN.
@@ -103,6 +104,7 @@ def of_one_token(
     own_v: jax.Array,
     read: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
     blocks: jax.Array | None,
+    seats: Seats | None = None,
 ) -> jax.Array:
     """Attention of one response token per branch, over its prompt, itself and the first `blocks` blocks of its cache.
 
@@ -113,7 +115,8 @@ def of_one_token(
       q: [B, G, N, H].
       prefix_k, prefix_v: [B, M, P, H]; prefix_mask: [B, P] bool.
       own_k, own_v: [B, G, M, H] of the token itself, which the cache does not hold yet.
-      read: block number -> keys and values [B, G, M, S, H] and which of them count, [S] bool.
+      read: block number -> keys and values [B, G, M, S, H] and which of them count, [S] or [B, G, 1, 1, S] bool.
+      seats: the rows that [B, G] are then, and the lines that prefix_k, prefix_v and prefix_mask are of.
 
     Returns:
       [B, G, N, H].
@@ -128,13 +131,21 @@ def of_one_token(
     def split(x: jax.Array) -> jax.Array:
         return constrain(x, "batch", None, "heads")
 
-    # [B, M, G, rep, P]: as the operands have their axes, it is one plain matmul per head for all branches.
-    prefix_logits = dot("bgmrh,bmph->bmgrp", q, prefix_k) + bias(prefix_mask)[:, None, None, None]
+    def to_lines(x: jax.Array) -> jax.Array:
+        return x if seats is None else seats.to_lines(x, len(prefix_mask))
+
+    def to_rows(x: jax.Array) -> jax.Array:
+        return x if seats is None else seats.to_rows(x)
+
     own_logits = (q.astype(jnp.float32) * own_k[..., None, :].astype(jnp.float32)).sum(-1)
-    top = jnp.maximum(prefix_logits.max(-1).swapaxes(1, 2), own_logits)
-    prefix_weights, own_weights = jnp.exp(prefix_logits - top.swapaxes(1, 2)[..., None]), jnp.exp(own_logits - top)
-    denominator = prefix_weights.sum(-1).swapaxes(1, 2) + own_weights
-    out = dot("bmgrp,bmph->bmgrh", prefix_weights, prefix_v).swapaxes(1, 2)
+    # [B, M, G, rep, P]: as the operands have their axes, it is one plain matmul per head for all branches.
+    prefix_logits = dot("bgmrh,bmph->bmgrp", to_lines(q), prefix_k) + bias(prefix_mask)[:, None, None, None]
+    top = jnp.maximum(prefix_logits.max(-1).swapaxes(1, 2), to_lines(own_logits))
+    prefix_weights = jnp.exp(prefix_logits - top.swapaxes(1, 2)[..., None])
+    prefix_out = dot("bmgrp,bmph->bmgrh", prefix_weights, prefix_v).swapaxes(1, 2)
+    top, denominator, out = map(to_rows, (top, prefix_weights.sum(-1).swapaxes(1, 2), prefix_out))
+    own_weights = jnp.exp(own_logits - top)
+    denominator += own_weights
     out += own_weights[..., None] * own_v[..., None, :].astype(jnp.float32)
 
     def add(block: jax.Array | int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from balcap_jax.models import attention, deepstack, kernels
 from balcap_jax.models.packing import UNIT, Places
+from balcap_jax.models.seats import Seats
 from balcap_jax.parallel.sharding import batch_parts, constrain
 
 Params = dict[str, Any]
@@ -287,40 +288,54 @@ def empty_branch(config: DecoderConfig, batch: int, group: int, length: int) -> 
 
 
 def decode(
-    config: DecoderConfig, params: Params, prefix: Prefix, branch: Branch, x: jax.Array, t: jax.Array
+    config: DecoderConfig,
+    params: Params,
+    prefix: Prefix,
+    branch: Branch,
+    x: jax.Array,
+    t: jax.Array | Seats,
 ) -> tuple[jax.Array, Branch]:
     """Runs response token `t` of every line of branches: x [B', G', D] -> normed hidden [B', G', D], extended branch.
 
     The layer scan only reads the cache, as many blocks of it as hold the positions before t. One write after the scan
     adds the keys and values of all layers, in place. A write inside the scan would copy the cache at each layer, or out
     of the scan at each token.
+
+    With `Seats` the branches are rows, B' of one each, and the lines of the prefix are those of the seats.
     """
     block = Block(config)
-    rope = _response_rope(config, prefix.next_position, t[None])
     lines, group = x.shape[:2]
     _, parts, _, kv_heads, length, size = branch.keys.shape
     span = min(CACHE_BLOCK, length)
-    blocks = -(-t // span) if length > span else None
+    seats = t if isinstance(t, Seats) else None
+    if seats is None:
+        start, at, first, blocks = prefix.next_position + t, t, 0, -(-t // span)
+    else:
+        start, at = seats.to_each(prefix.next_position) + seats.t, seats.step % length
+        first, blocks = seats.written(length, span)
+    blocks = blocks if length > span else None
+    rope = _response_rope(config, start, jnp.zeros(1, jnp.int32))
 
     def layer(x, inputs):
         weights, prefix_k, prefix_v, number = inputs
         q, k, v = block.apply({"params": weights}, x, rope, method="qkv")
 
         def read(index):
-            start, sizes = (number, 0, 0, 0, index * span, 0), (1, parts, lines // parts * group, kv_heads, span, size)
+            place = (first + index) * span % length
+            start, sizes = (number, 0, 0, 0, place, 0), (1, parts, lines // parts * group, kv_heads, span, size)
             found = (jax.lax.dynamic_slice(array, start, sizes) for array in branch)
             keys, values = (array.reshape(lines, group, kv_heads, span, size) for array in found)
-            return keys, values, index * span + jnp.arange(span) < t
+            positions = place + jnp.arange(span)
+            return keys, values, positions < t if seats is None else seats.counts(positions, length)
 
-        attended = attention.of_one_token(
-            q[:, :, 0], prefix_k, prefix_v, prefix.mask, k[..., 0, :], v[..., 0, :], read, blocks
-        )
+        own = k[..., 0, :], v[..., 0, :]
+        attended = attention.of_one_token(q[:, :, 0], prefix_k, prefix_v, prefix.mask, *own, read, blocks, seats)
         return block.apply({"params": weights}, x, attended[:, :, None], method="output"), (k, v)
 
     inputs = (params["layers"], prefix.keys, prefix.values, jnp.arange(config.layers))
     x, new = jax.lax.scan(layer, x[:, :, None], inputs)
     new = (array.reshape(config.layers, parts, lines // parts * group, *array.shape[3:]) for array in new)
-    at = (0, 0, 0, 0, t, 0)
+    at = (0, 0, 0, 0, at, 0)
     branch = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), branch, Branch(*new))
     return _final_norm(config, params, x[:, :, 0]), branch
 

@@ -11,6 +11,7 @@ import numpy as np
 from balcap_jax.losses import chunked_log_probs, sampling_logits
 from balcap_jax.models import decoder, packing
 from balcap_jax.models.decoder import Branch, DecoderConfig, Params, Prefix
+from balcap_jax.models.seats import Seats
 from balcap_jax.parallel.sharding import batch_parts, constrain
 
 
@@ -78,11 +79,11 @@ class Policy:
 
     @jax.named_scope("decode")
     def decode(
-        self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array
+        self, params: Params, prefix: Prefix, branch: Branch, tokens: jax.Array, t: jax.Array | Seats
     ) -> tuple[Branch, jax.Array]:
         """Response tokens [B, G] at index t -> the extended branch and logits [B, G, V] (fp32) of index t + 1.
 
-        After `regroup` B and G are lines and the branches of one.
+        After `regroup` B and G are lines and the branches of one. With `Seats` B are rows and G is 1.
         """
         x = decoder.embed(self.decoder, params["decoder"], tokens)
         hidden, branch = decoder.decode(self.decoder, params["decoder"], prefix, branch, x, t)

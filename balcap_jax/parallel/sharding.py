@@ -361,8 +361,11 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
     It is traced once. A part has every parts-th row: B is split over the devices, and each of them has its share of
     every part, so that nothing moves between them. The rows of the results are in the order of the rows of `arrays`.
     """
-    if parts == 1:
-        return function(*arrays)
+    return function(*arrays) if parts == 1 else join_parts(stacked_parts(function, arrays, parts))
+
+
+def stacked_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
+    """The results of `function` for each part, see `in_parts`, on a new leading axis."""
     # Rows are counted, and not left to -1: text alone has images [B, 0].
     arrays = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), arrays)
 
@@ -372,10 +375,16 @@ def in_parts(function: Callable[..., Any], arrays: Any, parts: int) -> Any:
 
         return function(*jax.tree.map(rows, arrays))
 
+    return jax.lax.map(part, jnp.arange(parts))
+
+
+def join_parts(stacked: Any) -> Any:
+    """`stacked_parts` whose leaves have a leading axis B / parts, in the order of the rows that they came from."""
+
     def join(x: jax.Array) -> jax.Array:
         return constrain(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), "batch")
 
-    return jax.tree.map(join, jax.lax.map(part, jnp.arange(parts)))
+    return jax.tree.map(join, stacked)
 
 
 def constrain_tree(tree: Any) -> Any:

@@ -48,7 +48,12 @@ class Programs:
         self.optimizer, self.freeze = make_optimizer(config, name), freeze_of(config, name)
         rollout = config.rollout
         self.sampling = Sampling(
-            rollout.group_size, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k
+            rollout.group_size,
+            rollout.max_tokens,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            refill=rollout.refill,
         )
         self.imitates_best = name == "rl" and config.advantage.estimator == BEST_OF
         self.anchored = self.imitates_best or (name == "rl" and config.loss.kl_coef > 0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from balcap_jax import refill
 from balcap_jax.models.policy import Params, Policy
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.rollout import CompiledRollout, LoweredRollout, Sampling
@@ -140,13 +141,20 @@ def _weights(params: Params, dtype: str, mesh: Mesh, target: Mesh) -> tuple[int,
 
 
 def _cache(policy: Policy, batch: Batch, mesh: Mesh, parts: int) -> int:
-    """Bytes of a device: the keys and values of a part's prompts and of its branches."""
-    sampling, rows = batch.sampling, _rows(batch, mesh, parts)
+    """Bytes of a device: the keys and values of a part's prompts and of its branches.
 
-    def tree(group: int, tokens: int):
-        return jax.eval_shape(lambda: policy.empty_branch(rows, group, tokens))
+    With `refill` all prompts are held, and those in lines twice.
+    """
+    sampling, prompts = batch.sampling, _rows(batch, mesh, parts)
 
-    leaves = jax.tree.leaves((tree(1, batch.tokens), tree(sampling.group_size, sampling.max_tokens)))
+    def tree(count: int, tokens: int):
+        return jax.eval_shape(lambda: policy.empty_branch(count, 1, tokens))
+
+    branches, held = prompts * sampling.group_size, prompts
+    if sampling.refill and parts > 1:
+        whole = _rows(batch, mesh, 1)
+        held = whole + refill.lines_of(whole, sampling.group_size, branches)
+    leaves = jax.tree.leaves((tree(held, batch.tokens), tree(branches, sampling.max_tokens)))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     tensor = mesh.shape["tensor"]
     return size if policy.decoder.kv_heads % tensor else size // tensor

@@ -271,6 +271,7 @@ def test_one_sample_in_a_group_is_fine_without_rl():
         ({"stages__sft__batch_size": 5000}, ["stages.sft.batch_size", "data.train_size", "4096"]),
         ({"rollout__buckets": (96, 64)}, ["rollout.buckets", "ascending"]),
         ({"rollout__buckets": (96, 96)}, ["rollout.buckets", "ascending"]),
+        ({"rollout__refill": True}, ["rollout.refill", "rollout.parts to auto"]),
         ({"rollout__token_buckets": (64, 32)}, ["rollout.token_buckets", "ascending"]),
         ({"rollout__token_buckets": (64, 97)}, ["rollout.token_buckets", "rollout.max_tokens (96)", "(64, 97)"]),
         ({"rollout__token_buckets": (31, 32, 76, 77)}, ["no batch takes", "32 tokens or more", "token_buckets=32,76"]),
@@ -711,7 +712,7 @@ def test_what_does_not_change_the_run_may_differ():
 
 
 def test_how_a_rollout_fits_the_devices_may_differ_and_how_it_is_learnt_from_may_not():
-    new = changed(rollout__parts=4, mesh__sampling=2, rollout__token_buckets=(32, 64))
+    new = changed(rollout__parts=4, rollout__refill=True, mesh__sampling=2, rollout__token_buckets=(32, 64))
     assert config_lib.differences(changed(), new) == ["rollout.token_buckets: () -> (32, 64)"]
 
 

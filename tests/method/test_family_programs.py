@@ -1,5 +1,6 @@
 """The Qwen families in the programs of a run: parts, stages, packing and meshes change no sample and no update."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,7 +26,7 @@ from balcap_jax.models import decoder, lora, packing
 from balcap_jax.models.packing import UNIT
 from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import make_reordering
-from balcap_jax.rollout import Rollout, Sampling, sample
+from balcap_jax.rollout import Rollout, Sampling, refilled, sample
 from balcap_jax.staging import Stage
 from balcap_jax.train_step import RLBatch, finalise, init_state, make_rl_step
 from balcap_jax.training.programs import state_shardings
@@ -67,7 +68,7 @@ def inputs(family: str) -> tuple:
 
 
 @functools.cache
-def drawn(family: str, parts: int = 1, shrinks: bool = False, **sizes: int) -> Rollout:
+def drawn(family: str, parts: int = 1, shrinks: bool = False, refills: bool = False, **sizes: int) -> Rollout:
     """The rollout on the host, sampled on a mesh of these sizes."""
     policy, mesh = policy_of(family), mesh_of(**sizes)
     prompts = B // parts // sharding.parts_of(mesh)
@@ -78,6 +79,9 @@ def drawn(family: str, parts: int = 1, shrinks: bool = False, **sizes: int) -> R
         def part(prompt, keys, limits):
             return sample(policy, params, prompt, keys, SAMPLING, mesh, limits=limits, stages=stages)
 
+        if refills:
+            settings = dataclasses.replace(SAMPLING, parts=parts, refill=True)
+            return refilled(policy, params, prompt, keys, settings, mesh, limits=limits)
         with sharding.layout(mesh, sharding.SAMPLING):
             return sharding.in_parts(part, (prompt, keys, limits), parts)
 
@@ -102,6 +106,13 @@ def test_a_rollout_in_parts_that_shrink_has_the_samples_of_the_whole(family):
     assert (whole.lengths < LIMITS).any()
     assert whole.lengths.max() == R
     assert_same_samples(drawn(family, PARTS, shrinks=True), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
+def test_a_refilled_rollout_has_the_samples_of_the_whole(family, sizes):
+    assert_same_samples(drawn(family, PARTS, refills=True, **sizes), drawn(family))
 
 
 @pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny_llava import BOS, IMAGE, make_params, make_policy, make_prompt
 
+from balcap_jax.drawing import categorical, truncate
 from balcap_jax.models.policy import Prompt
-from balcap_jax.rollout import Sampling, categorical, example_keys, make_rollout, truncate
+from balcap_jax.rollout import Sampling, example_keys, make_rollout
 
 PAD, EOS, V = 0, 2, 12
 IDS = ("beach", "forest", "street", "harbour", "kitchen")

@@ -38,11 +38,11 @@ def inputs(name: str) -> tuple:
     return (params, *jax.device_put(rows, sharding.batch_sharding(mesh)), *scalars)
 
 
-def sampled(name: str, parts: int, split: int | None = None) -> tuple[Rollout, str]:
+def sampled(name: str, parts: int, split: int | None = None, refill: bool = False) -> tuple[Rollout, str]:
     """The rollout on the host, and the text of its compiled program."""
     mesh, arguments = mesh_named(name), inputs(name)
     target = None if split is None else sharding.sampling_mesh(mesh, split)
-    sampling = Sampling(G, R, top_p=0.95, parts=parts)
+    sampling = Sampling(G, R, top_p=0.95, parts=parts, refill=refill)
     compiled = lower_rollout(POLICY, sampling, "float32", *arguments, mesh=target).compile()
     out = compiled(*arguments)
     assert all(leaf.sharding.is_equivalent_to(sharding.batch_sharding(mesh), leaf.ndim) for leaf in out)
@@ -67,6 +67,25 @@ def compare(out: Rollout) -> None:
 @pytest.mark.parametrize("parts", [4, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (1, 2, 16))])
 def test_parts_have_the_tokens_of_the_whole(parts):
     compare(sampled("one", parts)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "split"),
+    [
+        *[pytest.param("one", parts, None, marks=pytest.mark.slow) for parts in (2, 16)],
+        *[pytest.param("fsdp 8", 2, split, marks=pytest.mark.slow) for split in (1, 4)],
+        ("replica 2, fsdp 2, tensor 2", 4, 2),
+    ],
+)
+def test_refill_has_the_tokens_of_the_whole_and_moves_no_weight_and_no_cache(name, parts, split):
+    out, text = sampled(name, parts, split, refill=True)
+    compare(out)
+    inside = [moved for moved in hlo.Program(text).analyse(R - 1).collectives if moved.in_open_loop]
+    assert not any(moved.of_invariant for moved in inside)
+    # Whether any device goes on, and the oldest token; with split matrices what each row sends.
+    rows = B * G // parts // (mesh_named(name).size // (split or 1))
+    largest = 4 * rows * max(POLICY.decoder.width, V) if split and split > 1 else 4
+    assert max((moved.size for moved in inside), default=0) <= largest
 
 
 LAYOUTS = [("fsdp 8", 2, 1), ("replica 2, fsdp 2, tensor 2", 4, 2)]

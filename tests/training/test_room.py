@@ -53,6 +53,15 @@ def test_bytes_by_hand():
         assert weights + cache < fit.bytes < weights + cache + 2 * small
 
 
+def test_a_refilled_rollout_holds_all_prompts_and_its_lines():
+    """Of 16 prompts on each device, 4 parts have 32 rows: two lines for each 8 of them, and two more."""
+    held = {}
+    for refill in (False, True):
+        (fit,) = fits(None, mesh__sampling=2, rollout__parts=4, rollout__refill=refill)
+        held[refill] = fit.bytes
+    assert held[True] - held[False] == (16 + 10 - 4) * P * TOKEN
+
+
 def test_of_the_splits_that_fit_the_one_that_reads_and_sends_the_least():
     def cost(split, parts=1):
         sent = 57 * 2 * (split - 1) * (B * G / 8 / parts) * WIDTH * 2
