@@ -10,6 +10,7 @@ No source gives the true distribution of caption lengths during training; length
 sides get the same weights, tokens and lengths. Every side is a process of its own (peer.py):
 
     now           this tree                          update, rollout
+    refill        this tree, rows take the next      rollout, with the rows of one of --parts
     padded        this tree, all rows to the end     update, rollout
     commit        --commit=REV, with the same jax    update, rollout
     trl           TRL's GRPOTrainer                  update
@@ -51,10 +52,10 @@ from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.models import decoder
 
 ROOT = Path(__file__).parents[1]
-OURS, TORCH, TUNIX = ("now", "padded", "commit"), ("trl", "unpadded", "transformers"), ("tunix",)
+OURS, TORCH, TUNIX = ("now", "padded", "refill", "commit"), ("trl", "unpadded", "transformers"), ("tunix",)
 SIDES = {
     "update": ("now", "padded", "commit", "trl", "unpadded"),
-    "rollout": ("now", "padded", "commit", "transformers", "tunix"),
+    "rollout": ("now", "padded", "refill", "commit", "transformers", "tunix"),
 }
 SCRIPTS = {
     "trl": "trl_update.py",
@@ -122,6 +123,7 @@ class Sides:
             "params": flat,
             "group": shape.group,
             "response": shape.response,
+            "parts": args.parts,
             **update,
         }
         theirs = {
@@ -159,7 +161,7 @@ class Sides:
         """One update or rollout of a side; with `prepare` what it needs before the first timed one."""
         if name not in OURS:
             return self._processes[name].ask(batch=batch)
-        mode = "padded" if name == "padded" else "best"
+        mode = name if name in ("padded", "refill") else "best"
         return self._processes[name].ask(work=work, batch=batch, mode=mode, prepare=prepare)
 
     def compare_greedy(self) -> None:
@@ -294,6 +296,9 @@ def make_parser() -> CommandParser:
     parser.add_argument("--draws", type=int, default=1, metavar="N", help="batches of each mean; their mean counts")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed runs of each batch and side")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and tokens")
+    parser.add_argument(
+        "--parts", type=int, default=1, metavar="N", help="of the rollout, for the sides now and refill"
+    )
     parser.add_argument("--commit", default="5d0dd7b", metavar="REV", help="of the side commit")
     parser.add_argument("--torch", default="", metavar="PATH", help="Python of trl, unpadded and transformers")
     parser.add_argument("--tunix", default="", metavar="PATH", help="Python of tunix")
@@ -325,6 +330,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--trl_parts={args.trl_parts} must divide the {shape.batch * shape.group} responses of a batch"
         )
+    if args.parts < 1 or shape.batch % args.parts:
+        raise UserError(f"--parts={args.parts} must divide the {shape.batch} prompts of a batch")
+    if "refill" in args.sides and args.parts == 1:
+        raise UserError("--sides: refill needs --parts=2 or more; one part has a row for each response")
     # This process only hands out: an accelerator belongs to the side that computes.
     jax.config.update("jax_platforms", "cpu")
 

@@ -1,15 +1,15 @@
 """balcap_jax as a side of uneven.py, at whatever commit PYTHONPATH names; see answers.py for the contract.
 
-job {"decoder": sizes, "params": .npz or "" for random ones, "group", "response", "rate", "clip", "max_norm"} ->
-{"versions"}, then requests:
+job {"decoder": sizes, "params": .npz or "" for random ones, "group", "response", "parts", "rate", "clip", "max_norm"}
+-> {"versions"}, then requests:
 
   {"work": "update", "batch": .npz, "mode", "prepare"} -> {"seconds", "cpu_seconds", "loss", "grad_norm", "positions"}
   {"work": "rollout", "batch": .npz, "mode", "prepare"} -> {"seconds", "cpu_seconds", "positions", "tokens": [B][G]}
   {"work": "greedy", "batch": .npz, "length"} -> {"greedy": [B][length]}
   {"work": "bandwidth"} -> {"bytes_per_second"}: how fast a large array is read
 
-`mode` is "best", what the version does, or "padded": all rows to the end, at any version. With `prepare` what the batch
-needs is compiled and run once if it was not yet: {"compile_seconds", "compile_cpu_seconds", "temporaries_gb",
+`mode` is "best", what the version does, "padded": all rows to the end, at any version, or "refill". With `prepare` what
+the batch needs is compiled and run once if it was not yet: {"compile_seconds", "compile_cpu_seconds", "temporaries_gb",
 "program"}. `positions` are those of responses that were computed, of the rollout rows x steps. `tokens` are sums over
 each response. One process at a time may hold an accelerator, so one process does all of this.
 """
@@ -42,6 +42,10 @@ try:
     from balcap_jax import staging
 except ImportError:  # Versions before it sample all rows to the end.
     staging = None
+try:
+    from balcap_jax.parallel import sharding
+except ImportError:
+    sharding = None
 try:
     from balcap_jax.models import packing
 except ImportError:  # Versions before it pad the update.
@@ -204,10 +208,19 @@ class Side:
     def rollout(self, batch: str, mode: str, prepare: bool) -> dict[str, Any]:
         arrays, prompt = self.read(batch)
         lengths = arrays["lengths"].astype(np.int32)
-        settings = sampling.Sampling(self.job["group"], self.job["response"])
+        settings, parts = sampling.Sampling(self.job["group"], self.job["response"]), self.job["parts"]
 
         def sample(params, prompt, seed, limits):
             keys = jax.random.split(jax.random.key(seed), limits.shape)
+            if mode == "refill":
+                refilled = dataclasses.replace(settings, parts=parts, refill=True)
+                return sampling.refilled(self.policy, params, prompt, keys, refilled, limits=limits)
+            if mode == "best" and self.has_limits and parts > 1:
+
+                def part(prompt, keys, limits):
+                    return sampling.sample(self.policy, params, prompt, keys, settings, limits=limits)
+
+                return sharding.in_parts(part, (prompt, keys, limits), parts)
             if self.has_limits:
                 # The first stage is the whole batch.
                 stages = staging.plan(*limits.shape, settings.max_tokens)[:1] if mode == "padded" else None

@@ -173,6 +173,8 @@ def test_bad_input_of_uneven_ends_in_one_line(capsys):
         (["--work=updates"], "--work=updates is not of update, rollout"),
         (["--means=2"], "neither a share"),
         (["--trl_parts=3"], "--trl_parts=3 must divide the 32 responses"),
+        (["--parts=3"], "--parts=3 must divide the 4 prompts"),
+        (["--sides=now,refill"], "refill needs --parts=2 or more"),
         (["--sides=now,trl"], "trl needs --torch=PYTHON"),
         (["--seed=-1"], "--seed must be 0 or above"),
         (["--out=/dev/null/results.json"], "argument --out: no file can be written at /dev/null/results.json"),
@@ -243,6 +245,16 @@ def test_uneven_runs_whole(tmp_path):
         assert of_kind["0.2"]["now"]["useful"] >= of_kind["0.2"]["commit"]["useful"]
         assert of_kind["equal"]["commit"]["useful"] == 1
     assert found["kinds"]["equal"] == {"mean": 64.0, "longest": 64.0, "floor": pytest.approx(0, abs=1)}
+
+
+@pytest.mark.slow
+def test_uneven_refills(tmp_path, capsys):
+    arguments = ["--small", "--sides=now,refill", "--parts=2", "--work=rollout", "--means=0.2", "--rounds=1"]
+    uneven.main([*arguments, f"--out={tmp_path / 'u.json'}"])
+    found = json.loads((tmp_path / "u.json").read_text())["results"]["rollout"]["0.2"]
+    # Two parts of four rows, the first of which runs to the limit alone.
+    assert found["refill"]["useful"] > 1.2 * found["now"]["useful"]
+    assert "responses whose tokens are equal at all of our sides: 100.0 %" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- an accelerator
