@@ -5,7 +5,7 @@
 Variants, which may be joined as in `:qwen,tiny`:
     :tiny   a smoke run of a minute for tests and notebooks; it learns next to nothing
     :qwen   the Qwen2.5-VL family in place of LLaVA, same sizes otherwise; not yet run at full length
-    :qwen3  the Qwen3-VL family in place of LLaVA, the same; not yet run at full length
+    :qwen3  the Qwen3-VL family in place of LLaVA, the same (docs/results.md)
     :lora   SFT and RL train adapters on the base that the first two stages leave, kept in bfloat16; not yet run at
             full length
 
