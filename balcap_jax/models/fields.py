@@ -8,7 +8,7 @@ from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.schema import FIELDS, RUN_FIELDS, Model, validated
 
-DEFAULTS = Model().model_dump(exclude={"path"})
+DEFAULTS = Model().model_dump(exclude={"path", "decoder_path"})
 
 LATER = ("attention",)
 """Fields that models of earlier versions do not name; they were what the default is."""

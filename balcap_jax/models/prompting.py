@@ -135,9 +135,8 @@ class PromptProcessor:
         instruction = self.without_special_tokens(instruction)
         text = fill(self.template, image=self.image_token * image_tokens, prompt=instruction)
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None:
-            encoded = [bos, *encoded]
+        if prepends_bos(self.tokenizer, self.template):
+            encoded = [self.tokenizer.bos_token_id, *encoded]
         if len(encoded) > self.prompt_tokens:
             raise PromptTooLong(name, len(encoded), image_tokens, self.prompt_tokens)
         placed = encoded.count(self.tokenizer.convert_tokens_to_ids(self.image_token))
@@ -169,6 +168,11 @@ def fill(template: str, **values: str) -> str:
 def names_of(ids: Sequence[str] | None, count: int) -> Sequence[str]:
     """The names of a batch's samples in errors."""
     return ids or [f"sample {i}" for i in range(count)]
+
+
+def prepends_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a prompt gets the tokenizer's first token; chat templates may begin with it themselves (SmolLM2)."""
+    return tokenizer.bos_token is not None and not template.startswith(tokenizer.bos_token)
 
 
 def has_word(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:

@@ -37,6 +37,8 @@ def block(
 def _model(config: ConfigDict, family: str, params: Params) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     where = config.model.path or "from random numbers"
+    if config.model.decoder_path:
+        where = f"a new tower before {config.model.decoder_path}"
     adapters = f"; adapters of rank {config.lora.rank}" if config.lora.rank else ""
     return f"{where}: {family}, {count:,} parameters, computes in {config.model.dtype}{adapters}"
 

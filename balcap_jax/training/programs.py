@@ -24,6 +24,7 @@ from balcap_jax.config.recipes import stage_order
 from balcap_jax.config.schema import RUN_FIELDS
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 from balcap_jax.models import lora, packing
+from balcap_jax.models.formats import language
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.parallel import sharding
@@ -276,9 +277,11 @@ def model_fields(config: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of the model, those among them that the recipe decides for a saved model): see RUN_FIELDS.
 
     Raises:
-      UserError: model.path is no model.
+      UserError: model.path is no model, or model.decoder_path no language model.
     """
     fields = config.model.to_dict()
+    if fields["decoder_path"]:
+        return language.read_fields(fields["decoder_path"], fields), {}
     if not fields["path"]:
         return fields, {}
     stored = models.read_fields(fields["path"])
@@ -304,8 +307,8 @@ def check_mesh(config: ConfigDict, mesh: Mesh, stage: str) -> None:
 def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Programs, Params]:
     """The programs of a recipe's last stage and its parameters as shapes, from config and mesh alone.
 
-    A model.path that is not there is passed over: the recipe's own sizes count then. The tokenizer is a stand-in, since
-    no program depends on its words.
+    A model.path or model.decoder_path that is not there is passed over: the recipe's own sizes count then. The
+    tokenizer is a stand-in, since no program depends on its words.
 
     Raises:
       UserError: the mesh does not divide the batch.
@@ -313,7 +316,8 @@ def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Program
     name = stage_order(config)[-1]
     if mesh is not None:
         check_mesh(config, mesh, name)
-    is_there = config.model.path and resolved(config.model.path).is_dir()
+    source = config.model.path or config.model.decoder_path
+    is_there = source and resolved(source).is_dir()
     fields = model_fields(config)[0] if is_there else config.model.to_dict()
     policy, processor = models.build(fields | {"template": ""}, scenes_tokenizer())
     policy = adapted(config, policy)

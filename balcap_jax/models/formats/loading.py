@@ -118,7 +118,7 @@ def load(
     check_image_token(checkpoint, policy)
     like = jax.eval_shape(policy.init, jax.random.key(0))
     dtype = None if param_dtype is None else np.dtype(param_dtype)
-    params = _read(checkpoint, like, mesh, dtype)
+    params = read_parameters(checkpoint, like, mesh, dtype)
     if place.adapter:
         adapters = peft.read(place.adapter, checkpoint.family, flat_shapes(like))
         flat = flatten_dict(params, sep="/") | {path: _place(path, array, mesh) for path, array in adapters.items()}
@@ -141,7 +141,7 @@ def _place(path: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     return _on_devices(array.shape, sharding.tree_shardings(mesh, {path: array})[path], array.__getitem__)
 
 
-def _read(checkpoint: hf.Checkpoint, like: Params, mesh: Mesh | None, dtype: np.dtype | None) -> Params:
+def read_parameters(checkpoint: hf.Checkpoint, like: Params, mesh: Mesh | None, dtype: np.dtype | None) -> Params:
     """The parameters of a checkpoint, one after the other; of each the parts that devices of this process hold."""
     shapes = flat_shapes(like)
     pieces = hf.check(checkpoint, shapes, cast=dtype is not None)

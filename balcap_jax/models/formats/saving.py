@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import string
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
+from transformers import PreTrainedTokenizerBase
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.disk_errors import reason_of
@@ -26,7 +28,7 @@ from balcap_jax.models.fields import OWN
 from balcap_jax.models.formats import hf, loading, peft, safetensors
 from balcap_jax.models.formats.slices import row_of
 from balcap_jax.models.policy import Params
-from balcap_jax.models.prompting import PromptProcessor
+from balcap_jax.models.prompting import PromptProcessor, prepends_bos
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 SHARD_GB = 5.0
@@ -250,25 +252,35 @@ def add_processor_files(directory: Path, fields: Mapping[str, Any]) -> None:
 def _write_new_files(directory: Path, fields: Mapping[str, Any], processor: PromptProcessor) -> None:
     """The files of a model that came from no checkpoint."""
     tokenizer = processor.tokenizer
-    tokenizer.save_pretrained(directory)
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    write_json(directory / loading.GENERATION, {f"{name}_token_id": number for name, number in ids.items()})
+    ids = write_tokenizer(directory, tokenizer, {"image_token": processor.image_token})
     prompt = processor.encode_prompts([""], [1], ["an empty text"])[0][0].tolist()
     ids |= {"image": tokenizer.convert_tokens_to_ids(processor.image_token)}
     ids["vocab"] = fields.get("vocab") or len(tokenizer)
     ids["before_image"] = next((a for a, b in itertools.pairwise(prompt) if b == ids["image"]), None)
     config = loading.CHECKPOINTS[fields["family"]].config_to_hf(fields, ids)
     write_json(directory / hf.CONFIG, config)
-    # What transformers 5 wrote of the tokenizer is changed so that 4 reads it.
+    (directory / _TEMPLATE_FILE).write_text(chat_template(processor))
+
+
+def write_tokenizer(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, named: Mapping[str, str] = types.MappingProxyType({})
+) -> dict[str, int | None]:
+    """Writes the files of a tokenizer, so that transformers 4 reads them too, and generation_config.json.
+
+    `named` are special words that its processors ask for by name. -> the ids bos, eos and pad
+    """
+    tokenizer.save_pretrained(directory)
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    write_json(directory / loading.GENERATION, {f"{name}_token_id": number for name, number in ids.items()})
     path = directory / TOKENIZER
     words = read_json_object(path, "save the model again")
     words["tokenizer_class"] = "PreTrainedTokenizerFast"
     # Transformers 4 has names for these; its processors look for the image's word among the names.
     words["additional_special_tokens"] = words.get("extra_special_tokens", [])
-    words["extra_special_tokens"] = {"image_token": processor.image_token}
+    words["extra_special_tokens"] = dict(named)
     words["model_input_names"] = ["input_ids", "attention_mask"]  # 4 gives token types too, which no model takes.
     write_json(path, words)
-    (directory / _TEMPLATE_FILE).write_text(chat_template(processor))
+    return ids
 
 
 def _replace_chat_template(directory: Path, processor: PromptProcessor) -> None:
@@ -283,7 +295,7 @@ def _replace_chat_template(directory: Path, processor: PromptProcessor) -> None:
 def chat_template(processor: PromptProcessor) -> str:
     """Jinja of the prompt of one picture and one text, as the model was trained with it."""
     values = {"image": json_text.dumps(processor.image_token), "prompt": "found.text", None: '""'}
-    pieces = ["bos_token"] if processor.tokenizer.bos_token is not None else []
+    pieces = ["bos_token"] if prepends_bos(processor.tokenizer, processor.template) else []
     for literal, name, _, _ in string.Formatter().parse(processor.template):
         pieces += [json_text.dumps(literal), values[name]]
     return _CHAT_TEMPLATE + "{{- " + " ~ ".join(pieces) + " -}}\n"
