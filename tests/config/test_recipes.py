@@ -20,7 +20,7 @@ from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 from balcap_jax.train import main as train_command
 from balcap_jax.train_step import init_state, split, vision_is_frozen
 from balcap_jax.training import required
-from balcap_jax.training.programs import LORA_STAGES, check_freezes, freeze_of, make_optimizer, params_of
+from balcap_jax.training.programs import LORA_STAGES, check_freezes, freeze_of, make_optimizer, of_last_stage, params_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCENES = ["", "tiny", "qwen", "qwen3", "lora", "tiny,qwen", "tiny,qwen3", "qwen,lora", "qwen3,lora", "tiny,lora,qwen"]
@@ -67,6 +67,34 @@ def check_stages(config, params) -> None:
 def test_scenes(variant):
     config = config_lib.load(f"{CONFIGS / 'scenes.py'}:{variant}")
     check_stages(config, shapes(next((name for name in ("qwen3", "qwen") if name in variant), "")))
+
+
+@pytest.mark.parametrize(
+    ("variant", "trained"),
+    [
+        ("smollm2", {"align": {"projector", "decoder"}, "sft": {"projector", "decoder"}, "rl": {"decoder"}}),
+        ("smollm2,lora", {"align": {"projector"}, "sft": {"decoder"}, "rl": {"decoder"}}),
+        ("smollm2,tiny,grpo", {"rl": {"decoder"}}),
+    ],
+)
+def test_a_language_model_in_the_scenes(variant, trained):
+    """It is of SmolLM2's size before its directory is there; no stage trains the embedding, which is the output too."""
+    config = config_lib.load(f"{CONFIGS / 'scenes.py'}:{variant}")
+    programs, params = of_last_stage(config)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["decoder"]))
+    adapters = 30 * 8 * (2 * 576 + 2 * (576 + 192) + 2 * 576 + 3 * (576 + 1536)) if "lora" in variant else 0
+    assert count == 134_515_008 + 64 * 576 + adapters
+    assert programs.policy.decoder.tied_embeddings
+    params = jax.eval_shape(programs.policy.init, jax.random.key(0))
+    for stage in config_lib.stage_order(config):
+        params = jax.eval_shape(functools.partial(params_of, config, stage=stage), params)
+        trainable = split(params, freeze_of(config, stage))[0]
+        assert "decoder/embed" not in trainable
+        if stage in trained:
+            assert {path.split("/")[0] for path in trainable} == trained[stage], stage
+            assert len(trainable) == 14 or not (config.lora.rank and stage in LORA_STAGES)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert config.rollout.buckets == (config.rollout.max_tokens,)
 
 
 @pytest.mark.parametrize(("name", "variant"), list(itertools.product(MODELS, VARIANTS)))

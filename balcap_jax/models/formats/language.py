@@ -3,6 +3,7 @@
 Its tokenizer gains the word of an image token, its embedding a row for it, and its chat template becomes the prompt's.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ IMAGE_WORD = "<image>"
 # LLaVA-1.5 rounds 32,002 words up to 32,064 rows: so many divide by the devices of any mesh.
 _ROWS = 64
 _DECODER = ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "rope_theta", "norm_eps", "tied_embeddings")
+_VOCAB_AXES = {"embed": 0, "head": 1}
 _IMAGE, _PROMPT = "\ue000", "\ue001"  # Private characters, which no chat template looks for.
 
 
@@ -106,33 +108,19 @@ def read_decoder(path: str | os.PathLike, language: DecoderConfig, mesh: Mesh | 
     """
     directory = _directory(path)
     checkpoint = hf.open_checkpoint(directory, (LLAMA,))
-    rows = checkpoint.fields["vocab"]
+    rows, wanted = checkpoint.fields["vocab"], language.vocab
     like = jax.eval_shape(lambda key: {"decoder": decoder.init(language, key)}, jax.random.key(0))
-    own = jax.tree_util.tree_map_with_path(lambda at, leaf: _with_rows(at, leaf, rows), like)
-    params = loading.read_parameters(checkpoint, own, mesh, np.dtype(np.float32))
-    grow = jax.tree_util.tree_map_with_path(lambda at, leaf: _vocab_axis(at), like)
-
-    def grown(leaf: jax.Array, axis: int | None) -> jax.Array:
-        if axis is None or leaf.shape[axis] == language.vocab:
-            return leaf
-        missing = [(0, language.vocab - rows) if i == axis else (0, 0) for i in range(leaf.ndim)]
-        return jnp.pad(leaf, missing, mode="mean")
-
-    places = sharding.tree_shardings(mesh, like) if mesh is not None else None
-    return jax.jit(lambda params: jax.tree.map(grown, params, grow), out_shardings=places, donate_argnums=0)(params)[
-        "decoder"
-    ]
-
-
-def _vocab_axis(at: tuple[Any, ...]) -> int | None:
-    """The axis of V of a parameter of the decoder, if it has one."""
-    return {"embed": 0, "head": 1}.get(at[-1].key)
-
-
-def _with_rows(at: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:
-    axis = _vocab_axis(at)
-    shape = tuple(rows if i == axis else size for i, size in enumerate(leaf.shape))
-    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    own = jax.eval_shape(
+        lambda key: {"decoder": decoder.init(dataclasses.replace(language, vocab=rows), key)}, jax.random.key(0)
+    )
+    params = loading.read_parameters(checkpoint, own, mesh, np.dtype(np.float32))["decoder"]
+    places = sharding.tree_shardings(mesh, like)["decoder"] if mesh is not None else {}
+    for name, axis in _VOCAB_AXES.items():
+        if rows < wanted and name in params:
+            pad = [(0, wanted - rows) if i == axis else (0, 0) for i in range(2)]
+            grow = jax.jit(lambda leaf, pad=pad: jnp.pad(leaf, pad, mode="mean"), out_shardings=places.get(name))
+            params[name] = grow(params[name])
+    return params
 
 
 def _directory(path: str | os.PathLike) -> Path:
