@@ -160,7 +160,7 @@ def use_smollm2(config: ConfigDict, lora: bool) -> None:
     config.rollout.token_buckets = (56, 64)
     # A token costs 100 times as much as the small decoder's: fewer steps, and fewer pictures in one of rl. Rates are
     # those of a pretrained model, none of them tuned. The embedding, a fifth of all parameters, stays as it is.
-    for stage, steps, rate in (("align", 300, 5e-4), ("sft", 100, 2e-4), ("rl", 80, 4e-5)):
+    for stage, steps, rate in (("align", 200, 5e-4), ("sft", 80, 2e-4), ("rl", 70, 4e-5)):
         settings = config.stages[stage]
         settings.steps, settings.warmup_steps, settings.learning_rate = steps, 10, rate
         settings.freeze = "^(vision/|decoder/embed$)"
