@@ -154,6 +154,8 @@ def test_the_prompt_is_the_chat_s(saved):
     words = tiny.tokenizer()
     words.chat_template = "{{ '{' }}{% for message in messages %}{{ message['content'] }}{% endfor %}}"
     assert language.chat_prompt(words) == "{{{image}\n{prompt}}}"
+    words.chat_template = "{{ raise_exception('a system message comes first') }}"
+    assert "a system message comes first; set model.template" in error_of(language.chat_prompt, words)
     words.chat_template = None
     assert language.chat_prompt(words) == ""
 

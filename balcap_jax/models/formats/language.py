@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import resolved
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
@@ -88,11 +89,21 @@ def read_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt's template by the tokenizer's chat template, for one message of a picture and a text; "" without."""
+    """The prompt's template by the tokenizer's chat template, for one message of a picture and a text; "" without.
+
+    Raises:
+      UserError: the chat template refuses such a message.
+    """
     if not tokenizer.chat_template:
         return ""
     message = {"role": "user", "content": f"{_IMAGE}\n{_PROMPT}"}
-    text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} takes no message of a user: {shown(error, str)}; set "
+            f"model.template"
+        ) from error
     text = text.replace("{", "{{").replace("}", "}}")
     return text.replace(_IMAGE, "{image}").replace(_PROMPT, "{prompt}")
 
