@@ -283,7 +283,7 @@ def test_forkme():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("scenes.py:qwem", "unknown variant 'qwem'; there are tiny, qwen, qwen3, lora"),
+        ("scenes.py:qwem", "unknown variant 'qwem'; there are tiny, qwen, qwen3, smollm2, lora"),
         ("qwen25vl_3b.py:tiny", "unknown variant 'tiny'; there are rl, sft, lora"),
         ("llava15_7b.py:rl,sft", "variants rl and sft exclude each other"),
         ("qwen25vl_7b.py:no_recall,caprl", "variants no_recall and caprl exclude each other"),
