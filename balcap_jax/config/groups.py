@@ -64,8 +64,6 @@ class Model(Group):
 
     family: Literal["llava", "qwen2_5_vl", "qwen3_vl"] = Field("llava", description="architecture of the policy")
     path: Path = Field("", description="directory of a saved model; empty = random initialisation with the sizes below")
-    decoder_path: Path = ""
-    """directory of a language model, a Llama, that is the decoder of a new policy (llava); empty = random"""
     image_size: Pixels = Field(96, description="height and width of the square input image, pixels")
     patch_size: Pixels = Field(16, description="height and width of a vision patch, pixels; divides image_size")
     vision_width: Size = Field(128, description="features of a vision token")
@@ -74,6 +72,8 @@ class Model(Group):
     vision_mlp: Wide = Field(512, description="hidden features of the vision MLP")
     feature_layer: int = Field(-2, ge=-1024, le=1024)
     """vision hidden state given to the decoder; -1 = last layer"""
+    decoder_path: Path = ""
+    """directory of a language model, a Llama, that is the decoder of a new policy (llava); empty = random"""
     width: Size = Field(128, description="features of a decoder token, D")
     layers: Few = Field(4, description="decoder layers, L")
     heads: Few = Field(4, description="decoder query heads, N")
