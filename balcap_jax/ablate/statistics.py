@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import ncfdtr, stdtr, stdtrit
 
 ALPHA = 0.05
@@ -84,7 +83,11 @@ def detectable(sd: float, n: int, wanted: float = POWER, alpha: float = ALPHA) -
     # In units of sd / sqrt(n): the bound of the test, and twice as far, are below and above what is looked for.
     unit, bound = sd / math.sqrt(n), float(stdtrit(n - 1, 1 - alpha / 2))
     least, most = bound * unit / 10, (4 * bound + 10) * unit
-    return float(brentq(lambda effect: power(effect, sd, n, alpha) - wanted, least, most))
+    # By halves, as power rises with the effect. `scipy.optimize` would change Python's filters of warnings.
+    for _ in range(60):
+        middle = (least + most) / 2
+        least, most = (middle, most) if power(middle, sd, n, alpha) < wanted else (least, middle)
+    return most
 
 
 def seeds_needed(sd: float, effect: float, wanted: float = POWER, alpha: float = ALPHA) -> int | None:

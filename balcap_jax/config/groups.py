@@ -1,5 +1,4 @@
-"""The groups of a configuration: every field with its type, default, range and meaning, and what fields demand of each
-other.
+"""The groups of a configuration: every field with its type, default, range and meaning, and what fields demand.
 
 The meaning is the field's description, or the text below a field whose line is full.
 """

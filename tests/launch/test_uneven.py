@@ -91,7 +91,7 @@ def side(tmp_path_factory):
     """Our side of uneven.py on TINY, in this process, and a batch of it."""
     batch = lengths.make_batches(TINY, "0.4", True, draws=1, seed=0)[0]
     (path,) = lengths.write_batches(tmp_path_factory.mktemp("batches"), "0.4", [batch])
-    job = {"decoder": dataclasses.asdict(TINY.decoder), "params": "", "group": 3, "response": 16}
+    job = {"decoder": dataclasses.asdict(TINY.decoder), "params": "", "group": 3, "response": 16, "parts": 1}
     return balcap.Side(job | {"rate": uneven.RATE, "clip": uneven.CLIP, "max_norm": uneven.MAX_NORM}), batch, path
 
 
