@@ -17,6 +17,8 @@ _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f1
 _BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"(?<![\w%])(pred|bf16|f8\w*|[sufc]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
+# What runs on another core of the chip says so behind its end.
+_END = re.compile(r'^\}(?:, execution_thread="[^"]*")?$')
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = ")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -127,7 +129,7 @@ class Program:
             if header := _HEADER.match(line):
                 current = self.computations.setdefault(header[2], {})
                 self.entry = header[2] if header[1] else self.entry
-            elif line == "}":
+            elif _END.match(line):
                 current = None
             elif current is not None and " = " in line:
                 instruction = _parse(line)
@@ -327,7 +329,7 @@ def _joined_lines(text: str) -> list[str]:
     """Lines with one instruction each: what a kernel says of itself may hold line breaks."""
     lines: list[str] = []
     for line in text.splitlines():
-        if lines and _INSTRUCTION.match(lines[-1]) and line != "}" and not _INSTRUCTION.match(line):
+        if lines and _INSTRUCTION.match(lines[-1]) and not (_END.match(line) or _INSTRUCTION.match(line)):
             lines[-1] += f" {line}"
         else:
             lines.append(line)

@@ -165,6 +165,35 @@ ENTRY %main (a: bf16[2,8,4], b: bf16[1,16,4]) -> bf16[2,8,4] {
     assert program.analyse().flops == 2 * 2 * (2 * 8 * 16 * 4)
 
 
+def test_computations_of_another_core_end_where_they_end():
+    """XLA writes the core behind the brace, on chips that move work to their sparse cores."""
+    text = """HloModule jit_decode
+
+%scattered (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1)
+  ROOT %dot.1 = f32[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}, execution_thread="sparsecore"
+
+%called_computation (c: f32[8,16], d: f32[16,4]) -> f32[8,4] {
+  %c = f32[8,16]{1,0} parameter(0)
+  %d = f32[16,4]{1,0} parameter(1)
+  %s = ((f32[8,16]{1,0}, f32[16,4]{1,0}), f32[8,4]{1,0}) call-start(%c, %d), to_apply=%scattered
+  ROOT %e = f32[8,4]{1,0} call-done(%s)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,16], y: f32[16,4]) -> f32[8,4] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[16,4]{1,0} parameter(1)
+  %s.1 = ((f32[8,16]{1,0}, f32[16,4]{1,0}), f32[8,4]{1,0}) call-start(%x, %y), to_apply=%called_computation
+  ROOT %r = f32[8,4]{1,0} call-done(%s.1)
+}
+"""
+    program = hlo.Program(text)
+    assert [*program.computations] == ["scattered", "called_computation", "main"]
+    assert program.analyse().flops == 2 * 8 * 16 * 4
+
+
 def test_a_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Program("nothing")
