@@ -15,9 +15,9 @@ from balcap_jax.cli.files import AppendedLines
 from balcap_jax.cli.process import PreemptionFlag
 
 SHORT = {
-    "stages.vision.steps": 2,
-    "stages.align.steps": 2,
-    "stages.sft.steps": 2,
+    "stages.vision.steps": 3,
+    "stages.align.steps": 3,
+    "stages.sft.steps": 3,
     "stages.rl.steps": 3,
     "stages.rl.warmup_steps": 1,
     "log.eval_images": 4,
