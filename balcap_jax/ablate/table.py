@@ -66,16 +66,22 @@ class Difference:
         return "yes" if self.mean * direction > 0 else "no"
 
 
+def differences(values: Values, variant: str, other: str, metric: str) -> list[float]:
+    """variant - other for each seed that both have, ascending by seed."""
+    ours, theirs = values.get(variant, {}), values.get(other, {})
+    seeds = sorted(seed for seed in ours if metric in ours[seed] and metric in theirs.get(seed, {}))
+    return [ours[seed][metric] - theirs[seed][metric] for seed in seeds]
+
+
 def difference(values: Values, variant: str, other: str, metric: str) -> Difference | None:
     """Paired over the seeds that both have; None where there are none.
 
     Runs of one seed share their base model and their order of data, so differences vary less than values do.
     """
-    ours, theirs = values.get(variant, {}), values.get(other, {})
-    seeds = [seed for seed in ours if metric in ours[seed] and metric in theirs.get(seed, {})]
-    if not seeds:
+    each = differences(values, variant, other, metric)
+    if not each:
         return None
-    found = statistics.paired([ours[seed][metric] - theirs[seed][metric] for seed in seeds])
+    found = statistics.paired(each)
     return Difference(found.mean, found.half(), found.n)
 
 

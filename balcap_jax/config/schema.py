@@ -14,14 +14,13 @@ from pydantic.fields import FieldInfo
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.config.fields import SIZE, Group
-from balcap_jax.config.flaws import FLAWS, parse_flaws
+from balcap_jax.config.flaws import parse_flaws
 from balcap_jax.config.groups import Config, Model
 from balcap_jax.config.lists import parse_endpoints, parse_shares
 from balcap_jax.config.packed import UNIT, WORTH
 
 __all__ = [
     "FIELDS",
-    "FLAWS",
     "KINDS",
     "RUN_FIELDS",
     "UNIT",
