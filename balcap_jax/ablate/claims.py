@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.ablate.statistics import ALPHA, POWER, Paired, detectable, holm, paired, seeds_needed
-from balcap_jax.ablate.studies import GATE, PILOT_EFFECT, POINTABILITY, RIVALS, SCALES, SPREAD, Study, scaled
+from balcap_jax.ablate.studies import CHECKED_SCALES, GATE, PILOT_EFFECT, POINTABILITY, RIVALS, SPREAD, Study, scaled
 from balcap_jax.ablate.variants import FULL
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # arm -> seed -> metric -> points
@@ -61,7 +61,13 @@ PRIMARY = (
     Claim(
         "spread",
         "c-GDPO's worst case over the scales is above GRPO's in b-CapScore",
-        (Part(SPREAD, "b_capscore", *(tuple(scaled(name, scale) for scale in SCALES) for name in ("grpo", FULL))),),
+        (
+            Part(
+                SPREAD,
+                "b_capscore",
+                *(tuple(scaled(name, scale) for scale in CHECKED_SCALES) for name in ("grpo", FULL)),
+            ),
+        ),
     ),
     Claim(
         "pointability",
@@ -85,9 +91,18 @@ PRIMARY = (
 )
 
 
+PILOT_RIVALS = ("caprl", "arena")
+"""Of the rivals a pilot has a utility reward and an arena reward."""
+
+
 def piloted(study: Study) -> Study:
-    """The study with the arms alone that a primary claim compares; the whole study where none does."""
+    """The study with the arms alone that a primary claim compares; the whole study where none does.
+
+    Of the rivals they are PILOT_RIVALS, for time.
+    """
     parts = [part for claim in PRIMARY for part in claim.parts if part.study.name == study.name]
+    if study.name == RIVALS.name:
+        parts = [part for part in parts if {*part.against} <= {*PILOT_RIVALS}]
     compared = {arm for part in parts for arm in (*part.arms, *part.against)}
     arms = {name: arm for name, arm in study.arms.items() if name in compared}
     return dataclasses.replace(study, arms=arms or study.arms)

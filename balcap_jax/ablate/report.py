@@ -18,12 +18,12 @@ from balcap_jax.ablate.plans import Plan
 from balcap_jax.ablate.statistics import ALPHA, paired
 from balcap_jax.ablate.studies import (
     BUDGET,
+    CHECKED_SCALES,
     FLAWS,
     JUDGED,
     JUDGES,
     LEAVE_ONE_OUT,
     PILOT_EFFECT,
-    SCALES,
     SHARES,
     SPREAD,
     VOTED,
@@ -144,15 +144,16 @@ def comparisons(study: Study, values: Values) -> str:
 def worst_cases(values: Values, metric: str = "b_capscore") -> str:
     """Of each estimator the lowest value over the scales, by seed."""
     lines = [
-        "Worst case over the scales, by seed (the lowest of as many runs for c-GDPO, which does not depend on the "
-        "scale, as for GRPO; fixed weights are one run, from which the scale cancels):",
+        f"Worst case over the scales {', '.join(f'{scale:g}' for scale in CHECKED_SCALES)}, by seed (the lowest of as "
+        "many runs for c-GDPO, in which the scale cancels, as for GRPO; with fixed weights it cancels too, in one "
+        "run):",
         "",
         f"| estimator | {METRICS[metric]}, worst | furthest from scale 1 |",
         "|---|---|---|",
     ]
     for name, arms in (
-        (FULL, [scaled(FULL, scale) for scale in SCALES]),
-        ("grpo", [scaled("grpo", scale) for scale in SCALES]),
+        (FULL, [scaled(FULL, scale) for scale in CHECKED_SCALES]),
+        ("grpo", [scaled("grpo", scale) for scale in CHECKED_SCALES]),
         ("grpo_fixed", ["grpo_fixed"]),
     ):
         arms = [arm for arm in arms if arm in values]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from balcap_jax.ablate.claims import PRIMARY, Claim, Part, assess, piloted, planned_seeds
+from balcap_jax.ablate.claims import PILOT_RIVALS, PRIMARY, Claim, Part, assess, piloted, planned_seeds
 from balcap_jax.ablate.statistics import power
 from balcap_jax.ablate.studies import GATE, POINTABILITY, RIVALS, SPREAD, STUDIES
 
@@ -19,8 +19,8 @@ def test_the_claims_compare_what_was_stated():
     assert [claim.name for claim in PRIMARY] == ["spread", "pointability", "gate", "rivals"]
     [part] = SPREAD_CLAIM.parts
     assert part.metric == "b_capscore"
-    assert part.arms == ("full_s0.1", "full_s0.3", "full", "full_s3", "full_s10")
-    assert part.against == ("grpo_s0.1", "grpo_s0.3", "grpo", "grpo_s3", "grpo_s10")
+    assert part.arms == ("full_s0.1", "full", "full_s10")
+    assert part.against == ("grpo_s0.1", "grpo", "grpo_s10")
     [part] = POINTABILITY_CLAIM.parts
     assert (part.metric, part.arms, part.against) == ("arena", ("full",), ("no_pointability",))
     assert [(part.metric, part.against, part.margin) for part in GATE_CLAIM.parts] == [
@@ -38,8 +38,8 @@ def test_the_claims_compare_what_was_stated():
 
 def test_a_pilot_has_what_the_claims_compare():
     assert {*piloted(GATE).arms} == {"full", "no_gate"}
-    assert {*SPREAD.arms} - {*piloted(SPREAD).arms} == {"grpo_fixed"}
-    assert piloted(RIVALS).arms == RIVALS.arms
+    assert {*SPREAD.arms} - {*piloted(SPREAD).arms} == {"grpo_fixed", "grpo_s0.3", "grpo_s3"}
+    assert {*piloted(RIVALS).arms} == {"full", *PILOT_RIVALS}
     assert piloted(STUDIES["moods"]) == STUDIES["moods"]
 
 

@@ -7,6 +7,8 @@ import pytest
 from balcap_jax.ablate.plans import Plan, judge_calls
 from balcap_jax.ablate.results import digest, identity
 from balcap_jax.ablate.studies import (
+    CROSSED,
+    FIELDS,
     FLAWS,
     JUDGED,
     JUDGES,
@@ -22,6 +24,8 @@ from balcap_jax.ablate.studies import (
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes
 
+STEPS = int(FIELDS["stages.rl.steps"])
+
 
 @pytest.fixture
 def plan(tmp_path):
@@ -31,12 +35,14 @@ def plan(tmp_path):
 def test_the_studies_are_those_asked_for():
     assert [*STUDIES] == ["spread", "moods", "pointability", "gate", "rivals", "judges", "budget", "leave_one_out"]
     assert [*SPREAD.arms] == [
-        *("full_s0.1", "full_s0.3", "full", "full_s3", "full_s10"),
+        *("full_s0.1", "full", "full_s10"),
         *("grpo_s0.1", "grpo_s0.3", "grpo", "grpo_s3", "grpo_s10", "grpo_fixed"),
     ]
-    assert [scaled("grpo", scale) for scale in SCALES] == [*SPREAD.arms][5:10]
+    assert [scaled("grpo", scale) for scale in SCALES] == [*SPREAD.arms][3:8]
     assert {*STUDIES["rivals"].arms} == {"full", "arena", "lexical", "best_of", *UTILITY_REWARDS}
-    assert len(JUDGES.arms) == len(JUDGED) * (1 + len(FLAWS)) + 3
+    # Four methods with the exact judge and two others, one method with seven, unbiased noise and two with votes.
+    assert (len(JUDGED), len(CROSSED), len(FLAWS)) == (4, 2, 9)
+    assert len(JUDGES.arms) == 4 * 3 + 7 + 3
     assert [asked(share) for share in (1, 0.5, 0.25)] == [*STUDIES["budget"].arms]
     for study in STUDIES.values():
         assert study.against in study.arms
@@ -54,7 +60,7 @@ def test_all_arms_have_configs_and_one_name_is_one_run(plan):
                 assert name == "grpo_fixed"
                 continue
             config = made[2]
-            assert (config.seed, config.stages.rl.steps, config.log.eval_images) == (3, 80, 128)
+            assert (config.seed, config.stages.rl.steps, config.log.eval_images) == (3, STEPS, 128)
             assert recipes.stage_order(config)[:3] == ("vision", "align", "sft")
             key = digest(identity(config))
             assert known.setdefault(study.label(name), key) == key, name
@@ -73,17 +79,17 @@ def test_fields_of_arms(plan):
     assert config("gate", "ramp").rewards.weights == (*config("gate", "full").rewards.weights, 1.0)
     voted = config("judges", "full_false_accept_0.3_votes_3").judge
     assert (voted.flaws, voted.votes) == ("false_accept:0.3", 3)
-    assert config("judges", "soft_min_failed_0.3").judge.max_failure_rate == 1
+    assert config("judges", "full_failed_0.3").judge.max_failure_rate == 1
     assert config("budget", "ask_0.25").judge.ask == "precision:0.25,recall:0.25,linguistic:0.25"
 
 
 def test_questions_to_the_judge(plan):
-    """80 updates of 16 pictures with 8 captions each are 10,240 captions; three questions about each, or a share."""
+    """Updates are of 16 pictures with 8 captions each; three questions about each caption, or a share."""
 
     def calls(study, arm):
         return judge_calls(plan.of(STUDIES[study], arm, 0)[2])
 
-    captions = 80 * 16 * 8
+    captions = STEPS * 16 * 8
     assert calls("budget", "full") == 3 * captions
     assert calls("budget", "ask_0.5") == 3 * captions / 2
     assert calls("budget", "ask_0.25") == 3 * captions / 4
@@ -116,8 +122,8 @@ def test_studies_share_runs(plan):
     names = [run.name for run in plan.missing([STUDIES["spread"], STUDIES["leave_one_out"]], [0])]
     assert len(names) == len({*names})
     assert names.count("habits-grpo-seed0") == 1
-    # 2 bases; 11 arms, of which one waits for another's result; 17 of which full and grpo are shared.
-    assert len(names) == 2 + 10 + 15
+    # 2 bases; 9 arms, of which one waits for another's result; 17 of which full and grpo are shared.
+    assert len(names) == 2 + 8 + 15
 
 
 def test_seeds_are_made_one_after_the_other(plan):

@@ -9,7 +9,18 @@ import pytest
 from balcap_jax.ablate import drawings, figures, report, results
 from balcap_jax.ablate.figures import Panel, Series
 from balcap_jax.ablate.plans import Plan
-from balcap_jax.ablate.studies import BUDGET, FLAWS, JUDGES, POINTABILITY, RECIPE, RIVALS, SPREAD, STUDIES, flawed
+from balcap_jax.ablate.studies import (
+    BUDGET,
+    CROSSED,
+    FLAWS,
+    JUDGES,
+    POINTABILITY,
+    RECIPE,
+    RIVALS,
+    SPREAD,
+    STUDIES,
+    flawed,
+)
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes
 
@@ -44,23 +55,23 @@ def table(text, first):
 
 
 def test_worst_cases_over_the_scales():
-    # c-GDPO: 81, 80, 80, 79.5, 79 (+ seed); GRPO: 74, 77, 78, 70, 75 at the scales 0.1 to 10; fixed weights 76.
-    scores = [81, 80, 80, 79.5, 79, 74, 77, 78, 70, 75, 76]
+    # c-GDPO at 0.1, 1, 10 (+ seed), GRPO at 0.1 to 10, fixed weights. GRPO counts at 0.3 and 3 as little.
+    scores = [81, 80, 79, 74, 50, 78, 51, 75, 76]
     found = of(SPREAD, lambda arm, seed: scores[arm] + seed)
     text = report.section(SPREAD, found, "figures/spread.svg")
     assert table(text, "estimator") == {
         "full": ["80.0 ± 1.0", "1.0"],
-        "grpo": ["71.0 ± 1.0", "8.0"],
+        "grpo": ["75.0 ± 1.0", "4.0"],
         "grpo_fixed": ["77.0 ± 1.0", "0.0"],
     }
-    assert "33 runs, seeds 0, 1, 2; 50 min of runs, about 25 min on the clock" in text
+    assert "27 runs, seeds 0, 1, 2; 40 min of runs, about 20 min on the clock" in text
     assert "Missing: seeds 3, 4 of all." in text
     del found["grpo"][1], found["full"][0]
     assert report.lacking(SPREAD, found) == " Missing: seeds 3, 4 of all; full (0); grpo (1)."
     assert report.lacking(SPREAD, of(SPREAD, lambda arm, seed: 1.0, seeds=SPREAD.seeds)) == ""
     assert "![" in text
     assert table(text, "variant")["base"][0] == "60.0 ± 0.0"
-    assert table(text, "variant")["grpo_s3"][0] == "**71.0 ± 1.0**"
+    assert table(text, "variant")["grpo_s3"][0] == "**52.0 ± 1.0**"
 
 
 def test_comparisons_have_intervals_and_what_could_be_seen():
@@ -93,19 +104,21 @@ def test_judges_are_compared_with_the_exact_one():
         {"update": 10, "proxy": {"b_capscore": 90.0}, "true": {"b_capscore": 72.0}},
     ]
     found = of(JUDGES, lambda arm, seed: 80.0 + seed, trajectory=path)
-    bad = flawed("grpo", "praise:0.5")
+    bad = flawed("grpo", "length:0.5")
     found[bad] = {seed: result(70.0 + seed + seed % 2, trajectory=path) for seed in (0, 1, 2)}
     found[flawed("full", "noise:0.3", 3)] = {seed: result(83.0 + seed) for seed in (0, 1, 2)}
     text = report.section(JUDGES, found)
     scores = table(text, "judge")
     assert scores["exact"] == ["81.0 ± 1.0"] * 4
-    assert scores["praise:0.5"] == ["81.0 ± 1.0", "71.3 ± 1.2", "81.0 ± 1.0", "81.0 ± 1.0"]
+    assert scores["length:0.5"] == ["81.0 ± 1.0", "71.3 ± 1.2", "81.0 ± 1.0", "81.0 ± 1.0"]
     after = text.split("Against the same")[1]
     losses = table(after, "judge")
     assert {*losses} == {*FLAWS}
-    assert losses["praise:0.5"] == ["+0.0 ± 0.0", "-9.7 ± 1.4", "+0.0 ± 0.0", "+0.0 ± 0.0"]
+    assert losses["praise:0.5"] == ["+0.0 ± 0.0", "-", "-", "-"]  # Only the full method was trained with it.
+    assert losses["length:0.5"] == ["+0.0 ± 0.0", "-9.7 ± 1.4", "+0.0 ± 0.0", "+0.0 ± 0.0"]
     flattery = table(after.split("What the judge says")[1], "judge")
-    assert flattery["coarse:3"] == ["18.0 ± 0.0"] * 4
+    assert flattery["coarse:3"] == ["18.0 ± 0.0", "-", "-", "-"]
+    assert flattery["false_accept:0.3"] == ["18.0 ± 0.0"] * 4
     votes = table(after.split("Votes")[1], "judge")
     assert votes["noise:0.3"] == ["81.0 ± 1.0", "84.0 ± 1.0", "+3.0 ± 0.0"]
 
@@ -192,7 +205,8 @@ def test_every_study_has_a_figure():
         elif study is JUDGES:
             assert {*FLAWS} <= {*texts}
             dashed = [line for line in root.iter(f"{SVG}polyline") if "d" in line.get("class").split()]
-            assert len(dashed) == 4 * (len(FLAWS) + 1)  # a proxy of each method in each panel, and in the legend
+            # A proxy of each method in the panels of two judges, of one method in the others, and the legend.
+            assert len(dashed) == 4 * len(CROSSED) + (len(FLAWS) - len(CROSSED)) + 4
         elif study not in (SPREAD, BUDGET):
             assert {*study.arms} <= {*texts}
 
