@@ -138,10 +138,11 @@ def test_a_check_of_the_caller_is_part_of_the_answer():
 # ---- many calls -----------------------------------------------------------------------------------------------------
 
 
-def many(calls: int, concurrency: int, latency: float) -> float:
+def many(calls: int, concurrency: int, latency: float) -> tuple[float, int]:
     """`calls` questions of which 30% meet a fault first, each of 11 kinds as often as the others.
 
-    -> their time as a multiple of the ideal: what the server took for all requests by how many are under way at once
+    -> their time as a multiple of the ideal: what the server took for all requests by how many are under way at once;
+    and how many requests the server saw at once beyond `concurrency`
     """
     faults = [FAULTS[name][0] for name in FAULTS if name not in ("deep", "null", "no JSON", "filtered", "too long")]
     hopeless = {number for number in range(calls) if digest(f"hopeless {number}") % 100 == 0}
@@ -180,21 +181,25 @@ def many(calls: int, concurrency: int, latency: float) -> float:
             usage = client.usage()
             assert usage.calls == calls
             assert sum(usage.failures.values()) == len(hopeless)
-        # It sees a moment later that the client has given one up.
-        assert concurrency <= server.most_under_way <= concurrency + 3
+        assert server.most_under_way >= concurrency
         ideal = sum(server.held) / concurrency
         print(f"\n{calls} calls, {server.requests} requests: {seconds:.1f} s, {seconds / ideal:.2f} of the ideal")
         assert sum(tries.values()) == server.requests
         assert len(tries) == calls
-    return seconds / ideal
+    return seconds / ideal, server.most_under_way - concurrency
+
+
+def is_prompt(ratio: float, beyond: int) -> bool:
+    """A server sees a moment later that the client has given a request up, so that a few are beyond the bound."""
+    return ratio < 1.3 and beyond <= 3
 
 
 def test_500_calls_of_which_30_percent_are_faulty():
     """Where a try is disturbed by what else the machine does, another shows it."""
     tries = [many(500, concurrency=16, latency=0.2)]
-    while tries[-1] >= 1.3 and len(tries) < 3:
+    while not is_prompt(*tries[-1]) and len(tries) < 3:
         tries.append(many(500, concurrency=16, latency=0.2))
-    assert tries[-1] < 1.3, tries
+    assert is_prompt(*tries[-1]), tries
 
 
 @pytest.mark.slow
@@ -207,9 +212,9 @@ def test_10000_calls_of_which_30_percent_are_faulty():
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         return psutil.Process().memory_info().rss
 
-    assert many(500, concurrency=16, latency=0.2) < 1.3
+    assert is_prompt(*many(500, concurrency=16, latency=0.2))
     before = held()
-    assert many(10_000, concurrency=16, latency=0.2) < 1.3
+    assert is_prompt(*many(10_000, concurrency=16, latency=0.2))
     grown = (held() - before) / 1e6
     print(f"resident memory grew by {grown:.0f} MB")
     assert grown < 30
