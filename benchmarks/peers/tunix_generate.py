@@ -104,8 +104,8 @@ def main() -> None:
         # No token ends a response.
         out = tunix(texts, max_tokens, max_prompt_length=prompts.shape[1], eos_tokens=[-1], **how)
         tokens = np.array([np.asarray(row) for row in out.tokens])
-        # What was not reached is still padding.
-        if tokens.shape != (len(texts), max_tokens) or ((tokens >= 0).sum(1) != max(ends)).any():
+        # What was not reached is still padding, or cut off.
+        if len(tokens) != len(texts) or ((tokens >= 0).sum(1) != max(ends)).any():
             raise SystemExit(f"the sampler gave {tokens.shape}, {(tokens >= 0).sum(1)} tokens for {max(ends)}")
         return tokens[:, : max(ends)]
 
