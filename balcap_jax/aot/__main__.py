@@ -122,6 +122,7 @@ def as_json(report: Any, chip: Any) -> dict[str, Any]:
         "program": report.planned.name,
         "fits": report.fits(chip.hbm),
         "hbm": chip.hbm,
+        "peak_seconds": report.flops / chip.flops,
         **{name: figures[name] for name in names},
         "collectives": [vars(moved) for moved in report.collectives],
         "decoding_step": [vars(turn) for turn in report.turns],

@@ -4,6 +4,7 @@ Beside these an example may have `scene`, `questions` and `rubrics`, as JSON tex
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from balcap_jax.data import photos, sharegpt4v
@@ -29,17 +30,24 @@ def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True, 
     if name != "scenes":
         data = photos.load(config, needs) if name == "photos" else sharegpt4v.load(config, needs)
         return data._replace(tokenizer=photos.caption_tokenizer(data.train)) if tokenizer else data
-    built = scenes.prepare(
-        config["data_dir"],
-        train=config["train_size"],
-        validation=config["validation_size"],
-        test=config["test_size"],
-        image_size=image_size,
-        captions_per_image=config["captions_per_image"],
-        seed=config["seed"],
-        captioner=config["captioner"],
-    )
+    built = scenes.prepare(config["data_dir"], **_settings(config, image_size))
     train, *held_out = (built.as_data_source(split) for split in ("train", "validation", "test"))
     if len(train) * 3 * image_size**2 <= KEPT_BYTES:
         train = Kept(train)
     return Data(train, *held_out, fields=frozenset(built.info.features), tokenizer=scenes_tokenizer())
+
+
+def to_be_made(config: Mapping[str, Any], image_size: int) -> Path | None:
+    """Where `load` will make the data set of the group `data`; None where it is there, or is none that is made."""
+    if config["name"] != "scenes":
+        return None
+    folder = scenes.folder_of(config["data_dir"], **_settings(config, image_size))
+    return None if folder.exists() else folder
+
+
+def _settings(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Those of the scenes' builder."""
+    names = {"train": "train_size", "validation": "validation_size", "test": "test_size"}
+    named = {name: config[field] for name, field in names.items()}
+    same = {name: config[name] for name in ("captions_per_image", "seed", "captioner")}
+    return named | same | {"image_size": image_size}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from balcap_jax.config.schema import parse_shares
 from balcap_jax.judges import prompts
@@ -83,34 +83,55 @@ def tokens_of(prompt: str, caption_tokens: int, image_tokens: int, most: int) ->
     return length, min(answer, most)
 
 
-def estimate(config: Mapping[str, Any], order: tuple[str, ...], methods: tuple[str, ...]) -> str:
-    """A table of calls, tokens and cost of the config's whole run, whose reward asks the judge's `methods`.
+class Amount(NamedTuple):
+    """What the questions by one method of the judge come to in a whole run."""
 
-    It assumes captions of the greatest length, and an empty cache.
+    calls: int
+    tokens_in: int
+    tokens_out: int
+
+    def cost(self, judge: Mapping[str, Any]) -> float:
+        """By the prices of the config group `judge`."""
+        return (self.tokens_in * judge["price_in"] + self.tokens_out * judge["price_out"]) / MILLION
+
+
+def amounts(config: Mapping[str, Any], order: tuple[str, ...], methods: tuple[str, ...]) -> dict[str, Amount]:
+    """{method: about what it takes} in the config's whole run, if captions have the greatest length and none is cached.
+
+    methods: those of the judge that the reward asks.
     """
+    length, image_tokens, found = config["rollout"]["max_tokens"], image_tokens_of(config), {}
+    steps = config["stages"]["rl"]["steps"] if "rl" in order else 0
+    for method in methods:
+        each = tokens_of(method, length, image_tokens, config["judge"]["max_tokens"])
+        in_evaluations = _ORDERS if method == "preference" else _repeated(config, method, captions_of(config, order))
+        calls = steps * calls_of_step(config, method) + _evaluated(config, order) * in_evaluations
+        found[method] = Amount(calls, calls * each[0], calls * each[1])
+    return found
+
+
+def total(parts: Mapping[str, Amount]) -> Amount:
+    """The sum of all methods."""
+    return Amount(*(sum(part[i] for part in parts.values()) for i in range(len(Amount._fields))))
+
+
+def estimate(config: Mapping[str, Any], order: tuple[str, ...], methods: tuple[str, ...]) -> str:
+    """The table of `amounts`, with their cost."""
     judge = config["judge"]
     if judge["name"] != "remote":
         return f"the judge {judge['name']!r} asks no endpoint: nothing to pay, no cost"
-    captions, length = captions_of(config, order), config["rollout"]["max_tokens"]
-    image_tokens = image_tokens_of(config)
     steps = config["stages"]["rl"]["steps"] if "rl" in order else 0
-    rows, sums = [], [0, 0, 0]
-    for prompt in methods:
-        each = tokens_of(prompt, length, image_tokens, judge["max_tokens"])
-        in_evaluations = _ORDERS if prompt == "preference" else _repeated(config, prompt, captions)
-        calls = steps * calls_of_step(config, prompt) + _evaluated(config, order) * in_evaluations
-        row = [calls, calls * each[0], calls * each[1]]
-        sums = [a + b for a, b in zip(sums, row, strict=True)]
-        rows.append((prompts.name_of(prompt), *row))
-    cost = (sums[1] * judge["price_in"] + sums[2] * judge["price_out"]) / MILLION
+    parts = amounts(config, order, methods)
+    rows = [(prompts.name_of(method), *amount) for method, amount in parts.items()]
+    captions, length = captions_of(config, order), config["rollout"]["max_tokens"]
     lines = [
         f"{captions:,} captions to judge; about, if each has rollout.max_tokens ({length}) and none is cached:",
         f"{'prompt':14}{'calls':>14}{'tokens in':>18}{'tokens out':>18}",
-        *(f"{name:14}{a:14,}{b:18,}{c:18,}" for name, a, b, c in [*rows, ("total", *sums)]),
+        *(f"{name:14}{a:14,}{b:18,}{c:18,}" for name, a, b, c in [*rows, ("total", *total(parts))]),
     ]
     if judge["price_in"] or judge["price_out"]:
         prices = f"{judge['price_in']:g} in, {judge['price_out']:g} out per million tokens"
-        lines.append(f"{'cost':14}{cost:14,.2f}    at {prices}")
+        lines.append(f"{'cost':14}{total(parts).cost(judge):14,.2f}    at {prices}")
     else:
         lines.append("cost: set judge.price_in and judge.price_out (per million tokens)")
     if steps:
@@ -125,6 +146,24 @@ def image_tokens_of(config: Mapping[str, Any]) -> int:
     """About the tokens of the largest picture that the judge is shown."""
     pixels = config["model"]["image_size"] ** 2 if config["data"]["name"] == "scenes" else config["data"]["max_pixels"]
     return -(-pixels // _PIXELS_PER_TOKEN) + 8
+
+
+def seconds_of_step(config: Mapping[str, Any], seconds: Mapping[str, float], servers: int) -> float:
+    """How long the questions of one step of rl take, if `seconds` {method} are those of an answer.
+
+    judge.concurrency are under way at once, and no more are begun than judge.rpm and judge.tpm let `servers` have.
+    """
+    judge, calls = config["judge"], {method: calls_of_step(config, method) for method in seconds}
+    questions = sum(calls.values())
+    work = sum(calls[method] * seconds[method] for method in seconds)
+    times = [work / min(judge["concurrency"], questions), *seconds.values()]
+    if judge["rpm"]:
+        times.append(60 * questions / (judge["rpm"] * servers))
+    if judge["tpm"]:
+        length, image = config["rollout"]["max_tokens"], image_tokens_of(config)
+        tokens = sum(calls[method] * sum(tokens_of(method, length, image, judge["max_tokens"])) for method in seconds)
+        times.append(60 * tokens / (judge["tpm"] * servers))
+    return max(times)
 
 
 TARGETS = (30, 60, 120, 300)  # seconds of a rollout that judging might hide behind
@@ -142,17 +181,17 @@ def sizing(
     more under way than it had in the trial; a server that can have more does more.
     """
     calls = {method: calls_of_step(config, method) for method in seconds}
-    total, work = sum(calls.values()), sum(calls[method] * seconds[method] for method in seconds)
+    asked, work = sum(calls.values()), sum(calls[method] * seconds[method] for method in seconds)
     rl, concurrency = config["stages"]["rl"], config["judge"]["concurrency"]
-    step = max(work / min(concurrency, total), max(seconds.values()))
+    step = seconds_of_step(config, seconds, servers)
     width = max(map(len, seconds))
     lines = [
         f"{'question':{width}}  seconds of an answer   a step asks",
         *(f"{method:{width}}{seconds[method]:22.2f}{calls[method]:14,}" for method in seconds),
-        f"a step's {total:,} questions, {min(concurrency, total)} at once: about {step:,.1f} s; "
+        f"a step's {asked:,} questions, {min(concurrency, asked)} at once: about {step:,.1f} s; "
         f"the run's {rl['steps']:,} steps: {step * rl['steps'] / 3600:,.1f} h",
     ]
-    if at_once < min(concurrency, total):
+    if at_once < min(concurrency, asked):
         lines.append(f"that is if {concurrency} at once are answered as fast as the {at_once} of this trial")
     lines.append("to judge a step while the next one is sampled (pipeline.depth=1):")
     lines.append(f"{'rollout, s':>12}{'judge.concurrency':>20}{'servers like these':>20}")

@@ -195,13 +195,8 @@ def measure(reward: RewardFn, judge: Judge, fields: Collection[str]) -> RewardFn
 
 def check(config: Mapping[str, Any], judge: Judge, fields: Collection[str], data: str) -> None:
     """Raises UserError where the data set `data`, whose examples have `fields`, or the judge is not enough."""
+    check_fields(config, fields, data)
     reward, name = resolve(config["name"]), config["name"]
-    for field in reward.needs:
-        if field not in fields:
-            raise UserError(
-                f"the reward {name!r} needs {field!r} beside a picture, and the data set {data!r} has none; add them "
-                "to the data, or choose another reward (rewards.name)"
-            )
     for method in reward.asks:
         if not hasattr(judge, method):
             raise UserError(
@@ -210,5 +205,15 @@ def check(config: Mapping[str, Any], judge: Judge, fields: Collection[str], data
             )
 
 
+def check_fields(config: Mapping[str, Any], fields: Collection[str], data: str) -> None:
+    """Raises UserError where the data set `data`, whose examples have `fields`, lacks one that the reward reads."""
+    for field in resolve(config["name"]).needs:
+        if field not in fields:
+            raise UserError(
+                f"the reward {config['name']!r} needs {field!r} beside a picture, and the data set {data!r} has none; "
+                "add them to the data, or choose another reward (rewards.name)"
+            )
+
+
 __all__ = ["RewardFn", "Samples", "Scores", "build", "check", "check_settings", "count_words", "measure"]
-__all__ += ["in_training", "objectives", "resolve", "truth"]
+__all__ += ["check_fields", "in_training", "objectives", "resolve", "truth"]

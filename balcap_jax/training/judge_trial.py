@@ -1,6 +1,8 @@
 """Asks a run's judge a few of its questions and times them: how long a step's judging will take, and what hides it."""
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -10,7 +12,9 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.data.input import examples
 from balcap_jax.data.words import count_words
 from balcap_jax.judges import cost, prompts
+from balcap_jax.judges.budget import MILLION
 from balcap_jax.judges.chat_judge import RemoteJudge, make_client
+from balcap_jax.judges.schema import Usage
 from balcap_jax.rewards.base import Samples
 from balcap_jax.training.evaluation import batches
 from balcap_jax.training.job import to_samples
@@ -21,6 +25,21 @@ QUESTIONS = 96  # about as many are asked at most
 _GROUP = 4  # captions of a picture
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a few questions took: {method of the judge: seconds of an answer}, with `at_once` under way at `servers`."""
+
+    usage: Usage
+    seconds: Mapping[str, float]
+    at_once: int
+    servers: int
+
+    @property
+    def asked(self) -> int:
+        """Questions that were sent."""
+        return self.usage.calls - self.usage.cached
+
+
 def trial(config: ConfigDict, rollout: float = 0.0) -> str:
     """The table of `cost.sizing`, from questions about pictures of the data set, whose references stand for captions.
 
@@ -29,8 +48,32 @@ def trial(config: ConfigDict, rollout: float = 0.0) -> str:
     Raises:
       UserError: the data cannot be read, or the judge is down or answers nothing.
     """
+    count = pictures_of(config)
+    model, _ = model_fields(config)
+    splits = data.load(config.data, model.get("image_size", config.model.image_size), tokenizer=False)
+    with readable(config.data):
+        samples = samples_of(examples(splits.test, count))
+    found, judge = ask(config, samples, splits.fields), config.judge
+    usage = found.usage
+    price = (usage.tokens_in * judge.price_in + usage.tokens_out * judge.price_out) / MILLION
+    words = np.mean([count_words(text) for group in samples.captions for text in group])
+    head = (
+        f"asked {found.asked} questions about {samples.shape[0]} pictures and captions of {words:.0f} words, "
+        f"{found.at_once} at once: {usage.tokens_in:,} tokens in, {usage.tokens_out:,} out"
+        + (f", cost {price:.4f}" if price else "")
+    )
+    if usage.failures:
+        head += f"; {usage.failures.total()} failed"
+    return f"{head}\n{cost.sizing(config, found.seconds, found.at_once, found.servers, rollout)}"
+
+
+def ask(config: ConfigDict, samples: Samples, fields: Collection[str]) -> Trial:
+    """Asks all that the reward asks about `samples`, of a data set with `fields`; no answer is cached.
+
+    Raises:
+      UserError: the judge is down, or answers no question of one kind.
+    """
     asks = rewards.resolve(config.rewards.name).asks
-    samples, fields = samples_of(config, asks)
     judge = config.judge.copy_and_resolve_references()
     with judge.unlocked():
         judge.cache_dir = ""
@@ -44,39 +87,27 @@ def trial(config: ConfigDict, rollout: float = 0.0) -> str:
     finally:
         client.close()
     named = {method: seconds[prompts.name_of(method)] for method in asks if prompts.name_of(method) in seconds}
-    asked = usage.calls - usage.cached
+    found = Trial(usage, named, min(judge.concurrency, usage.calls - usage.cached), len(client.settings.endpoints))
     if len(named) < len(asks):
         reasons = "; ".join(f"{count} x {reason}" for reason, count in usage.failures.most_common(2))
-        raise UserError(f"of {asked} questions {usage.failures.total()} were not answered ({reasons})")
-    servers = len(client.settings.endpoints)
-    at_once = min(judge.concurrency, asked)
-    price = (usage.tokens_in * judge.price_in + usage.tokens_out * judge.price_out) / 1e6
-    words = np.mean([count_words(text) for group in samples.captions for text in group])
-    head = (
-        f"asked {asked} questions about {samples.shape[0]} pictures and captions of {words:.0f} words, {at_once} at "
-        f"once: {usage.tokens_in:,} tokens in, {usage.tokens_out:,} out" + (f", cost {price:.4f}" if price else "")
-    )
-    if usage.failures:
-        head += f"; {usage.failures.total()} failed"
-    return f"{head}\n{cost.sizing(config, named, at_once, servers, rollout)}"
+        raise UserError(f"of {found.asked} questions {usage.failures.total()} were not answered ({reasons})")
+    return found
 
 
-def samples_of(config: ConfigDict, asks: tuple[str, ...]) -> tuple[Samples, Collection[str]]:
-    """Pictures of the test split with `_GROUP` different captions each, about QUESTIONS questions in all.
-
-    -> (the captions, the fields of the data set)
-    """
+def pictures_of(config: ConfigDict) -> int:
+    """How many pictures make about QUESTIONS questions of the reward. Raises UserError where it asks nothing."""
+    asks = rewards.resolve(config.rewards.name).asks
     if not asks:
         raise UserError(f"the reward {config.rewards.name!r} asks its judge nothing")
     each = sum(cost.calls_of_step(config, method) for method in asks) / (
         config.stages.rl.batch_size * config.rollout.group_size
     )
-    pictures = max(int(QUESTIONS / max(each, 1) / _GROUP), 1)
-    model, _ = model_fields(config)
-    splits = data.load(config.data, model.get("image_size", config.model.image_size), tokenizer=False)
-    with readable(config.data):
-        shown = examples(splits.test, pictures)
+    return max(int(QUESTIONS / max(each, 1) / _GROUP), 1)
+
+
+def samples_of(shown: Sequence[Mapping[str, Any]]) -> Samples:
+    """The examples `shown` with `_GROUP` different captions each, made of their references."""
     ((batch, real),) = batches(shown, len(shown))
     captions = [[f"View {g + 1}. {text}" for g in range(_GROUP)] for text in batch["reference"][:real]]
     tokens = np.array([list(map(count_words, group)) for group in captions])
-    return to_samples({name: column[:real] for name, column in batch.items()}, captions, tokens), splits.fields
+    return to_samples({name: column[:real] for name, column in batch.items()}, captions, tokens)

@@ -168,6 +168,11 @@ def _png(picture: np.ndarray) -> io.BytesIO:
     return file
 
 
+def folder_of(data_dir: str | os.PathLike, **settings: int | str) -> pathlib.Path:
+    """Where `prepare` makes the data set; raises UserError on a value out of range."""
+    return resolved(data_dir) / Scenes.name / make_config(**settings).name / str(Scenes.VERSION)
+
+
 def prepare(data_dir: str | os.PathLike, **settings: int | str) -> Scenes:
     """Generates the data set under `data_dir` unless it is there, and returns its builder.
 

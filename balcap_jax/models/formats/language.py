@@ -108,6 +108,16 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     return text.replace(_IMAGE, "{image}").replace(_PROMPT, "{prompt}")
 
 
+def open_decoder(path: str | os.PathLike, language: DecoderConfig) -> tuple[hf.Checkpoint, Params]:
+    """The checkpoint of the language model at `path`, and its parameters as shapes; no weight is read.
+
+    Raises UserError as `read_decoder` does, but for what only `hf.check` of these shapes finds.
+    """
+    checkpoint = hf.open_checkpoint(_directory(path), (LLAMA,))
+    own = dataclasses.replace(language, vocab=checkpoint.fields["vocab"])
+    return checkpoint, jax.eval_shape(lambda key: {"decoder": decoder.init(own, key)}, jax.random.key(0))
+
+
 def read_decoder(path: str | os.PathLike, language: DecoderConfig, mesh: Mesh | None = None) -> Params:
     """The parameters of a decoder with the weights of the language model at `path`, in float32.
 
@@ -117,13 +127,9 @@ def read_decoder(path: str | os.PathLike, language: DecoderConfig, mesh: Mesh | 
     Raises:
       UserError: the weights are missing or not those that the directory's config.json asks for.
     """
-    directory = _directory(path)
-    checkpoint = hf.open_checkpoint(directory, (LLAMA,))
+    checkpoint, own = open_decoder(path, language)
     rows, wanted = checkpoint.fields["vocab"], language.vocab
     like = jax.eval_shape(lambda key: {"decoder": decoder.init(language, key)}, jax.random.key(0))
-    own = jax.eval_shape(
-        lambda key: {"decoder": decoder.init(dataclasses.replace(language, vocab=rows), key)}, jax.random.key(0)
-    )
     params = loading.read_parameters(checkpoint, own, mesh, np.dtype(np.float32))["decoder"]
     places = sharding.tree_shardings(mesh, like)["decoder"] if mesh is not None else {}
     for name, axis in _VOCAB_AXES.items():

@@ -23,6 +23,7 @@ from balcap_jax.models import fields as model_fields
 from balcap_jax.models import llava, lora, qwen2_5_vl, qwen3_vl
 from balcap_jax.models.fields import DEFAULTS, OWN
 from balcap_jax.models.formats import hf, peft
+from balcap_jax.models.formats.safetensors import refuse_pointer
 from balcap_jax.models.formats.slices import Index, read_slice
 from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
@@ -84,6 +85,36 @@ def find(path_or_name: str | os.PathLike) -> Place:
     raise UserError(f"no model at {path}: {hf.CONFIG} is missing; give {what}")
 
 
+class Opened(NamedTuple):
+    """A model whose parameters are not read: all but them, and `like`, their shapes and types."""
+
+    place: Place
+    fields: dict[str, Any]
+    policy: Policy
+    processor: PromptProcessor
+    checkpoint: hf.Checkpoint
+    like: Params
+
+
+def open_model(path_or_name: str | os.PathLike, **overrides: Any) -> Opened:
+    """What `load` knows of a directory before it reads a weight; arguments and errors are those of `load`.
+
+    Headers of shards are read, and compared with the names and shapes that the model needs by `read_parameters`.
+    """
+    place = find(path_or_name)
+    path = place.adapter or place.checkpoint
+    fields = read_fields(path)
+    unknown = sorted(set(overrides) - set(fields))
+    if unknown:
+        raise UserError(f"unknown model field {unknown[0]!r}; the model at {path} has {', '.join(sorted(fields))}")
+    fields |= overrides
+    model_fields.check(fields, f"the model at {path} cannot be changed so", "change the fields that load was given")
+    policy, processor = build_saved(place.checkpoint, fields)
+    checkpoint = open_checkpoint(place.checkpoint)
+    check_image_token(checkpoint, policy)
+    return Opened(place, fields, policy, processor, checkpoint, jax.eval_shape(policy.init, jax.random.key(0)))
+
+
 def load(
     path_or_name: str | os.PathLike, *, mesh: Mesh | None = None, param_dtype: str | None = "float32", **overrides: Any
 ) -> tuple[Policy, Params, PromptProcessor]:
@@ -105,18 +136,7 @@ def load(
         is wrong on this machine.
     """
     sharding.check_jaxlib(jax.devices())
-    place = find(path_or_name)
-    path = place.adapter or place.checkpoint
-    fields = read_fields(path)
-    unknown = sorted(set(overrides) - set(fields))
-    if unknown:
-        raise UserError(f"unknown model field {unknown[0]!r}; the model at {path} has {', '.join(sorted(fields))}")
-    fields |= overrides
-    model_fields.check(fields, f"the model at {path} cannot be changed so", "change the fields that load was given")
-    policy, processor = build_saved(place.checkpoint, fields)
-    checkpoint = open_checkpoint(place.checkpoint)
-    check_image_token(checkpoint, policy)
-    like = jax.eval_shape(policy.init, jax.random.key(0))
+    place, _, policy, processor, checkpoint, like = open_model(path_or_name, **overrides)
     dtype = None if param_dtype is None else np.dtype(param_dtype)
     params = read_parameters(checkpoint, like, mesh, dtype)
     if place.adapter:
@@ -237,6 +257,8 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     for file in path.iterdir():
         if file.suffix in CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"the tokenizer at {path} cannot be read: {file.name} is no regular file; copy it there")
+        if file.suffix in CARRIED and file.is_file():
+            refuse_pointer(file)
     try:
         # The import is here because it imports torch wherever that is installed: most commands can spare that second.
         from transformers import AutoTokenizer

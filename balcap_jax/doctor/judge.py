@@ -1,0 +1,218 @@
+"""Checks of the judge: the reward's own questions about one real picture, and what it says, for each endpoint."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from balcap_jax import judges, rewards
+from balcap_jax.cli.errors import UserError, shown
+from balcap_jax.config.schema import parse_endpoints
+from balcap_jax.doctor import checkpoint
+from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
+from balcap_jax.doctor.pictures import Seen
+from balcap_jax.judges.chat_judge import RemoteJudge, make_client
+from balcap_jax.judges.schema import Failure, Judge, PrecisionQuestion, PrecisionVerdict
+from balcap_jax.rewards.base import Scores
+from balcap_jax.training import judge_trial
+from balcap_jax.training.evaluation import batches
+from balcap_jax.training.job import to_samples
+
+CHECK = "judge"
+PATIENCE = 20.0  # seconds that an answer may take here: the whole is to end within a minute
+_LOOKED_AT = 3  # pictures whose references are checked against them, and against grey
+_RETRIES = 1
+_GREY = 128  # of a picture in which nothing can be seen
+_MARKS = ("clarity", "fluency", "coherency")
+# By what a failure says: what to do about it.
+_REMEDIES = (
+    (r"no answer within", "give the server more room or fewer requests at once, and raise judge.timeout above that"),
+    (r"HTTP 4\d\d", "see what the server's log says of these requests; mend judge.model or judge.max_tokens"),
+    (r"HTTP 5\d\d|connection", "see the server's log; start it again with more memory, or take another server"),
+    (r"cut off|max_tokens", "raise judge.max_tokens"),
+)
+_UNUSABLE = "take a model that keeps to a JSON schema, or a server that holds it to one (vLLM does)"
+
+
+class Heard(NamedTuple):
+    """What is known of the judge afterwards: {"model": name} of it, and what a trial of it took."""
+
+    about: Mapping[str, str]
+    trial: judge_trial.Trial | None = None
+    problem: str = ""  # why there is no trial, where there could be one
+
+
+class Named(Judge):
+    """Stands for a judge of which the name is wanted alone."""
+
+    def __init__(self, about: Mapping[str, str]):
+        self.about = about
+
+
+def look(config: ConfigDict, seen: Seen | None, patience: float = PATIENCE) -> tuple[list[Finding], Heard]:
+    """A finding for each endpoint, or for the judge that has none, and what was heard of it.
+
+    patience: seconds that an answer may take.
+    """
+    asks = rewards.resolve(config.rewards.name).asks
+    if not asks:
+        return [Finding(CHECK, OK, f"the reward {config.rewards.name!r} asks no judge")], Heard({})
+    if config.judge.name == "policy":
+        return [_on_the_mesh(config)], Heard({})
+    if config.judge.name == "remote" and not config.judge.endpoints.strip():
+        return [Finding(CHECK, UNCHECKED, "judge.endpoints is empty")], Heard({})
+    if seen is None or not seen.shown:
+        return [Finding(CHECK, UNCHECKED, "the data come first: it is asked about one of their pictures")], Heard({})
+    if config.judge.name == "oracle":
+        return _oracle(config, seen)
+    return _remote(config, seen, min(patience, config.judge.timeout))
+
+
+def _on_the_mesh(config: ConfigDict) -> Finding:
+    try:
+        checkpoint.whole(config.judge.path)
+    except UserError as error:
+        return fault(CHECK, error)
+    return Finding(CHECK, UNCHECKED, f"{config.judge.path} is whole; it answers on the devices that train alone")
+
+
+def _oracle(config: ConfigDict, seen: Seen) -> tuple[list[Finding], Heard]:
+    try:
+        judge = judges.build(config.judge, config.seed, rewards.resolve(config.rewards.name).asks)
+        rewards.check(config.rewards, judge, seen.splits.fields, config.data.name)
+        scores = _scores(config, seen, judge)
+    except UserError as error:
+        return [fault(CHECK, error)], Heard({})
+    return [_answered(CHECK, config, seen, judge, scores)], Heard(judge.about)
+
+
+def _remote(config: ConfigDict, seen: Seen, patience: float) -> tuple[list[Finding], Heard]:
+    endpoints = parse_endpoints(config.judge.endpoints)
+    with ThreadPoolExecutor(len(endpoints)) as pool:
+        asked = list(pool.map(lambda endpoint: _endpoint(config, seen, endpoint[0], patience), endpoints))
+    findings, models = [finding for finding, _ in asked], [model for _, model in asked]
+    served = next(filter(None, models), "")
+    for at, model in enumerate(models):
+        if model and model != served:
+            found = f"it serves {model!r}, and {endpoints[models.index(served)][0]} serves {served!r}"
+            remedy = "have all endpoints serve one model, or name it in judge.model"
+            findings[at] = dataclasses.replace(findings[at], verdict=FAULT, found=found, remedy=remedy)
+    if any(finding.verdict == FAULT for finding in findings):
+        return findings, Heard({"model": served} if served else {}, problem="the judge comes first")
+    try:
+        samples = judge_trial.samples_of(seen.shown)
+        trial = judge_trial.ask(_patient(config, patience), samples, seen.splits.fields)
+        return findings, Heard({"model": served}, trial)
+    except UserError as error:
+        return findings, Heard({"model": served}, problem=str(error))
+
+
+def _patient(config: ConfigDict, seconds: float, url: str = "") -> ConfigDict:
+    """The configuration with a judge that may take `seconds`, at `url` alone where one is given, and no cache."""
+    bounded = config.copy_and_resolve_references()
+    with bounded.unlocked():
+        judge = bounded.judge
+        judge.timeout = judge.deadline = seconds
+        judge.retries, judge.cache_dir = min(judge.retries, _RETRIES), ""
+        judge.endpoints = url or judge.endpoints
+    return bounded
+
+
+def _endpoint(config: ConfigDict, seen: Seen, url: str, patience: float) -> tuple[Finding, str]:
+    """The finding on one endpoint, and the name of its model, "" = not known."""
+    check = f"{CHECK} {url}"
+    asks, bounded = rewards.resolve(config.rewards.name).asks, _patient(config, patience, url)
+    try:
+        client = make_client(bounded.judge, config.seed)
+    except UserError as error:
+        return fault(check, error), ""
+    with client:
+        judge = RemoteJudge(client, config.judge.max_tokens)
+        try:
+            client.connect(sees=judges.sees(asks))
+            rewards.check(config.rewards, judge, seen.splits.fields, config.data.name)
+            scores = _scores(config, seen, judge)
+            finding = _answered(check, config, seen, judge, scores)
+            if finding.verdict == OK and "precision" in asks:
+                finding = _seeing(finding, seen, judge)
+        except UserError as error:
+            return fault(check, error), client.model
+        return finding, client.model
+
+
+def _scores(config: ConfigDict, seen: Seen, judge: Judge) -> Scores:
+    """What the reward makes of one held-out picture, whose reference is the caption; two captions to be compared."""
+    ((batch, _),) = batches(seen.shown[:1], 1)
+    captions = [_captions(config, batch["reference"][0])]
+    tokens = np.array([[len(text.split()) for text in captions[0]]])
+    return rewards.build(config.rewards, judge, config.seed)(to_samples(batch, captions, tokens))
+
+
+def _captions(config: ConfigDict, reference: str) -> list[str]:
+    compares = "preference" in rewards.resolve(config.rewards.name).asks
+    return [reference, reference.partition(". ")[0]] if compares else [reference]
+
+
+def _answered(check: str, config: ConfigDict, seen: Seen, judge: Judge, scores: Scores) -> Finding:
+    """The finding on answers: what is missing, or what was said."""
+    detail = scores.detail[0][0]
+    if failures := dict(detail.get("failures", {})):
+        name, reason = next(iter(failures.items()))
+        more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+        remedy = next((todo for pattern, todo in _REMEDIES if re.search(pattern, reason)), _UNUSABLE)
+        return Finding(check, FAULT, f"no answer about {name}{more}: {reason}", remedy)
+    objectives = rewards.objectives(config.rewards)
+    given = zip(objectives, scores.rewards[0, 0], strict=False)
+    means = ", ".join(f"{name} {reward:.2f}" for name, reward in given)
+    model = judge.about.get("model", "the oracle, by the rules of the scenes,")
+    found = f"{model} answers: {means} for the reference of {seen.shown[0]['id']}"
+    return Finding(check, OK, found, details=_shown(check, seen.shown[0], detail))
+
+
+def _shown(check: str, example: Mapping[str, Any], detail: Mapping[str, Any]) -> tuple[str, ...]:
+    """The answers, a line each."""
+    lines = [f"{check} on {example['id']}, with its reference as caption: {shown(example['reference'], str)}"]
+    for each in detail.get("assertions", ()):
+        flags = ", ".join(name if each[name] else f"not {name}" for name in ("verified", "pointable"))
+        lines.append(f"  precision   {each['text']}: {flags}" + (f" ({each['why']})" if each.get("why") else ""))
+    for unit, covered in zip(example["reference_units"], detail.get("covered", ()), strict=False):
+        lines.append(f"  recall      {unit}: {'covered' if covered else 'not covered'}")
+    if marks := [f"{name} {detail[name]:g}" for name in _MARKS if name in detail]:
+        lines.append(f"  linguistic  {', '.join(marks)} of 5")
+    if len(lines) == 1:
+        other = {name: value for name, value in detail.items() if name not in ("failures", "judge", "suspicious")}
+        lines.append(f"  {shown(other)}")
+    return tuple(lines)
+
+
+# ---- whether it sees -------------------------------------------------------------------------------------------------
+
+
+def _seeing(finding: Finding, seen: Seen, judge: Judge) -> Finding:
+    """`finding`, or that the judge says of a plain grey picture what it says of the real one."""
+    questions = []
+    for example in seen.shown[:_LOOKED_AT]:
+        picture = np.asarray(example["image"])
+        for image in (picture, np.full_like(picture, _GREY)):
+            questions.append(PrecisionQuestion(example["reference"], image, {}))
+    verdicts = judge.mixed(questions)
+    real, grey = (_verified(verdicts[start::2]) for start in (0, 1))
+    if real is None or grey is None or real > grey:
+        return finding
+    count = len(questions) // 2
+    found = (
+        f"it verifies {real:.0%} of the assertions of {count} reference{'s' * (count > 1)} on their own pictures, and "
+        f"{grey:.0%} on plain grey ones: it does not see, or does not look"
+    )
+    remedy = "name a model that sees pictures in judge.model, or ask nothing about pictures (rewards.name=text)"
+    return dataclasses.replace(finding, verdict=FAULT, found=found, remedy=remedy)
+
+
+def _verified(verdicts: Sequence[PrecisionVerdict | Failure]) -> float | None:
+    """The share of assertions that are verified; None where no verdict has any."""
+    flags = [each.verified for verdict in verdicts if not isinstance(verdict, Failure) for each in verdict.assertions]
+    return sum(flags) / len(flags) if flags else None

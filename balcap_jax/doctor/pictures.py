@@ -1,0 +1,276 @@
+"""Checks of the data: found and held out, prompts that fit, and what the reward reads beside a picture."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from balcap_jax import data, rewards
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import resolved
+from balcap_jax.config.recipes import stage_order
+from balcap_jax.data.input import Data, LeftOut, decode, examples
+from balcap_jax.data.words import count_words
+from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
+from balcap_jax.doctor.places import existing
+from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
+from balcap_jax.training import judge_trial
+from balcap_jax.training.evaluation import check_best_metric
+from balcap_jax.training.workdir import readable
+
+DATA, PROMPTS, REFERENCES = "data", "prompts", "references"
+_SHOWN = 3  # held-out pictures that are opened at least
+_SPREAD, _LONGEST = 32, 16  # samples that are opened: evenly spaced, and those with the longest prompts
+_MOST_LEFT_OUT = 0.1  # share of the pictures that may be left out, or lack what the reward needs
+_FEW_SCENES = 16  # of a split that are made to look at
+_NAMED = 2  # pictures that a finding names
+_NO_LINE = "no line in "  # how `records.join` begins the reason of a picture without a line
+
+
+class Seen(NamedTuple):
+    """The data, the samples of them that were opened, and held-out ones; bytes that making the data set will take."""
+
+    splits: Data
+    looked_at: list[dict[str, Any]]
+    shown: list[dict[str, Any]]
+    to_make: tuple[Path, int] | None = None
+
+
+def look(config: ConfigDict, image_size: int, tokenizer: bool) -> tuple[list[Finding], Seen | None]:
+    """The findings on the data and on what the reward needs of them, and what was seen where there is something.
+
+    tokenizer: whether that of a model from scratch is wanted. What the data set prints while it is read is dropped.
+    """
+    needs = rewards.resolve(config.rewards.name).needs
+    try:
+        with _quiet() as said, _opened(config, image_size, tokenizer, needs) as (splits, to_make):
+            return _seen(config, splits, said, to_make)
+    except UserError as error:
+        return _whose(config, image_size, error), None
+
+
+def _whose(config: ConfigDict, image_size: int, error: UserError) -> list[Finding]:
+    """Whether the data cannot be read, or what belongs to them: without the latter they can."""
+    if config.data.name != "scenes":
+        alone = config.data.copy_and_resolve_references()
+        with alone.unlocked():
+            alone.units = ""
+        try:
+            with _quiet():
+                splits = data.load(alone, image_size, tokenizer=False)
+        except UserError as own:
+            error = own if not config.data.units else error
+        else:
+            return [Finding(DATA, OK, _counts(config, splits)), fault(REFERENCES, error)]
+    return [fault(DATA, error), Finding(REFERENCES, UNCHECKED, "the data come first")]
+
+
+@contextlib.contextmanager
+def _opened(
+    config: ConfigDict, image_size: int, tokenizer: bool, needs: Sequence[str]
+) -> Iterator[tuple[Data, tuple[Path, int] | None]]:
+    """The data set, and where it will be made with how many bytes; of one that is to be made a few examples."""
+    folder = data.to_be_made(config.data, image_size)
+    if folder is None:
+        yield data.load(config.data, image_size, tokenizer=tokenizer, needs=needs), None
+        return
+    place = existing(resolved(config.data.data_dir))
+    if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
+        raise UserError(f"the data set cannot be made in {folder}: {place} is not to be written to; set data.data_dir")
+    few = config.data.copy_and_resolve_references()
+    sizes = ("train_size", "validation_size", "test_size")
+    with tempfile.TemporaryDirectory(prefix="balcap-doctor-") as aside:
+        with few.unlocked():
+            few.data_dir = aside
+            for name in sizes:
+                few[name] = min(few[name], _FEW_SCENES)
+        splits = data.load(few, image_size, tokenizer=tokenizer, needs=needs)
+        size = sum(path.stat().st_size for path in Path(aside).rglob("*") if path.is_file())
+        share = sum(config.data[name] for name in sizes) / sum(few[name] for name in sizes)
+        yield splits, (folder, int(size * share))
+
+
+def _seen(
+    config: ConfigDict, splits: Data, said: io.StringIO, to_make: tuple[Path, int] | None
+) -> tuple[list[Finding], Seen]:
+    said.seek(0)
+    said.truncate()
+    with readable(config.data):
+        looked_at = [decode(splits.train[place]) for place in _places(splits.train)]
+        shown = examples(splits.test, _shown(config))
+    seen = Seen(splits, looked_at, shown, to_make)
+    damaged = [line.removeprefix("left out: ") for line in said.getvalue().splitlines() if line.startswith("left out")]
+    findings = [_found(config, seen, [line.rpartition("; another picture")[0] for line in damaged])]
+    return [*findings, _beside(config, seen)], seen
+
+
+def _shown(config: ConfigDict) -> int:
+    """How many held-out pictures are opened: what a trial of the judge takes."""
+    asks = rewards.resolve(config.rewards.name).asks
+    return max(_SHOWN, judge_trial.pictures_of(config)) if asks and config.judge.name == "remote" else _SHOWN
+
+
+def _places(source: Sequence[Any]) -> list[int]:
+    """Those of the samples that are opened."""
+    places = set(np.unique(np.linspace(0, len(source) - 1, _SPREAD).astype(int)).tolist()) if len(source) else set()
+    if (prompts := getattr(source, "prompts", None)) is not None:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        places |= set(np.argsort(-lengths, kind="stable")[:_LONGEST].tolist())
+    return sorted(places)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _found(config: ConfigDict, seen: Seen, damaged: Sequence[str]) -> Finding:
+    splits, order = seen.splits, stage_order(config)
+    left_out = [entry for entry in splits.left_out if not entry.reason.startswith(_NO_LINE)]
+    used = sum(map(len, splits[:3]))
+    if seen.to_make:
+        names = ("train_size", "validation_size", "test_size")
+        sizes = " + ".join(f"{config.data[name]:,}" for name in names)
+        return Finding(DATA, OK, f"scenes: {sizes} pictures will be made in {seen.to_make[0]}")
+    if len(left_out) > _MOST_LEFT_OUT * (used + len(left_out)):
+        found = f"{len(left_out):,} of {used + len(left_out):,} pictures are left out: {_named(left_out)}"
+        return Finding(DATA, FAULT, found, "fetch what is missing, or take the entries about it out of the file")
+    if damaged:
+        found = f"of {len(seen.looked_at)} pictures that were opened {len(damaged)} are damaged: {damaged[0]}"
+        return Finding(DATA, FAULT, found, "fetch these pictures again: others would be trained on in their place")
+    for name in order:
+        if config.stages[name].steps and config.stages[name].batch_size > len(splits.train):
+            size = config.stages[name].batch_size
+            found = f"{len(splits.train):,} samples to train on, and a batch of {name} takes {size:,}"
+            return Finding(DATA, FAULT, found, f"lower stages.{name}.batch_size, or add pictures")
+    try:
+        metric = config.checkpoint.best_metric
+        check_best_metric(metric, [metric], len(splits.validation))
+    except UserError as error:
+        return fault(DATA, error)
+    if not seen.shown:
+        return Finding(DATA, FAULT, "no picture is held out to be evaluated on", "raise data.test_share")
+    return Finding(DATA, OK, f"{_counts(config, splits)}; {len(seen.looked_at)} opened")
+
+
+def _counts(config: ConfigDict, splits: Data) -> str:
+    train, validation, test = (f"{len(split):,}" for split in splits[:3])
+    text = f"{config.data.name}: {train} samples to train on, {validation} for validation, {test} held out for tests"
+    left_out = [entry for entry in splits.left_out if not entry.reason.startswith(_NO_LINE)]
+    return text + (f", {len(left_out):,} left out: {_named(left_out)}" if left_out else "")
+
+
+def _named(left_out: Sequence[LeftOut]) -> str:
+    named = ", ".join(f"{entry.image} ({entry.reason})" for entry in left_out[:_NAMED])
+    return named + (f" and {len(left_out) - _NAMED:,} more" if len(left_out) > _NAMED else "")
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompts(config: ConfigDict, seen: Seen | None, processor: PromptProcessor | None) -> Finding:
+    """Whether the prompts of the samples that were opened fit with their pictures, and captions can be long enough."""
+    if seen is None or processor is None:
+        missing = "the data" if seen is None else "the checkpoint"
+        return Finding(PROMPTS, UNCHECKED, f"{missing} come{'s' * (seen is not None)} first")
+    lengths, too_long = [], {}
+    for example in [*seen.looked_at, *seen.shown]:
+        text = config.data.prompt or example["prompt"]
+        try:
+            prompt = processor([example["image"]], [text], [example["id"]])
+            lengths.append(int(np.asarray(prompt.mask).sum()))
+        except PromptTooLong as error:
+            too_long[example["id"]] = error.needed
+        except UserError as error:
+            return fault(PROMPTS, error)
+    room, count = config.model.prompt_tokens, len(lengths) + len(too_long)
+    room = getattr(processor, "prompt_tokens", room)
+    if too_long:
+        name = max(too_long, key=too_long.get)
+        found = f"{len(too_long)} of {count} prompts that were looked at need more than model.prompt_tokens ({room})"
+        remedy = f"set model.prompt_tokens to {too_long[name]} or more, or shorten the prompts"
+        return Finding(PROMPTS, FAULT, f"{found}, up to {too_long[name]} with the picture ({name})", remedy)
+    if problem := _too_short(config, seen, processor):
+        return problem
+    found = f"the longest of {count} with their pictures takes {max(lengths)} of {room} tokens"
+    return Finding(PROMPTS, OK, found)
+
+
+def _too_short(config: ConfigDict, seen: Seen, processor: PromptProcessor) -> Finding | None:
+    """The finding where a caption as long as it may be stays below the band of lengths that the reward asks for."""
+    gated = config.rewards.gate and any(rewards.resolve(config.rewards.name).gated) and "rl" in stage_order(config)
+    if not gated:
+        return None
+    tokenizer, most = processor.tokenizer, config.rollout.max_tokens
+    rates = [
+        (len(tokenizer.encode(example["reference"], add_special_tokens=False)), count_words(example["reference"]))
+        for example in seen.looked_at
+    ]
+    tokens = float(np.median([count for count, _ in rates]))
+    needed = int(np.ceil(config.rewards.gate_low * tokens))
+    if needed <= most:
+        return None
+    words = float(np.median([count for _, count in rates]))
+    found = (
+        f"references have {tokens:.0f} tokens ({words:.0f} words), and captions of rollout.max_tokens ({most}) end "
+        f"below rewards.gate_low ({config.rewards.gate_low:g}) of them: language is never rewarded"
+    )
+    return Finding(PROMPTS, FAULT, found, f"raise rollout.max_tokens to {needed} or more, with rollout.buckets")
+
+
+# ---- what the reward reads -------------------------------------------------------------------------------------------
+
+
+def _beside(config: ConfigDict, seen: Seen) -> Finding:
+    """What the reward needs beside a picture, and how many pictures data.units has a line about."""
+    splits, settings = seen.splits, config.rewards
+    try:
+        rewards.check_fields(settings, splits.fields, config.data.name)
+    except UserError as error:
+        return fault(REFERENCES, error)
+    used = sum(map(len, splits[:3]))
+    without = sum(entry.reason.startswith(_NO_LINE) for entry in splits.left_out)
+    units = Path(config.data.units).name
+    if without > _MOST_LEFT_OUT * (used + without):
+        found = f"{units} has no line about {without:,} of {used + without:,} samples, which are left out"
+        return Finding(REFERENCES, FAULT, found, "run the same `recaption` again: it writes what is missing")
+    needs = rewards.resolve(settings.name).needs
+    examined = [*seen.looked_at, *seen.shown]
+    for field in needs:
+        lacking = [example["id"] for example in examined if _is_empty(example, field)]
+        if len(lacking) > _MOST_LEFT_OUT * len(examined):
+            found = (
+                f"{len(lacking)} of {len(examined)} samples that were looked at have no {field}, such as {lacking[0]}"
+            )
+            return Finding(
+                REFERENCES, FAULT, found, "have `recaption` write it, or choose another reward (rewards.name)"
+            )
+    empty = [example["id"] for example in examined if not str(example["reference"]).strip()]
+    if empty:
+        found = f"{len(empty)} of {len(examined)} references that were looked at are empty, such as that of {empty[0]}"
+        return Finding(REFERENCES, FAULT, found, "write them with `recaption`, or remove these pictures")
+    words = np.mean([count_words(example["reference"]) for example in examined])
+    found = f"{', '.join(('reference', *needs))} there; references have {words:.0f} words on average"
+    if config.data.units and config.data.name != "scenes":
+        found += f"; {units} has lines about {used:,} of {used + without:,} samples"
+    return Finding(REFERENCES, OK, found)
+
+
+def _is_empty(example: Mapping[str, Any], field: str) -> bool:
+    value = example.get(field)
+    return value is None or value in ("", "[]") or len(value) == 0
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """What is printed inside, on stdout and stderr, goes into the text that it gives."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield said

@@ -1,0 +1,174 @@
+"""Checks of the disks: the workdir takes what training does to it, and there is room for what a run leaves."""
+
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import hold_lock, make_directory, rename_directory, replace_file, resolved
+from balcap_jax.config.recipes import stage_order
+from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
+from balcap_jax.parallel import sharding
+from balcap_jax.training import programs
+from balcap_jax.training.evaluation import SHOWN_PIXELS
+from balcap_jax.training.programs import Programs
+from balcap_jax.training.workdir import claim
+
+WORKDIR, DISK = "workdir", "disk"
+GB = 1e9
+_PROBE = ".doctor"  # of a folder that is made, renamed and removed
+# Bytes, by what runs of ours have left: a line of metrics.jsonl with its TensorBoard events; a token of a caption in
+# samples/ with its verdicts; a number of a picture that is kept as PNG.
+_STEP_BYTES, _TOKEN_BYTES, _PIXEL_BYTES = 4000, 40, 2
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+# ---- the workdir -----------------------------------------------------------------------------------------------------
+
+
+def workdir(config: ConfigDict, place: str) -> Finding:
+    """Whether a run of the config may begin or go on there, and the disk does what training asks of it.
+
+    Nothing of it stays.
+    """
+    if not place:
+        return Finding(WORKDIR, UNCHECKED, "name it with --workdir")
+    folder = resolved(place).absolute()
+    is_new = not (folder / "config.json").exists()
+    try:
+        with claim(folder, config):
+            _try_out(folder)
+    except UserError as error:
+        return fault(WORKDIR, error)
+    except OSError as error:
+        found = f"{folder} does not take what training does to it: {error.strerror} ({error.filename})"
+        return Finding(WORKDIR, FAULT, found, "choose another --workdir, on a disk with renames and locks")
+    what = "a run will begin there" if is_new else "the run there goes on"
+    return Finding(WORKDIR, OK, f"{folder}: {what}; writes, renames and locks work")
+
+
+def _try_out(folder: Path) -> None:
+    """Makes, writes, locks, renames and removes a folder. Raises OSError as the disk does."""
+    with tempfile.TemporaryDirectory(prefix=_PROBE, dir=folder) as aside:
+        made, final = Path(aside, "made"), Path(aside, "final")
+        make_directory(made)
+        replace_file(made / "file", b"first")
+        replace_file(made / "file", b"second")  # One name takes the place of the other, as with every log.
+        with (made / "file").open("rb+") as file:
+            hold_lock(file, made / "file")
+        rename_directory(made, final)
+        if (final / "file").read_bytes() != b"second":
+            raise OSError(None, "what was written is not what is read", str(final / "file"))
+
+
+# ---- room ------------------------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """Bytes of a run: checkpoints at their most, models that it writes, logs and samples."""
+
+    checkpoints: int
+    each: int
+    models: int
+    logs: int
+
+
+def sizes(config: ConfigDict) -> Size:
+    """What a run of the config leaves in its workdir, from shapes.
+
+    The newest `checkpoint.keep` are kept, the ends of the stages before, the best one, and there is one more while it
+    is written.
+
+    Raises:
+      UserError: the model cannot be read.
+    """
+    last, _ = programs.of_last_stage(config)
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    params = jax.eval_shape(last.policy.init, jax.random.key(0))
+    plain, ends = params, []
+    for name in stage_order(config):
+        stage = Programs(config, name, mesh, last.policy, last.processor)
+        params = jax.eval_shape(lambda params, name=name: programs.params_of(config, params, name), params)
+        if config.stages[name].steps:
+            ends.append(sharding.bytes_per_device(stage.abstract_checkpoint(params)))
+    each = ends[-1] if ends else 0
+    kept = config.checkpoint.keep + 1 + bool(config.checkpoint.best_metric)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(plain))
+    width = 4 if not config.model.path or config.model.dtype == "float32" else 2
+    models = numbers * width * (1 + bool(config.checkpoint.best_metric))
+    return Size(sum(ends[:-1]) + kept * each, each, models, _logs(config))
+
+
+def _logs(config: ConfigDict) -> int:
+    order, log, rollout = stage_order(config), config.log, config.rollout
+    steps = sum(config.stages[name].steps for name in order)
+    rl = config.stages.rl if "rl" in order else None
+    captions = 0
+    if rl is not None and log.samples_every:
+        captions += rl.steps // log.samples_every * rl.batch_size * rollout.group_size
+    evaluations = 2 + sum(
+        config.stages[name].steps // every
+        for name in order
+        if name in ("sft", "rl") and (every := config.stages[name].eval_every)
+    )
+    captions += evaluations * log.eval_images * (log.eval_samples + 1)
+    pictures = log.eval_images * SHOWN_PIXELS**2 * _PIXEL_BYTES
+    return steps * _STEP_BYTES + captions * rollout.max_tokens * _TOKEN_BYTES + pictures
+
+
+def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None) -> Finding:
+    """Whether the disks have room for the run, the judge's cache, and a data set `to_make` (where, bytes)."""
+    if not place:
+        return Finding(DISK, UNCHECKED, "name the workdir with --workdir")
+    try:
+        size = sizes(config)
+    except UserError:
+        return Finding(DISK, UNCHECKED, "the checkpoint comes first")
+    folder = resolved(place).absolute()
+    needed = [(folder, max(size.checkpoints + size.models + size.logs - _used(folder), 0))]
+    if config.judge.name == "remote" and config.judge.cache_dir:
+        cache = resolved(config.judge.cache_dir)
+        needed.append((cache, max(int(config.judge.cache_gb * GB) - _used(cache), 0)))
+    if to_make:
+        needed.append(to_make)
+    parts: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for path, count in needed:
+        parts[existing(path).stat().st_dev].append((path, count))
+    checkpoint = f"checkpoints of {_gb(size.each)} each come to {_gb(size.checkpoints)}"
+    described = f"{checkpoint}, models to {_gb(size.models)}, logs to about {_gb(size.logs)}"
+    free = {}
+    for on_disk in parts.values():
+        want, where = sum(count for _, count in on_disk), on_disk[0][0]
+        free[where] = shutil.disk_usage(existing(where)).free
+        if want > free[where]:
+            if where == folder:
+                what, todo = described, "lower checkpoint.keep, make room there, or choose another --workdir"
+            elif to_make and where == to_make[0]:
+                what, todo = "the data set", "set data.data_dir to a disk with room"
+            else:
+                what, todo = "the judge's cache", "lower judge.cache_gb, or set judge.cache_dir to a disk with room"
+            if len(on_disk) > 1 and where == folder and size.checkpoints + size.models + size.logs <= free[where]:
+                what = f"{described}, the judge's cache (judge.cache_gb) and data to {_gb(want - on_disk[0][1])}"
+                todo = "make room there, lower judge.cache_gb, or set judge.cache_dir to another disk"
+            return Finding(DISK, FAULT, f"{_gb(free[where])} are free at {where}, {_gb(want)} are needed: {what}", todo)
+    return Finding(DISK, OK, f"{_gb(free[folder])} are free at {folder}: {described}")
+
+
+def _used(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(os.lstat(path).st_size for path in folder.rglob("*") if not path.is_dir()) if folder.is_dir() else 0
+
+
+def _gb(count: float) -> str:
+    return f"{count / GB:,.2f} GB" if count >= GB / 100 else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,594 @@
+"""The checks before a run: a sound set-up passes without a word of warning, and each planted fault is found by name."""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from balcap_jax.config import recipes
+from balcap_jax.data.scenes import render, world
+from balcap_jax.doctor import __main__ as doctor
+from balcap_jax.doctor import checkpoint, devices, judge, outlay, pictures, places
+from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, first_fault, table
+from balcap_jax.judges.schema import Usage
+from balcap_jax.training.judge_trial import Trial
+from balcap_jax.training.workdir import claim
+
+torch = pytest.importorskip("torch", reason="transformers needs torch to write a model")
+from hub_directories import hub_directory  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "judges"))
+from misbehaving import JudgeServer, Reply, kind_of, right_answer, well_behaved  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "configs" / "qwen25vl_3b.py")
+ANNOTATIONS = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
+PICTURES = 24
+SMALL = {
+    "stages.rl.steps": 4,
+    "stages.rl.batch_size": 2,
+    "stages.rl.micro_batches": 1,
+    "stages.rl.warmup_steps": 1,
+    "stages.rl.eval_every": 2,
+    "rollout.group_size": 4,
+    "rollout.max_tokens": 16,
+    "rollout.buckets": 16,
+    "rollout.token_buckets": "",
+    "model.prompt_tokens": 224,
+    "model.max_image_tokens": 16,
+    "log.eval_images": 2,
+    "data.validation_share": 0.2,
+    "data.test_share": 0.2,
+    "judge.concurrency": 16,
+    "judge.cache_gb": 0.01,
+}
+
+
+def seeing(body: dict) -> Reply:
+    """A judge that finds nothing true of a picture of one colour."""
+    if kind_of(body) != "precision":
+        return well_behaved(body)
+    url = body["messages"][-1]["content"][0]["image_url"]["url"]
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+    answer = right_answer(body)
+    for assertion in answer["assertions"]:
+        assertion["verified"] = bool(picture.std() > 0)
+    return Reply("text", json.dumps(answer))
+
+
+@dataclasses.dataclass(frozen=True)
+class SetUp:
+    """A checkpoint as the hub has it, ShareGPT4V's form over pictures, lines about them, and a judge."""
+
+    folder: Path
+    server: JudgeServer
+
+    def given(self, **more: object) -> dict[str, str]:
+        fields = SMALL | {
+            "model.path": self.folder / "model",
+            "data.manual_dir": self.folder / "data",
+            "data.data_dir": self.folder / "prepared",
+            "data.units": self.folder / "units.jsonl",
+            "judge.endpoints": self.server.url,
+            "judge.cache_dir": self.folder / "cache",
+        }
+        return {name: str(value) for name, value in (fields | more).items()}
+
+    def config(self, **more: object) -> ConfigDict:
+        return recipes.load(RECIPE, self.given(**{name.replace("__", "."): value for name, value in more.items()}))
+
+    def command(self, workdir: Path, **more: object) -> list[str]:
+        overrides = self.given(**more)
+        return [f"--config={RECIPE}", f"--workdir={workdir}", *(f"--config.{n}={v}" for n, v in overrides.items())]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> SetUp:
+    folder = tmp_path_factory.mktemp("sound")
+    hub_directory("qwen2_5_vl", folder / "model", torch.bfloat16)
+    entries, lines = [], []
+    (folder / "data" / "coco").mkdir(parents=True)
+    for number in range(PICTURES):
+        name = f"coco/{number:012}.png"
+        Image.fromarray(render.render(world.sample_scene(number))).save(folder / "data" / name)
+        talk = [
+            {"from": "human", "value": "What is here?\n<image>"},
+            {"from": "gpt", "value": "A picture. Of a thing."},
+        ]
+        entries.append({"id": f"{number:012}", "image": name, "conversations": talk})
+        lines.append({"image": f"data/{name}", "reference_units": ["one thing is there", "another thing is there"]})
+    (folder / "data" / ANNOTATIONS).write_text(json.dumps(entries))
+    write_lines(folder / "units.jsonl", lines)
+    with JudgeServer(seeing, keep_bodies=False) as server:
+        yield SetUp(folder, server)
+
+
+@pytest.fixture(scope="module")
+def seen(sound) -> pictures.Seen:
+    return pictures.look(sound.config(), 96, tokenizer=False)[1]
+
+
+@pytest.fixture(scope="module")
+def built(sound) -> checkpoint.Built:
+    return checkpoint.look(sound.config(), None)[1]
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def assert_fault(finding: Finding, check: str, found: str, remedy: str) -> None:
+    assert (finding.verdict, finding.check) == (FAULT, check), finding
+    assert found in finding.found
+    assert remedy in finding.remedy
+    (line,) = (line for line in table([finding]).splitlines() if line.startswith("  fault"))
+    assert finding.found in line
+    assert finding.remedy in line
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_set_up_passes_without_a_word_of_warning(sound, tmp_path, capsys):
+    doctor.main(sound.command(tmp_path / "run"))
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert output.splitlines()[-1] == "ready"
+    assert not [word for word in ("fault", "warning", "error", "left out") if word in output.lower()]
+    assert f"model   {sound.folder / 'model'}: qwen2_5_vl, " in output, "the block of training"
+    rows = {line.split()[1]: line for line in output.splitlines() if line.startswith("  ok ")}
+    checks = {"settings", "checkpoint", "data", "prompts", "references", "judge", "workdir", "disk", "time", "money"}
+    assert rows.keys() == checks
+    assert "13 samples to train on, 4 for validation, 7 held out for tests" in rows["data"]
+    assert "units.jsonl has lines about 24 of 24 samples" in rows["references"]
+    assert f"judge {sound.server.url}" in rows["judge"]
+    # The answers are shown: two assertions, two units, and marks.
+    shown = [line for line in output.splitlines() if line.startswith("  precision ")]
+    assert [line.split(":")[0].split()[1:] for line in shown] == [["A", "picture"], ["Of", "a", "thing"]]
+    assert all(" verified, " in line for line in shown)
+    assert sum(line.startswith("  recall      ") for line in output.splitlines()) == 2
+    assert sum(line.startswith("  linguistic  clarity ") for line in output.splitlines()) == 1
+    assert not (tmp_path / "run").exists(), "it left something"
+
+
+def test_faults_come_first_and_the_first_of_them_last_on_stderr(sound, tmp_path, capsys):
+    more = {"model.path": sound.folder / "none", "data.prompt": "word " * 300}
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(sound.command(tmp_path, **more))
+    assert ended.value.code == 1
+    output, errors = capsys.readouterr()
+    verdicts = [
+        line.split()[0] for line in output.splitlines() if line.startswith(("  fault", "  ok", "  not checked"))
+    ]
+    assert verdicts == sorted(verdicts, key=["fault", "not", "ok"].index)
+    (last,) = errors.splitlines()
+    assert last.startswith(f"not ready: checkpoint: no model at {sound.folder / 'none'}")
+    assert last.endswith("give a directory of a Hugging Face checkpoint, of an adapter, or one that training wrote")
+
+
+def test_json_says_the_same(sound, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        doctor.main([*sound.command(tmp_path, **{"data.units": sound.folder / "none.jsonl"}), "--json"])
+    output, errors = capsys.readouterr()
+    told = json.loads(output)
+    assert told["ready"] is False
+    (bad,) = (entry for entry in told["checks"] if entry["verdict"] == FAULT)
+    assert errors.strip() == f"not ready: {bad['check']}: {bad['found']}; {bad['remedy']}"
+    assert bad["check"] == "references"
+    assert {entry["check"]: entry["verdict"] for entry in told["checks"]}["data"] == OK
+
+
+def test_the_scenes_need_nothing(tmp_path, capsys):
+    given = [f"--config.data.data_dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}"]
+    doctor.main([f"--config={ROOT / 'configs' / 'scenes.py'}", *given])
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert output.endswith("\nready\n")
+    assert "8,192 + 64 + 128 pictures will be made" in output
+    assert "data    scenes: 8,192 samples to train on, 64 for validation, 128 for tests" in output
+    assert "precision 1.00, recall 1.00, linguistic 1.00 for the reference of scenes-test-000000" in output
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bad_configuration_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([f"--config={RECIPE}", "--config.rollout.bucket=5"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unknown config field 'rollout.bucket'; did you mean ")
+
+
+def test_what_a_recipe_leaves_to_its_user(capsys):
+    finding = doctor._settings(recipes.load(RECIPE))
+    assert_fault(finding, "settings", "the recipe 'qwen25vl_3b' leaves to you: --config.data.manual_dir=FOLDER", "give")
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4967215360\n"
+
+
+def shards(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def reshape(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 40
+    (model / "config.json").write_text(json.dumps(config))
+
+
+CHECKPOINT_FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a shard is missing": (lambda model: shards(model)[1].unlink(), "is missing, though model", "download this shard"),
+    "half of a shard": (lambda model: cut(shards(model)[0]), "is cut short", "download or copy it again"),
+    "a pointer for a shard": (
+        lambda model: shards(model)[0].write_text(POINTER),
+        "a pointer of Git LFS",
+        "git lfs pull",
+    ),
+    "a pointer for the tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text(POINTER),
+        "tokenizer.json is a pointer of Git LFS",
+        "git lfs pull",
+    ),
+    "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json is missing", "copy"),
+    "no processor": (
+        lambda model: (model / "preprocessor_config.json").unlink(),
+        "has no preprocessor_config.json",
+        "download that file too",
+    ),
+    "other sizes": (reshape, "by config.json it is [40, 24]", "give the checkpoint that belongs to this config.json"),
+    "no config": (lambda model: (model / "config.json").unlink(), "config.json is missing", "give a directory"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
+def test_faults_of_a_checkpoint(sound, tmp_path, name):
+    plant, found, remedy = CHECKPOINT_FAULTS[name]
+    shutil.copytree(sound.folder / "model", tmp_path / "model")
+    plant(tmp_path / "model")
+    finding, _ = checkpoint.look(sound.config(model__path=tmp_path / "model"), None)
+    assert_fault(finding, "checkpoint", found, remedy)
+
+
+def test_a_checkpoint_of_another_family(sound, tmp_path):
+    hub_directory("llava", tmp_path / "model", torch.bfloat16)
+    finding, _ = checkpoint.look(sound.config(model__path=tmp_path / "model"), None)
+    assert_fault(finding, "checkpoint", "is of the family llava, the recipe 'qwen25vl_3b' is one of qwen2_5_vl", "take")
+
+
+def test_a_frozen_part_that_is_not_there(sound):
+    finding, _ = checkpoint.look(sound.config(stages__rl__freeze="^projector/"), None)
+    assert_fault(finding, "checkpoint", "'stages.rl.freeze' ('^projector/') matches no parameter", "paths begin with")
+
+
+# ---- data, prompts, references ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(sound, tmp_path) -> SetUp:
+    """A copy whose data and lines a test may spoil."""
+    shutil.copytree(sound.folder / "data", tmp_path / "data")
+    shutil.copy(sound.folder / "units.jsonl", tmp_path)
+    (tmp_path / "model").symlink_to(sound.folder / "model")
+    return SetUp(tmp_path, sound.server)
+
+
+def of_data(config: ConfigDict) -> dict[str, Finding]:
+    return {finding.check: finding for finding in pictures.look(config, 96, tokenizer=False)[0]}
+
+
+def test_data_without_their_json(own):
+    (own.folder / "data" / ANNOTATIONS).unlink()
+    found = of_data(own.config())
+    assert_fault(found["data"], "data", f"no {ANNOTATIONS} in ", "put ShareGPT4V's JSON there")
+    assert found["references"].verdict == UNCHECKED
+
+
+def test_pictures_that_were_not_fetched(own):
+    for path in sorted((own.folder / "data" / "coco").iterdir())[:12]:
+        path.unlink()
+    assert_fault(of_data(own.config())["data"], "data", "12 of 24 pictures are left out: coco/0000", "fetch what is")
+
+
+def test_pictures_that_are_empty(own):
+    for path in sorted((own.folder / "data" / "coco").iterdir())[5:10]:
+        path.write_bytes(b"")
+    finding = of_data(own.config())["data"]
+    assert_fault(finding, "data", "5 of 24 pictures are left out: coco/000000000005.png (", "fetch what is missing")
+
+
+def test_pictures_that_are_cut_off(own):
+    """They begin as pictures do, so that only opening them shows it."""
+    for path in (own.folder / "data" / "coco").iterdir():
+        if pictures.data.photos.split_of(f"coco/{path.name}", 0.2, 0.2) == "train" and "0" in path.name[-6:-4]:
+            cut(path)
+    finding = of_data(own.config())["data"]
+    assert_fault(finding, "data", " are damaged: coco/0000", "fetch these pictures again")
+
+
+def test_fewer_samples_than_a_batch(sound):
+    finding = of_data(sound.config(stages__rl__batch_size=16))["data"]
+    assert_fault(finding, "data", "13 samples to train on, and a batch of rl takes 16", "lower stages.rl.batch_size")
+
+
+def test_a_few_pictures_may_be_missing(own):
+    path = min((own.folder / "data" / "coco").iterdir())
+    path.unlink()
+    finding = of_data(own.config())["data"]
+    assert finding.verdict == OK
+    assert "1 left out: coco/000000000000.png (" in finding.found
+
+
+def test_a_prompt_that_is_too_long_for_all(sound, seen, built):
+    config = sound.config(data__prompt="word " * 300)
+    finding = pictures.prompts(config, seen, built.processor)
+    count = len(seen.looked_at) + len(seen.shown)
+    found = f"{count} of {count} prompts that were looked at need more than model.prompt_tokens (224), up to "
+    assert_fault(finding, "prompts", found, "set model.prompt_tokens to ")
+    needed = int(finding.remedy.split()[3])
+    enough = checkpoint.look(sound.config(model__prompt_tokens=needed), None)[1].processor
+    assert pictures.prompts(config, seen, enough).verdict == OK
+    short = checkpoint.look(sound.config(model__prompt_tokens=needed - 1), None)[1].processor
+    assert pictures.prompts(config, seen, short).verdict == FAULT
+
+
+def test_a_prompt_that_is_too_long_for_one(own, built):
+    path = own.folder / "data" / ANNOTATIONS
+    entries = json.loads(path.read_text())
+    names = {entry["image"]: entry for entry in entries}
+    name = next(name for name in names if pictures.data.photos.split_of(name, 0.2, 0.2) == "train")
+    names[name]["conversations"][0]["value"] = "word " * 300
+    path.write_text(json.dumps(entries))
+    config = own.config()
+    finding = pictures.prompts(config, pictures.look(config, 96, tokenizer=False)[1], built.processor)
+    assert_fault(finding, "prompts", "1 of ", "or shorten the prompts")
+    assert f"({name})" in finding.found
+
+
+def test_captions_that_cannot_be_long_enough(own, built):
+    path = own.folder / "data" / ANNOTATIONS
+    path.write_text(path.read_text().replace("A picture. Of a thing.", "A thing is here. " * 40))
+    config = own.config()
+    finding = pictures.prompts(config, pictures.look(config, 96, tokenizer=False)[1], built.processor)
+    assert_fault(finding, "prompts", "captions of rollout.max_tokens (16) end below", "raise rollout.max_tokens to ")
+
+
+def test_units_that_are_not_there(sound):
+    found = of_data(sound.config(data__units=sound.folder / "none.jsonl"))
+    assert_fault(found["references"], "references", "none.jsonl", "")
+    assert found["data"].verdict == OK
+
+
+def test_units_about_half_of_the_pictures(own):
+    lines = (own.folder / "units.jsonl").read_text().splitlines(keepends=True)
+    (own.folder / "units.jsonl").write_text("".join(lines[::2]))
+    found = of_data(own.config())
+    assert_fault(found["references"], "references", "has no line about 12 of 24 samples", "run the same `recaption`")
+    assert found["data"].verdict == OK
+
+
+def test_units_about_other_pictures(own):
+    write_lines(own.folder / "units.jsonl", [{"image": "elsewhere/a.png", "reference_units": ["a thing is there"]}])
+    found = of_data(own.config())
+    assert_fault(found["references"], "references", "no line of ", "give what recaption wrote about these")
+
+
+def test_lines_without_what_the_reward_reads(own):
+    lines = [json.loads(line) for line in (own.folder / "units.jsonl").read_text().splitlines()]
+    write_lines(
+        own.folder / "units.jsonl", [line | ({"reference_units": []} if n % 2 else {}) for n, line in enumerate(lines)]
+    )
+    finding = of_data(own.config())["references"]
+    assert_fault(finding, "references", "have no reference_units, such as coco/", "have `recaption` write it")
+    write_lines(own.folder / "units.jsonl", [{"image": line["image"], "caption": "A thing."} for line in lines])
+    finding = of_data(own.config())["references"]
+    assert_fault(finding, "references", "the reward needs 'reference_units'", "recaption")
+
+
+# ---- judge -----------------------------------------------------------------------------------------------------------
+
+
+def of_judge(config: ConfigDict, seen: pictures.Seen, patience: float = 5.0) -> list[Finding]:
+    return judge.look(config, seen, patience)[0]
+
+
+def test_a_judge_that_is_down(sound, seen):
+    (finding,) = of_judge(sound.config(judge__endpoints="http://127.0.0.1:9/v1"), seen)
+    assert_fault(finding, "judge http://127.0.0.1:9/v1", "is down (connection refused)", "start it")
+
+
+def test_a_judge_that_knows_no_such_model(sound, seen):
+    def refuses(body: dict) -> str:
+        return "" if body["model"] == "the-model" else f"The model {body['model']} does not exist"
+
+    with JudgeServer(seeing, refuses=refuses) as server:
+        (finding,) = of_judge(sound.config(judge__endpoints=server.url, judge__model="gpt-5o"), seen)
+    assert_fault(
+        finding,
+        f"judge {server.url}",
+        "HTTP 400: The model gpt-5o does not exist",
+        "mend judge.endpoints or judge.model",
+    )
+
+
+FAILING = {
+    "no JSON": (Reply("text", "What a lovely caption!"), "", "take a model that keeps to a JSON schema"),
+    "too late": (Reply("hang"), "no answer within 1 s", "raise judge.timeout"),
+    "HTTP 503": (Reply("status", "overloaded", status=503), "HTTP 503", "see the server's log"),
+    "HTTP 413": (Reply("status", "too large", status=413), "HTTP 413", "mend judge.model or judge.max_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_answers_that_cannot_be_used(sound, seen, name):
+    reply, found, remedy = FAILING[name]
+
+    def behave(body: dict) -> Reply:
+        return reply if kind_of(body) == "recall" else seeing(body)
+
+    with JudgeServer(behave) as server:
+        (finding,) = of_judge(sound.config(judge__endpoints=server.url), seen, 1.0)
+    assert_fault(finding, f"judge {server.url}", "no answer about recall: ", remedy)
+    assert found in finding.found
+    assert server.url in finding.found
+
+
+def test_a_judge_that_does_not_see(sound, seen):
+    with JudgeServer(well_behaved) as server:  # It marks words, whatever the picture.
+        (finding,) = of_judge(sound.config(judge__endpoints=server.url), seen)
+    assert_fault(
+        finding, f"judge {server.url}", "on plain grey ones: it does not see", "name a model that sees pictures"
+    )
+    assert finding.details, "its answers are shown all the same"
+
+
+def test_one_of_several_endpoints(sound, seen):
+    with JudgeServer(seeing, models=b'{"data": [{"id": "another"}]}') as other:
+        urls = f"{sound.server.url},{other.url},http://127.0.0.1:9/v1"
+        first, second, third = of_judge(sound.config(judge__endpoints=urls), seen)
+    assert first.verdict == OK
+    assert_fault(second, f"judge {other.url}", "it serves 'another', and ", "name it in judge.model")
+    assert_fault(third, "judge http://127.0.0.1:9/v1", "is down", "start it")
+
+
+# ---- workdir and disk ------------------------------------------------------------------------------------------------
+
+
+def test_the_workdir_of_another_config(sound, tmp_path):
+    (tmp_path / "config.json").write_text(recipes.to_text(sound.config(seed=7)))
+    finding = places.workdir(sound.config(), str(tmp_path))
+    assert_fault(finding, "workdir", "holds a run of another config (seed: 7 -> 0)", "choose another --workdir")
+    assert "the run there goes on" in places.workdir(sound.config(seed=7), str(tmp_path)).found
+
+
+def test_a_workdir_below_a_file(sound, tmp_path):
+    (tmp_path / "file").touch()
+    finding = places.workdir(sound.config(), str(tmp_path / "file" / "run"))
+    assert_fault(finding, "workdir", "cannot write to workdir", "choose another --workdir")
+
+
+def test_a_workdir_in_use(sound, tmp_path):
+    with claim(tmp_path / "run", sound.config()):
+        finding = places.workdir(sound.config(), str(tmp_path / "run"))
+    assert_fault(finding, "workdir", "another process is training in", "choose another --workdir")
+
+
+def test_a_disk_without_renames(sound, tmp_path, monkeypatch):
+    def refused(path: Path, target: Path) -> None:
+        raise OSError(95, "Operation not supported", str(path))
+
+    monkeypatch.setattr(places, "rename_directory", refused)
+    finding = places.workdir(sound.config(), str(tmp_path / "run"))
+    assert_fault(finding, "workdir", "does not take what training does to it: Operation not supported", "renames")
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_many_checkpoints_for_the_disk(sound, tmp_path):
+    finding = places.disk(sound.config(checkpoint__keep=100_000_000), str(tmp_path / "run"))
+    assert_fault(finding, "disk", f"are free at {tmp_path / 'run'}, ", "lower checkpoint.keep")
+
+
+def test_a_cache_larger_than_its_disk(sound, tmp_path):
+    finding = places.disk(sound.config(judge__cache_gb=1e6), str(tmp_path / "run"))
+    assert_fault(finding, "disk", "1,000,000.00 GB", "lower judge.cache_gb")
+
+
+def test_bytes_of_a_checkpoint(sound, built):
+    """By hand: trained numbers in float32 with two moments, the frozen tower in bfloat16, and captions in flight."""
+    size = places.sizes(sound.config())
+    flat = {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in checkpoint.jax.tree.leaves_with_path(built.params)
+    }
+    frozen = sum(leaf.size for path, leaf in flat.items() if path.startswith(("vision/", "merger/")))
+    trained = sum(leaf.size for leaf in flat.values()) - frozen
+    tokens = 2 * 4 * 16 * (4 + 1 + 4) + 2 * 4 * (4 + 1) + 2 * 4 + 2 * 16 * 24 * 4
+    assert size.each == pytest.approx(12 * trained + 2 * frozen + tokens, abs=4096)
+    assert size.checkpoints == (2 + 1 + 1) * size.each, "two are kept, one is written, one is the best"
+    assert size.models == 2 * 2 * (trained + frozen)
+
+
+# ---- time and money --------------------------------------------------------------------------------------------------
+
+HEARD = judge.Heard(
+    {"model": "m"}, Trial(Usage(12, 0, 12_000, 6_000), {"precision": 3.0, "recall": 2.0, "linguistic": 1.0}, 12, 2)
+)
+
+
+def of_outlay(config: ConfigDict, planned: devices.Slice | None = None, **limits: float) -> tuple[Finding, Finding]:
+    time, money = outlay.look(config, HEARD, planned, outlay.Limits(**limits))
+    return time, money
+
+
+def test_the_hours_of_a_run_by_hand(sound):
+    """700 steps of 128 x 8 captions, 2 s an answer on average, 512 at once: 12 s a step."""
+    published = {"stages.rl.steps": 700, "stages.rl.batch_size": 128, "rollout.group_size": 8, "judge.concurrency": 512}
+    published |= {"stages.rl.eval_every": 0, "checkpoint.best_metric": "", "log.eval_images": 1, "log.eval_samples": 1}
+    config = sound.config(**published)
+    questions = 3 * (700 * 128 * 8 + 2 * 2)
+    hours = 12.0 / 3600 * questions / 3072
+    time, money = of_outlay(config)
+    assert (
+        f"716,800 captions, at most 11,468,800 tokens to sample; {questions:,} questions to the judge, {hours:.2f} h"
+        in time.found
+    )
+    assert (time.verdict, money.verdict) == (OK, OK)
+    assert_fault(
+        of_outlay(config, max_hours=2.0)[0],
+        "time",
+        f"{hours:.2f} h are more than --max_hours (2)",
+        "raise judge.concurrency",
+    )
+    slow = of_outlay(config, step_seconds=36.0, max_hours=6.0)[0]
+    assert_fault(slow, "time", "7.00 h are more than --max_hours (6)", "take more chips or fewer steps")
+    serial = of_outlay(sound.config(**published, pipeline__depth=0), step_seconds=36.0, max_hours=7.5)[0]
+    assert_fault(serial, "time", f"{7 + hours:.2f} h are more than", "take more chips")
+    limited = sound.config(**published, judge__rpm=100)  # 2 servers: 3,072 questions take 15.36 minutes.
+    assert_fault(
+        of_outlay(limited, max_hours=100.0)[0], "time", f"{15.36 / 60 * questions / 3072:.2f} h are more", "judge.rpm"
+    )
+    # 1,000 tokens in and 500 out a question, at 0.5 and 2 per million.
+    priced = {"judge.price_in": 0.5, "judge.price_out": 2.0}
+    cost = questions * (1000 * 0.5 + 500 * 2) / 1e6
+    finding = of_outlay(sound.config(**published, **priced, judge__max_cost=50))[1]
+    assert_fault(
+        finding, "money", f"the judge will cost about {cost:,.2f}, and the run stops at judge.max_cost (50)", "raise it"
+    )
+    chips = devices.Slice(16, 9.0)
+    finding = of_outlay(sound.config(**published, **priced), chips, chip_hour_price=1.2, budget=100.0)[1]
+    held = 16 * 1.2 * hours  # by the judge, which is slower than the chips
+    assert_fault(finding, "money", f"{cost + held:,.2f} are more than --budget (100)", "lower stages.rl.steps")
+    assert (
+        of_outlay(sound.config(**published, **priced), chips, chip_hour_price=1.2, budget=cost + held + 1)[1].verdict
+        == OK
+    )
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_topology_that_there_is_not(sound):
+    pytest.importorskip("libtpu")
+    given = [f"--config={RECIPE}", *(f"--config.{name}={value}" for name, value in sound.given().items())]
+    finding, planned = devices.look(given, "v5e:nope", 1)
+    assert_fault(finding, "devices", "--topology is 'v5e:nope'", "name one as v5e:4x8")
+    assert planned is None
+
+
+def test_the_first_fault_is_the_earliest():
+    findings = [Finding("a", OK, "x"), Finding("b", UNCHECKED, "y"), Finding("c", FAULT, "z"), Finding("d", FAULT, "w")]
+    assert first_fault(findings).check == "c"
