@@ -19,6 +19,7 @@
 #
 #   --dry_run   print the commands, start nothing
 #   --estimate  print what references and rewards will cost, and stop
+#   --doctor    check checkpoint, data, references, judge, disks, time and money of the training, and stop
 set -euo pipefail
 
 fail() {
@@ -26,7 +27,7 @@ fail() {
   exit 2
 }
 
-dry_run=0 estimate=0 workdir=""
+dry_run=0 estimate=0 doctor=0 workdir=""
 for argument in "$@"; do
   case "$argument" in
     --help | -h)
@@ -35,6 +36,7 @@ for argument in "$@"; do
       ;;
     --dry_run) dry_run=1 ;;
     --estimate) estimate=1 ;;
+    --doctor) doctor=1 ;;
     -*) fail "unknown argument $argument (see --help)" ;;
     *)
       [[ -z "$workdir" ]] || fail "one WORKDIR, got $workdir and $argument"
@@ -102,6 +104,10 @@ run=(--config="$config" --workdir="$workdir/run" --config.model.path="$MODEL" --
 if [[ "$estimate" == 1 ]]; then
   [[ -n "$references" ]] || step recaption "${writing[@]}" "${judging[@]}" --estimate
   step train "${run[@]}" "${training[@]}" --estimate_judge
+  exit 0
+fi
+if [[ "$doctor" == 1 ]]; then
+  step doctor "${run[@]}" "${training[@]}"
   exit 0
 fi
 step convert --from="$MODEL" --check

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     },
     "aot": {"training.programs", "models", "parallel", "config"},
     "ablate": {"training", "report", "config", "rewards", "judges.cost"},
+    "doctor": {"training", "models", "data", "rewards", "judges", "parallel", "config"},
 }
 
 

@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # No chip of this machine is taken: shapes are all that is computed.
     given = [f"--config={args.config}", *(f"{OVERRIDE}{n}={v}" for n, v in split_overrides(arguments)[1].items())]
     limits = outlay.Limits(args.chip_hour_price, args.step_seconds, args.max_hours, args.budget)
-    found, block = examine(config, args.workdir or "", aot=given, topology=args.topology, slices=args.slices, limits=limits)
+    found, block = examine(
+        config, args.workdir or "", aot=given, topology=args.topology, slices=args.slices, limits=limits
+    )
     if args.json:
         print(json_text.dumps(findings.as_json(found), indent=2), flush=True)
     else:

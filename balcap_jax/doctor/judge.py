@@ -23,7 +23,7 @@ from balcap_jax.training.evaluation import batches
 from balcap_jax.training.job import to_samples
 
 CHECK = "judge"
-PATIENCE = 20.0  # seconds that an answer may take here: the whole is to end within a minute
+PATIENCE = 15.0  # seconds that an answer may take here: the whole is to end within a minute
 _LOOKED_AT = 3  # pictures whose references are checked against them, and against grey
 _RETRIES = 1
 _GREY = 128  # of a picture in which nothing can be seen
@@ -116,7 +116,7 @@ def _patient(config: ConfigDict, seconds: float, url: str = "") -> ConfigDict:
     bounded = config.copy_and_resolve_references()
     with bounded.unlocked():
         judge = bounded.judge
-        judge.timeout = judge.deadline = seconds
+        judge.timeout, judge.deadline = seconds, 2 * seconds
         judge.retries, judge.cache_dir = min(judge.retries, _RETRIES), ""
         judge.endpoints = url or judge.endpoints
     return bounded

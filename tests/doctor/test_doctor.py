@@ -427,7 +427,7 @@ def test_a_judge_that_knows_no_such_model(sound, seen):
 
 FAILING = {
     "no JSON": (Reply("text", "What a lovely caption!"), "", "take a model that keeps to a JSON schema"),
-    "too late": (Reply("hang"), "no answer within 1 s", "raise judge.timeout"),
+    "too late": (Reply("hang"), "no answer within 3 s", "raise judge.timeout"),
     "HTTP 503": (Reply("status", "overloaded", status=503), "HTTP 503", "see the server's log"),
     "HTTP 413": (Reply("status", "too large", status=413), "HTTP 413", "mend judge.model or judge.max_tokens"),
 }
@@ -441,7 +441,7 @@ def test_answers_that_cannot_be_used(sound, seen, name):
         return reply if kind_of(body) == "recall" else seeing(body)
 
     with JudgeServer(behave) as server:
-        (finding,) = of_judge(sound.config(judge__endpoints=server.url), seen, 1.0)
+        (finding,) = of_judge(sound.config(judge__endpoints=server.url), seen, 3.0)
     assert_fault(finding, f"judge {server.url}", "no answer about recall: ", remedy)
     assert found in finding.found
     assert server.url in finding.found
@@ -511,8 +511,7 @@ def test_bytes_of_a_checkpoint(sound, built):
     """By hand: trained numbers in float32 with two moments, the frozen tower in bfloat16, and captions in flight."""
     size = places.sizes(sound.config())
     flat = {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in checkpoint.jax.tree.leaves_with_path(built.params)
+        "/".join(key.key for key in path): leaf for path, leaf in checkpoint.jax.tree.leaves_with_path(built.params)
     }
     frozen = sum(leaf.size for path, leaf in flat.items() if path.startswith(("vision/", "merger/")))
     trained = sum(leaf.size for leaf in flat.values()) - frozen
