@@ -104,11 +104,24 @@ def _remote(config: ConfigDict, seen: Seen, patience: float) -> tuple[list[Findi
     if any(finding.verdict == FAULT for finding in findings):
         return findings, Heard({"model": served} if served else {}, problem="the judge comes first")
     try:
-        samples = judge_trial.samples_of(seen.shown)
-        trial = judge_trial.ask(_patient(config, patience), samples, seen.splits.fields)
+        samples = judge_trial.samples_of([_with_units(example) for example in seen.shown])
+        trial = judge_trial.ask(_patient(config, patience), samples, _fields(config, seen))
         return findings, Heard({"model": served}, trial)
     except UserError as error:
         return findings, Heard({"model": served}, problem=str(error))
+
+
+def _fields(config: ConfigDict, seen: Seen) -> frozenset[str]:
+    """Those of the data, with those that the reward needs: that they are missing is another check's finding."""
+    return seen.splits.fields | set(rewards.resolve(config.rewards.name).needs)
+
+
+def _with_units(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The example, with sentences of its reference as units where it has none: references may not be written yet."""
+    if len(example["reference_units"]):
+        return example
+    sentences = [text.strip(" .") for text in str(example["reference"]).split(". ")]
+    return {**example, "reference_units": [text for text in sentences if text]}
 
 
 def _patient(config: ConfigDict, seconds: float, url: str = "") -> ConfigDict:
@@ -134,7 +147,7 @@ def _endpoint(config: ConfigDict, seen: Seen, url: str, patience: float) -> tupl
         judge = RemoteJudge(client, config.judge.max_tokens)
         try:
             client.connect(sees=judges.sees(asks))
-            rewards.check(config.rewards, judge, seen.splits.fields, config.data.name)
+            rewards.check(config.rewards, judge, _fields(config, seen), config.data.name)
             scores = _scores(config, seen, judge)
             finding = _answered(check, config, seen, judge, scores)
             if finding.verdict == OK and "precision" in asks:
@@ -146,7 +159,7 @@ def _endpoint(config: ConfigDict, seen: Seen, url: str, patience: float) -> tupl
 
 def _scores(config: ConfigDict, seen: Seen, judge: Judge) -> Scores:
     """What the reward makes of one held-out picture, whose reference is the caption; two captions to be compared."""
-    ((batch, _),) = batches(seen.shown[:1], 1)
+    ((batch, _),) = batches([_with_units(seen.shown[0])], 1)
     captions = [_captions(config, batch["reference"][0])]
     tokens = np.array([[len(text.split()) for text in captions[0]]])
     return rewards.build(config.rewards, judge, config.seed)(to_samples(batch, captions, tokens))
@@ -179,7 +192,7 @@ def _shown(check: str, example: Mapping[str, Any], detail: Mapping[str, Any]) ->
     for each in detail.get("assertions", ()):
         flags = ", ".join(name if each[name] else f"not {name}" for name in ("verified", "pointable"))
         lines.append(f"  precision   {each['text']}: {flags}" + (f" ({each['why']})" if each.get("why") else ""))
-    for unit, covered in zip(example["reference_units"], detail.get("covered", ()), strict=False):
+    for unit, covered in zip(_with_units(example)["reference_units"], detail.get("covered", ()), strict=False):
         lines.append(f"  recall      {unit}: {'covered' if covered else 'not covered'}")
     if marks := [f"{name} {detail[name]:g}" for name in _MARKS if name in detail]:
         lines.append(f"  linguistic  {', '.join(marks)} of 5")

@@ -50,25 +50,28 @@ def look(config: ConfigDict, image_size: int, tokenizer: bool) -> tuple[list[Fin
     needs = rewards.resolve(config.rewards.name).needs
     try:
         with _quiet() as said, _opened(config, image_size, tokenizer, needs) as (splits, to_make):
-            return _seen(config, splits, said, to_make)
+            seen, damaged = _seen(config, splits, said, to_make)
+            return [_found(config, seen, damaged), _beside(config, seen)], seen
     except UserError as error:
-        return _whose(config, image_size, error), None
+        return _without_units(config, image_size, tokenizer, error)
 
 
-def _whose(config: ConfigDict, image_size: int, error: UserError) -> list[Finding]:
-    """Whether the data cannot be read, or what belongs to them: without the latter they can."""
-    if config.data.name != "scenes":
-        alone = config.data.copy_and_resolve_references()
-        with alone.unlocked():
-            alone.units = ""
-        try:
-            with _quiet():
-                splits = data.load(alone, image_size, tokenizer=False)
-        except UserError as own:
-            error = own if not config.data.units else error
-        else:
-            return [Finding(DATA, OK, _counts(config, splits)), fault(REFERENCES, error)]
-    return [fault(DATA, error), Finding(REFERENCES, UNCHECKED, "the data come first")]
+def _without_units(
+    config: ConfigDict, image_size: int, tokenizer: bool, error: UserError
+) -> tuple[list[Finding], Seen | None]:
+    """As `look`, where that raised `error`: of the data alone, if they can be read without what belongs to them."""
+    unknown = Finding(REFERENCES, UNCHECKED, "the data come first")
+    if config.data.name == "scenes":
+        return [fault(DATA, error), unknown], None
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+        alone.data.units = ""
+    try:
+        with _quiet() as said, _opened(alone, image_size, tokenizer, ()) as (splits, to_make):
+            seen, damaged = _seen(config, splits, said, to_make)
+    except UserError as own:
+        return [fault(DATA, own if not config.data.units else error), unknown], None
+    return [_found(config, seen, damaged), fault(REFERENCES, error)], seen
 
 
 @contextlib.contextmanager
@@ -98,16 +101,16 @@ def _opened(
 
 def _seen(
     config: ConfigDict, splits: Data, said: io.StringIO, to_make: tuple[Path, int] | None
-) -> tuple[list[Finding], Seen]:
+) -> tuple[Seen, list[str]]:
+    """Opens samples. -> (what was seen, "NAME: REASON" of the damaged ones among them)"""
     said.seek(0)
     said.truncate()
     with readable(config.data):
         looked_at = [decode(splits.train[place]) for place in _places(splits.train)]
         shown = examples(splits.test, _shown(config))
-    seen = Seen(splits, looked_at, shown, to_make)
-    damaged = [line.removeprefix("left out: ") for line in said.getvalue().splitlines() if line.startswith("left out")]
-    findings = [_found(config, seen, [line.rpartition("; another picture")[0] for line in damaged])]
-    return [*findings, _beside(config, seen)], seen
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("left out: ")]
+    damaged = [line.removeprefix("left out: ").rpartition("; another picture")[0] for line in lines]
+    return Seen(splits, looked_at, shown, to_make), damaged
 
 
 def _shown(config: ConfigDict) -> int:
