@@ -50,7 +50,8 @@ def examine(
     found += [finding, of_data[0], pictures.prompts(config, seen, built and built.processor), *of_data[1:]]
     of_judge, heard = judge.look(config, seen)
     found += of_judge
-    found += [places.workdir(config, workdir), places.disk(config, workdir, seen and seen.to_make)]
+    weights = built.file_bytes if built and config.model.path else 0
+    found += [places.workdir(config, workdir), places.disk(config, workdir, seen and seen.to_make, weights)]
     of_devices, planned = devices.look(aot, topology, slices)
     found += [*outlay.look(config, heard, planned, limits), of_devices]
     block = ""

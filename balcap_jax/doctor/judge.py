@@ -94,7 +94,7 @@ def _remote(config: ConfigDict, seen: Seen, patience: float) -> tuple[list[Findi
     endpoints = parse_endpoints(config.judge.endpoints)
     with ThreadPoolExecutor(len(endpoints)) as pool:
         asked = list(pool.map(lambda endpoint: _endpoint(config, seen, endpoint[0], patience), endpoints))
-    findings, models = [finding for finding, _ in asked], [model for _, model in asked]
+    findings, models, few = map(list, zip(*asked, strict=True))
     served = next(filter(None, models), "")
     for at, model in enumerate(models):
         if model and model != served:
@@ -103,6 +103,8 @@ def _remote(config: ConfigDict, seen: Seen, patience: float) -> tuple[list[Findi
             findings[at] = dataclasses.replace(findings[at], verdict=FAULT, found=found, remedy=remedy)
     if any(finding.verdict == FAULT for finding in findings):
         return findings, Heard({"model": served} if served else {}, problem="the judge comes first")
+    if config.judge.rpm or config.judge.tpm:  # A hundred questions would take minutes: those so far must do.
+        return findings, Heard({"model": served}, few[0] and dataclasses.replace(few[0], servers=len(endpoints)))
     try:
         samples = judge_trial.samples_of([_with_units(example) for example in seen.shown])
         trial = judge_trial.ask(_patient(config, patience), samples, _fields(config, seen))
@@ -135,14 +137,16 @@ def _patient(config: ConfigDict, seconds: float, url: str = "") -> ConfigDict:
     return bounded
 
 
-def _endpoint(config: ConfigDict, seen: Seen, url: str, patience: float) -> tuple[Finding, str]:
-    """The finding on one endpoint, and the name of its model, "" = not known."""
+def _endpoint(
+    config: ConfigDict, seen: Seen, url: str, patience: float
+) -> tuple[Finding, str, judge_trial.Trial | None]:
+    """The finding on one endpoint, the name of its model ("" = not known), and what the questions to it took."""
     check = f"{CHECK} {url}"
     asks, bounded = rewards.resolve(config.rewards.name).asks, _patient(config, patience, url)
     try:
         client = make_client(bounded.judge, config.seed)
     except UserError as error:
-        return fault(check, error), ""
+        return fault(check, error), "", None
     with client:
         judge = RemoteJudge(client, config.judge.max_tokens)
         try:
@@ -153,8 +157,8 @@ def _endpoint(config: ConfigDict, seen: Seen, url: str, patience: float) -> tupl
             if finding.verdict == OK and "precision" in asks:
                 finding = _seeing(finding, seen, judge)
         except UserError as error:
-            return fault(check, error), client.model
-        return finding, client.model
+            return fault(check, error), client.model, None
+        return finding, client.model, judge_trial.taken(client, asks) if finding.verdict == OK else None
 
 
 def _scores(config: ConfigDict, seen: Seen, judge: Judge) -> Scores:

@@ -84,8 +84,10 @@ class Size(NamedTuple):
     logs: int
 
 
-def sizes(config: ConfigDict) -> Size:
+def sizes(config: ConfigDict, file_bytes: int = 0) -> Size:
     """What a run of the config leaves in its workdir, from shapes.
+
+    file_bytes: of the weights that it starts from, whose types a written model has; 0 = float32.
 
     The newest `checkpoint.keep` are kept, the ends of the stages before, the best one, and there is one more while it
     is written.
@@ -105,8 +107,7 @@ def sizes(config: ConfigDict) -> Size:
     each = ends[-1] if ends else 0
     kept = config.checkpoint.keep + 1 + bool(config.checkpoint.best_metric)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(plain))
-    width = 4 if not config.model.path or config.model.dtype == "float32" else 2
-    models = numbers * width * (1 + bool(config.checkpoint.best_metric))
+    models = (file_bytes or 4 * numbers) * (1 + bool(config.checkpoint.best_metric))
     return Size(sum(ends[:-1]) + kept * each, each, models, _logs(config))
 
 
@@ -127,12 +128,15 @@ def _logs(config: ConfigDict) -> int:
     return steps * _STEP_BYTES + captions * rollout.max_tokens * _TOKEN_BYTES + pictures
 
 
-def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None) -> Finding:
-    """Whether the disks have room for the run, the judge's cache, and a data set `to_make` (where, bytes)."""
+def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None, file_bytes: int = 0) -> Finding:
+    """Whether the disks have room for the run, the judge's cache, and a data set `to_make` (where, bytes).
+
+    file_bytes: as of `sizes`.
+    """
     if not place:
         return Finding(DISK, UNCHECKED, "name the workdir with --workdir")
     try:
-        size = sizes(config)
+        size = sizes(config, file_bytes)
     except UserError:
         return Finding(DISK, UNCHECKED, "the checkpoint comes first")
     folder = resolved(place).absolute()

@@ -13,6 +13,7 @@ from balcap_jax.data.input import examples
 from balcap_jax.data.words import count_words
 from balcap_jax.judges import cost, prompts
 from balcap_jax.judges.budget import MILLION
+from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import RemoteJudge, make_client
 from balcap_jax.judges.schema import Usage
 from balcap_jax.rewards.base import Samples
@@ -83,15 +84,23 @@ def ask(config: ConfigDict, samples: Samples, fields: Collection[str]) -> Trial:
         rewards.check(config.rewards, asked_judge, fields, config.data.name)
         client.connect(sees=judges.sees(asks))
         rewards.build(config.rewards, asked_judge, config.seed)(samples)
-        usage, seconds = client.usage(), client.seconds
+        return taken(client, asks)
     finally:
         client.close()
+
+
+def taken(client: ChatClient, asks: Collection[str]) -> Trial:
+    """What all questions of a client have taken. Raises UserError where none by one of the methods `asks` is answered.
+
+    As many are reckoned to have been under way at once as the client allows.
+    """
+    usage, seconds = client.usage(), client.seconds
     named = {method: seconds[prompts.name_of(method)] for method in asks if prompts.name_of(method) in seconds}
-    found = Trial(usage, named, min(judge.concurrency, usage.calls - usage.cached), len(client.settings.endpoints))
+    asked = usage.calls - usage.cached
     if len(named) < len(asks):
         reasons = "; ".join(f"{count} x {reason}" for reason, count in usage.failures.most_common(2))
-        raise UserError(f"of {found.asked} questions {usage.failures.total()} were not answered ({reasons})")
-    return found
+        raise UserError(f"of {asked} questions {usage.failures.total()} were not answered ({reasons})")
+    return Trial(usage, named, min(client.settings.concurrency, asked), len(client.settings.endpoints))
 
 
 def pictures_of(config: ConfigDict) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,7 +141,9 @@ def assert_fault(finding: Finding, check: str, found: str, remedy: str) -> None:
 
 
 def test_a_sound_set_up_passes_without_a_word_of_warning(sound, tmp_path, capsys):
+    start = time.process_time()
     doctor.main(sound.command(tmp_path / "run"))
+    assert time.process_time() - start < 60
     output, errors = capsys.readouterr()
     assert errors == ""
     assert output.splitlines()[-1] == "ready"
@@ -207,6 +210,11 @@ def test_a_bad_configuration_is_one_line(capsys):
         doctor.main([f"--config={RECIPE}", "--config.rollout.bucket=5"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: unknown config field 'rollout.bucket'; did you mean ")
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([f"--config={RECIPE}", "--workdir=s3://bucket/run"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --workdir: it is a URL, and files are ")
 
 
 def test_what_a_recipe_leaves_to_its_user(capsys):
@@ -467,6 +475,17 @@ def test_one_of_several_endpoints(sound, seen):
     assert_fault(third, "judge http://127.0.0.1:9/v1", "is down", "start it")
 
 
+def test_a_judge_that_may_be_asked_seldom(sound, seen):
+    """Nine questions show what an answer takes: a hundred would wait for their turn."""
+    with JudgeServer(seeing) as server:
+        limited = sound.config(judge__endpoints=server.url, judge__rpm=100_000)
+        (finding,), heard = judge.look(limited, seen, 5.0)
+        asked = server.requests
+    assert finding.verdict == OK
+    assert (asked, heard.trial.asked, heard.trial.servers) == (9, 9, 1)
+    assert heard.trial.seconds.keys() == {"precision", "recall", "linguistic"}
+
+
 # ---- workdir and disk ------------------------------------------------------------------------------------------------
 
 
@@ -511,7 +530,7 @@ def test_a_cache_larger_than_its_disk(sound, tmp_path):
 
 def test_bytes_of_a_checkpoint(sound, built):
     """By hand: trained numbers in float32 with two moments, the frozen tower in bfloat16, and captions in flight."""
-    size = places.sizes(sound.config())
+    size = places.sizes(sound.config(), built.file_bytes)
     flat = {
         "/".join(key.key for key in path): leaf for path, leaf in checkpoint.jax.tree.leaves_with_path(built.params)
     }
@@ -531,8 +550,8 @@ HEARD = judge.Heard(
 
 
 def of_outlay(config: ConfigDict, planned: devices.Slice | None = None, **limits: float) -> tuple[Finding, Finding]:
-    time, money = outlay.look(config, HEARD, planned, outlay.Limits(**limits))
-    return time, money
+    of_time, money = outlay.look(config, HEARD, planned, outlay.Limits(**limits))
+    return of_time, money
 
 
 def test_the_hours_of_a_run_by_hand(sound):
@@ -542,12 +561,12 @@ def test_the_hours_of_a_run_by_hand(sound):
     config = sound.config(**published)
     questions = 3 * (700 * 128 * 8 + 2 * 2)
     hours = 12.0 / 3600 * questions / 3072
-    time, money = of_outlay(config)
+    of_time, money = of_outlay(config)
     assert (
         f"716,800 captions, at most 11,468,800 tokens to sample; {questions:,} questions to the judge, {hours:.2f} h"
-        in time.found
+        in of_time.found
     )
-    assert (time.verdict, money.verdict) == (OK, OK)
+    assert (of_time.verdict, money.verdict) == (OK, OK)
     assert_fault(
         of_outlay(config, max_hours=2.0)[0],
         "time",
