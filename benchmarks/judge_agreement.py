@@ -417,6 +417,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=place, metavar="FOLDER", help="captions.jsonl and checklists.jsonl")
     parser.add_argument("--out", type=place, metavar="DIR", help="write agreement.json and agreement.md there")
     args = parser.parse_args(rest)
+    if args.scenes < 0 or args.scenes == 1:
+        raise UserError(f"--scenes={args.scenes}: intervals need at least 2 scenes (0 = all)")
     config = config_of(args.judge, overrides)
     photos = args.photos or os.environ.get("BALCAP_PHOTOS", "")
     # The oracle knows the scenes alone.
