@@ -156,7 +156,7 @@ def _language(each: Labelled) -> list[Case]:
     made = []
     for caption in each.captions:
         mean = sum(caption["marks"]) / len(caption["marks"])
-        if mean >= 4.5 or mean <= 2.5:
+        if mean >= GOOD + 1 or mean <= GOOD - 0.5:
             question = schema.LinguisticQuestion(caption["text"])
             words = count_words(caption["text"])
             made.append(Case(each.seed, "linguistic", question, (mean >= GOOD,), _well_written, words=words))

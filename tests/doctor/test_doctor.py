@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -179,18 +180,29 @@ def test_faults_come_first_and_the_first_of_them_last_on_stderr(sound, tmp_path,
     assert last.endswith("give a directory of a Hugging Face checkpoint, of an adapter, or one that training wrote")
 
 
-def test_json_says_the_same(sound, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        doctor.main([*sound.command(tmp_path, **{"data.units": sound.folder / "none.jsonl"}), "--json"])
+def test_json_says_the_same(capsys, monkeypatch, tmp_path):
+    """Of a published recipe to which nothing was given."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([f"--config={RECIPE}", "--json"])
+    assert ended.value.code == 1
     output, errors = capsys.readouterr()
     told = json.loads(output)
     assert told["ready"] is False
-    (bad,) = (entry for entry in told["checks"] if entry["verdict"] == FAULT)
-    assert errors.strip() == f"not ready: {bad['check']}: {bad['found']}; {bad['remedy']}"
-    assert bad["check"] == "references"
     verdicts = {entry["check"]: entry["verdict"] for entry in told["checks"]}
-    assert verdicts.pop("devices") == UNCHECKED
-    assert set(verdicts.values()) == {OK, FAULT}, "all else is checked, the judge by sentences in place of units"
+    assert [check for check, verdict in verdicts.items() if verdict == FAULT] == ["settings", "checkpoint", "data"]
+    first = told["checks"][0]
+    assert errors.strip() == f"not ready: {first['check']}: {first['found']}; {first['remedy']}"
+    assert verdicts["time"] == OK, "steps and tokens are known all the same"
+
+
+def test_without_units_all_else_is_checked(sound):
+    found, block = doctor.examine(sound.config(data__units=sound.folder / "none.jsonl"))
+    verdicts = {finding.check: finding.verdict for finding in found}
+    faults = [check for check, verdict in verdicts.items() if verdict == FAULT]
+    assert faults == ["references"]
+    assert verdicts[f"judge {sound.server.url}"] == OK, "by sentences in place of units"
+    assert "13 samples to train on" in block
 
 
 def test_the_scenes_need_nothing(tmp_path, capsys):
@@ -437,7 +449,7 @@ def test_a_judge_that_knows_no_such_model(sound, seen):
 
 FAILING = {
     "no JSON": (Reply("text", "What a lovely caption!"), "", "take a model that keeps to a JSON schema"),
-    "too late": (Reply("hang"), "no answer within 3 s", "raise judge.timeout"),
+    "too late": (Reply("hang"), "no answer within ", "raise judge.timeout"),
     "HTTP 503": (Reply("status", "overloaded", status=503), "HTTP 503", "see the server's log"),
     "HTTP 413": (Reply("status", "too large", status=413), "HTTP 413", "mend judge.model or judge.max_tokens"),
 }
@@ -604,12 +616,68 @@ def test_the_hours_of_a_run_by_hand(sound):
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_topology_that_there_is_not(sound):
-    pytest.importorskip("libtpu")
-    given = [f"--config={RECIPE}", *(f"--config.{name}={value}" for name, value in sound.given().items())]
-    finding, planned = devices.look(given, "v5e:nope", 1)
-    assert_fault(finding, "devices", "--topology is 'v5e:nope'", "name one as v5e:4x8")
+GIB = 2**30
+
+
+def program(name: str, gib: float, seconds: float, **more: object) -> dict:
+    """A program as `aot` writes it."""
+    return {
+        "program": name,
+        "fits": gib <= 15.75,
+        "hbm": 15.75 * GIB,
+        "total": gib * GIB,
+        "peak_seconds": seconds,
+    } | more
+
+
+def of_devices(monkeypatch, programs: list[dict], errors: str = "") -> tuple[Finding, devices.Slice | None]:
+    """What is found where `aot` has written `programs`, or has ended with `errors`."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        assert command[1:5] == ["-m", "balcap_jax.aot", "--config=x", "--topology=v5e:4x4"]
+        if programs:
+            Path(command[-1].partition("=")[2]).write_text(json.dumps(programs))
+        return subprocess.CompletedProcess(command, 2, "", errors)
+
+    monkeypatch.setattr(devices.subprocess, "run", run)
+    return devices.look(["--config=x"], "v5e:4x4", 2)
+
+
+def test_programs_that_fit(monkeypatch):
+    programs = [
+        program("rollout", 8.0, 0.5),
+        program("update padded 96", 12.0, 3.0),
+        program("update packed 48", 9.0, 2.0),
+    ]
+    finding, planned = of_devices(monkeypatch, programs)
+    assert finding.verdict == OK
+    assert finding.found.startswith("v5e:4x4: 32 chips of 15.75 GiB take rollout 8.00, update padded 96 12.00, ")
+    assert planned == devices.Slice(32, 2.5), "a rollout and the least update"
+
+
+def test_programs_that_do_not_fit(monkeypatch):
+    finding, planned = of_devices(monkeypatch, [program("rollout", 8.0, 0.5), program("update", 21.5, 3.0)])
+    assert_fault(finding, "devices", "and the update needs 21.50 GiB", "take a larger slice")
+    refused = {"program": "rollout", "fits": False, "hbm": 15.75 * GIB, "refused": "Used 30G of 15G hbm"}
+    assert_fault(
+        of_devices(monkeypatch, [refused])[0], "devices", "the rollout needs Used 30G of 15G hbm", "larger slice"
+    )
+    error = "error: --topology=v5e:9x9: libtpu knows no such topology; name one as v5e:4x8 or v5p:2x2x2\n"
+    finding, planned = of_devices(monkeypatch, [], error)
+    assert_fault(finding, "devices", "libtpu knows no such topology", "name one as v5e:4x8 or v5p:2x2x2")
     assert planned is None
+
+
+@pytest.mark.slow
+def test_a_small_slice_that_is_compiled_for(tmp_path):
+    pytest.importorskip("libtpu")
+    given = [f"--config={ROOT / 'configs' / 'scenes.py'}:tiny"]
+    finding, planned = devices.look(given, "v5e:1x1", 1)
+    assert finding.verdict == OK, finding
+    assert planned.chips == 1
+    assert 0 < planned.peak_seconds < 1
+    finding, _ = devices.look(given, "v5e:nope", 1)
+    assert_fault(finding, "devices", "--topology is 'v5e:nope'", "name one as v5e:4x8")
 
 
 def test_the_first_fault_is_the_earliest():

@@ -20,13 +20,8 @@ SET = Path(__file__).with_name("labelled.jsonl")
 SCENES = 64
 FIRST_SEED = 9_000_000  # of no split of a data set of the default seed
 EACH = 3  # true and false assertions of a scene
-_SLOPPY = {
-    "dropped verb": 0.7,
-    "dropped article": 1.0,
-    "lower case": 0.7,
-    "closing remark": 1.0,
-    "omitted opening": 1.0,
-}
+_SLOPPY = dict.fromkeys(("dropped verb", "dropped article", "lower case", "closing remark", "omitted opening"), 1.0)
+_SLOPPY |= {"omitted colour": 1.0, "omitted place": 0.7}
 _FLORID = {"invented object": 0.6, "wrong colour": 0.5, "omitted object": 0.3, "closing remark": 1.0}
 
 
