@@ -165,12 +165,12 @@ def test_coarse_marks_are_counted(labelled):
 @pytest.mark.slow
 @pytest.mark.parametrize("flaws", FLAWS)
 def test_intervals_hold_what_was_built_in_19_times_of_20(labelled, flaws):
-    """Over 30 judges with other random numbers, on the whole set; at 95% fewer than 25 of 30 come once in 50,000."""
+    """Over 20 judges with other random numbers, on the whole set; at 95%, fewer than 16 of 20 come once in 400."""
     held: dict[str, int] = {}
-    for seed in range(30):
+    for seed in range(20):
         for name, (figure, amount) in built_in(flaws, labelled, seed).items():
             held[name] = held.get(name, 0) + figure.holds(amount)
-    assert min(held.values()) >= 25, held
+    assert min(held.values()) >= 16, held
 
 
 class PrefersTheFirst(OracleJudge):
