@@ -184,8 +184,8 @@ def _pairs(each: Labelled) -> list[Case]:
 def checklists(folder: Path) -> list[Case]:
     """Criteria of photographs, from `captions.jsonl` and `checklists.jsonl` of a folder: what a caption mentions.
 
-    A photograph's criteria are asked of its own caption, which they were written from, and of that of the photograph in
-    the next line, which mentions few of them: a judge that tells the two apart is right about both.
+    A photograph's criteria are asked of its own long human caption, which is taken to meet all, and of that of the
+    photograph in the next line, which is taken to meet none. Neither is quite so: no judge can reach an accuracy of 1.
     """
     captions = {line["id"]: line["caption"] for _, line in read_jsonl(folder / "captions.jsonl", "see BALCAP_PHOTOS")}
     listed = [
