@@ -128,10 +128,19 @@ def _logs(config: ConfigDict) -> int:
     return steps * _STEP_BYTES + captions * rollout.max_tokens * _TOKEN_BYTES + pictures
 
 
+class Part(NamedTuple):
+    """Something that takes `size` more bytes at `place`, and what to do where that is too much."""
+
+    what: str
+    place: Path
+    size: int
+    remedy: str
+
+
 def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None, file_bytes: int = 0) -> Finding:
     """Whether the disks have room for the run, the judge's cache, and a data set `to_make` (where, bytes).
 
-    file_bytes: as of `sizes`.
+    What lies on one disk adds up. file_bytes: as of `sizes`.
     """
     if not place:
         return Finding(DISK, UNCHECKED, "name the workdir with --workdir")
@@ -140,33 +149,29 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
     except UserError:
         return Finding(DISK, UNCHECKED, "the checkpoint comes first")
     folder = resolved(place).absolute()
-    needed = [(folder, max(size.checkpoints + size.models + size.logs - _used(folder), 0))]
+    run = (
+        f"checkpoints of {_gb(size.each)} each that come to {_gb(size.checkpoints)}, models of {_gb(size.models)}, logs "
+        f"of about {_gb(size.logs)}"
+    )
+    todo = "lower checkpoint.keep, make room there, or choose another --workdir"
+    parts = [Part(run, folder, size.checkpoints + size.models + size.logs - _used(folder), todo)]
     if config.judge.name == "remote" and config.judge.cache_dir:
-        cache = resolved(config.judge.cache_dir)
-        needed.append((cache, max(int(config.judge.cache_gb * GB) - _used(cache), 0)))
+        cache, todo = resolved(config.judge.cache_dir), "lower judge.cache_gb, or set judge.cache_dir to another disk"
+        parts.append(Part("the judge's cache", cache, int(config.judge.cache_gb * GB) - _used(cache), todo))
     if to_make:
-        needed.append(to_make)
-    parts: dict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for path, count in needed:
-        parts[existing(path).stat().st_dev].append((path, count))
-    checkpoint = f"checkpoints of {_gb(size.each)} each come to {_gb(size.checkpoints)}"
-    described = f"{checkpoint}, models to {_gb(size.models)}, logs to about {_gb(size.logs)}"
-    free = {}
-    for on_disk in parts.values():
-        want, where = sum(count for _, count in on_disk), on_disk[0][0]
-        free[where] = shutil.disk_usage(existing(where)).free
-        if want > free[where]:
-            if where == folder:
-                what, todo = described, "lower checkpoint.keep, make room there, or choose another --workdir"
-            elif to_make and where == to_make[0]:
-                what, todo = "the data set", "set data.data_dir to a disk with room"
-            else:
-                what, todo = "the judge's cache", "lower judge.cache_gb, or set judge.cache_dir to a disk with room"
-            if len(on_disk) > 1 and where == folder and size.checkpoints + size.models + size.logs <= free[where]:
-                what = f"{described}, the judge's cache (judge.cache_gb) and data to {_gb(want - on_disk[0][1])}"
-                todo = "make room there, lower judge.cache_gb, or set judge.cache_dir to another disk"
-            return Finding(DISK, FAULT, f"{_gb(free[where])} are free at {where}, {_gb(want)} are needed: {what}", todo)
-    return Finding(DISK, OK, f"{_gb(free[folder])} are free at {folder}: {described}")
+        parts.append(Part("the data set", *to_make, "set data.data_dir to a disk with room"))
+    disks: dict[int, list[Part]] = defaultdict(list)
+    for part in parts:
+        disks[existing(part.place).stat().st_dev].append(part._replace(size=max(part.size, 0)))
+    for on_disk in disks.values():
+        largest, needed = max(on_disk, key=lambda part: part.size), sum(part.size for part in on_disk)
+        free = shutil.disk_usage(existing(largest.place)).free
+        if needed > free:
+            found = f"{_gb(free)} are free at {largest.place}, {_gb(needed)} are needed, most of it for {largest.what}"
+            return Finding(DISK, FAULT, found, largest.remedy)
+    return Finding(
+        DISK, OK, f"{_gb(shutil.disk_usage(existing(folder)).free)} are free at {folder}; a run leaves {run}"
+    )
 
 
 def _used(folder: Path) -> int:
