@@ -22,7 +22,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.cli.process import exit_on_user_error
@@ -62,7 +64,8 @@ def convert(
     """
     source, out = resolved(source).absolute(), _new_directory(out)
     cast = None if dtype is None else DTYPES[dtype]
-    if earlier.is_earlier(source):
+    if earlier.is_earlier(safetensors.fetch(source)):
+        storage.fetch(source)
         if adapter:
             raise UserError(f"{source} holds a model of an earlier version; convert it first, then merge the adapter")
         tensors, write_files = _earlier(source, cast)
@@ -104,7 +107,7 @@ def convert_gguf(
 
 def _new_directory(out: str | os.PathLike) -> Path:
     out = resolved(out).absolute()
-    if os.path.lexists(out):
+    if storage.exists(out):
         raise UserError(f"{out} exists; delete it, or give a directory that does not")
     return out
 
@@ -126,7 +129,7 @@ def _checkpoint(
 ) -> tuple[list[NewTensor], Callable[[Path], None]]:
     """The tensors of a checkpoint, and what writes its other files."""
     found = loading.find(source)
-    merged = resolved(adapter).absolute() if adapter else found.adapter
+    merged = safetensors.fetch(resolved(adapter).absolute()) if adapter else found.adapter
     if adapter and (found.adapter or not peft.is_adapter(merged)):
         where = source if found.adapter else merged
         what = "is an adapter; --from takes its base beside --adapter" if found.adapter else f"holds no {peft.CONFIG}"
@@ -302,14 +305,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.source or arguments.check or arguments.adapter or arguments.keep_processor or not arguments.out:
             parser.error("--gguf takes --out, --dtype and --shard_gb alone")
         sizes = {"shard_gb": arguments.shard_gb, "progress": True}
-        print(convert_gguf(arguments.gguf, arguments.out, dtype=arguments.dtype, **sizes))
+        print(shown(convert_gguf(arguments.gguf, arguments.out, dtype=arguments.dtype, **sizes)))
         return
     if arguments.source is None or (arguments.out is None) != arguments.check:
         parser.error("give --from, and either --out or --check")
     if arguments.check:
         if arguments.dtype or arguments.adapter or arguments.keep_processor:
             parser.error("--check writes nothing; leave out --dtype, --adapter and --keep_processor")
-        print(check(arguments.source, progress=True))
+        print(shown(check(arguments.source, progress=True)))
         return
     written = convert(
         arguments.source,
@@ -322,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if _needs_5(written):
         print("needs transformers 5, as the checkpoint that the model came from does")
-    print(written)
+    print(shown(written))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from balcap_jax import data, models, rewards
 from balcap_jax.aot import print_sharding
 from balcap_jax.cli.arguments import CommandParser, place, seconds
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
 from balcap_jax.config import recipes as configuration
@@ -164,14 +165,14 @@ def show_result(run: Run, asked: Counter[str]) -> None:
     """Writes the report page, and prints the result and where everything is; `asked`: prompts, the model's first."""
     page = write_report([run.workdir], run.workdir / "report.html")
     print(result_text(run.summary, run.order))
-    print(f"model:  {run.model}\nreport: {page}", flush=True)
+    print(shown(f"model:  {run.model}\nreport: {page}"), flush=True)
     if len(asked) > 1:
         prompt, count = next(iter(asked.items()))
         share = f"{100 * count / asked.total():.0f}% of the pictures that were looked at"
         print(f"prompt: {prompt!r} goes with the model, the most frequent of {len(asked)} in training ({share})")
     if (step := run.best.step) is not None:
         score = f"validation {run.best.metric} {run.best.scores[step]:.4g}"
-        print(f"best:   {run.best_model} (step {step}, {score})", flush=True)
+        print(shown(f"best:   {run.best_model} (step {step}, {score})"), flush=True)
 
 
 def estimate_judge(config: ConfigDict, rollout: float) -> None:

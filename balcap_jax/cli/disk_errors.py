@@ -8,9 +8,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from balcap_jax.cli.errors import UserError
+
 
 def reason_of(error: BaseException) -> str:
     """The cause in a few words, out of TensorStore's "STATUS: what: file: ...: cause [details]" among others."""
+    if isinstance(error, UserError):  # Of a bucket.
+        return str(error)
     if "No space left" in str(error):
         return "no space left on the disk"
     if isinstance(error, OSError) and error.strerror:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import bucket, json_text
 from balcap_jax.cli.errors import UserError
 
 _NOTHING_TO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)  # from fsync of a directory on some network disks
@@ -31,17 +31,20 @@ def resolved(path: str | os.PathLike, what: str = "the path") -> Path:
     """The path without `~`, `.`, `..`, and doubled or trailing slashes, which TensorStore refuses.
 
     `..` goes up from where a link leads, as the system does, and makes the path absolute. All else stays as it is, such
-    as a relative path and links, whose names say more than their targets' names.
+    as a relative path and links, whose names say more than their targets' names. For gs://bucket/folder it is the path
+    of this machine that stands for it (`storage`).
 
     Raises:
-      UserError: it is a URL, in the home of no user, or no name that a disk can have; the line begins with `what`.
+      UserError: it is another URL, in the home of no user, or no name of a file; the line begins with `what`.
     """
     text = os.fspath(path)
     quoted = repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...")
+    if bucket.is_url(text):
+        return bucket.local(text)
     if _URL.match(text):
         raise UserError(
-            f"{what} is a URL, and files are read and written on mounted disks only, got {quoted}; mount it and give "
-            "the path there (a folder of that name is ./...)"
+            f"{what} is a URL, and files are read and written on mounted disks and in gs:// buckets only, got "
+            f"{quoted}; mount it and give the path there (a folder of that name is ./...)"
         )
     if "\0" in text:
         raise UserError(f"{what} holds a character 0, which no name has, got {quoted}")

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 
 INTERRUPTED = 130  # Exit status after Ctrl-C, as shells count it: 128 + SIGINT.
@@ -261,7 +262,7 @@ def _where(error: OSError) -> str:
 
 def end(reason: str) -> NoReturn:
     """Ends the command with one line, whatever a name or a message in it holds; exit status 2."""
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in reason)
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown(reason))
     _say(f"error: {line}")
     sys.exit(2)
 

@@ -36,6 +36,7 @@ from balcap_jax.judges.schema import (
     PreferenceVerdict,
     Usage,
 )
+from balcap_jax.models.formats.safetensors import fetch
 from balcap_jax.models.policy import Params, Policy, Prompt, Wrapped
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
 from balcap_jax.parallel import sharding
@@ -383,7 +384,7 @@ def build_judge(config: Mapping[str, Any], asks: Collection[str] = ()) -> Remote
     Raises:
       UserError: judge.path is no model, or its tokenizer lacks the words that yes_no needs.
     """
-    path = resolved(config["path"])
+    path = fetch(resolved(config["path"]))
     if not path.is_dir():
         raise UserError(f"config field 'judge.path': no such folder: {path}; give a directory as model.path takes it")
     mesh = sharding.make_mesh({"replica": 1, "data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())

@@ -5,8 +5,8 @@
     DIR/<step>/sums.json   sizes and checksums of these files, by which a step is whole or torn
     DIR/incomplete-<step>  a torn step that was passed over, kept until that step or a later one is whole
 
-A step is written under a temporary name, synced, and renamed when it is whole and on disk: neither a killed run nor a
-power cut leaves half of one. Names of steps to be deleted go first, for the same reason.
+`checkpoint_places` has what makes a step whole, on a disk or in a bucket: neither a killed run nor a power cut leaves
+half of one that is taken for whole.
 """
 
 import base64
@@ -15,8 +15,7 @@ import itertools
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.disk_errors import for_tensorstore, reason_of, remove_unfinished
+from balcap_jax.cli.bucket import shown
+from balcap_jax.cli.disk_errors import reason_of
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import make_directory, rename_directory, resolved, sync, sync_tree
+from balcap_jax.cli.files import resolved, sync_tree
 from balcap_jax.parallel import distributed
-from balcap_jax.training.checksums import SUMS, find_damage, seal
+from balcap_jax.training.checkpoint_places import directories, place_of
+from balcap_jax.training.checksums import find_damage
 
 _log = logging.getLogger(__name__)
 
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of directories that Orbax clears at the next start
-_INCOMPLETE = "incomplete-"
 _BYTES = "__bytes__"
 
 
@@ -55,7 +54,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     ):
         """
         Args:
-          directory: made if it is missing; leftovers of killed runs in it are cleared.
+          directory: on a disk or in a bucket. Made if it is missing; leftovers of killed runs in it are cleared.
           keep: newest checkpoints that are kept; those of `keep_also` are kept besides.
           beside: files outside of `directory` that a resumed run needs as they were at a `save`; they are put on disk
             before the checkpoint counts.
@@ -67,23 +66,17 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.directory = resolved(directory).absolute()
         self._keep = keep
         self._roles: dict[str, int | None] = {}
-        self._beside, self._asynchronous = tuple(beside), asynchronous
+        self._asynchronous = asynchronous
+        self._place = place_of(self.directory)
         if distributed.is_first():
-            try:
-                make_directory(self.directory)
-                with tempfile.TemporaryFile(dir=self.directory):
-                    pass  # A read-only disk is better found now than after the first fifty steps.
-            except OSError as error:
-                raise UserError(
-                    f"can't write checkpoints in {self.directory}: {reason_of(error)}; choose another workdir"
-                ) from error
+            self._place.prepare()
         self._verified: set[int] = set()
         self._pass_over_torn()
         self._manager = checkpoint_managers.CheckpointManager(
-            for_tensorstore(self.directory),
+            self._place.for_orbax,
             options=checkpoint_managers.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                temporary_path_class=_committed_by(self._commit),
+                temporary_path_class=self._place.temporary_paths(beside, self._lasting),
                 # Were directories made beside the run, threads would wait ten minutes for those a full disk refused.
                 async_options=ocp.AsyncOptions(
                     barrier_sync_fn=self._sync_own_and_meet, create_directories_asynchronously=False
@@ -112,7 +105,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.wait()
         parts = {"arrays": ocp.args.PyTreeSave(unflatten_dict(flat)), "extra": ocp.args.JsonSave(text)}
         with self._writing(f"checkpoint {step}"):
-            self.directory.stat()  # Where it was removed, Orbax would make it anew.
+            self._place.look()
             if step not in self.steps():
                 # Which steps are saved is the caller's decision.
                 self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
@@ -131,9 +124,16 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _steps_seen(self) -> list[int]:
         try:
-            return [step for step, path in _directories(self.directory) if not find_damage(path, content=False)]
+            return [step for step in self._place.steps() if not self._place.damage(step, content=False)]
         except OSError as error:
             raise _read_error(self.directory, error) from error
+
+    def _latest_seen(self) -> int | None:
+        """The newest whole step after a failure, unknown to the other processes; None where none is seen."""
+        try:
+            return max(self._steps_seen(), default=None)
+        except UserError:  # A bucket that has failed may still do so.
+            return None
 
     def latest_step(self) -> int | None:
         """The newest whole step, or None."""
@@ -201,7 +201,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _pass_over_torn(self) -> None:
         """Sets what is newer than the newest whole step aside, where it is in nobody's way."""
         torn: dict[int, str] = {}
-        steps = distributed.from_first([*dict(_directories(self.directory))] if distributed.is_first() else None)
+        steps = distributed.from_first(self._place.steps() if distributed.is_first() else None)
         for step in reversed(steps):
             if not (damage := self._damage(step)):
                 break
@@ -213,13 +213,15 @@ class Checkpointer(contextlib.AbstractContextManager):
                 "another workdir"
             )
         for step, damage in torn.items() if distributed.is_first() else ():
-            path, aside = self.directory / str(step), self.directory / f"{_INCOMPLETE}{step}"
+            path = self.directory / str(step)
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                rename_directory(path, aside)
+                aside = self._place.set_aside(step)
             except OSError as error:
-                raise UserError(f"can't move {path} to {aside}: {reason_of(error)}; mend that") from error
-            _log.warning("checkpoint %s is torn (%s): passed over, and kept as %s for now", path, damage, aside.name)
+                raise UserError(
+                    f"can't move the torn checkpoint {path} aside: {reason_of(error)}; mend that"
+                ) from error
+            text = "checkpoint %s is torn (%s): passed over, and kept as %s for now"
+            _log.warning(text, shown(path), damage, aside)
 
     def _damage(self, step: int) -> str:
         """The damage that a process has found in its share of the files; "" where the step is whole.
@@ -230,7 +232,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         path = self.directory / str(step)
         own: str | UserError
         try:
-            own = find_damage(path, share=(jax.process_index(), jax.process_count()))
+            own = self._place.damage(step, share=(jax.process_index(), jax.process_count()))
         except (OSError, MemoryError) as error:
             own = _read_error(path, error)
         answers = distributed.all_gather(own)
@@ -256,32 +258,12 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         Orbax meets once more when the first process, which may be renaming by now, is done.
         """
-        with contextlib.suppress(FileNotFoundError):
-            for path in self.directory.glob(f"*{_TEMPORARY}/**/*process_{jax.process_index()}"):
-                if path.is_file():
-                    sync(path)
-                elif not (path / SUMS).exists():
-                    seal(path)
+        self._place.sync_own()
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
-    def _commit(self, written: Path, final: Path) -> None:
-        """In the first process, when all have written: puts a step on disk, names it, and deletes what it replaces."""
-        for path in self._beside:
-            if path.exists():
-                sync(path)
-                sync(path.parent)
-        seal(written)
-        rename_directory(written, final)
-        whole = self._steps_seen()
-        lasting = {*whole[-self._keep :], *self._roles.values()}
-        for step, path in _directories(self.directory):
-            if step < whole[-1] and step not in lasting:
-                outdated = path.with_name(f"{step}{_TEMPORARY}-old")
-                path.rename(outdated)
-                shutil.rmtree(outdated)
-        for step, path in _directories(self.directory, _INCOMPLETE):
-            if step <= whole[-1]:
-                shutil.rmtree(path)
+    def _lasting(self, whole: Sequence[int]) -> set[int | None]:
+        """The steps that stay once these are whole."""
+        return {*whole[-self._keep :], *self._roles.values()}
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -290,24 +272,13 @@ class Checkpointer(contextlib.AbstractContextManager):
             yield
         except Exception as error:
             if distributed.is_first():
-                for path in self.directory.glob(f"*{_TEMPORARY}*"):
-                    remove_unfinished(path)  # Half a step is of no use, and may fill the disk.
-            latest = max(self._steps_seen(), default=None)  # The others need not have failed.
+                self._place.clear_unfinished()
+            latest = self._latest_seen()
             go_on = "nothing was saved yet" if latest is None else f"checkpoint {latest} is whole"
             raise UserError(
                 f"can't write {what} in {self.directory}: {reason_of(error)}; {go_on}, "
                 "make room or choose another workdir, and run the same command again"
             ) from error
-
-
-def _is_step(name: str) -> bool:
-    return name.isdecimal() and str(int(name)) == name  # not 007, nor digits of other scripts
-
-
-def _directories(folder: Path, prefix: str = "") -> list[tuple[int, Path]]:
-    """(step, path) of all in `folder` that are called `prefix` and a step, ascending; none where there is no folder."""
-    names = (path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*") if path.is_dir())
-    return [(step, folder / f"{prefix}{step}") for step in sorted(map(int, filter(_is_step, names)))]
 
 
 def branch(source: Path, target: Path) -> int:
@@ -317,7 +288,7 @@ def branch(source: Path, target: Path) -> int:
       UserError: `source` holds no whole step, or the disk refuses.
     """
     try:
-        step = next((step for step, path in reversed(_directories(source)) if not find_damage(path)), None)
+        step = next((step for step, path in reversed(directories(source)) if not find_damage(path)), None)
         if step is None:
             raise UserError(f"{source} holds no whole checkpoint; delete that run to have it made anew")
         shutil.copytree(source / str(step), target / str(step))
@@ -327,25 +298,6 @@ def branch(source: Path, target: Path) -> int:
             f"can't copy a checkpoint of {source} to {target}: {reason_of(error)}; make room there"
         ) from error
     return step
-
-
-def _committed_by(commit: Callable[[Path, Path], None]) -> type:
-    """Orbax's temporary directory of a step, whose last step from `written` to `final` is `commit(written, final)`.
-
-    Orbax changes files of a step until it has renamed it, so it renames to one more temporary name.
-    """
-
-    class Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-        async def finalize(self) -> None:
-            final = Path(self._final_path)
-            if not _is_step(final.name):  # of a part of a step
-                await super().finalize()
-                return
-            self._final_path = self.get().with_name(f"{self.get().name}-whole")
-            await super().finalize()
-            commit(Path(self._final_path), final)
-
-    return Committed
 
 
 # ---- trees ----------------------------------------------------------------------------------------------------------

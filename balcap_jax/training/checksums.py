@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import bucket, json_text
 from balcap_jax.cli.files import files_of, open_regular, read_bytes, replace_file, sync, sync_directories
 
 SUMS = "sums.json"
+CRC32C = "crc32c:"  # before the checksum of an object, in base64: what a bucket knows without reading
 _PIECE_BYTES = 4 * 2**20
 _READERS = 8  # threads; zlib lets go of the interpreter's lock
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -62,13 +63,15 @@ def find_damage(directory: Path, *, content: bool = True, share: tuple[int, int]
         return next((f"{name} {what}" for name, what in zip(names, differences, strict=True) if what), "")
 
 
-def _difference(path: Path, size: int, crc: int, *, content: bool) -> str:
+def _difference(path: Path, size: int, crc: int | str, *, content: bool) -> str:
     try:
         stat = path.stat()
         if not S_ISREG(stat.st_mode):
             return "is no file"
         if stat.st_size != size:
             return f"has {stat.st_size} bytes of {size}" if stat.st_size else "is empty"
+        if isinstance(crc, str):  # Copied from a bucket.
+            return "is damaged" if content and _crc32c(path) not in (None, crc) else ""
         return "is damaged" if content and _sum(path)[1] != crc else ""
     except OSError as error:
         if error.errno not in _MISSING:
@@ -82,7 +85,8 @@ def _is_inside(name: str) -> bool:
 
 
 def _is_sum(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, int) for number in value)
+    is_pair = isinstance(value, list) and len(value) == 2 and isinstance(value[0], int)
+    return is_pair and (isinstance(value[1], int) or (isinstance(value[1], str) and value[1].startswith(CRC32C)))
 
 
 def _sum(path: Path) -> list[int]:
@@ -92,6 +96,14 @@ def _sum(path: Path) -> list[int]:
         while piece := file.read(_PIECE_BYTES):
             size, crc = size + len(piece), zlib.crc32(piece, crc)
     return [size, crc]
+
+
+def _crc32c(path: Path) -> str | None:
+    """The checksum that a bucket has of a file; None on a machine without its software."""
+    try:
+        return CRC32C + bucket.checksum(path)
+    except ImportError:
+        return None
 
 
 def _synced_sum(path: Path) -> list[int]:

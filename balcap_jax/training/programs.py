@@ -25,6 +25,7 @@ from balcap_jax.config.schema import RUN_FIELDS
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 from balcap_jax.models import lora, packing
 from balcap_jax.models.formats import language
+from balcap_jax.models.formats.safetensors import fetch
 from balcap_jax.models.policy import Params, Policy, Prompt
 from balcap_jax.models.prompting import PromptProcessor
 from balcap_jax.parallel import sharding
@@ -317,7 +318,7 @@ def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Program
     if mesh is not None:
         check_mesh(config, mesh, name)
     source = config.model.path or config.model.decoder_path
-    is_there = source and resolved(source).is_dir()
+    is_there = source and fetch(resolved(source)).is_dir()
     fields = model_fields(config)[0] if is_there else config.model.to_dict()
     policy, processor = models.build(fields | {"template": ""}, scenes_tokenizer())
     policy = adapted(config, policy)

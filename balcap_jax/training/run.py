@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import shutil
 import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,8 @@ import pydantic
 from ml_collections import ConfigDict
 
 from balcap_jax import judges, models, rewards
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved, write_text
 from balcap_jax.cli.process import PreemptionFlag
@@ -29,7 +29,7 @@ from balcap_jax.data import Data
 from balcap_jax.data.input import make_dataset
 from balcap_jax.judges import budget
 from balcap_jax.models import lora
-from balcap_jax.models.formats import loading, peft
+from balcap_jax.models.formats import loading, peft, saving
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.rewards import miniature
@@ -142,7 +142,8 @@ class Run:
         self.first = dict(zip(self.order, (0, *self.last.values()), strict=False))
         self.total = sum(steps)
         # What is made here may lie beside the data, but not in somebody's folder of photographs.
-        use_compilation_cache(*([config.data.data_dir] if config.data.name == "scenes" else []))
+        is_ours = config.data.name == "scenes" and not storage.url_of(resolved(config.data.data_dir))
+        use_compilation_cache(*([config.data.data_dir] if is_ours else []))
         self.leads = distributed.is_first()
         distributed.check_same("versions of packages", versions())
         distributed.check_same("config", configuration.to_text(config))
@@ -194,7 +195,7 @@ class Run:
         self._open.callback(self.profile.close)
         self.best = Best(checkpoint.best_metric, held_out.score)
         done = self._checkpointer.latest_step() or 0
-        if self.total and not done and distributed.from_first(self.leads and self.model.exists()):
+        if self.total and not done and distributed.from_first(self.leads and storage.exists(self.model)):
             raise UserError(
                 f"{workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move "
                 f"{self.model} away to train from the start"
@@ -425,7 +426,7 @@ class Run:
             self.summary.get(kind, {}).pop(label, None)
         if self.leads:
             for path in (self.model, self.best_model):
-                shutil.rmtree(path, ignore_errors=True)
+                saving.remove(path)
             for kind, label in itertools.product(evaluation.KINDS, labels):
                 evaluation.captions_file(self.workdir, kind, label).unlink(missing_ok=True)
             if (self.workdir / "summary.json").exists():
@@ -441,7 +442,7 @@ class Run:
         if config.lora.rank and config.model.path and self.order[0] in LORA_STAGES:
             base = loading.find(config.model.path)
             if not base.adapter:  # Else what was trained from is nowhere on a disk.
-                adapter = peft.Origin(str(base.checkpoint), config.lora.alpha, config.lora.rank)
+                adapter = peft.Origin(shown(base.checkpoint), config.lora.alpha, config.lora.rank)
         save = functools.partial(models.save, processor=job.processor, source=config.model.path, adapter=adapter)
         like = jax.eval_shape(lambda params: params, params)
         shapes = loading.flat_shapes(jax.eval_shape(functools.partial(lora.merge, scale=scale), like))

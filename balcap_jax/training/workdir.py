@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import bucket_lock, json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import hold_lock, make_directory, read_bytes, read_json_object, resolved, write_text
 from balcap_jax.config import recipes as configuration
@@ -21,6 +21,8 @@ from balcap_jax.training.logging import writing_below
 # What a run writes.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
 DIRECTORIES = ("best", "checkpoints", "model", "profile", "samples", "tensorboard")
+# In a bucket: what is read and written there, and no part of the copy on this machine.
+UNKEPT = ("best", "checkpoints", "model")
 
 # Disks that several hosts share show a new file elsewhere after some seconds.
 _SHARED_SECONDS = 30
@@ -30,7 +32,8 @@ _SHARED_SECONDS = 30
 def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Holds the workdir. It refuses that of another config's run, and one that another process is training in.
 
-    Of the processes of one run the first holds it, and the others check that they see the same directory.
+    Of the processes of one run the first holds it, and the others check that they see the same directory. One in a
+    bucket is fetched, but for what is read from there (`storage.kept`), and its logs are sent from time to time.
 
     Raises:
       UserError: the workdir is another run's, cannot be written, or is not shared by all processes.
@@ -38,6 +41,12 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
     if not distributed.is_first():
         _see_claim(workdir)
         yield
+        return
+    if storage.url_of(workdir):
+        with storage.kept(workdir, but=UNKEPT) as kept:
+            refuse_another_run(workdir / "config.json", config)
+            distributed.from_first(kept.lock.token)
+            yield
         return
     try:
         str(workdir).encode()
@@ -88,7 +97,7 @@ def _hold(workdir: Path) -> int:
 
 
 def is_held(workdir: Path) -> bool:
-    """Whether another process is training in the workdir."""
+    """Whether another process is training in the workdir, which is on a disk."""
     try:
         lock = os.open(workdir / ".lock", os.O_RDWR)
     except OSError:
@@ -105,7 +114,7 @@ def _see_claim(workdir: Path) -> None:
     deadline = time.monotonic() + _SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            if (workdir / ".lock").read_text() == token:
+            if _claimed_by(workdir) == token:
                 return
         if time.monotonic() > deadline:
             raise UserError(
@@ -113,6 +122,13 @@ def _see_claim(workdir: Path) -> None:
                 "processes share"
             )
         time.sleep(0.2)
+
+
+def _claimed_by(workdir: Path) -> str | None:
+    """The token of the process that holds the workdir. Raises OSError where none does, BucketError."""
+    if storage.url_of(workdir):
+        return bucket_lock.owner_of(storage.lock_of(workdir)).get("token")
+    return (workdir / ".lock").read_text()
 
 
 def refuse_another_run(path: Path, config: ConfigDict) -> None:

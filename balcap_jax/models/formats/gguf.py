@@ -16,6 +16,7 @@ import tokenizers
 import transformers
 from tokenizers import pre_tokenizers
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import resolved
 from balcap_jax.models.formats import hf_config
@@ -72,7 +73,7 @@ def find(file_or_package: str | os.PathLike) -> Path:
     Raises:
       UserError: there is neither.
     """
-    path, name = resolved(file_or_package), os.fspath(file_or_package)
+    path, name = storage.fetch(resolved(file_or_package)), os.fspath(file_or_package)
     if path.is_file():
         return path
     module = name.replace("-", "_")

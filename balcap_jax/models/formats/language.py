@@ -22,6 +22,7 @@ from balcap_jax.cli.files import resolved
 from balcap_jax.models import decoder
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.formats import hf, hf_config, loading
+from balcap_jax.models.formats.safetensors import fetch
 from balcap_jax.models.policy import Params
 from balcap_jax.models.prompting import has_word
 from balcap_jax.parallel import sharding
@@ -141,7 +142,7 @@ def read_decoder(path: str | os.PathLike, language: DecoderConfig, mesh: Mesh | 
 
 
 def _directory(path: str | os.PathLike) -> Path:
-    directory = resolved(path).absolute()
+    directory = fetch(resolved(path).absolute())
     if not hf.is_checkpoint(directory):
         raise UserError(
             f"no language model at {directory}: {hf.CONFIG} is missing; give the Hugging Face directory of one as "

@@ -22,8 +22,7 @@ from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.models import fields as model_fields
 from balcap_jax.models import llava, lora, qwen2_5_vl, qwen3_vl
 from balcap_jax.models.fields import DEFAULTS, OWN
-from balcap_jax.models.formats import hf, peft
-from balcap_jax.models.formats.safetensors import refuse_pointer
+from balcap_jax.models.formats import hf, peft, safetensors
 from balcap_jax.models.formats.slices import Index, read_slice
 from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
@@ -68,7 +67,7 @@ def find(path_or_name: str | os.PathLike) -> Place:
     Raises:
       UserError: it is neither.
     """
-    path = resolved(path_or_name).absolute()
+    path = safetensors.fetch(resolved(path_or_name).absolute())
     if hf.is_checkpoint(path) and not (path / EARLIER).is_file():
         return Place(path)
     if peft.is_adapter(path):

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.models.formats import hf
-from balcap_jax.models.formats.safetensors import NewTensor, Tensor, read_file, write_file
+from balcap_jax.models.formats.safetensors import NewTensor, Tensor, fetch, read_file, write_file
 from balcap_jax.models.formats.slices import row_of
 
 CONFIG = "adapter_config.json"
@@ -81,6 +81,7 @@ def find_base(directory: Path) -> Path:
     places: list[Path] = []
     with contextlib.suppress(UserError):  # No name that a disk can have, such as an address.
         places = [resolved(base).absolute(), resolved(directory / base)]
+    places = [fetch(place) for place in places]
     if place := next(filter(hf.is_checkpoint, places), None):
         return place
     if place := next(filter(is_adapter, places), None):
@@ -105,7 +106,7 @@ def read_modules(directory: Path, family: ModuleType, shapes: hf.Shapes) -> dict
       UserError: the adapter is of another method than LoRA, damaged, or of another model.
     """
     config = _read_config(directory)
-    if not (directory / WEIGHTS).is_file():
+    if not storage.is_file(directory / WEIGHTS):
         pickle = " (a pickle, which can run code when it is read, is not)" if (directory / _PICKLE).exists() else ""
         raise UserError(f"{directory / WEIGHTS} is missing{pickle}; save the adapter again with safetensors")
     halves: dict[str, dict[str, Tensor]] = {}

@@ -2,7 +2,7 @@
 
 A file is an 8-byte little-endian length, a JSON header of that length ({name: dtype, shape, data_offsets}) and the
 tensors' bytes (huggingface/safetensors, README "Format"). `Tensor.mapped` maps one tensor at a time: mapped pages count
-as resident memory.
+as resident memory. Of a model in a bucket, ranges of its weights are read, and the other files fetched.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json
 
@@ -35,6 +35,7 @@ _COMPARED = 2**26  # bytes of two tensors that are compared at once
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_STAY = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 PassedOver = Callable[[str, tuple[int, ...]], bool]
 """Whether a tensor of this name and shape is none of the model's."""
@@ -69,21 +70,40 @@ class Tensor(NamedTuple):
             raise self.not_finite()
         return array
 
-    def mapped(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """As `read`, but a read-only view of the file: only pages that are looked at are read, and none is checked.
+    def mapped(
+        self, part: int = 0, parts: int = 1, cut: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    ) -> np.ndarray:
+        """`cut` of a read-only view of the file: only pages that are looked at are read, and no number is checked.
 
-        The map ends with the last reference to the array.
+        The map ends with the last reference to the array. In a bucket the bytes from the first to the last that a view
+        by `cut` spans are read, at once.
         """
         start, size, shape = self._piece(part, parts)
         if not size:
-            return np.empty(shape, self.dtype)
+            return cut(np.empty(shape, self.dtype))
+        if storage.is_remote(self.file):
+            return self._downloaded(start, size, shape, cut)
         try:
             data = np.memmap(self.file, np.uint8, "r", start, (size,))
         except OSError as error:
             raise self._unreadable(error) from error
         except ValueError as error:
             raise self._cut_short() from error
-        return data.view(np.ndarray).view(self.dtype).reshape(shape)
+        return cut(data.view(np.ndarray).view(self.dtype).reshape(shape))
+
+    def _downloaded(
+        self, start: int, size: int, shape: tuple[int, ...], cut: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        room = np.empty(size, np.uint8)  # Pages that nothing is written to take no memory.
+        view = cut(room.view(self.dtype).reshape(shape))
+        low, high = (int(bound) - room.ctypes.data for bound in np.lib.array_utils.byte_bounds(view))
+        if not view.size:
+            return view
+        if low < 0 or high > size:  # A copy.
+            room[:] = self._bytes(start, size)
+            return cut(room.view(self.dtype).reshape(shape))
+        room[low:high] = self._bytes(start + low, high - low)
+        return view
 
     def equals(self, other: "Tensor") -> bool:
         """Whether two tensors hold the same bytes; only a part of them is in memory at a time."""
@@ -109,7 +129,10 @@ class Tensor(NamedTuple):
 
     def _bytes(self, start: int, size: int) -> np.ndarray:
         try:
-            data = np.fromfile(self.file, np.uint8, size, offset=start)
+            if storage.is_remote(self.file):
+                data = np.frombuffer(storage.read_range(self.file, start, size), np.uint8)
+            else:
+                data = np.fromfile(self.file, np.uint8, size, offset=start)
         except OSError as error:
             raise self._unreadable(error) from error
         if data.size != size:
@@ -148,6 +171,11 @@ class NewTensor(NamedTuple):
 # ------------------------------------------------------------------------------------------------- reading
 
 
+def fetch(directory: Path) -> Path:
+    """Fetches the small files of a directory in a bucket; weights stay there. Raises UserError as `storage.fetch`."""
+    return storage.fetch(directory, but=_STAY, deep=False)
+
+
 def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> dict[str, Tensor]:
     """Every tensor of a checkpoint directory by name, in the order of its shards, from their headers alone.
 
@@ -159,11 +187,11 @@ def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape
         tensor of a type other than fp32, fp16 and bf16, in two shards, or that the index places elsewhere.
     """
     index = _read_index(directory)
-    if WEIGHTS not in index.values() and (directory / WEIGHTS).is_file():
+    if WEIGHTS not in index.values() and storage.is_file(directory / WEIGHTS):
         index = {}
     files = sorted(set(index.values())) if index else [WEIGHTS]
     for file in files:
-        if not (directory / file).is_file():
+        if not storage.is_file(directory / file):
             raise _no_weights(directory, file, INDEX if index else "")
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -209,11 +237,11 @@ def _is_beside(file: Any) -> bool:
 def _no_weights(directory: Path, file: str, index: str) -> UserError:
     if index:
         return UserError(f"{directory / file} is missing, though {index} names it; download this shard too")
-    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    shards = [path.name for path in storage.files_in(directory, ".safetensors")]
     if shards:
         return UserError(f"{directory / INDEX} is missing beside {shards[0]}; download the index too")
     for pattern in PICKLES:
-        for path in sorted(directory.glob(pattern)):
+        for path in storage.files_in(directory, pattern.removeprefix("*")):
             return UserError(
                 f"{path} is a pickle, which can run code when it is read, and there is no {WEIGHTS}; take the "
                 f"checkpoint's safetensors files, or save it again with transformers"
@@ -234,13 +262,11 @@ def refuse_pointer(path: Path) -> None:
 def read_file(path: Path, passed_over: PassedOver = lambda name, shape: False) -> list[Tensor]:
     """The tensors of one file, from its header. Raises UserError as `read_directory` does."""
     try:
-        refuse_pointer(path)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise UserError(f"{path} is cut short or no safetensors file ({size} bytes); {_DOWNLOAD_AGAIN}")
-            text = file.read(length)
+        size = storage.size_of(path)
+        length = int.from_bytes(storage.read_range(path, 0, 8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise UserError(f"{path} is cut short or no safetensors file ({size} bytes); {_DOWNLOAD_AGAIN}")
+        text = storage.read_range(path, 8, length)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
     where = f"{path} is no safetensors file: its header"

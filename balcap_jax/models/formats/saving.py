@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from transformers import PreTrainedTokenizerBase
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.disk_errors import reason_of
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, read_json, read_json_object, rename_directory, resolved, sync_tree
@@ -46,6 +46,7 @@ _CHAT_TEMPLATE = """\
 {%- endif -%}{%- endfor -%}
 """
 _DOWNLOAD_AGAIN = "download it again"
+_MARKERS = (f"{ADAPTER}/{peft.CONFIG}", hf.CONFIG)  # written last, in this order
 _TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -93,7 +94,7 @@ def save(
 
 
 def _open_source(source: str | os.PathLike) -> hf.Checkpoint:
-    directory = resolved(source)
+    directory = safetensors.fetch(resolved(source))
     if not directory.is_dir():
         raise UserError(f"{directory}, which the model was loaded from, is gone; put it back and save again")
     return loading.open_checkpoint(loading.find(directory).checkpoint)
@@ -126,6 +127,9 @@ def main_type(checkpoint: hf.Checkpoint) -> np.dtype:
 def written_aside(path: Path, what: str) -> Iterator[Path]:
     """A new directory beside `path`, which replaces it if the block succeeds and vanishes if it fails.
 
+    In a bucket nothing can be renamed: what is there loses its config.json first, and the new one gets it last. Without
+    that file a directory is no model.
+
     Raises:
       UserError: `what` cannot be written there.
     """
@@ -135,8 +139,12 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
         make_directory(aside)
         yield aside
         sync_tree(aside)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         rename_directory(aside, path)
+        storage.send(path, last=_MARKERS)
+        if storage.url_of(path):  # Weights lie in the bucket now; nobody reads them here.
+            for file in path.rglob("*.safetensors"):
+                file.unlink()
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         shutil.rmtree(aside, ignore_errors=True)
         # On a full disk tokenizers raises a bare Exception.
@@ -145,6 +153,12 @@ def written_aside(path: Path, what: str) -> Iterator[Path]:
         reason = reason_of(error)
         remedy = "make room there" if "no space left" in reason.lower() else "name another place"
         raise UserError(f"cannot write {what} to {path}: {reason}; {remedy}") from error
+
+
+def remove(path: Path) -> None:
+    """Deletes a model directory; none of it is a model once the first file is gone. Raises UserError."""
+    shutil.rmtree(path, ignore_errors=True)
+    storage.remove(path, first=_MARKERS[::-1])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

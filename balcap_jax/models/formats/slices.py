@@ -58,7 +58,7 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 def _job(tensor: Tensor, piece: Piece, index: Index, out: np.ndarray) -> Callable[[], None]:
     def read() -> None:
-        array = piece.row.form.to_ours(tensor.mapped(*piece.row.part), piece.shape)[index]
+        array = tensor.mapped(*piece.row.part, cut=lambda whole: piece.row.form.to_ours(whole, piece.shape)[index])
         stored = out if out.dtype == array.dtype else np.empty(out.shape, array.dtype)
         copy(stored, array)
         if not is_finite(stored):
