@@ -28,6 +28,7 @@ from balcap_jax.captioning.captioner import caption
 from balcap_jax.captioning.options import Options, add_arguments, mesh_sizes, of_command
 from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.parallel import distributed, sharding
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unreadable = f"; {counts['errors']} unreadable: {errors}" if counts["errors"] else ""
     wide = f"; {counts['wide']} beyond the model's aspect ratio" if counts["wide"] else ""
     if leads:
-        print(f"{counts['captions']} captions ({counts['new']} new): {arguments.out}{unreadable}{wide}")
+        print(shown(f"{counts['captions']} captions ({counts['new']} new): {arguments.out}{unreadable}{wide}"))
 
 
 if __name__ == "__main__":

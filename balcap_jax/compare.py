@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, read_jsonl, write_text
 from balcap_jax.cli.json_text import is_number
@@ -126,7 +127,7 @@ def read(folder: str | Path) -> Evaluation:
         metric.restore(results.get("state", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/results.json has a state of another form; {_REMEDY}") from error
-    return Evaluation(str(folder), results, metric, scores, parts, of_group)
+    return Evaluation(shown(folder), results, metric, scores, parts, of_group)
 
 
 def in_common(base: Evaluation, other: Evaluation) -> list[str]:
@@ -197,7 +198,7 @@ def below(folder: str | Path) -> list[Path]:
 def lacking(given: Sequence[str | Path], evaluations: Sequence[Evaluation]) -> list[str]:
     """A line for each folder of evaluations among `given` that lacks a metric which another has."""
     metrics = {
-        folder: {member.results["metric"] for member in evaluations if Path(member.name).parent == folder}
+        folder: {member.results["metric"] for member in evaluations if Path(member.name).parent == Path(shown(folder))}
         for folder in map(Path, given)
         if not (folder / "results.json").exists()
     }
@@ -355,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     allow_help = "test also where more than the model differs; what differs is still named"
     parser.add_argument("--allow_different", action="store_true", help=allow_help)
     args = parser.parse_args(argv)
-    folders = [folder for given in args.folders for folder in below(given)]
+    folders = [folder for given in args.folders for folder in below(storage.fetch(Path(given)))]
     if len({folder.resolve() for folder in folders}) < len(folders):
         parser.error("a folder is named twice")
     evaluations, scoreless = [], []
@@ -368,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{'; '.join(scoreless)}; {_REMEDY}")
     scoreless += lacking(args.folders, evaluations)
     allow = args.allow_different
-    text = "\n".join([markdown(evaluations, allow), *(f"{reason}\n" for reason in scoreless)])
+    text = "\n".join([markdown(evaluations, allow), *(f"{shown(reason)}\n" for reason in scoreless)])
     if args.out:
         write_text(Path(args.out) / "comparison.md", text)
         write_text(Path(args.out) / "comparison.html", page(evaluations, allow))
@@ -376,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"folder": member.name, **member.results, **against(member, evaluations, allow)} for member in evaluations
         ]
         write_text(Path(args.out) / "comparison.json", json_text.dumps(results, indent=2) + "\n")
+        for name in ("comparison.md", "comparison.html", "comparison.json"):
+            storage.send(Path(args.out) / name)
     print(text, flush=True)
     if problem := nothing_in_common(evaluations):
         raise UserError(problem)

@@ -31,8 +31,9 @@ from ml_collections import ConfigDict
 
 from balcap_jax.captioning import provenance
 from balcap_jax.captioning.options import Options, add_arguments, mesh_sizes, of_command
-from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.arguments import CommandParser, disk_place, place
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_or_jsonl, read_jsonl, write_text
 from balcap_jax.cli.process import exit_on_user_error, memory_problem
@@ -80,11 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--metric", choices=tuple(NEEDS), metavar="NAME", help=", ".join(NEEDS))
     add("--suite", choices=("captions",), help="all caption benchmarks of --data, in place of a metric")
-    add("--data", metavar="DIR", type=place, help="the folder of a suite's benchmarks and their pictures")
+    add("--data", metavar="DIR", type=disk_place, help="the folder of a suite's benchmarks and their pictures")
     add("--out", required=True, metavar="DIR", type=place, help="where results.json and items.jsonl are written")
     for name, about in FILES.items():
         add(f"--{name}", metavar="FILE", type=place, help=about)
-    add("--images", metavar="DIR", type=place, help="the folder that paths of pictures are below")
+    add("--images", metavar="DIR", type=disk_place, help="the folder that paths of pictures are below")
     add(
         "--model",
         metavar="DIR",
@@ -185,7 +186,7 @@ def read_judgements(path: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def how_made(path: str | None, texts: Texts) -> dict[str, Any]:
     """How captions or predictions were made, as far as `caption` has left its settings beside them."""
-    if not path or not provenance.beside(Path(path), ".settings.json").is_file():
+    if not path or not storage.fetch(provenance.beside(Path(path), ".settings.json")).is_file():
         return {}
     return protocol.made(provenance.read(Path(path)), texts)
 
@@ -232,14 +233,15 @@ def run_suite(args: argparse.Namespace, judge: ConfigDict) -> None:
         print(f"{metric}: left out: {reason}", flush=True)
     read_captions(args.captions)  # What is wrong with them is so for all.
     scored, reasons = 0, {}
-    for benchmark in benchmarks:
-        try:
-            print(score(of_benchmark(args, benchmark), judge), flush=True)
-            scored += 1
-        except UserError as error:
-            first = reasons.setdefault(str(error), benchmark.metric)
-            told = str(error) if first == benchmark.metric else f"for the reason of {first}"
-            print(f"{benchmark.metric}: no score: {told}", flush=True)
+    with storage.kept(out):
+        for benchmark in benchmarks:
+            try:
+                print(shown(score(of_benchmark(args, benchmark), judge)), flush=True)
+                scored += 1
+            except UserError as error:
+                first = reasons.setdefault(str(error), benchmark.metric)
+                told = shown(error) if first == benchmark.metric else f"for the reason of {first}"
+                print(f"{benchmark.metric}: no score: {told}", flush=True)
     if not scored:
         raise UserError(f"none of the {len(benchmarks)} benchmarks of {data} has a score; the lines above say why")
 
@@ -259,17 +261,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(rest)
     args.below = ""
     check_arguments(parser, args)
+    for name in FILES:
+        if getattr(args, name):
+            storage.fetch(Path(getattr(args, name)))
     if args.suite:
         run_suite(args, judge)
-        return
-    if args.metric == "side_by_side":
-        print(count_votes(args.votes, Path(args.out)), flush=True)
         return
     if args.model and args.metric in vqa.BENCHMARKS and not args.predictions:
         args.predictions = answer(args)
         if args.predictions is None:
             return
-    print(score(args, judge), flush=True)
+    with storage.kept(args.out):
+        is_count = args.metric == "side_by_side"
+        print(shown(count_votes(args.votes, Path(args.out)) if is_count else score(args, judge)), flush=True)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, pric
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,9 +33,11 @@ from ml_collections import ConfigDict
 
 from balcap_jax.captioning import provenance
 from balcap_jax.captioning.provenance import beside
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli import storage
+from balcap_jax.cli.arguments import CommandParser, disk_place, place
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import AppendedLines, read_jsonl
+from balcap_jax.cli.files import AppendedLines, read_jsonl, resolved
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.config.recipes import take_judge
@@ -78,7 +81,7 @@ class Sources:
     def items(self) -> list[Item]:
         """Raises UserError where nothing is there, a line is bad, or a reference is needed and missing."""
         source = Path(self.images)
-        if source.suffix.lower() == ".json" and source.is_file():
+        if source.suffix.lower() == ".json" and storage.fetch(source).is_file():
             folder, items, texts = self.folder, [], 0
             for number, entry in enumerate(sharegpt4v.read_annotations(source), start=1):
                 if sharegpt4v.is_text_alone(entry):
@@ -101,7 +104,7 @@ class Sources:
         """The students' captions by the id, or the path, of their pictures."""
         drafts = {}
         remedy = "--students takes a file that `caption` wrote"
-        for where, entry in read_jsonl(Path(self.students or ""), remedy):
+        for where, entry in read_jsonl(storage.fetch(Path(self.students or "")), remedy):
             if not isinstance(_key(entry), str) or not isinstance(entry.get("caption"), str):
                 raise UserError(f"{where} has no picture and caption; {remedy}")
             drafts[entry["id"] if "id" in entry else picture_name(self.folder, entry["image"])] = entry["caption"]
@@ -119,16 +122,15 @@ def recaption(
       UserError: bad input, a judge that is down or fails too often, judge.max_cost is reached, a file that cannot be
         written.
     """
-    out = Path(out).absolute()
-    items = [
-        # The key stays; the name is that which a file beside `out` gives the picture.
-        dataclasses.replace(item, image=spelt(picture_name(out.parent, str(item.path.absolute()))))
-        for item in sources.items()
-    ]
+    out = resolved(out).absolute()
+    # The key stays; the name is that which a file beside `out` gives the picture. From a bucket no path leads here.
+    beside_out = (lambda path: path) if storage.url_of(out) else functools.partial(picture_name, out.parent)
+    items = [dataclasses.replace(item, image=spelt(beside_out(str(item.path.absolute())))) for item in sources.items()]
     client = make_client(judge, seed=0)
     try:
         writer = _writer(sources, client, judge, max_pixels)
         with (
+            storage.kept(out, provenance.files_of(out)),
             AppendedLines(out) as lines,
             AppendedLines(beside(out, ".errors.jsonl"), lazy=True) as errors,
             AppendedLines(beside(out, ".duplicates.jsonl"), lazy=True) as duplicates,
@@ -140,7 +142,7 @@ def recaption(
             if sources.kind == "references":
                 settings |= {"prompt": sources.prompt, "max_pixels": max_pixels}
             if sources.students:
-                settings["students"] = os.path.realpath(sources.students)
+                settings["students"] = shown(os.path.realpath(sources.students))
             if lines.had_content or errors.had_content or duplicates.had_content:
                 provenance.check(out, settings)
             provenance.write(out, settings)
@@ -221,7 +223,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", metavar="F.jsonl", type=place, help="one line each; beside it F.errors.jsonl, F.judge.json, ...")
     add("--write", choices=tuple(KINDS), default="references", help="what is written (default: %(default)s)")
     add("--students", metavar="F.jsonl", type=place, help="for rubrics: captions that `caption` wrote")
-    add("--root", metavar="DIR", type=place, help="where the images of ShareGPT4V's JSON lie (default: beside it)")
+    add("--root", metavar="DIR", type=disk_place, help="where the images of ShareGPT4V's JSON lie (default: beside it)")
     add("--prompt", default=photos.PROMPT, help="for pictures without their own (default: %(default)r)")
     add("--max_pixels", type=int, default=MAX_PIXELS, help="of what the judge is shown (default: %(default)s)")
     add("--retry_errors", action="store_true", help="ask about the pictures of F.errors.jsonl again")
@@ -253,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"nothing was written for any of the {counts['errors']} pictures; {errors} says why")
     more = f"; {counts['duplicates']} copies left out" if counts["duplicates"] else ""
     more += f"; {counts['errors']} failed: {errors}" if counts["errors"] else ""
-    print(f"{counts['lines']} lines ({counts['new']} new): {arguments.out}{more}")
+    print(shown(f"{counts['lines']} lines ({counts['new']} new): {arguments.out}{more}"))
 
 
 if __name__ == "__main__":

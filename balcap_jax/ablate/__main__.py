@@ -34,7 +34,7 @@ from balcap_jax.ablate.running import Scheduler, is_finished
 from balcap_jax.ablate.studies import PILOT_SEEDS, RECIPE, STUDIES, Study
 from balcap_jax.ablate.table import BASE
 from balcap_jax.ablate.variants import LEAVE_ONE_OUTS
-from balcap_jax.cli.arguments import CommandParser, place, split_overrides
+from balcap_jax.cli.arguments import CommandParser, disk_place, split_overrides
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, write_text
 from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     configuration.add_arguments(parser, required=False)
     parser.add_argument("--study", metavar="A,B", help="studies of the embedded world by name; list prints them")
-    parser.add_argument("--out", type=place, metavar="DIR", help="where runs are made, and tables written")
+    parser.add_argument("--out", type=disk_place, metavar="DIR", help="where runs are made, and tables written")
     variants_help = "without --study: comma-separated; default: %(default)s"
     parser.add_argument("--variants", metavar="A,B", help=variants_help, default=",".join(LEAVE_ONE_OUTS))
     parser.add_argument("--seeds", metavar="N,N", help="default: those of the study; without --study 0,1,2")
@@ -141,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--pilot", action="store_true", help="run what a primary claim compares on other seeds, and plan the study's"
     )
     results_help = f"where results of studies lie; default: {PAGE.parent}/results, with own fields OUT/results"
-    parser.add_argument("--results", type=place, metavar="DIR", help=results_help)
+    parser.add_argument("--results", type=disk_place, metavar="DIR", help=results_help)
     parser.add_argument("--keep", action="store_true", help="keep the directories of a study's finished runs")
     parser.add_argument("--report", action="store_true", help="run nothing; write the page's tables and figures")
-    parser.add_argument("--page", type=place, metavar="FILE", default=str(PAGE), help="default: %(default)s")
+    parser.add_argument("--page", type=disk_place, metavar="FILE", default=str(PAGE), help="default: %(default)s")
     cores = len(os.sched_getaffinity(0))
     jobs_help = "runs at a time, which share the cores; default: one per core (%(default)s); 1 on an accelerator"
     parser.add_argument("--jobs", type=int, default=cores, metavar="N", help=jobs_help)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.arguments import CommandParser, disk_place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--program", choices=("all", "layout", "rollout", "update"), default="all", help="compile this one alone"
     )
     parser.add_argument("--print_sharding", action="store_true", help="print where each parameter lies, and stop")
-    parser.add_argument("--json", type=place, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=disk_place, metavar="FILE", help="write the figures there as well")
     config, args = configuration.parse_command_line(arguments, parser)
     rewards.check_settings(config)
 

@@ -22,8 +22,9 @@ from balcap_jax import models
 from balcap_jax.captioning import provenance
 from balcap_jax.captioning.options import Options, mesh_sizes
 from balcap_jax.captioning.provenance import beside
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import AppendedLines
+from balcap_jax.cli.files import AppendedLines, resolved
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.data import images
 from balcap_jax.data.listing import Item, list_items, picture_name
@@ -235,7 +236,7 @@ def caption(
     The model's configuration says whether those are padded or refused. `mesh`: None = all devices, data-parallel.
 
     Of several processes (`distributed.session`) each calls this with the same arguments and gets the same result.
-    `source` is on a disk that they share; process 0 alone reads and writes `out`.
+    `source` is on a disk that they share; process 0 alone reads and writes `out`, which may be in a bucket.
 
     Raises:
       UserError: bad input, a file of other settings, or one that cannot be written.
@@ -247,10 +248,12 @@ def caption(
     with contextlib.ExitStack() as stack:
         file = None
         if distributed.is_first():
-            items, folder = list_items(source, options.prompt), Path(source)
+            out, folder = resolved(out), resolved(source)
+            items = list_items(folder, options.prompt)
             folder = folder if folder.is_dir() else folder.parent
             settings = provenance.identity(model) | options.settings()
-            file = stack.enter_context(CaptionFile(Path(out), items, folder, settings, retry_errors))
+            stack.enter_context(storage.kept(out, provenance.files_of(out)))
+            file = stack.enter_context(CaptionFile(out, items, folder, settings, retry_errors))
         pending, counts = distributed.from_first((file.pending, file.counts) if file else None)
         if not pending:
             return counts

@@ -2,21 +2,29 @@
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, replace_file, resolved
 from balcap_jax.models.formats import loading
 
 _MODEL_FILES = ("config.json", "balcap_jax.json", "adapter_config.json", "preprocessor_config.json", "tokenizer.json")
 _PIECE, _PIECES = 4096, 64  # bytes of a sample, and number of samples, that tell two files of weights apart
+_READERS = 16
 
 
 def beside(out: Path, suffix: str) -> Path:
     """The file of this suffix that belongs to `out`: captions.errors.jsonl to captions.jsonl."""
     return out.with_name(out.name.removesuffix(".jsonl") + suffix)
+
+
+def files_of(out: Path) -> list[Path]:
+    """What belongs to the file of captions, or of what `recaption` writes, and grows with it."""
+    return [beside(out, suffix) for suffix in (".settings.json", ".errors.jsonl", ".duplicates.jsonl", ".judge.json")]
 
 
 def existing(model: str | os.PathLike) -> Path:
@@ -37,17 +45,16 @@ def identity(model: str | os.PathLike) -> dict[str, str]:
         for name in _MODEL_FILES:
             if (path / name).is_file():
                 digest.update((path / name).read_bytes())
-        for file in sorted(path.glob("*.safetensors")):
-            if file.is_file():
-                size = file.stat().st_size
-                digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode(errors="surrogateescape"))
-                with file.open("rb", buffering=0) as weights:
-                    for start in range(0, size, max(_PIECE, size // _PIECES)):
-                        weights.seek(start)
-                        digest.update(weights.read(_PIECE))
+        for file in storage.files_in(path, ".safetensors"):
+            size = storage.size_of(file)
+            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode(errors="surrogateescape"))
+            starts = range(0, size, max(_PIECE, size // _PIECES))
+            with ThreadPoolExecutor(_READERS) as pool:  # Each of them is a request where the model is in a bucket.
+                for piece in pool.map(lambda start, file=file: storage.read_range(file, start, _PIECE), starts):
+                    digest.update(piece)
     except OSError as error:
         raise UserError(f"--model={model}: {error.filename or 'a file'} cannot be read ({error.strerror})") from error
-    return {"model": str(path), "model_digest": digest.hexdigest()}
+    return {"model": shown(path), "model_digest": digest.hexdigest()}
 
 
 def check(out: Path, settings: dict[str, Any]) -> None:
@@ -73,7 +80,7 @@ def check(out: Path, settings: dict[str, Any]) -> None:
 
 def read(out: Path) -> dict[str, Any]:
     """The settings of a file of captions. Raises UserError where they are missing or no JSON object."""
-    path = beside(out, ".settings.json")
+    path = storage.fetch(beside(out, ".settings.json"))
     remedy = "name captions that `caption` wrote"
     try:
         return read_json_object(path, remedy)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 
@@ -64,9 +65,19 @@ def place(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def disk_place(text: str) -> str:
+    """A `place` that is in no bucket."""
+    path = place(text)
+    try:
+        storage.refuse(path, "it")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
 def output_file(text: str) -> str:
     """A `place` where a file can be written, so that hours of work do not end without one; folders may be missing."""
-    path = Path(place(text))
+    path = Path(disk_place(text))
     folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"no file can be written at {text}; name one in a folder that is yours")

@@ -189,7 +189,7 @@ class Kept(contextlib.AbstractContextManager):
         except BaseException:
             self.lock.__exit__(None, None, None)
             raise
-        self._sent = self._stamps()
+        self._sent = {path: stamp for path, stamp in self._stamps().items() if path in _here}
         _kept.append(self)
         threading.Thread(target=self._run, name="uploads", daemon=True).start()
         return self

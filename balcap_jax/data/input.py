@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from transformers import PreTrainedTokenizerBase
 
+from balcap_jax.cli import bucket, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import sync, sync_tree
 
@@ -171,6 +172,16 @@ def damaged(folder: Path, reason: str) -> UserError:
     return UserError(f"the data set {folder} cannot be read ({reason}); delete this directory to have it made anew")
 
 
+INFO = "dataset_info.json"  # the file that says what a data set is, sent last
+
+
+def fetch(folder: Path) -> None:
+    """Fetches the versions of a prepared data set that are whole in a bucket, `folder`/VERSION. Raises UserError."""
+    if url := storage.url_of(folder):
+        for version in bucket.children(url):
+            storage.fetch(folder / version, marker=INFO)
+
+
 def open_builder(
     kind: type[tfds.core.GeneratorBasedBuilder], data_dir: Path, config: tfds.core.BuilderConfig
 ) -> tfds.core.GeneratorBasedBuilder:
@@ -195,7 +206,7 @@ def open_builder(
 
 
 def prepare(builder: tfds.core.GeneratorBasedBuilder, **download: Any) -> None:
-    """Makes a data set; all that TFDS names is on disk when this returns. `download`: of TFDS's DownloadConfig.
+    """Makes a data set; all of it is on disk, or in its bucket, when this returns. `download`: of TFDS's DownloadConfig.
 
     TFDS's own announcements are dropped, and its progress bars are on terminals only: in a file each update is a line.
     """
@@ -214,3 +225,4 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, **download: Any) -> None:
     sync_tree(folder)
     for parent in folder.parents[:3]:
         sync(parent)
+    storage.send(folder, last=[INFO])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes
 from balcap_jax.data import images
@@ -40,6 +40,10 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
       UserError: nothing there, a bad line, or two lines with one id.
     """
     source = Path(source)
+    if source.suffix == ".jsonl":
+        storage.fetch(source)
+    elif storage.url_of(source):
+        storage.refuse(source, "a folder of pictures")
     if source.is_dir():
         items = []
         for name, problem in files_below(source, "--images"):

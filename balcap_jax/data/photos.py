@@ -25,7 +25,7 @@ import tokenizers
 import transformers
 from PIL import Image
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.data import images, picture_index
@@ -115,6 +115,9 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
       UserError: nothing there, a bad line, or no picture that can be read, or as `open_splits` does.
     """
     source = resolved(config["data_dir"])
+    if storage.url_of(source) and source.suffix != ".jsonl":
+        storage.refuse(source, "a folder of pictures (data.data_dir)")
+    storage.fetch(source)
     folder = source if source.is_dir() else source.parent
     # Beside somebody's photographs nothing is written.
     name = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
@@ -150,7 +153,7 @@ def open_splits(
       UserError: data.units does not fit, a needed field is nowhere, or no picture can be read.
     """
     if config.get("units"):
-        records, without = join(records, resolved(config["units"]), folder, name)
+        records, without = join(records, storage.fetch(resolved(config["units"])), folder, name)
         left_out = [*left_out, *without]
     check_needs(records, needs, name, source)
     names = [os.path.relpath(record.path, folder) for record in records]  # A folder may be moved with its index.

@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.core.example_parser import tf_example_pb2
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, open_regular, read_json, resolved
 from balcap_jax.data import input, photos
@@ -149,6 +150,7 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
         as `photos.open_splits` does.
     """
     folder = resolved(config["manual_dir"]).absolute()
+    storage.refuse(folder, "the folder of the pictures (data.manual_dir)")
     needed = () if config.get("units") else needs
     builder = prepare(config["data_dir"], config["manual_dir"], config["annotations"], needed)
     metadata = builder.info.metadata
@@ -160,7 +162,10 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
         print(f"sharegpt4v: {metadata['texts']} entries of text alone are left out", flush=True)
     texts = [LeftOut(*named) for named in metadata.get("first_texts", [])]
     source, index = folder / config["annotations"], resolved(config["data_dir"]) / "sharegpt4v" / "pictures.json"
+    storage.fetch(index)
     data = photos.open_splits("sharegpt4v", records, [], config, needs, folder=folder, source=source, index=index)
+    if index.is_file():
+        storage.send(index)
     return data._replace(left_out=(*data.left_out, *texts))
 
 
@@ -204,6 +209,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str, needs: Sequence[st
     config = ShareGPT4VConfig(name=digest, description=annotations, annotations=annotations)
     place = resolved(data_dir)
     try:
+        input.fetch(place / Sharegpt4v.name / digest)
         builder = input.open_builder(Sharegpt4v, place, config)
         if not builder.is_prepared():
             for field in (field for field in needs if field in REWARDED):
@@ -211,7 +217,7 @@ def prepare(data_dir: str, manual_dir: str, annotations: str, needs: Sequence[st
                 if not any(isinstance(entry, Mapping) and entry.get(field) for entry in entries):
                     raise nowhere(field, "sharegpt4v", folder / annotations)
             make_directory(place)
-            print(f"sharegpt4v: indexing {folder / annotations} in {builder.data_dir}", flush=True)
+            print(shown(f"sharegpt4v: indexing {folder / annotations} in {builder.data_dir}"), flush=True)
             input.prepare(builder, manual_dir=folder)
         return builder
     except (OSError, RuntimeError) as error:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.report.page import write_page
 
@@ -23,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path, runs = write_page(arguments.workdirs, arguments.out)
     for run in runs:
         for note in run.notes:
-            print(f"note: {run.name}: {note}", file=sys.stderr)
-    print(path)
+            print(shown(f"note: {run.name}: {note}"), file=sys.stderr)
+    print(shown(path))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from typing import Any
 
 import jinja2
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import make_directory, read_bytes, replace_file
+from balcap_jax.cli.files import make_directory, read_bytes, replace_file, resolved
 from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart
 from balcap_jax.report.run import (
@@ -125,7 +126,7 @@ def _picture(run: Run, image: JudgedImage) -> str:
 
 def _facts(run: Run) -> dict[str, str]:
     """One line per fact of a run, for the table of facts."""
-    summary, facts = run.summary, {"directory": str(run.path)}
+    summary, facts = run.summary, {"directory": shown(run.path)}
     if isinstance(summary.get("command"), str):
         facts["command"] = summary["command"]
     if run.config:
@@ -247,7 +248,7 @@ def write_page(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | N
     for index, run in enumerate(runs):  # two runs may have directories of the same name
         if any(run.name == other.name for other in runs[:index]):
             run.name = f"{run.name} ({index + 1})"
-    path = Path(out) if out is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    path = resolved(out) if out is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if path.exists() and not path.is_file():  # a rename would put the page in the place of /dev/stdout
         raise UserError(f"{path}: cannot write the report (not a regular file); name another file with --out")
     # A lone surrogate, which JSON can smuggle in, has no UTF-8 form.
@@ -255,6 +256,7 @@ def write_page(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike | N
     try:
         make_directory(path.parent)
         replace_file(path, page)
+        storage.send(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write the report ({error.strerror}); free space or name another file with --out"

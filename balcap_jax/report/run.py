@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import pydantic
 
-from balcap_jax.cli import json_text
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import read_bytes
+from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.judges.schema import Assertion
 
@@ -167,7 +167,9 @@ class Run:
 
 def load_run(directory: str | os.PathLike) -> Run:
     """Reads a run directory; missing or torn files become notes. Raises UserError if it holds no run at all."""
-    path = Path(directory)
+    path = resolved(directory)
+    for name in ("metrics.jsonl", "config.json", "summary.json", "samples") if storage.url_of(path) else ():
+        storage.fetch(path / name)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; name the --workdir of a training run")
     notes: list[str] = []

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, resolved
 from balcap_jax.data import input, spread
@@ -178,7 +179,8 @@ def prepare(data_dir: str | os.PathLike, **settings: int | str) -> Scenes:
 
     `settings` are the fields of `ScenesSettings`; other settings, or other code, get a directory of their own. TFDS
     writes aside and renames, so nothing of a preparation that was killed is ever read. Read a split with
-    `builder.as_data_source("train")`.
+    `builder.as_data_source("train")`. From a bucket it is fetched, each file with its checksum, and what is made here
+    is sent there.
 
     Raises:
       UserError: a setting is out of range, the disk cannot be written or is full, or the data set is damaged.
@@ -189,13 +191,14 @@ def prepare(data_dir: str | os.PathLike, **settings: int | str) -> Scenes:
     with _preparing(data_dir):
         # TFDS reports a missing or read-only place in many lines, some of them after the work is done.
         make_directory(data_dir)
+        input.fetch(data_dir / Scenes.name / config.name)
         builder = input.open_builder(Scenes, data_dir, config)
         if builder.is_prepared():
             return builder
         with tempfile.TemporaryFile(dir=data_dir):
             pass
     total = sum(getattr(config.settings, split) for split in FIRST_SEED)
-    print(f"scenes: generating {total} examples in {builder.data_dir}", flush=True)
+    print(shown(f"scenes: generating {total} examples in {builder.data_dir}"), flush=True)
     start = time.perf_counter()
     with _preparing(data_dir):
         try:

@@ -9,6 +9,7 @@ import logging
 import sqlite3
 import time
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 
@@ -34,6 +35,7 @@ class AnswerFile:
 
     def __init__(self, folder: str, gigabytes: float):
         self.path = resolved(folder) / _FILE
+        storage.refuse(self.path, "the judge's answers (judge.cache_dir)")
         self._limit = gigabytes * 1e9
         self._since_check = 0.0
         self._failed = False
