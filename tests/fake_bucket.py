@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import google_crc32c
+import pytest
 
 _OBJECTS = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o(?:/(.*))?$")
 _MOVES = re.compile(r"([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+)$")
@@ -437,3 +439,36 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+@contextlib.contextmanager
+def serving(*buckets: str, seed: int = 0) -> Iterator[Bucket]:
+    """A server for the block, which the clients of this process and of those that it starts talk to."""
+    import fsspec
+    import gcsfs
+    from etils.epath import backend
+
+    from balcap_jax.cli import bucket, storage
+
+    def forget() -> None:
+        for cached in (bucket._client, bucket._store):
+            cached.cache_clear()
+        backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        fsspec.config.conf.clear()
+        storage._remote.clear()
+        storage._here.clear()
+        if bucket._root is not None:
+            for path in bucket._root.iterdir():
+                shutil.rmtree(path)
+
+    server = Bucket(*buckets, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        forget()
+        try:
+            yield server
+        finally:
+            forget()
+            server.close()

@@ -118,6 +118,14 @@ def root() -> Path:
     return _root
 
 
+def _forget_root() -> None:
+    global _root
+    _root = None
+
+
+os.register_at_fork(after_in_child=_forget_root)  # It is the parent's, who removes it.
+
+
 def keep_root() -> Path:
     """Leaves the files of this process where they are when it ends: what could not be uploaded. -> where that is"""
     global _is_kept

@@ -206,7 +206,7 @@ def open_builder(
 
 
 def prepare(builder: tfds.core.GeneratorBasedBuilder, **download: Any) -> None:
-    """Makes a data set; all of it is on disk, or in its bucket, when this returns. `download`: of TFDS's DownloadConfig.
+    """Makes a data set, on disk or in its bucket when this returns. `download`: of TFDS's DownloadConfig.
 
     TFDS's own announcements are dropped, and its progress bars are on terminals only: in a file each update is a line.
     """

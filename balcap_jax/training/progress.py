@@ -13,6 +13,8 @@ from typing import IO
 
 import jax
 
+from balcap_jax.cli.bucket import shown
+
 STEP_PHASES = ("rollout", "judge", "update")
 # Seconds of judging that nobody waited for, because something else was done meanwhile: in no phase, and in no sum.
 HIDDEN = "time/judge_hidden"
@@ -203,7 +205,7 @@ class Progress(contextlib.AbstractContextManager):
         if not self._enabled:
             return
         self._leave_line()
-        print(text, file=self._stream, flush=True)
+        print(shown(text), file=self._stream, flush=True)
 
     def line(self, step: int, values: Mapping[str, float], width: int = LINE_WIDTH) -> str:
         """The text of one progress line; reward names are shortened before anything is cut."""
