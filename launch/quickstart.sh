@@ -16,7 +16,7 @@ workdir=""
 if [[ $# -gt 0 && "$1" != -* ]]; then
   # Relative to where the caller stands, not to the repository.
   case "$1" in
-    /*) workdir="$1" ;;
+    /* | gs://*) workdir="$1" ;;
     *) workdir="$PWD/$1" ;;
   esac
   shift
@@ -62,7 +62,7 @@ if [[ "$status" != 0 ]]; then
 fi
 if [[ "$signals" != 0 ]]; then
   echo "quickstart: stopped after $elapsed; the same command goes on from there"
-elif [[ -f "$workdir/report.html" ]]; then
+elif [[ -f "$workdir/report.html" || "$workdir" == gs://* ]]; then
   echo "quickstart: done in $elapsed"
 fi
 if [[ -f "$workdir/report.html" ]]; then

@@ -90,8 +90,10 @@ step() {
 
 if [[ "$dry_run" == 0 ]]; then
   (cd "$root" && "$python" -m balcap_jax.config "--config=$config" >/dev/null)  # It names an unknown variant.
-  mkdir -p "$workdir"
-  workdir="$(cd "$workdir" && pwd -P)"
+  if [[ "$workdir" != gs://* ]]; then
+    mkdir -p "$workdir"
+    workdir="$(cd "$workdir" && pwd -P)"
+  fi
   [[ -z "$references" ]] || references="$(realpath "$references")"
   MODEL="$(cd "$MODEL" && pwd -P)" DATA="$(cd "$DATA" && pwd -P)" BENCH="$(cd "$BENCH" && pwd -P)"
 fi

@@ -22,6 +22,10 @@ fi
   echo "error: name a directory RUN (see bash launch/smollm2.sh --help)" >&2
   exit 2
 }
+[[ "$1 ${RESULTS:-} ${MODEL:-}" != *gs://* ]] || {
+  echo "error: RUN, RESULTS and MODEL are directories on a disk; python -m balcap_jax.train itself takes gs://" >&2
+  exit 2
+}
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 mkdir -p "$1" "${RESULTS:-$1}"
 run="$(cd "$1" && pwd -P)" results="$(cd "${RESULTS:-$1}" && pwd -P)"

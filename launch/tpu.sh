@@ -123,9 +123,9 @@ check_train() {
   [[ -n "$recipe" ]] || fail "$conf: no line train = --config=RECIPE"
   case "$workdir" in
     "") fail "$conf: no line train = --workdir=DIRECTORY" ;;
-    gs://*) fail "$conf: workdir $workdir is no file system; mount the bucket and name the directory under mount_at" ;;
+    gs://?*/?*) return ;;
     /*) ;;
-    *) fail "$conf: workdir $workdir must be an absolute path, the same on every worker" ;;
+    *) fail "$conf: workdir $workdir must be gs://BUCKET/FOLDER, or an absolute path, the same on every worker" ;;
   esac
   [[ "$workdir/" != */../* ]] || fail "$conf: workdir $workdir goes up by '..'; write the directory it leads to"
   [[ "$mount" == none || "$workdir" == "$mount_at"/* ]] ||

@@ -17,7 +17,7 @@ from balcap_jax.config import recipes
 from balcap_jax.models.formats import safetensors
 from balcap_jax.training.checkpoint import Checkpointer
 
-URLS = ("gs://bucket/run", "s3://bucket/x", "hdfs://host/x", "file:///tmp/x", "gs:/bucket/run", " gs://b", "hf://a/b")
+URLS = ("s3://bucket/x", "http://host/x", "hdfs://host/x", "file:///tmp/x", "gs:/bucket/run", " gs://b", "hf://a/b")
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ def test_no_name_of_a_file(given, reason):
 @pytest.mark.parametrize(
     "given",
     [
-        "train --config={configs}/scenes.py:tiny --workdir=gs://bucket/run",
-        "train --config={configs}/scenes.py:tiny --workdir={out} --config.data.data_dir=gs://bucket/data",
+        "train --config={configs}/scenes.py:tiny --workdir=s3://bucket/run",
+        "train --config={configs}/scenes.py:tiny --workdir={out} --config.data.data_dir=az://bucket/data",
         "config --config={configs}/scenes.py:tiny --config.model.path=s3://bucket/model",
-        "report gs://bucket/run",
+        "report s3://bucket/run",
         "compare {out} hdfs://host/eval",
-        "evaluate --metric=dcscore --out={out} --captions=gs://bucket/c.jsonl",
-        "evaluate --metric=capture --out={out} --judge.cache_dir=gs://bucket/judge",
+        "evaluate --metric=dcscore --out={out} --captions=http://host/c.jsonl",
+        "evaluate --metric=capture --out={out} --judge.cache_dir=s3://bucket/judge",
         "recaption --images=file:///pictures --out={out}",
-        "caption --model=gs://bucket/model --images={out} --out={out}.jsonl",
+        "caption --model=s3://bucket/model --images={out} --out={out}.jsonl",
         "convert --from=hf://Qwen/x --out={out}",
         "ablate --config={configs}/scenes.py:tiny --out=gs:/bucket/study",
     ],

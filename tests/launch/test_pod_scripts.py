@@ -222,8 +222,9 @@ def test_a_bad_configuration_is_answered_with_one_line(tmp_path, cloud, changes,
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ("--workdir=gs://bucket/run", "is no file system; mount the bucket"),
-        ("--workdir=runs/x", "must be an absolute path"),
+        ("--workdir=s3://bucket/run", "must be gs://BUCKET/FOLDER, or an absolute path"),
+        ("--workdir=gs://bucket", "must be gs://BUCKET/FOLDER, or an absolute path"),
+        ("--workdir=runs/x", "must be gs://BUCKET/FOLDER, or an absolute path"),
         ("--workdir=/home/me/run", "is not under mount_at = /mnt/balcap"),
         ("--workdir=/mnt/balcap/../../tmp/x", "goes up by '..'"),
         ("--workdir=/mnt/balcap/..", "goes up by '..'"),

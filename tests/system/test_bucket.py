@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from commands import arguments, assert_same_run, finish, start, start_script, the_one_line
 
-from balcap_jax import caption, compare, convert, evaluate, recaption, report
+from balcap_jax import caption, compare, convert, evaluate, recaption
 from balcap_jax.cli import bucket, storage
+from balcap_jax.report import __main__ as report
 from balcap_jax.training.checkpoint import Checkpointer
 
 pytest.importorskip("gcsfs", reason="gs:// paths need the extra gcs")
@@ -158,7 +159,7 @@ def test_commands_read_and_write_in_a_bucket(server, tmp_path, finished, capsys,
     for path in finished.rglob("*"):
         if path.is_file() and "checkpoints" not in path.parts and "model" not in path.parts:
             server.put(f"runs/a/{path.relative_to(finished).as_posix()}", path.read_bytes())
-    report.__main__.main([RUN])
+    report.main([RUN])
     assert capsys.readouterr().out.splitlines()[-1] == f"{RUN}/report.html"
     assert server["runs/a/report.html"].startswith(b"<!doctype html>")
     assert not [name for name in server.names() if name.endswith(".lock")]
