@@ -23,6 +23,7 @@ as another folder's items.jsonl.
 
 import argparse
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ml_collections import ConfigDict
 
 from balcap_jax.captioning import provenance
 from balcap_jax.captioning.options import Options, add_arguments, mesh_sizes, of_command
-from balcap_jax.cli import json_text, storage
+from balcap_jax.cli import bucket, json_text, storage
 from balcap_jax.cli.arguments import CommandParser, disk_place, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
@@ -146,11 +147,13 @@ def write_captions(args: argparse.Namespace, source: Path, out: Path, **fixed: A
 def answer(args: argparse.Namespace) -> str | None:
     """Has `args.model` answer the questions; returns the file of its predictions, None in all processes but one."""
     out, listing = Path(args.out), []
+    # What names files of this machine is of no use in a bucket.
+    place = Path(tempfile.mkdtemp(dir=bucket.root().parent)) if storage.url_of(out) else out
     benchmark = vqa.BENCHMARKS[args.metric]
     folder = Path(args.images).absolute() if args.images else Path(args.questions).absolute().parent
     for question in read_questions(args.questions, args.split):
         if isinstance(question.picture, bytes):
-            path = out / "images" / f"{len(listing)}"
+            path = place / "images" / f"{len(listing)}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(question.picture)
         elif question.picture:
@@ -159,10 +162,10 @@ def answer(args: argparse.Namespace) -> str | None:
             raise UserError(f"the question {question.id!r} of {args.questions} has no picture for a model to look at")
         prompt = vqa.prompt_of(benchmark, question)
         listing.append({"id": question.id, "image": str(path.absolute()), "prompt": prompt})
-    write_text(out / "questions.jsonl", json_text.lines(listing))
+    write_text(place / "questions.jsonl", json_text.lines(listing))
     predictions = out / "predictions.jsonl"
     fixed = {"max_tokens": benchmark.tokens, "prompt": ""}
-    return str(predictions) if write_captions(args, out / "questions.jsonl", predictions, **fixed) else None
+    return str(predictions) if write_captions(args, place / "questions.jsonl", predictions, **fixed) else None
 
 
 # ---- one metric, and all of a folder ---------------------------------------------------------------------------------

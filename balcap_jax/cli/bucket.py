@@ -31,6 +31,8 @@ _PATIENCE = 300.0  # seconds, beyond gcsfs's own half minute, in which a bucket 
 _PAUSE = 5.0
 _PAGE = 1000
 _FIELDS = "nextPageToken,prefixes,items(name,size,crc32c,generation)"
+# The second is for Orbax, which asks what kind of bucket it is.
+_ROLES = "the roles storage.objectUser and storage.legacyBucketReader"
 _INSTALL = "a gs:// path needs gcsfs; install it with `pip install 'balcap-jax[gcs]'`, or mount the bucket"
 
 
@@ -208,12 +210,10 @@ def _failure(url: str, error: Exception) -> BucketError:
     if code == "401" or "default credentials" in text or type(error).__module__.startswith("google.auth"):
         return BucketError(
             f"{where} asks for credentials, and there are none that it takes; run `gcloud auth application-default "
-            f"login`, or give this machine a service account with the role storage.objectUser ({text[:200]})"
+            f"login`, or give this machine a service account with {_ROLES} ({text[:200]})"
         )
     if code == "403" or text.startswith("Forbidden"):
-        return BucketError(
-            f"{url}: access is denied; give this account the role storage.objectUser on {where} ({text[-200:]})"
-        )
+        return BucketError(f"{url}: access is denied; give this account {_ROLES} on {where} ({text[-200:]})")
     return BucketError(
         f"{url} cannot be reached ({type(error).__name__}: {text[:200]}); what is in the bucket is whole, run the same "
         "command again"

@@ -60,7 +60,7 @@ def fetch(path: Path, *, but: tuple[str, ...] = (), marker: str = "", deep: bool
     for place, entry in found.items():
         if place.name.endswith(but):
             _remote[place] = entry
-        elif _here.get(place) != entry.generation:
+        elif _here.get(place) != entry.generation or not place.exists():
             wanted.append((place, entry))
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(_fetch_one, wanted))

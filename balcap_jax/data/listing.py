@@ -169,7 +169,7 @@ def lines_of(source: Path, what: str = "") -> Iterator[tuple[int, str]]:
 
 
 def _listed(source: Path, prompt: str) -> list[Item]:
-    items, lines = [], {}
+    items, lines, in_bucket = [], {}, storage.url_of(source)
     for number, line in lines_of(source, "--images="):
         entry = json_text.parse(line, f"{source}, line {number}", "mend or remove that line")
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
@@ -182,5 +182,7 @@ def _listed(source: Path, prompt: str) -> list[Item]:
             raise UserError(f'{source}, line {number}: {key!r} is line {lines[key]} already; give each its own "id"')
         lines[key] = number
         path = source.parent / entry["image"]
+        if in_bucket:
+            storage.refuse(path, "a picture")
         items.append(Item(key, entry["image"], path, entry.get("prompt", prompt), entry.get("id"), entry=entry))
     return items

@@ -277,12 +277,14 @@ def _caption(path: str) -> str:
 def _listed(source: Path, *, needs_caption: bool) -> list[Record]:
     """The pictures of a JSONL file. Lines of one picture are joined: its captions, and the last of each other field."""
     records: dict[str, Record] = {}
-    names, real_path = PictureNames(source.parent), RealPaths()
+    names, real_path, in_bucket = PictureNames(source.parent), RealPaths(), storage.url_of(source)
     for number, line in lines_of(source):
         where = f"{source}, line {number}"
         entry = json_text.parse_object(line, where, "mend or remove that line")
         fields = read_record(entry, where, needs_caption=needs_caption)
         path, captions = os.path.join(source.parent, fields["image"]), fields.pop("captions")
+        if in_bucket:
+            storage.refuse(path, "a picture")
         record = records.get(real := real_path(path))
         record = record or Record(names(fields["image"]), path, PROMPT, ())
         captions = tuple(dict.fromkeys(record.captions + captions))

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import on_abort
 
@@ -356,7 +357,7 @@ def _stop(error: BaseException) -> None:
     else:
         traceback.print_exception(error)
         message = f"{_name()} stops, because of the error above"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {shown(message)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if is_first():
         time.sleep(_LAST_WORDS_SECONDS)

@@ -142,7 +142,7 @@ def test_large_files_are_sent_in_pieces(server, tmp_path):
     [
         ("gs://nowhere/x", None, "there is no bucket gs://nowhere; make it, or mend its name"),
         ("gs://bucket/x", (401, "Anonymous caller"), "gs://bucket asks for credentials.* gcloud auth application-def"),
-        ("gs://bucket/x", (403, "no objects.create"), "gs://bucket/x: access is denied; give this account the role"),
+        ("gs://bucket/x", (403, "no objects.create"), "gs://bucket/x: access is denied; give this account the roles"),
         ("gs://bucket/x", (400, "odd"), "gs://bucket/x cannot be reached .*odd.*; what is in the bucket is whole"),
     ],
 )
