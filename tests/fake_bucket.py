@@ -383,7 +383,7 @@ def _parts(headers, body: bytes) -> list[tuple[str, bytes]]:
     found = []
     for part in re.split(b"\r?\n?--" + re.escape(boundary) + b"(?:--)?\r?\n?", body):
         if part.strip():
-            head, _, content = part.replace(b"\r\n\r\n", b"\n\n", 1).partition(b"\n\n")
+            head, _, content = re.split(rb"(\r\n\r\n|\n\n)", part, maxsplit=1)
             kind = re.search(rb"content-type:\s*([^\r\n]+)", head, re.I)
             found.append((kind[1].decode() if kind else "application/octet-stream", content))
     return found

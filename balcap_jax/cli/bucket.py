@@ -171,7 +171,7 @@ def _client() -> Any:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     for name in ("gcsfs", "gcsfs.retry"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # It logs a traceback of what is raised, too.
-    return gcsfs.GCSFileSystem(use_listings_cache=False, consistency="crc32c")
+    return gcsfs.GCSFileSystem(use_listings_cache=False)
 
 
 def _asked(url: str, ask: Callable[[Any], Any]) -> Any:
@@ -284,18 +284,36 @@ def stat(url: str) -> Object | None:
 
 
 def read(url: str) -> bytes:
-    """A whole object, whose checksum is compared. Raises FileNotFoundError, BucketError."""
+    """A whole object. Raises FileNotFoundError, BucketError."""
     return _asked(url, lambda client: client.cat_file(url))
 
 
-def download(url: str, path: Path) -> None:
-    """Copies an object to a file of this machine, which is there whole or not at all. Raises as `read`, and OSError."""
+def download(entry: Object, path: Path) -> int:
+    """Copies an object to a file of this machine, which is there whole or not at all; returns its generation.
+
+    The checksum is compared. Where the object was replaced since `entry` was seen, it is the newer one that is copied.
+
+    Raises:
+      FileNotFoundError: it is not there any more. BucketError, OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
     os.close(handle)
     try:
-        _asked(url, lambda client: client.get_file(url, aside))
+        while True:
+            _asked(entry.url, lambda client: client.get_file(entry.url, aside, concurrency=1))
+            if checksum(Path(aside)) == entry.crc:
+                break
+            now = stat(entry.url)
+            if now is not None and now.generation == entry.generation:
+                raise BucketError(
+                    f"{entry.url} came with other bytes than the bucket holds; run the same command again"
+                )
+            if now is None:
+                raise FileNotFoundError(entry.url)
+            entry = now
         os.replace(aside, path)
+        return entry.generation
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(aside)
@@ -347,7 +365,7 @@ def write(url: str, content: bytes, generation: int | None = None) -> int:
 def upload(path: Path, url: str) -> None:
     """Replaces an object by a file, in one step; the server's checksum is compared. Raises OSError, BucketError."""
     try:
-        _asked(url, lambda client: client.put_file(os.fspath(path), url))
+        _asked(url, lambda client: client.put_file(os.fspath(path), url, consistency="md5"))
     except FileNotFoundError as error:
         if not path.exists():
             raise

@@ -70,8 +70,7 @@ def fetch(path: Path, *, but: tuple[str, ...] = (), marker: str = "", deep: bool
 def _fetch_one(wanted: tuple[Path, Object]) -> None:
     place, entry = wanted
     with contextlib.suppress(FileNotFoundError):  # Deleted since it was listed.
-        bucket.download(entry.url, place)
-        _here[place] = entry.generation
+        _here[place] = bucket.download(entry, place)
 
 
 def is_file(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Outputs in a bucket: whole objects, the order in which they are sent, locks, and what a reader meets after a kill."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -131,9 +132,18 @@ def test_large_files_are_sent_in_pieces(server, tmp_path):
     bucket.upload(tmp_path / "large", "gs://bucket/large")
     assert server["large"] == content
     assert server.requests == {"POST": 1, "PUT": 1}
-    bucket.download("gs://bucket/large", tmp_path / "here" / "again")
+    seen = bucket.stat("gs://bucket/large")
+    assert bucket.download(seen, tmp_path / "here" / "again") == seen.generation
     assert (tmp_path / "here" / "again").read_bytes() == content
-    assert bucket.stat("gs://bucket/large").crc == bucket.checksum(tmp_path / "large")
+    assert seen.crc == bucket.checksum(tmp_path / "large")
+    server.put("large", b"newer")
+    assert bucket.download(seen, tmp_path / "here" / "again") == bucket.stat("gs://bucket/large").generation
+    assert (tmp_path / "here" / "again").read_bytes() == b"newer"
+    server.buckets["bucket"]["large"].content = b"other"  # As after a fault of the network: the generation is the same.
+    with pytest.raises(BucketError, match="gs://bucket/large came with other bytes than the bucket holds"):
+        bucket.download(
+            dataclasses.replace(seen, generation=bucket.stat("gs://bucket/large").generation), tmp_path / "x"
+        )
     assert os.listdir(tmp_path / "here") == ["again"]
 
 
