@@ -296,21 +296,20 @@ def download(entry: Object, path: Path) -> int:
     Raises:
       FileNotFoundError: it is not there any more. BucketError, OSError.
     """
+    url = entry.url
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
     os.close(handle)
     try:
         while True:
-            _asked(entry.url, lambda client: client.get_file(entry.url, aside, concurrency=1))
+            _asked(url, lambda client: client.get_file(url, aside, concurrency=1))
             if checksum(Path(aside)) == entry.crc:
                 break
-            now = stat(entry.url)
-            if now is not None and now.generation == entry.generation:
-                raise BucketError(
-                    f"{entry.url} came with other bytes than the bucket holds; run the same command again"
-                )
+            now = stat(url)
             if now is None:
-                raise FileNotFoundError(entry.url)
+                raise FileNotFoundError(url)
+            if now.generation == entry.generation:
+                raise BucketError(f"{url} came with other bytes than the bucket holds; run the same command again")
             entry = now
         os.replace(aside, path)
         return entry.generation
