@@ -63,16 +63,34 @@ def finished_in(server, folder):
 def test_a_run_in_a_bucket_that_is_killed_and_resumed_equals_one_on_a_disk(server, tmp_path, finished):
     """The disk's run used the same config but for the directories."""
     given = arguments(RUN, DATA)
-    for stop_at in (3, 45, 60, 150):
+    for stop_at in (3, 30, 55, 65, 75):
         killed(server, stop_at, *given)
         assert server.names("runs/a/.lock")
     done = finish(start("balcap_jax.train", *given))
     assert "going on after step" in done.stdout
     assert f"model:  {RUN}/model" in done.stdout
     assert "/tmp" not in done.stdout + done.stderr
-    assert_same_run(finished_in(server, tmp_path / "run"), finished)
+    assert_same_run(finished_in(server, tmp_path / "run"), finished.workdir)
     again = finish(start("balcap_jax.train", *given))
     assert f"report: {RUN}/report.html" in again.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_in_a_bucket(server, tmp_path, data_dir):
+    """Each writes its part of the checkpoints there; the first alone has the logs."""
+    from test_processes import STEPS
+    from test_processes import start as start_several
+
+    disk = [finish(one) for one in start_several(arguments(tmp_path / "disk", data_dir, **STEPS), 2, 2)]
+    assert len(disk) == 2
+    given, processes = arguments(RUN, DATA, **STEPS), []
+    with server.failing(stop_at=90, on_stop=lambda: [one.kill() for one in processes]):
+        processes += start_several(given, 2, 2)
+        for one in processes:
+            finish(one, -signal.SIGKILL)
+    for one in start_several(given, 2, 2):
+        finish(one)
+    assert_same_run(finished_in(server, tmp_path / "run"), tmp_path / "disk")
 
 
 @pytest.mark.slow
@@ -81,7 +99,7 @@ def test_a_server_that_fails_costs_time_alone(server, tmp_path, finished):
         before = server.failed
         finish(start("balcap_jax.train", *arguments(RUN, DATA)))
     assert server.failed - before > 10
-    assert_same_run(finished_in(server, tmp_path / "run"), finished)
+    assert_same_run(finished_in(server, tmp_path / "run"), finished.workdir)
 
 
 @pytest.mark.slow
@@ -120,6 +138,7 @@ def test_a_reader_meets_the_old_or_the_new_state_wherever_an_upload_ends(server)
 def test_commands_read_and_write_in_a_bucket(server, tmp_path, finished, capsys, monkeypatch):
     """What each gives is what it gives on a disk."""
     monkeypatch.chdir(tmp_path)
+    finished = finished.workdir
     pictures = shutil.copytree(finished / "samples" / "images", tmp_path / "pictures")
     model = f"{RUN}/model"
     convert.main([f"--from={finished / 'model'}", f"--out={model}"])
@@ -169,7 +188,7 @@ def test_commands_read_and_write_in_a_bucket(server, tmp_path, finished, capsys,
 def test_references_are_written_to_a_bucket(server, tmp_path, finished):
     from judges.misbehaving import JudgeServer, well_behaved
 
-    pictures = shutil.copytree(finished / "samples" / "images", tmp_path / "pictures")
+    pictures = shutil.copytree(finished.workdir / "samples" / "images", tmp_path / "pictures")
     with JudgeServer(well_behaved) as judge:
         given = [f"--images={pictures}", f"--judge.endpoints={judge.url}", f"--judge.cache_dir={tmp_path / 'cache'}"]
         recaption.main([*given, "--out=gs://bucket/r.jsonl"])

@@ -254,7 +254,7 @@ import errno, os, sys
 from pathlib import Path
 import jax, numpy as np
 from balcap_jax.parallel import distributed
-from balcap_jax.training import checkpoint
+from balcap_jax.training import checkpoint_places as checkpoint
 from balcap_jax.training.checkpoint import Checkpointer
 from balcap_jax.cli.errors import UserError
 folder = Path(sys.argv[1])
