@@ -320,7 +320,7 @@ def download(entry: Object, path: Path) -> int:
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start` on; fewer at the end of the object. Raises FileNotFoundError, BucketError."""
+    """`size` bytes from `start` on. Raises FileNotFoundError, and BucketError where the object has fewer."""
     bucket, key = split(url)
     try:
         found = _store(bucket).read(key, byte_range=slice(start, start + size)).result()

@@ -97,7 +97,9 @@ def is_remote(path: Path) -> bool:
 def read_range(path: Path, start: int, size: int) -> bytes:
     """`size` bytes of a file or object from `start` on; fewer at its end. Raises OSError, BucketError."""
     if is_remote(path):
-        return bucket.read_range(_remote[path].url, start, size)
+        entry = _remote[path]
+        size = min(size, entry.size - start)
+        return bucket.read_range(entry.url, start, size) if size > 0 else b""
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         return file.read(size)
