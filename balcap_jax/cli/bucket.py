@@ -9,6 +9,7 @@ import atexit
 import base64
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -105,11 +106,15 @@ def root() -> Path:
         folder = Path(tempfile.gettempdir(), f"{_FOLDER}-{os.getuid()}")
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "it is another user's")
             _remove_dead(folder)
-            own = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=folder))
-            alive = os.open(own / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            # Hidden until it is held: other processes remove what nobody holds.
+            new = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+            alive = os.open(new / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Until the process ends, however it does.
-            (own / "gs").mkdir()
+            (new / "gs").mkdir()
+            own = new.rename(folder / f"{os.getpid()}-{new.name[1:]}")
         except OSError as error:
             raise UserError(
                 f"a gs:// path needs room for files on this machine, and {folder} cannot be used ({error.strerror}); "
@@ -144,7 +149,7 @@ def _remove_own(process: int) -> None:
 
 def _remove_dead(folder: Path) -> None:
     """Removes what killed processes have left; what is in their buckets is all that a later one reads."""
-    for other in folder.iterdir():
+    for other in folder.glob("[!.]*"):
         with contextlib.suppress(OSError):
             if (other / "unsent").exists():
                 continue

@@ -26,6 +26,7 @@ EVERY = 60.0  # seconds between uploads of what grows
 _SHARE = 20  # An upload that takes a second is repeated after this many at the earliest.
 _THREADS = 16
 LOCK = ".lock"
+_ASIDE = (".tmp", ".writing")  # ends of names of what is about to be renamed
 
 # Objects that were listed and not fetched, and the generations of those that were fetched or sent, by their paths here.
 _remote: dict[Path, Object] = {}
@@ -181,8 +182,7 @@ class Kept(contextlib.AbstractContextManager):
         self.lock.__enter__()
         try:
             if self._beside is None:
-                names = [name for name in bucket.children(url) if name not in self._but and not name.startswith(".")]
-                inputs = [self.path / name for name in names]
+                inputs = [self.path / name for name in bucket.children(url) if self._is_part(name)]
             else:
                 inputs = [self.path, *self._beside]
             for place in inputs:
@@ -195,14 +195,18 @@ class Kept(contextlib.AbstractContextManager):
         threading.Thread(target=self._run, name="uploads", daemon=True).start()
         return self
 
+    def _is_part(self, name: str) -> bool:
+        """Whether what has this name, right below the directory, is kept: what is made aside is not."""
+        return name not in self._but and not name.startswith(".") and not name.endswith(_ASIDE)
+
     def _stamps(self) -> dict[Path, tuple[int, int]]:
         """(time, bytes) of the files that are there now."""
         files: Iterable[Path] = [self.path, *(self._beside or ())]
         if self._beside is None:
             tops = self.path.iterdir() if self.path.is_dir() else ()
-            tops = [top for top in tops if top.name not in self._but and not top.name.startswith(".")]
+            tops = [top for top in tops if self._is_part(top.name)]
             files = itertools.chain.from_iterable(files_of(top) if top.is_dir() else [top] for top in tops)
-        return {path: stamp for path in files if path.suffix != ".tmp" and (stamp := _stamp(path))}
+        return {path: stamp for path in files if not path.name.endswith(_ASIDE) and (stamp := _stamp(path))}
 
     def send(self) -> None:
         """Sends what has changed, the oldest change first. Raises BucketError, OSError; UserError without the lock."""
@@ -235,7 +239,6 @@ class Kept(contextlib.AbstractContextManager):
             self.send()
         except (UserError, OSError) as problem:
             place = bucket.keep_root() / self.path.relative_to(bucket.root())
-            # A name of this machine: the space keeps it from being shown as that of the bucket.
             text = f"{url_of(self.path)} lacks the newest of what was written ({shown(problem)}); that is in {place}"
             if error is None:
                 raise Unsent(text) from problem

@@ -289,6 +289,8 @@ def test_what_grows_is_sent_whole_and_in_order(server):
         (out / "gone.json").unlink()
         (out / ".hidden").write_text("")
         (out / "x.tmp").write_text("")
+        (out / "model.writing").mkdir()
+        (out / "model.writing" / "x").write_text("")
         with storage.kept(out / "inside.jsonl") as inner:
             assert inner is None
         kept.send()
@@ -407,8 +409,8 @@ def test_an_answer_that_was_lost_costs_no_lock(server, monkeypatch):
 
 
 def test_what_a_killed_process_left_here_is_removed(tmp_path, monkeypatch):
-    dead, alive, unsent = (tmp_path / name for name in ("1-dead", "2-alive", "3-unsent"))
-    for folder in (dead, alive, unsent):
+    dead, alive, unsent, new = (tmp_path / name for name in ("1-dead", "2-alive", "3-unsent", ".new"))
+    for folder in (dead, alive, unsent, new):
         (folder / "gs").mkdir(parents=True)
         (folder / "alive").touch()
     (unsent / "unsent").symlink_to("gs")
@@ -417,4 +419,4 @@ def test_what_a_killed_process_left_here_is_removed(tmp_path, monkeypatch):
     with (alive / "alive").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         bucket._remove_dead(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2-alive", "3-unsent"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new", "2-alive", "3-unsent"]
