@@ -1,6 +1,7 @@
 """Outputs in a bucket: whole objects, the order in which they are sent, locks, and what a reader meets after a kill."""
 
 import dataclasses
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -414,8 +415,6 @@ def test_what_a_killed_process_left_here_is_removed(tmp_path, monkeypatch):
         (folder / "gs").mkdir(parents=True)
         (folder / "alive").touch()
     (unsent / "unsent").symlink_to("gs")
-    import fcntl
-
     with (alive / "alive").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         bucket._remove_dead(tmp_path)
