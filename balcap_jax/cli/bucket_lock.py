@@ -87,14 +87,14 @@ class Lock(contextlib.AbstractContextManager):
                 )
             seen = held.generation
             is_gone = owner.get("machine") == _machine() and not _is_running(owner.get("process"))
+            if not told and not is_gone:
+                self._say(f"{self.url} is held by {_named(owner)}; looking for {self.PATIENCE:.0f} s whether it lives")
+                told = True
             if is_gone or time.monotonic() - since > self.PATIENCE:
                 with contextlib.suppress(Changed):
                     self._generation = write(self.url, self._content(), held.generation)
                     self._say(f"{self.url} was left behind by {_named(owner)}, which is gone: taken over")
                     return
-            if not told:
-                self._say(f"{self.url} is held by {_named(owner)}; looking for {self.PATIENCE:.0f} s whether it lives")
-                told = True
             time.sleep(min(1.0, self.RENEWED / 5))
 
     def _owner(self) -> dict[str, Any]:
