@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -23,8 +24,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import google_crc32c
 import pytest
+
+# As the commands have it, and before anything imports gcsfs.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+gcsfs = pytest.importorskip("gcsfs", reason="gs:// paths need the extra gcs")
+google_crc32c = pytest.importorskip("google_crc32c")
 
 _OBJECTS = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o(?:/(.*))?$")
 _MOVES = re.compile(r"([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+)$")
@@ -445,7 +450,6 @@ class _Handler(BaseHTTPRequestHandler):
 def serving(*buckets: str, seed: int = 0) -> Iterator[Bucket]:
     """A server for the block, which the clients of this process and of those that it starts talk to."""
     import fsspec
-    import gcsfs
     from etils.epath import backend
 
     from balcap_jax.cli import bucket, storage
@@ -454,7 +458,7 @@ def serving(*buckets: str, seed: int = 0) -> Iterator[Bucket]:
         for cached in (bucket._client, bucket._store):
             cached.cache_clear()
         backend._FileSystemSpecBackend._get_filesystem.cache_clear()
-        gcsfs.GCSFileSystem.clear_instance_cache()
+        gcsfs.core.GCSFileSystem.clear_instance_cache()
         fsspec.config.conf.clear()
         storage._remote.clear()
         storage._here.clear()

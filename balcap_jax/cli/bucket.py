@@ -169,7 +169,7 @@ def _client() -> Any:
     # Without this gcsfs asks another service of Google's first what kind of bucket each is, at every name.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
-    import gcsfs
+    from gcsfs.core import GCSFileSystem
 
     # Other processes, and TensorStore in this one, change objects: no list may be remembered, neither by Orbax's own.
     for name in ("gs", "gcs"):
@@ -179,7 +179,7 @@ def _client() -> Any:
             settings["token"] = "anon"  # As Google's own client does: to look for credentials takes seconds.
     for name in ("gcsfs", "gcsfs.retry", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # They log what is raised, too.
-    return gcsfs.GCSFileSystem(use_listings_cache=False)
+    return GCSFileSystem(use_listings_cache=False)
 
 
 def _asked(url: str, ask: Callable[[Any], Any]) -> Any:

@@ -11,14 +11,12 @@ import shutil
 import types
 
 import pytest
+from fake_bucket import serving
 
 from balcap_jax.cli import bucket, bucket_lock, storage
 from balcap_jax.cli.bucket import BucketError, Changed
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, resolved
-
-pytest.importorskip("gcsfs", reason="gs:// paths need the extra gcs")
-from fake_bucket import serving
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
+from fake_bucket import serving
 
 from balcap_jax.cli.bucket import BucketError
 from balcap_jax.cli.files import resolved
 from balcap_jax.models.formats import safetensors, saving
-
-pytest.importorskip("gcsfs", reason="gs:// paths need the extra gcs")
-from fake_bucket import serving
 
 
 @pytest.fixture

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import arguments, assert_same_run, finish, start, start_script, the_one_line
+from fake_bucket import serving
 
 from balcap_jax import caption, compare, convert, evaluate, recaption
 from balcap_jax.cli import bucket, storage
 from balcap_jax.report import __main__ as report
 from balcap_jax.training.checkpoint import Checkpointer
-
-pytest.importorskip("gcsfs", reason="gs:// paths need the extra gcs")
-from fake_bucket import serving
 
 RUN, DATA = "gs://bucket/runs/a", "gs://bucket/data"
 POINTS = 20

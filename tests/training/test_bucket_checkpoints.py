@@ -6,15 +6,13 @@ import logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_bucket import serving
 
 from balcap_jax.cli import bucket, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 from balcap_jax.training.checkpoint import Checkpointer
 from balcap_jax.training.checksums import find_damage
-
-pytest.importorskip("gcsfs", reason="gs:// paths need the extra gcs")
-from fake_bucket import serving
 
 URL = "gs://bucket/run/checkpoints"
 FOLDER = "run/checkpoints"
