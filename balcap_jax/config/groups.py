@@ -150,9 +150,9 @@ class Lora(Group):
 
 
 class Data(Group):
-    name: Literal["scenes", "photos", "sharegpt4v"] = Field("scenes", description="data set to train and evaluate on")
+    name: Literal["scenes", "photos", "sharegpt4v", "parquet"] = Field("scenes", description="data set of the run")
     data_dir: Path = DATA_DIR
-    """where data sets are built and read; of photos: their folder, or a JSONL file; ~ is expanded"""
+    """where data sets are built and read; of photos: their folder, or a JSONL file; of parquet: file, folder or glob"""
     train_size: Images = Field(4096, description="training images to build")
     validation_size: Images = Field(64, description="validation images to build")
     test_size: Images = Field(128, description="test images to build")
@@ -160,16 +160,15 @@ class Data(Group):
     seed: Seed = Field(0, description="seed of the built images and captions, of all splits")
     captioner: Literal["habits", "moods", "padding"] = "habits"
     """who writes the captions that sft imitates: habits; moods that trade objectives; habits and remarks as padding"""
-    # of photos and sharegpt4v only, from here on
+    # not of scenes, from here on
     validation_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for validation")
     test_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for the test split")
     max_pixels: int = Field(1_048_576, ge=0, le=6 * WIDE)
     """pixels that a picture is shrunk to when it is read; 0 = as it is"""
-    manual_dir: Path = Field("", description="folder of the JSON and the image roots (sharegpt4v)")
-    annotations: Text = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
-    """name of the JSON there (sharegpt4v)"""
-    units: Path = ""
-    """JSONL that recaption wrote: references, units, rubrics; joined by picture"""
+    manual_dir: Path = Field("", description="folder of the JSON and image roots (sharegpt4v); root of paths (parquet)")
+    annotations: Text = Field("sharegpt4v_instruct_gpt4-vision_cap100k.json", description="name of the JSON there")
+    columns: Text = Field("", description="FIELD=COLUMN,... or the name of a data set, see docs/data.md (parquet)")
+    units: Path = Field("", description="JSONL of recaption: references, units, rubrics; joined by picture")
     prompt: Text = Field("", description="prompt for every image; empty = each sample's own")
     read_threads: Resumable[FewOrNone] = Field(2, description="host threads that read images; 0 = none")
 

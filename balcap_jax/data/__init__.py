@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from balcap_jax.data import photos, sharegpt4v
+from balcap_jax.data import photos
+from balcap_jax.data.in_place import CaptionedPictures
 from balcap_jax.data.input import Data, Kept
 from balcap_jax.data.scenes import builder as scenes
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
@@ -28,7 +29,7 @@ def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True, 
     """
     name = config.get("name", "scenes")
     if name != "scenes":
-        data = photos.load(config, needs) if name == "photos" else sharegpt4v.load(config, needs)
+        data = CaptionedPictures(config, needs).data
         return data._replace(tokenizer=photos.caption_tokenizer(data.train)) if tokenizer else data
     built = scenes.prepare(config["data_dir"], **_settings(config, image_size))
     train, *held_out = (built.as_data_source(split) for split in ("train", "validation", "test"))

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageMode
 
 from balcap_jax.data import png
+from balcap_jax.data.addresses import address
 
 # The only formats that are tried: some of Pillow's other readers start outside programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -51,7 +52,7 @@ class ImageError(Exception):
 
 
 def read(path: str | os.PathLike | bytes) -> np.ndarray:
-    """The picture in a file, or in the bytes of one, upright, as uint8 [height, width, 3].
+    """The picture in a file, in the bytes of one or in a parquet file, upright, as uint8 [height, width, 3].
 
     The EXIF orientation is applied, and transparent parts lie over white. Greys of 16 bits and of floating point are
     scaled to 8 bits, and an animation gives its first frame. Colour profiles are not applied, as in the models' own
@@ -60,7 +61,7 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
     Raises:
       ImageError: no such file, no picture, a damaged one, or more than MAX_PIXELS pixels.
     """
-    with _opened(path) as image:
+    with _opened(_found(path)) as image:
         _shrink_while_decoding(image)
         clear = png.take_transparency(image)
         image.load()  # Before its EXIF data: for those of a PNG, Pillow would load it where errors are forgiven.
@@ -72,9 +73,25 @@ def read(path: str | os.PathLike | bytes) -> np.ndarray:
 
 
 def check(path: str | os.PathLike | bytes) -> None:
-    """Raises ImageError for a file that does not even begin as a picture that `read` takes. Decodes nothing."""
-    with _opened(path, complete=False):
-        pass
+    """Raises ImageError for a file that does not even begin as a picture that `read` takes. Decodes nothing.
+
+    Of one in a parquet file only the row is looked for.
+    """
+    if (found := _found(path, complete=False)) is not None:
+        with _opened(found, complete=False):
+            pass
+
+
+def _found(path: str | os.PathLike | bytes, *, complete: bool = True) -> str | os.PathLike | bytes | None:
+    """`path`, or for an address in a parquet file the picture there, or its path; None if not `complete`."""
+    if isinstance(path, bytes) or not (inside := address(path)) or os.path.lexists(path):
+        return path
+    from balcap_jax.data import parquet_pictures  # pyarrow takes time to import, and few need it.
+
+    try:
+        return parquet_pictures.content(*inside) if complete else parquet_pictures.check(*inside)
+    except parquet_pictures.RowError as error:
+        raise ImageError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ class LeftOut(NamedTuple):
 class Data(NamedTuple):
     """Random-access sources of dict examples, and the tokenizer of a model trained from scratch on them.
 
-    fields: those in which at least one example has something. left_out: pictures that are missing or damaged.
+    fields: those in which at least one example has something. left_out: pictures that are missing or damaged, as far as
+    the start knows; damaged: those that turned out to be when they were read, a list that grows.
     """
 
     train: Sequence[Mapping[str, Any]]
@@ -40,6 +41,7 @@ class Data(NamedTuple):
     fields: frozenset[str]
     left_out: Sequence[LeftOut] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
+    damaged: Sequence[LeftOut] = ()
 
 
 class BuiltHereInfo(tfds.core.DatasetInfo):

@@ -14,11 +14,9 @@ import hashlib
 import itertools
 import os
 import statistics
-import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -31,6 +29,7 @@ from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.data import images, picture_index
 from balcap_jax.data.input import Data, LeftOut
 from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, spelt
+from balcap_jax.data.readable import Readable
 from balcap_jax.data.records import EMPTY, REWARDED, Record, check_needs, join, read_record
 from balcap_jax.data.scenes.tokenizer import SPECIAL_TOKENS, UNK, fast_tokenizer
 
@@ -42,17 +41,15 @@ _VOCABULARY = 2048
 _SPECIAL = (*SPECIAL_TOKENS, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 
-class Photos:
+class Photos(Readable):
     """A split: `photos[i]` reads picture i, shrunk to at most `max_pixels` (0 = as it is), with its texts.
 
-    The next picture that can be read takes the place of a damaged one, and a line on stderr names each damaged one
-    once. Every example has the same number of `captions`: fewer are repeated, more are cut.
+    Every example has the same number of `captions`: fewer are repeated, more are cut. `damaged` is as of `Readable`.
     """
 
-    def __init__(self, records: Sequence[Record], captions: int, max_pixels: int):
+    def __init__(self, records: Sequence[Record], captions: int, max_pixels: int, damaged: list[LeftOut] | None = None):
+        super().__init__(damaged)
         self.records, self.captions, self.max_pixels = records, captions, max_pixels
-        self._damaged: set[int] = set()
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -62,27 +59,15 @@ class Photos:
         """Those of all pictures, none of which is opened."""
         return [record.prompt for record in self.records]
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """Raises UserError when no picture of the split can be read."""
-        start = index.__index__()
-        for step in range(len(self.records)):
-            at = (start + step) % len(self.records)
-            if at in self._damaged:
-                continue
-            try:
-                return self._example(self.records[at])
-            except images.ImageError as error:
-                self._leave_out(at, str(error))
-        raise UserError(f"none of the {len(self.records)} pictures of a split can be read; the lines above say why")
+    def texts(self) -> Iterator[tuple[str, ...]]:
+        """The prompt and the captions of each picture, none of which is opened."""
+        return ((record.prompt, *record.captions) for record in self.records)
 
-    def _leave_out(self, at: int, reason: str) -> None:
-        with self._lock:
-            if at not in self._damaged:
-                self._damaged.add(at)
-                name = self.records[at].id
-                print(f"left out: {name}: {reason}; another picture takes its place", file=sys.stderr, flush=True)
+    def name(self, at: int) -> str:
+        return self.records[at].id
 
-    def _example(self, record: Record) -> dict[str, Any]:
+    def read(self, at: int) -> dict[str, Any]:
+        record = self.records[at]
         return {
             "id": record.id,
             "image": shrunk(images.read(record.path), self.max_pixels),
@@ -179,31 +164,43 @@ def make_splits(records: Sequence[Record], left_out: Sequence[LeftOut], config: 
     Raises:
       UserError: fewer than three pictures.
     """
-    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for key in (pictures := dict.fromkeys(record.key for record in records)):
-        parts[split_of(key, config["validation_share"], config["test_share"])].append(key)
-    if len(pictures) < 3:
-        raise UserError(
-            f"{len(pictures)} pictures are too few: training, validation and test need one each; "
-            "add pictures with captions"
-            + (f", or mend the {len(left_out)} that are left out (above)" if left_out else "")
-        )
-    for part in parts.values():  # A split of few pictures may be empty: the next by hash of the largest fills it.
-        if not part:
-            largest = max(parts.values(), key=len)
-            part.append(largest.pop(min(range(len(largest)), key=lambda i: _position(largest[i]))))
+    parts = partition((record.key for record in records), config, len(left_out))
     home = {key: name for name, part in parts.items() for key in part}
     counts = [len(record.captions) for record in records]
     count = statistics.median_high(counts)
     if min(counts) < max(counts):
         text = f"captions of a picture: {min(counts)} to {max(counts)}; {count} of each are used"
         print(f"{text}, repeated where there are fewer", flush=True)
+    damaged: list[LeftOut] = []
     splits = (
-        Photos([record for record in records if home[record.key] == name], count, config["max_pixels"])
+        Photos([record for record in records if home[record.key] == name], count, config["max_pixels"], damaged)
         for name in parts
     )
     fields = {name for name in REWARDED if any(getattr(record, name) not in EMPTY for record in records)}
-    return Data(*splits, frozenset({"reference", "captions"} | fields), tuple(left_out))
+    return Data(*splits, frozenset({"reference", "captions"} | fields), tuple(left_out), damaged=damaged)
+
+
+def partition(keys: Iterable[str], config: Mapping[str, Any], left_out: int) -> dict[str, list[str]]:
+    """{split: its pictures} by a hash of each picture's key; the largest split fills the empty ones of few pictures.
+
+    `left_out` is the number of those that are not among them.
+
+    Raises:
+      UserError: fewer than three pictures.
+    """
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for key in (pictures := dict.fromkeys(keys)):
+        parts[split_of(key, config["validation_share"], config["test_share"])].append(key)
+    if len(pictures) < 3:
+        raise UserError(
+            f"{len(pictures)} pictures are too few: training, validation and test need one each; "
+            "add pictures with captions" + (f", or mend the {left_out} that are left out (above)" if left_out else "")
+        )
+    for part in parts.values():  # A split of few pictures may be empty: the next by hash of the largest fills it.
+        if not part:
+            largest = max(parts.values(), key=len)
+            part.append(largest.pop(min(range(len(largest)), key=lambda i: _position(largest[i]))))
+    return parts
 
 
 def split_of(name: str, validation: float, test: float) -> str:
@@ -296,7 +293,7 @@ def _listed(source: Path, *, needs_caption: bool) -> list[Record]:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def caption_tokenizer(train: Photos) -> transformers.PreTrainedTokenizerBase:
+def caption_tokenizer(train: Readable) -> transformers.PreTrainedTokenizerBase:
     """A byte-level BPE of at most 2048 tokens over the captions and prompts of the training split.
 
     The same captions give the same tokenizer, and every text has tokens.
@@ -311,6 +308,5 @@ def caption_tokenizer(train: Photos) -> transformers.PreTrainedTokenizerBase:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [text for record in train.records for text in (record.prompt, *record.captions)]
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(itertools.chain.from_iterable(train.texts()), trainer)
     return fast_tokenizer(backend, list(_SPECIAL[4:]))

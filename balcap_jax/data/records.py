@@ -5,9 +5,9 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
@@ -20,6 +20,7 @@ REWARDED = ("reference_units", "questions", "rubrics")
 EMPTY = ("", (), "[]")
 """What a field holds that a picture does not have."""
 
+Key = TypeVar("Key", bound=Hashable)
 _LARGEST_WEIGHT = 1000.0  # of a criterion
 _LOOKED_AT = 2**14  # bytes of a file that tell it from another of its size
 
@@ -134,37 +135,17 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
     real, names = RealPaths(), PictureNames(folder)
     at = [real(record.path) for record in records]
     by_name = {names(record.path): path for record, path in zip(records, at, strict=True)}
-    pictures, lines, strangers = set(at), {}, []
-    for number, line in lines_of(file, "config field 'data.units': "):
-        where = f"{file}, line {number}"
-        fields = read_record(
-            json_text.parse_object(line, where, "mend or remove that line"), where, needs_caption=False
-        )
-        image = fields.pop("image")
-        path = os.path.join(file.parent, image)
-        picture = real(path)
-        if picture not in pictures:
-            parts = Path(os.path.normpath(image)).parts
-            ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            named = next((by_name[end] for end in ends if end in by_name), "")
-            # One of the same name that is still there may be another picture: a million folders have a 1.jpg.
-            picture = named if named and (not os.path.lexists(path) or is_copy(path, named)) else ""
-        if picture in pictures:
-            said = {field: value for field, value in fields.items() if field != "prompt" and value not in EMPTY}
-            lines[picture] = lines.get(picture, {}) | said
-        else:
-            strangers.append(image)
-    if not lines:
-        examples = f"they name such as {strangers[0]!r}" if strangers else "it has none"
-        raise UserError(
-            f"no line of {file} (data.units) is about a picture of {name}: {examples}, and the pictures are such as "
-            f"{next(iter(by_name), 'none')!r} in {folder}; give what recaption wrote about these, or "
-            "about copies of them"
-        )
-    without = len(pictures) - len(lines)
-    text = f"{file.name}: lines about {len(lines)} of {len(pictures)} pictures"
-    text += f"; the other {without} are left out" if without else ""
-    print(text + (f"; {len(strangers)} lines are about no picture of {name}" if strangers else ""), flush=True)
+    pictures = set(at)
+
+    def find(path: str, image: str) -> str | None:
+        if (picture := real(path)) in pictures:
+            return picture
+        named = next((by_name[end] for end in endings(image) if end in by_name), "")
+        # One of the same name that is still there may be another picture: a million folders have a 1.jpg.
+        return named if named and (not os.path.lexists(path) or is_copy(path, named)) else None
+
+    example = next(iter(by_name), "none")
+    lines = lines_about(file, find, name, len(pictures), f"{example!r} in {folder}")
     joined, left_out = [], []
     for record, path in zip(records, at, strict=True):
         whole = dataclasses.replace(record, **lines.get(path, {}))
@@ -173,6 +154,50 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
         else:
             left_out.append(LeftOut(record.id, "no caption" if path in lines else f"no line in {file.name}"))
     return joined, left_out
+
+
+def endings(image: str) -> Iterator[str]:
+    """A path, and what is left of it without its first parts, the longest first."""
+    parts = Path(os.path.normpath(image)).parts
+    return ("/".join(parts[start:]) for start in range(len(parts)))
+
+
+def lines_about(
+    file: Path, find: Callable[[str, str], Key | None], name: str, pictures: int, such_as: str
+) -> dict[Key, dict[str, Any]]:
+    """{picture: what the lines of the JSONL `file` say about it, of the fields of `read_record` but image and prompt}.
+
+    `find(path, image)` is the picture that a line is about, None for that of another data set than `name`, which has
+    so many `pictures`, `such_as` that one. One printed line says how many matched.
+
+    Raises:
+      UserError: the file cannot be read, a line is bad, or no line is about any of the pictures.
+    """
+    lines: dict[Key, dict[str, Any]] = {}
+    strangers = []
+    for number, line in lines_of(file, "config field 'data.units': "):
+        where = f"{file}, line {number}"
+        fields = read_record(
+            json_text.parse_object(line, where, "mend or remove that line"), where, needs_caption=False
+        )
+        image = fields.pop("image")
+        picture = find(os.path.join(file.parent, image), image)
+        if picture is None:
+            strangers.append(image)
+        else:
+            said = {field: value for field, value in fields.items() if field != "prompt" and value not in EMPTY}
+            lines[picture] = lines.get(picture, {}) | said
+    if not lines:
+        examples = f"they name such as {strangers[0]!r}" if strangers else "it has none"
+        raise UserError(
+            f"no line of {file} (data.units) is about a picture of {name}: {examples}, and the pictures are such as "
+            f"{such_as}; give what recaption wrote about these, or about copies of them"
+        )
+    without = pictures - len(lines)
+    text = f"{file.name}: lines about {len(lines)} of {pictures} pictures"
+    text += f"; the other {without} are left out" if without else ""
+    print(text + (f"; {len(strangers)} lines are about no picture of {name}" if strangers else ""), flush=True)
+    return lines
 
 
 def is_copy(one: str, other: str) -> bool:

@@ -45,7 +45,7 @@ def _model(config: ConfigDict, family: str, params: Params) -> str:
 
 def _data(config: ConfigDict, splits: Data) -> str:
     data = config.data
-    place = {"photos": f" in {data.data_dir}", "sharegpt4v": f" in {data.manual_dir}"}.get(data.name, "")
+    place = {"scenes": "", "sharegpt4v": f" in {data.manual_dir}"}.get(data.name, f" in {data.data_dir}")
     units = f", with what {data.units} says about them" if data.units and data.name != "scenes" else ""
     train, validation, test = (f"{len(split):,}" for split in splits[:3])
     return f"{data.name}{place}: {train} samples to train on, {validation} for validation, {test} for tests{units}"

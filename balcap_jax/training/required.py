@@ -23,6 +23,8 @@ def check(config: ConfigDict) -> None:
             missing.append(f"--config.data.units=FILE (lines about them with {', '.join(needed)}{writer})")
     if data.name == "photos" and data.data_dir == DATA_DIR:
         missing.append("--config.data.data_dir=FOLDER (your photographs, or a JSONL file about them)")
+    if data.name == "parquet" and data.data_dir == DATA_DIR:
+        missing.append("--config.data.data_dir=FILES (parquet files: one, their folder, or a glob)")
     if config.judge.name == "remote" and not config.judge.endpoints:
         missing.append("--config.judge.endpoints=URL,URL (chat servers that judge; launch/judge_server.sh starts them)")
     if missing:

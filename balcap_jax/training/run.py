@@ -42,7 +42,7 @@ from balcap_jax.training.logging import MetricsWriter, import_wandb
 from balcap_jax.training.machine import device_text, use_compilation_cache, versions
 from balcap_jax.training.programs import LORA_STAGES, check_mesh
 from balcap_jax.training.progress import PhaseClock, ProfileWindow, Progress
-from balcap_jax.training.workdir import claim, dump_samples, read_summary, readable
+from balcap_jax.training.workdir import claim, dump_samples, read_left_out, read_summary, readable
 
 # Values of a step that are for the run itself and not for the log.
 _UNLOGGED = ("tokens", "nonfinite", "failed_calls", "calls")
@@ -182,8 +182,7 @@ class Run:
         config, workdir = self.config, self.workdir
         if self.leads:
             write_text(workdir / "config.json", configuration.to_text(config))
-            if data.left_out:
-                write_text(workdir / "left_out.jsonl", json_text.lines(entry._asdict() for entry in data.left_out))
+        self._data = data
         self._held_out, self._is_exact = held_out, miniature.is_exact(self.judge.exact(), data.fields)
         log, checkpoint, enter = config.log, config.checkpoint, self._open.enter_context
         files = {"keep": checkpoint.keep, "beside": [workdir / "metrics.jsonl"]}
@@ -195,7 +194,9 @@ class Run:
         self._open.callback(self.profile.close)
         self.best = Best(checkpoint.best_metric, held_out.score)
         done = self._checkpointer.latest_step() or 0
-        if self.total and not done and distributed.from_first(self.leads and storage.exists(self.model)):
+        self._left_out = read_left_out(workdir) if done else []
+        self._write_left_out()
+        if self.total and not done and distributed.from_first(self.leads and self.model.exists()):
             raise UserError(
                 f"{workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move "
                 f"{self.model} away to train from the start"
@@ -352,8 +353,16 @@ class Run:
             return True
         return step == last or is_due(step, self.config.checkpoint.every, last)
 
+    def _write_left_out(self) -> None:
+        """Names the pictures that are left out, with those that turned out to be damaged since the last time."""
+        named = list(dict.fromkeys([*self._left_out, *self._data.left_out, *self._data.damaged]))
+        if self.leads and len(named) > len(self._left_out):
+            write_text(self.workdir / "left_out.jsonl", json_text.lines(entry._asdict() for entry in named))
+        self._left_out = named
+
     def save(self, stage: Stage, state: TrainState, batches: Batches, step: int) -> None:
         with self.clock.phase("save"):
+            self._write_left_out()
             self._writer.flush()  # A resumed run does not log these steps again.
             position = Position(
                 step=step,

@@ -11,9 +11,17 @@ from ml_collections import ConfigDict
 
 from balcap_jax.cli import bucket_lock, json_text, storage
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import hold_lock, make_directory, read_bytes, read_json_object, resolved, write_text
+from balcap_jax.cli.files import (
+    hold_lock,
+    make_directory,
+    read_bytes,
+    read_json_object,
+    read_jsonl,
+    resolved,
+    write_text,
+)
 from balcap_jax.config import recipes as configuration
-from balcap_jax.data.input import damaged
+from balcap_jax.data.input import LeftOut, damaged
 from balcap_jax.parallel import distributed
 from balcap_jax.training.evaluation import KINDS
 from balcap_jax.training.logging import writing_below
@@ -166,6 +174,19 @@ def read_summary(workdir: Path) -> dict[str, Any]:
     return summary
 
 
+def read_left_out(workdir: Path) -> list[LeftOut]:
+    """The pictures that a run has left out so far.
+
+    Raises:
+      UserError: the list is there and not of the form that `train` writes.
+    """
+    path, remedy = workdir / "left_out.jsonl", "delete it to have it made anew"
+    if not path.exists():
+        return []
+    entries = read_jsonl(path, remedy)
+    return [LeftOut(str(entry.get("image", "")), str(entry.get("reason", ""))) for _, entry in entries]
+
+
 def dump_samples(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
     """Every caption of a training step with its verdicts: samples/step-000120.jsonl."""
     write_text(workdir / "samples" / f"step-{step:06d}.jsonl", json_text.lines(records))
@@ -179,6 +200,6 @@ def readable(settings: ConfigDict) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         if settings.name != "scenes":  # nothing of ours: never to be deleted
-            place = settings.data_dir if settings.name == "photos" else settings.manual_dir
+            place = settings.manual_dir if settings.name == "sharegpt4v" else settings.data_dir
             raise UserError(f"the pictures of {place} cannot be read ({reason}); mend or move them") from error
         raise damaged(resolved(settings.data_dir) / settings.name, reason) from error

@@ -1,0 +1,31 @@
+"""The address of a picture inside a parquet file, `FILE.parquet#ROW`: it stands wherever the path of a picture may.
+
+`FILE.parquet#ROW#COLUMN` says which column, where the file has several of pictures.
+"""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+SUFFIXES = (".parquet", ".pq")
+_ADDRESS = re.compile(rf"(.+(?:{'|'.join(map(re.escape, SUFFIXES))}))#(\d+)(?:#([^#]+))?", re.IGNORECASE | re.DOTALL)
+
+
+def address(path: str | os.PathLike) -> tuple[str, int, str] | None:
+    """(file, row, column or "") that an address names; None for other paths."""
+    found = _ADDRESS.fullmatch(os.fspath(path))
+    return (found[1], int(found[2]), unquote(found[3] or "")) if found else None
+
+
+def with_column(name: str, column: str) -> str:
+    """An address with the column of its picture."""
+    return f"{name}#{quote(column, safe='')}"
+
+
+def is_parquet(source: str | os.PathLike) -> bool:
+    """Whether a path is that of a parquet file, of a glob of some, or of a folder that holds some at its top."""
+    path = Path(source)
+    if path.is_dir():
+        return any(name.lower().endswith(SUFFIXES) for name in os.listdir(path))
+    return path.name.lower().endswith(SUFFIXES)
