@@ -4,9 +4,10 @@
     python -m balcap_jax.recaption --images=sharegpt4v.json --root=DIR --out=recaptioned.jsonl --judge.model=MODEL
     python -m balcap_jax.recaption --write=units --images=captions.jsonl --out=with_units.jsonl
     python -m balcap_jax.recaption --write=rubrics --images=captions.jsonl --students=F.jsonl --out=with_rubrics.jsonl
+    python -m balcap_jax.recaption --format=dense --images='data/train-*.parquet' --columns=docci --out=dense.jsonl
 
-`--images` is a folder, a JSONL file as `caption` and `data.photos` read it, or the JSON of ShareGPT4V. `--write` says
-what is written:
+`--images` is a folder, a JSONL file as `caption` and `data.photos` read it, the JSON of ShareGPT4V, or parquet files
+(one, their folder, a glob), whose columns `--columns` names as `data.columns` does. `--write` says what is written:
 
     references  the judge, which sees the picture, describes it under the sample's own prompt, and then splits its
                 description into units; it sees the same pixels once, copies go to F.duplicates.jsonl
@@ -14,8 +15,11 @@ what is written:
     rubrics     RubiCap's criteria: what a student's caption (`--students`, a file of `caption`) lacks beside the
                 reference
 
-`--out` is what `data.units` joins to ShareGPT4V or any other photographs, and what `data.name=photos` reads by itself
-as `data.data_dir`; other fields of a line stay. Pictures that cannot be read
+`--format` is that of references: short (one sentence), descriptive, dense (all that can be seen), or fused, which keeps
+what the `alt_text` of a line knows and the picture confirms. So the style of references is an experiment of one flag.
+
+`--out` is what `data.units` joins to ShareGPT4V, parquet files or any other photographs, and what `data.name=photos`
+reads by itself as `data.data_dir`; other fields of a line stay. Pictures that cannot be read
 or have no answer go to F.errors.jsonl as {"image", "error"}; `--retry_errors` asks again. The same command goes on
 where an earlier one was stopped or killed; F.judge.json holds the cost so far. `--judge.FIELD=VALUE` sets the fields of
 the config group `judge`: endpoints, model, api_key_env, limits, cache_dir, prices, max_cost.
@@ -41,18 +45,20 @@ from balcap_jax.cli.files import AppendedLines, read_jsonl, resolved
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.config.recipes import take_judge
-from balcap_jax.data import photos, sharegpt4v
+from balcap_jax.data import addresses, photos, sharegpt4v
 from balcap_jax.data.listing import Item, list_items, picture_name, spelt
 from balcap_jax.judges import budget, prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import make_client
-from balcap_jax.judges.writers import References, Rubrics, Units, reference_of
+from balcap_jax.judges.writers import ALT_TEXT, FORMATS, References, Rubrics, Units, alt_text_of, reference_of
 
 KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
 MAX_PIXELS = 1_048_576  # of the pictures that the judge sees: hosted models shrink larger ones themselves
 _THREADS = 8  # that read pictures
+_BEFORE = {"format": "descriptive"}  # of files of earlier versions, which do not say it
 # Estimates for --estimate: tokens of a question beside its prompt, and of its answer.
 _TOKENS = {"describe.v1": (1400, 300), "units.v1": (300, 350), "rubric_writer.v1": (450, 250)}
+_TOKENS |= {"describe_short.v1": (1400, 40), "describe_dense.v1": (1400, 550), "describe_fused.v1": (1450, 300)}
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -61,7 +67,8 @@ class Sources:
     """The pictures, and what is written about them.
 
     kind: one of KINDS. prompt: of pictures without their own. root: where ShareGPT4V's images lie (None: beside its
-    JSON). students: a file of `caption`, for "rubrics".
+    JSON). students: a file of `caption`, for "rubrics". form: one of FORMATS, for "references". columns: as
+    `data.columns`, of parquet files.
     """
 
     images: str
@@ -69,6 +76,13 @@ class Sources:
     prompt: str = photos.PROMPT
     root: str | None = None
     students: str | None = None
+    form: str = "descriptive"
+    columns: str = ""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Names and versions of the prompts that are asked."""
+        return References.prompts_of(self.form) if self.kind == "references" else KINDS[self.kind].prompts
 
     @property
     def folder(self) -> Path:
@@ -76,7 +90,7 @@ class Sources:
         source = Path(self.images)
         if source.suffix.lower() == ".json" and self.root:
             return Path(self.root)
-        return source if source.is_dir() else source.parent
+        return addresses.folder_of(source)
 
     def items(self) -> list[Item]:
         """Raises UserError where nothing is there, a line is bad, or a reference is needed and missing."""
@@ -94,7 +108,13 @@ class Sources:
             if texts:
                 print(f"{source}: {texts} entries of text alone are left out", flush=True)
         else:
-            items = list_items(source, self.prompt)
+            texts = self.kind != "references" or self.form == "fused"
+            items = list_items(source, self.prompt, columns=self.columns, texts=texts)
+        if self.form == "fused" and not any(map(alt_text_of, items)):
+            raise UserError(
+                f"--format=fused needs the text that came with each picture, and no line of {source} has {ALT_TEXT!r}; "
+                f"add it to the lines, or name the column of parquet files with --columns={ALT_TEXT}=COLUMN"
+            )
         if self.kind != "references":
             for item in items:
                 reference_of(item)
@@ -140,11 +160,11 @@ def recaption(
             settings = {"write": sources.kind, "judge": client.model, "prompts": ", ".join(writer.prompts)}
             settings |= {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
             if sources.kind == "references":
-                settings |= {"prompt": sources.prompt, "max_pixels": max_pixels}
+                settings |= {"format": sources.form, "prompt": sources.prompt, "max_pixels": max_pixels}
             if sources.students:
                 settings["students"] = shown(os.path.realpath(sources.students))
             if lines.had_content or errors.had_content or duplicates.had_content:
-                provenance.check(out, settings)
+                provenance.check(out, settings, _BEFORE if sources.kind == "references" else {})
             provenance.write(out, settings)
             if retry_errors:
                 wanted = {_key(item.names) for item in items}
@@ -180,7 +200,7 @@ def recaption(
 
 def _writer(sources: Sources, client: ChatClient, judge: ConfigDict, max_pixels: int) -> References | Units | Rubrics:
     if sources.kind == "references":
-        return References(client, judge.max_tokens, max_pixels, _THREADS)
+        return References(client, judge.max_tokens, max_pixels, _THREADS, sources.form)
     if sources.kind == "units":
         return Units(client, judge.max_tokens)
     return Rubrics(client, judge.max_tokens, sources.drafts())
@@ -195,9 +215,9 @@ def estimate(sources: Sources, judge: ConfigDict) -> str:
     count = len(sources.items())
     lines = [f"{count:,} pictures; about:", f"{'prompt':18}{'calls':>12}{'tokens in':>16}{'tokens out':>16}"]
     sums = [0, 0]
-    for name in KINDS[sources.kind].prompts:
-        texts = {"describe.v1": {"request": ""}, "units.v1": {"reference": ""}}
-        messages = prompts.render(name, **texts.get(name, {"caption": "", "reference": ""}))
+    for name in sources.prompts:
+        texts = {"request": "", "alt_text": "", "caption": "", "reference": ""}
+        messages = prompts.render(name, **texts)
         fixed = sum(len(message["content"]) for message in messages) // _CHARACTERS_PER_TOKEN
         row = [count * (fixed + _TOKENS[name][0]), count * min(_TOKENS[name][1], judge.max_tokens)]
         sums = [a + b for a, b in zip(sums, row, strict=True)]
@@ -218,10 +238,12 @@ def make_parser() -> argparse.ArgumentParser:
         "stopped. --judge.FIELD=VALUE sets the fields judge.* that `python -m balcap_jax.config` lists.",
     )
     add = parser.add_argument
-    images_help = "a folder, a JSONL file, or ShareGPT4V's JSON"
+    images_help = "a folder, a JSONL file, ShareGPT4V's JSON, or parquet files (one, their folder, a glob)"
     add("--images", metavar="DIR_OR_FILE", type=place, required=True, help=images_help)
     add("--out", metavar="F.jsonl", type=place, help="one line each; beside it F.errors.jsonl, F.judge.json, ...")
     add("--write", choices=tuple(KINDS), default="references", help="what is written (default: %(default)s)")
+    add("--format", choices=tuple(FORMATS), default="descriptive", help="of references (default: %(default)s)")
+    add("--columns", metavar="FIELD=COLUMN,...", default="", help="of parquet files, as data.columns")
     add("--students", metavar="F.jsonl", type=place, help="for rubrics: captions that `caption` wrote")
     add("--root", metavar="DIR", type=disk_place, help="where the images of ShareGPT4V's JSON lie (default: beside it)")
     add("--prompt", default=photos.PROMPT, help="for pictures without their own (default: %(default)r)")
@@ -240,7 +262,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--write=rubrics needs --students=F.jsonl, and nothing else takes it")
     if arguments.max_pixels < 1:
         parser.error(f"--max_pixels={arguments.max_pixels} is out of range: it must be at least 1")
-    sources = Sources(arguments.images, arguments.write, arguments.prompt, arguments.root, arguments.students)
+    if arguments.write != "references" and arguments.format != "descriptive":
+        parser.error(
+            f"--format={arguments.format} is that of references, and --write={arguments.write} keeps the lines'"
+        )
+    sources = Sources(
+        arguments.images,
+        arguments.write,
+        arguments.prompt,
+        arguments.root,
+        arguments.students,
+        arguments.format,
+        arguments.columns,
+    )
     if arguments.estimate:
         print(estimate(sources, judge), flush=True)
         return

@@ -27,6 +27,7 @@ from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, resolved
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.data import images
+from balcap_jax.data.addresses import folder_of
 from balcap_jax.data.listing import Item, list_items, picture_name
 from balcap_jax.models import Prompt
 from balcap_jax.models.prompting import PromptTooLong
@@ -230,7 +231,7 @@ def caption(
     retry_errors: bool = False,
     mesh: Mesh | None = None,
 ) -> dict[str, int]:
-    """Writes the lines that `out` still lacks for the pictures of `source`, a folder or a JSONL file.
+    """Writes the lines that `out` still lacks for the pictures of `source`: a folder, a JSONL file or parquet files.
 
     Returns the numbers of "captions" and "errors" in all, of "new" captions, and of new pictures that are too "wide".
     The model's configuration says whether those are padded or refused. `mesh`: None = all devices, data-parallel.
@@ -248,9 +249,7 @@ def caption(
     with contextlib.ExitStack() as stack:
         file = None
         if distributed.is_first():
-            out, folder = resolved(out), resolved(source)
-            items = list_items(folder, options.prompt)
-            folder = folder if folder.is_dir() else folder.parent
+            items, folder = list_items(source, options.prompt), folder_of(source)
             settings = provenance.identity(model) | options.settings()
             stack.enter_context(storage.kept(out, provenance.files_of(out)))
             file = stack.enter_context(CaptionFile(out, items, folder, settings, retry_errors))

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,12 @@ def identity(model: str | os.PathLike) -> dict[str, str]:
     return {"model": shown(path), "model_digest": digest.hexdigest()}
 
 
-def check(out: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError unless the present lines have the same settings."""
+def check(out: Path, settings: dict[str, Any], absent: Mapping[str, Any] | None = None) -> None:
+    """Raises UserError unless the present lines have the same settings; `absent` are those that a file may not say."""
     path = beside(out, ".settings.json")
     remedy = "name another file with --out"
     try:
-        before = read_json_object(path, remedy)
+        before = {**(absent or {}), **read_json_object(path, remedy)}
     except FileNotFoundError as error:
         raise UserError(
             f"{out} has lines already, but {path.name} beside it, which says how they were made, is missing; {remedy}"

@@ -165,9 +165,11 @@ class Data(Group):
     test_share: float = Field(0.05, ge=0, le=0.5, description="share of the pictures for the test split")
     max_pixels: int = Field(1_048_576, ge=0, le=6 * WIDE)
     """pixels that a picture is shrunk to when it is read; 0 = as it is"""
-    manual_dir: Path = Field("", description="folder of the JSON and image roots (sharegpt4v); root of paths (parquet)")
+    manual_dir: Path = Field("", description="folder of the JSON and image roots (sharegpt4v); root of other paths")
     annotations: Text = Field("sharegpt4v_instruct_gpt4-vision_cap100k.json", description="name of the JSON there")
-    columns: Text = Field("", description="FIELD=COLUMN,... or the name of a data set, see docs/data.md (parquet)")
+    columns: Text = Field(
+        "", description="FIELD=COLUMN,... or a data set of docs/data.md (parquet, JSONL); empty = own names"
+    )
     units: Path = Field("", description="JSONL of recaption: references, units, rubrics; joined by picture")
     prompt: Text = Field("", description="prompt for every image; empty = each sample's own")
     read_threads: Resumable[FewOrNone] = Field(2, description="host threads that read images; 0 = none")

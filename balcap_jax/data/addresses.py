@@ -3,6 +3,8 @@
 `FILE.parquet#ROW#COLUMN` says which column, where the file has several of pictures.
 """
 
+import glob
+import itertools
 import os
 import re
 from pathlib import Path
@@ -24,8 +26,18 @@ def with_column(name: str, column: str) -> str:
 
 
 def is_parquet(source: str | os.PathLike) -> bool:
-    """Whether a path is that of a parquet file, of a glob of some, or of a folder that holds some at its top."""
+    """Whether a path is that of a parquet file, a glob of some, or a folder with some below it."""
     path = Path(source)
     if path.is_dir():
-        return any(name.lower().endswith(SUFFIXES) for name in os.listdir(path))
+        return any(next(path.rglob(f"*{suffix}"), None) for suffix in SUFFIXES)
     return path.name.lower().endswith(SUFFIXES)
+
+
+def folder_of(source: str | os.PathLike) -> Path:
+    """The folder that names of pictures start from: `source` itself, that of a file, or what comes before a glob."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        return path.parent
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))

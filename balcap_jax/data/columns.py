@@ -148,7 +148,8 @@ def _remedy(schema: pa.Schema) -> str:
     listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
     likely = [f"{field}={name}" for field in _LIKELY if (name := _likeliest(field, kinds))]
     text = ",".join(likely) if len(likely) == len(_LIKELY) else "image=COLUMN,caption=COLUMN"
-    return f"its columns are {listed}; give --config.data.columns={text}" + (" if these are meant" if likely else "")
+    meant = " if these are meant" if likely else ""
+    return f"its columns are {listed}; give --config.data.columns={text}{meant} (recaption: --columns)"
 
 
 def _likeliest(field: str, kinds: Mapping[str, str]) -> str:
@@ -198,6 +199,22 @@ def entry_of(values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     return entry
 
 
+def renamed(entry: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A line of a JSONL file under the names of the fields; `text` is `data.columns`. Fields that it lacks stay out.
+
+    Raises:
+      UserError, ValueError: as `parse` and `entry_of` do.
+    """
+    named = parse(text)
+    columns = {}
+    for field in FIELDS:
+        there = [name for name in named.get(field, (field,)) if entry.get(name) is not None]
+        if there:  # Where a data set names a picture by its file and by its URL, it is the file that can be read.
+            columns[field] = next((name for name in there if not is_url(entry[name])), there[0])
+    image = {"image": entry[columns["image"]]} if "image" in columns else {}
+    return image | entry_of(entry, columns)
+
+
 def _answer(value: Sequence[Any]) -> str | None:
     """The first text of a list, or the first answer of a conversation."""
     if value and not isinstance(value[0], Mapping):
@@ -219,6 +236,11 @@ def _spoken(turns: Sequence[Mapping[str, Any]], speakers: Sequence[str]) -> str 
             if speaker in turn:
                 return turn[speaker]
     return None
+
+
+def is_url(value: Any) -> bool:
+    """Whether a picture is named by where it lies on the web."""
+    return isinstance(value, str) and value.startswith(("http://", "https://", "ftp://", "s3://", "gs://"))
 
 
 def picture_of(value: Any) -> bytes | str:

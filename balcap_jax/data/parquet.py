@@ -22,12 +22,11 @@ from balcap_jax.data import images, photos
 from balcap_jax.data.addresses import address, with_column
 from balcap_jax.data.columns import Columns
 from balcap_jax.data.input import Data, LeftOut
-from balcap_jax.data.listing import Item, real_path
+from balcap_jax.data.listing import Item, real_path, with_ending
 from balcap_jax.data.parquet_files import ParquetFiles, RowError, Rows, find
 from balcap_jax.data.readable import Readable
 from balcap_jax.data.records import REWARDED, endings, lines_about, nowhere, read_record
 
-_URLS = ("http://", "https://", "ftp://", "s3://", "gs://")
 _COUNTED = 1000  # rows whose captions are counted
 _ROW = "row"  # in front of what is wrong with one
 _LOOKED_AT = 100  # rows in which a path is looked for
@@ -71,9 +70,9 @@ class Table:
         except ValueError as error:
             raise images.ImageError(str(error)) from error
         if isinstance(found, str):
-            if found.startswith(_URLS):
+            if choices.is_url(found):
                 raise images.ImageError("a URL and no picture")
-            found = os.path.join(self.root, found)
+            found = os.path.join(self.root, with_ending(self.root, found))
         return images.read(found)
 
 
@@ -134,6 +133,8 @@ class TableSplit(Readable):
 def open_table(source: str, chosen: str, root: str, what: str, *, needs_caption: bool = True) -> Table:
     """The table of a file, a folder or a glob. `chosen` is as `data.columns`, `root` "" is the folder of the files.
 
+    Where neither captions are needed nor columns chosen, the likeliest column of pictures is taken.
+
     Raises:
       UserError: as `find`, `ParquetFiles` and `columns.choose` do, there is no row, or pictures are URLs.
     """
@@ -141,6 +142,8 @@ def open_table(source: str, chosen: str, root: str, what: str, *, needs_caption:
     files = ParquetFiles(paths, folder)
     if not len(files):
         raise UserError(f"no row in {source}: {len(paths)} parquet files without rows; give others")
+    if not needs_caption and not chosen and "image" not in files.schema.names:
+        chosen = f"image={choices.picture_column(files.schema, str(paths[0]))}"
     columns = choices.choose(chosen, files.schema, str(paths[0]), needs_caption=needs_caption)
     files.kinds_differ(list(dict.fromkeys(columns.values())), choices.kind_of)
     table = Table(files, columns, resolved(root).absolute() if root else folder.absolute(), {}, needs_caption)
@@ -159,7 +162,7 @@ def _refuse_urls(table: Table, source: str) -> None:
             value = reader[row][column]
         except RowError:
             continue
-        if value and not value.startswith(_URLS):
+        if value and not choices.is_url(value):
             return
         if value:
             caption = table.columns.get("caption", "caption")

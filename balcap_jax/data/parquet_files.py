@@ -8,7 +8,7 @@ import collections
 import glob
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import open_regular, resolved
-from balcap_jax.data.addresses import SUFFIXES
+from balcap_jax.data.addresses import SUFFIXES, folder_of
 
 _BUFFER = 1 << 20  # bytes that are read of a column at once
 _BLOCK = 8 << 20  # bytes of rows that are decoded at once, by the footer
@@ -86,7 +86,7 @@ class ParquetFiles:
         """The row that is `number` of a file; None where that has fewer."""
         return int(self._firsts[file]) + number if number < self.footers[file].num_rows else None
 
-    def kinds_differ(self, columns: Sequence[str], kind_of: Any) -> None:
+    def kinds_differ(self, columns: Sequence[str], kind_of: Callable[[pa.DataType], str]) -> None:
         """Raises UserError where a file holds something else in one of `columns` than the first, by `kind_of(type)`."""
         first = {column: kind_of(field_of(self.schema, column).type) for column in columns}
         for path, footer in zip(self.paths[1:], self.footers[1:], strict=True):
@@ -119,25 +119,16 @@ def find(source: str | os.PathLike, what: str) -> tuple[list[Path], Path]:
     """
     place = resolved(source)
     if place.is_dir():
-        # Those of the Hub's caches are links, and a hidden folder holds halves of downloads.
+        # A hidden folder holds halves of downloads.
         found = [path for suffix in SUFFIXES for path in place.rglob(f"*{suffix}")]
         found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
-        folder = place
     elif glob.has_magic(str(place)) and not place.exists():
         found = [Path(path) for path in glob.glob(str(place), recursive=True)]
-        folder = Path(*list(_plain(place.parts[:-1])))
     else:
-        found, folder = [place], place.parent
+        found = [place]
     if not found or not all(path.is_file() for path in found):
         raise UserError(f"{what}: no parquet file at {source}; give a file, a folder or a glob such as 'DIR/train-*'")
-    return sorted(found), folder
-
-
-def _plain(parts: Sequence[str]) -> Iterator[str]:
-    for part in parts:
-        if glob.has_magic(part):
-            return
-        yield part
+    return sorted(found), folder_of(place)
 
 
 def _footer(path: Path) -> pq.FileMetaData:

@@ -6,7 +6,8 @@ holds lines such as
     {"image": "a/b.jpg", "caption": "...", "prompt": "...", "reference_units": ["..."],
      "questions": [...], "rubrics": [...]}
 
-of which `image` (relative to the file) and `caption`, or `captions`, are needed. The first caption is the reference.
+of which `image` (relative to the file, or to `data.manual_dir`) and `caption`, or `captions`, are needed. The first
+caption is the reference. `data.columns` says which name in lines of other forms is what (`data/columns.py`).
 """
 
 import dataclasses
@@ -27,8 +28,9 @@ from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.data import images, picture_index
+from balcap_jax.data.addresses import SUFFIXES
 from balcap_jax.data.input import Data, LeftOut
-from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, spelt
+from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, spelt, with_ending
 from balcap_jax.data.readable import Readable
 from balcap_jax.data.records import EMPTY, REWARDED, Record, check_needs, join, read_record
 from balcap_jax.data.scenes.tokenizer import SPECIAL_TOKENS, UNK, fast_tokenizer
@@ -104,6 +106,8 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
         storage.refuse(source, "a folder of pictures (data.data_dir)")
     storage.fetch(source)
     folder = source if source.is_dir() else source.parent
+    if source.suffix.lower() in SUFFIXES and source.is_file():
+        raise UserError(f"{source} is a parquet file, and data.name is 'photos'; give --config.data.name=parquet")
     # Beside somebody's photographs nothing is written.
     name = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
     index = resolved(picture_index.CACHE) / "pictures" / f"{name}.json"
@@ -111,7 +115,9 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
         records, left_out = _beside(source, index.with_suffix(".captions.json"), needs_caption=not config.get("units"))
     elif source.is_file() or source.is_dir():
         listed = source if source.is_file() else source / CAPTIONS
-        records, left_out = _listed(listed, needs_caption=not config.get("units")), []
+        folder = resolved(config["manual_dir"]) if config.get("manual_dir") else folder
+        columns = config.get("columns", "")
+        records, left_out = _listed(listed, folder, columns, needs_caption=not config.get("units")), []
     else:
         raise UserError(f"config field 'data.data_dir': no such folder or file: {source}")
     return open_splits("photos", records, left_out, config, needs, folder=folder, source=source, index=index)
@@ -271,23 +277,37 @@ def _caption(path: str) -> str:
     return text
 
 
-def _listed(source: Path, *, needs_caption: bool) -> list[Record]:
-    """The pictures of a JSONL file. Lines of one picture are joined: its captions, and the last of each other field."""
+def _listed(source: Path, folder: Path, columns: str, *, needs_caption: bool) -> list[Record]:
+    """The pictures of a JSONL file. Lines of one picture are joined: its captions, and the last of each other field.
+
+    Paths start from `folder`. `columns` is `data.columns`: "" = a line has our own names of fields.
+    """
     records: dict[str, Record] = {}
-    names, real_path, in_bucket = PictureNames(source.parent), RealPaths(), storage.url_of(source)
+    names, real_path = PictureNames(folder), RealPaths()
     for number, line in lines_of(source):
         where = f"{source}, line {number}"
         entry = json_text.parse_object(line, where, "mend or remove that line")
+        if columns:
+            entry = _renamed(entry, columns, folder, where)
         fields = read_record(entry, where, needs_caption=needs_caption)
-        path, captions = os.path.join(source.parent, fields["image"]), fields.pop("captions")
-        if in_bucket:
-            storage.refuse(path, "a picture")
+        path, captions = os.path.join(folder, fields["image"]), fields.pop("captions")
         record = records.get(real := real_path(path))
         record = record or Record(names(fields["image"]), path, PROMPT, ())
         captions = tuple(dict.fromkeys(record.captions + captions))
         fields = {name: value for name, value in fields.items() if name != "image" and value not in EMPTY}
         records[real] = dataclasses.replace(record, path=path, captions=captions, **fields)
     return list(records.values())
+
+
+def _renamed(entry: Mapping[str, Any], columns: str, folder: Path, where: str) -> dict[str, Any]:
+    """A line under our own names."""
+    from balcap_jax.data.columns import renamed  # pyarrow takes time to import, and few need it.
+
+    try:
+        entry = renamed(entry, columns)
+    except ValueError as error:
+        raise UserError(f"{where}: a field that should be JSON is none ({error}); mend that line") from error
+    return entry | ({"image": with_ending(folder, image)} if isinstance(image := entry.get("image"), str) else {})
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,15 @@ from balcap_jax.judges.chat.types import Ask, picture_hash
 from balcap_jax.judges.schema import PLAIN, Failure
 
 UNITS = prompts.name_of("units")
-DESCRIBE = "describe.v1"
+# What pre-training studies compare as formats of captions: short, descriptive and dense ones, and those that fuse what
+# the text from the web (alt_text) knows with what the picture shows (Lai et al. 2024, arXiv 2410.02740).
+FORMATS = {
+    "short": "describe_short.v1",
+    "descriptive": "describe.v1",
+    "dense": "describe_dense.v1",
+    "fused": "describe_fused.v1",
+}
+ALT_TEXT = "alt_text"  # the field of a line that "fused" reads
 RUBRIC_WRITER = "rubric_writer.v1"
 PICTURE = "picture"  # the field of a line that holds the hash of its picture
 _TEXTS = ("caption", "captions", "reference", "reference_units")  # what a new reference replaces
@@ -55,13 +63,19 @@ class WrittenRubrics(pydantic.BaseModel):
     rubrics: list[Criterion]
 
 
-def describe_ask(image: np.ndarray, request: str, max_tokens: int = 2048) -> Ask:
-    """Asks for a description of a picture, uint8 [height, width, 3]; `request` is the sample's own prompt."""
+def describe_ask(
+    image: np.ndarray, request: str, max_tokens: int = 2048, form: str = "descriptive", alt_text: str = ""
+) -> Ask:
+    """Asks for a description of a picture, uint8 [height, width, 3]; `request` is the sample's own prompt.
+
+    `form` is one of FORMATS; "fused" takes `alt_text`, the text that came with the picture.
+    """
 
     def check(answer: Description) -> str:
         return "" if answer.caption.strip() else "empty description"
 
-    return Ask(DESCRIBE, prompts.render(DESCRIBE, request=request), Description, max_tokens, image, check)
+    texts = {"request": request} | ({"alt_text": alt_text} if form == "fused" else {})
+    return Ask(FORMATS[form], prompts.render(FORMATS[form], **texts), Description, max_tokens, image, check)
 
 
 def units_ask(reference: str, max_tokens: int = 2048) -> Ask:
@@ -95,6 +109,12 @@ def reference_of(item: Item) -> str:
     return photos.read_record(item.entry, f"the line of {item.key!r}")["captions"][0]
 
 
+def alt_text_of(item: Item) -> str:
+    """The text from the web that an item's line has; "" where it has none."""
+    text = item.entry.get(ALT_TEXT)
+    return text.strip() if isinstance(text, str) else ""
+
+
 # ---- writers --------------------------------------------------------------------------------------------------------
 
 
@@ -102,12 +122,16 @@ class References:
     """Describes pictures under their own prompts, and splits the descriptions into units; each picture once.
 
     The result is {"same_as": its name} for a picture whose pixels have a line already, or get one in the same call.
+    `form` is one of FORMATS.
     """
 
-    prompts: tuple[str, ...] = (DESCRIBE, UNITS)
+    @staticmethod
+    def prompts_of(form: str) -> tuple[str, ...]:
+        return FORMATS[form], UNITS
 
-    def __init__(self, client: ChatClient, max_tokens: int, max_pixels: int, threads: int):
+    def __init__(self, client: ChatClient, max_tokens: int, max_pixels: int, threads: int, form: str = "descriptive"):
         self._client, self._max_tokens, self._max_pixels = client, max_tokens, max_pixels
+        self._form, self.prompts = form, self.prompts_of(form)
         self._names: dict[str, str] = {}  # image of the line, by the hash of its picture
         self._pool = ThreadPoolExecutor(threads)
 
@@ -130,7 +154,10 @@ class References:
             else:
                 results.append({PICTURE: digest})
                 pictures[i] = picture
-        asks = [describe_ask(picture, items[i].prompt, self._max_tokens) for i, picture in pictures.items()]
+        asks = [
+            describe_ask(picture, items[i].prompt, self._max_tokens, self._form, alt_text_of(items[i]))
+            for i, picture in pictures.items()
+        ]
         captions: dict[int, str] = {}
         for i, answer in zip(pictures, self._client.ask(asks), strict=True):
             if isinstance(answer, Failure):
@@ -151,6 +178,8 @@ class References:
     def _read(self, item: Item) -> np.ndarray | str:
         if item.error:
             return item.error
+        if self._form == "fused" and not alt_text_of(item):
+            return f"no {ALT_TEXT} to fuse with the picture"
         try:
             return photos.shrunk(images.read(item.path), self._max_pixels)
         except images.ImageError as error:

@@ -205,7 +205,11 @@ def kind_of(body: dict) -> str:
     system = body["messages"][0]["content"]
     starts = {"You check captions": "precision", "You check which": "recall", "You mark": "linguistic"}
     starts |= {"You answer multiple-choice": "choice", "You check whether": "rubric"}
-    starts |= {"You describe pictures": "describe", "You write criteria": "rubric_writer"}
+    starts |= {
+        "You describe pictures": "describe",
+        "You fuse the text": "describe",
+        "You write criteria": "rubric_writer",
+    }
     starts |= {"You compare two captions": "preference"}
     return next((kind for start, kind in starts.items() if system.startswith(start)), "units")
 

@@ -1,0 +1,128 @@
+"""What `recaption` wrote about rows of parquet files is joined to them, or read by itself, by their addresses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from data.parquet_tables import all_of, pictures, pixels, png, settings, write
+
+from balcap_jax import data
+from balcap_jax.cli.errors import UserError
+from balcap_jax.data import listing
+from balcap_jax.data.input import LeftOut
+
+NAMES = [f"data/{shard}.parquet#{row}" for shard in "ab" for row in range(5)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for shard in range(2):
+        table = {
+            "image": pictures(range(5 * shard, 5 * shard + 5)),
+            "caption": [f"Old {i}." for i in range(5)],
+            "prompt": [f"Ask {i}" for i in range(5)],
+        }
+        write(tmp_path / "set" / "data" / f"{'ab'[shard]}.parquet", table, group=2)
+    return tmp_path / "set"
+
+
+def lines(file, names, start="../set/"):
+    file.parent.mkdir(exist_ok=True)
+    entries = [{"image": f"{start}{name}", "caption": f"New {name}.", "reference_units": [name]} for name in names]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(file)
+
+
+def check(examples: dict[str, dict], names) -> None:
+    assert sorted(examples) == sorted(names)
+    for name, one in examples.items():
+        place = NAMES.index(name)
+        np.testing.assert_array_equal(one["image"], pixels(place))
+        assert (one["reference"], one["captions"]) == (f"New {name}.", [f"New {name}."])
+        assert one["reference_units"] == [name]
+        assert one["prompt"] == f"Ask {place % 5}"  # A row keeps its own.
+
+
+def test_lines_are_joined_by_address(tmp_path, folder, capsys):
+    units = lines(tmp_path / "out" / "units.jsonl", NAMES[:8])
+    with open(units, "a") as file:
+        for stranger in ("../set/data/c.parquet#0", "../set/data/a.parquet#5", "../set/data/a.jpg"):
+            file.write(json.dumps({"image": stranger, "caption": "x"}) + "\n")
+    splits = data.load(settings(folder, units=units), 0, needs=["reference_units"])
+    check(all_of(splits), NAMES[:8])
+    assert splits.left_out == tuple(LeftOut(name, "no line in units.jsonl") for name in NAMES[8:])
+    assert splits.fields == {"reference", "captions", "reference_units"}
+    text = (
+        "units.jsonl: lines about 8 of 10 pictures; the other 2 are left out; 3 lines are about no picture of parquet"
+    )
+    assert text in capsys.readouterr().out
+
+
+def test_files_and_lines_may_be_moved_apart(tmp_path, folder):
+    units = lines(tmp_path / "out" / "units.jsonl", NAMES)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(folder, tmp_path / "elsewhere" / "moved")
+    check(all_of(data.load(settings(tmp_path / "elsewhere" / "moved", units=units), 0)), NAMES)
+
+
+def test_captions_may_come_from_the_lines_alone(tmp_path):
+    write(tmp_path / "set" / "a.parquet", {"image": pictures(range(5)), "other": [1] * 5})
+    units = lines(tmp_path / "units.jsonl", [f"a.parquet#{i}" for i in range(4)], "set/")
+    with open(units, "a") as file:
+        file.write(json.dumps({"image": "set/a.parquet#4", "reference_units": ["alone"]}) + "\n")
+    splits = data.load(settings(tmp_path / "set", units=units), 0)
+    assert {one["reference"] for one in all_of(splits).values()} == {f"New a.parquet#{i}." for i in range(4)}
+    assert splits.left_out == (LeftOut("a.parquet#4", "no caption"),)
+
+
+def test_lines_are_a_data_set_of_their_own(tmp_path, folder, monkeypatch):
+    """With data.name=photos: pictures inside parquet files are read like any others, and no row before it is asked."""
+    units = lines(tmp_path / "out" / "units.jsonl", [*NAMES, "data/a.parquet#9", "data/c.parquet#0"])
+    splits = data.load(settings(units, name="photos"), 0, needs=["reference_units"])
+    reasons = {entry.image: entry.reason for entry in splits.left_out}
+    assert reasons == {
+        "../set/data/a.parquet#9": "the file has 5 rows only",
+        "../set/data/c.parquet#0": "no such file",
+    }
+    examples = all_of(splits)
+    assert sorted(examples) == [f"../set/{name}" for name in NAMES]
+    for place, name in enumerate(NAMES):
+        np.testing.assert_array_equal(examples[f"../set/{name}"]["image"], pixels(place))
+        assert examples[f"../set/{name}"]["reference"] == f"New {name}."
+
+
+def test_what_the_reward_lacks_names_the_command(folder):
+    with pytest.raises(
+        UserError, match=rf"`python -m balcap_jax\.recaption --images={folder} --out=units\.jsonl"
+    ) as told:
+        data.load(settings(folder), 0, needs=["reference_units"])
+    assert "the data set 'parquet' has none" in str(told.value)
+
+
+@pytest.mark.parametrize("content", ["", '{"image": "other/a.jpg", "caption": "x"}'])
+def test_lines_about_others_are_one_line(tmp_path, folder, content):
+    (tmp_path / "units.jsonl").write_text(content)
+    with pytest.raises(
+        UserError, match=r"no line of .* is about a picture of parquet: .*such as 'data/a\.parquet#0' in"
+    ):
+        data.load(settings(folder, units=str(tmp_path / "units.jsonl")), 0)
+
+
+def test_rows_are_listed_as_pictures(tmp_path, folder):
+    items = listing.list_items(folder, "Say.")
+    assert [item.key for item in items] == NAMES
+    assert [item.prompt for item in items] == [f"Ask {i % 5}" for i in range(10)]
+    assert items[7].path == folder / "data" / "b.parquet#2"
+    assert items[7].entry == {}
+    with_texts = listing.list_items(folder / "data" / "b.parquet", "Say.", texts=True)
+    assert with_texts[2].entry == {"image": "b.parquet#2", "caption": "Old 2.", "prompt": "Ask 2"}
+    table = {"first": [png(i) for i in range(2)], "jpg": [png(i + 5) for i in range(2)], "alt": ["Alt.", None]}
+    other = write(tmp_path / "two.parquet", table)
+    assert [item.key for item in listing.list_items(other, "Say.")] == ["two.parquet#0", "two.parquet#1"]
+    chosen = listing.list_items(other, "Say.", columns="image=first,alt_text=alt", texts=True)
+    assert [item.key for item in chosen] == ["two.parquet#0#first", "two.parquet#1#first"]
+    assert [item.entry.get("alt_text") for item in chosen] == ["Alt.", None]
+    (tmp_path / "list.jsonl").write_text('{"image": "a.jpg"}')
+    with pytest.raises(UserError, match="--columns names columns of parquet files"):
+        listing.list_items(tmp_path / "list.jsonl", "Say.", columns="image=first")
