@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "transformers>=5.23,<6",  # tokenizers and image processors of the published models
     "tokenizers>=0.23.1,<0.24",  # trains the small tokenizer of the scenes world
     "tensorflow-datasets>=4.9.10,<4.10",  # data set builders, and `as_data_source` to read them without TensorFlow
+    "pyarrow>=20,<27",  # reads parquet files by row groups; tensorflow-datasets brings it too
     "array_record>=0.8.3,<0.9",  # the record format that gives random access to prepared data
     "grain>=0.2.18,<0.3",  # batching with an iterator whose state is checkpointed
     "ml-collections>=1.1.0,<2",  # ConfigDict recipes with command line overrides
