@@ -4,10 +4,11 @@
     python -m balcap_jax.caption --model=D --images=list.jsonl --out=captions.jsonl --temperature=0.7 --samples=8
     python -m balcap_jax.caption --model=BASE --images=photos --out=base.jsonl --like=captions.jsonl
 
-`--images` is a folder (with its subfolders, in sorted order) or a JSONL file whose lines are {"image": path from that
-file's folder, and optionally "id", "prompt"}. Each picture gives one line {"image", "caption", "tokens", "truncated"},
-with its "id" and its own "prompt" if it has them: tokens is the length with the end token, truncated says that
-`--max_tokens` cut it. Unreadable pictures go to F.errors.jsonl as {"image", "error"}.
+`--images` is a folder (with its subfolders, in sorted order), a JSONL file whose lines are {"image": path from that
+file's folder, and optionally "id", "prompt"}, or parquet files with the pictures inside (one, their folder, a glob).
+Each picture gives one line {"image", "caption", "tokens", "truncated"}, with its "id" and its own "prompt" if it has
+them: tokens is the length with the end token, truncated says that `--max_tokens` cut it. Unreadable pictures go to
+F.errors.jsonl as {"image", "error"}.
 
 Prompt, token limit, image cap and compute type are those that the model was trained with, where it says so. All of it
 is in F.settings.json, which `evaluate` hands on to `compare`; `--like` takes it from other captions instead. The same
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", metavar="DIR", type=place, required=True, help="model directory, of Hugging Face or of training")
-    images_help = 'a folder, or lines {"image", "id", "prompt"}'
+    images_help = 'a folder, lines {"image", "id", "prompt"}, or parquet files'
     add("--images", metavar="DIR_OR_JSONL", type=place, required=True, help=images_help)
     add("--out", metavar="F.jsonl", type=place, required=True, help="one line each; unreadable ones: F.errors.jsonl")
     add("--retry_errors", action="store_true", help="try the pictures of F.errors.jsonl again")

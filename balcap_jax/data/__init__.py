@@ -29,7 +29,8 @@ def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True, 
     """
     name = config.get("name", "scenes")
     if name != "scenes":
-        data = CaptionedPictures(config, needs).data
+        builder = CaptionedPictures(config, needs)
+        data = builder.data._replace(**builder.as_data_source())
         return data._replace(tokenizer=photos.caption_tokenizer(data.train)) if tokenizer else data
     built = scenes.prepare(config["data_dir"], **_settings(config, image_size))
     train, *held_out = (built.as_data_source(split) for split in ("train", "validation", "test"))

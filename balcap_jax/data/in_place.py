@@ -35,7 +35,7 @@ FORMS: dict[str, Callable[[Mapping[str, Any], Sequence[str]], Data]] = {
 
 
 class CaptionedPictures(tfds.core.DatasetBuilder):
-    """Pictures with captions, prompt and what rewards read; `data` has what was left out beside the splits.
+    """Pictures with captions, prompt and what rewards read; `data` has the fields and what was left out beside them.
 
     `config` is the config group `data`, and `needs` are fields that the reward reads.
 

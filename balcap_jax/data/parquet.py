@@ -194,6 +194,11 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
     text += f" in {len(keys)} rows" if pictures < len(keys) else ""
     text += f"; {len(files.paths)} files, {files.groups} row groups"
     print(text + (f"; {len(left_out)} left out" if left_out else ""), flush=True)
+    if pictures < 3 <= len(keys):
+        raise UserError(
+            f"{pictures} pictures in {len(keys)} rows are too few, as the column {table.columns['id']!r} names them; "
+            "give --config.data.columns=...,id=COLUMN, or id= where each row has a picture of its own"
+        )
     parts = photos.partition(keys.values(), config, len(left_out))
     home = {key: name for name, part in parts.items() for key in part}
     reader, damaged, captions = table.rows(pictures=True), [], _captions_of(table)

@@ -62,6 +62,7 @@ class ParquetFiles:
         self._starts = np.cumsum([0, *(rows for *_, rows in self._groups)])
         # The first row of each file, by which rows are named.
         self._firsts = np.cumsum([0, *(footer.num_rows for footer in self.footers)])
+        self._names = [os.path.relpath(path, folder) for path in self.paths]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -80,7 +81,7 @@ class ParquetFiles:
     def name(self, row: int) -> str:
         """The address of a row, relative to `folder`."""
         file = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        return f"{os.path.relpath(self.paths[file], self.folder)}#{row - self._firsts[file]}"
+        return f"{self._names[file]}#{row - self._firsts[file]}"
 
     def row_of(self, file: int, number: int) -> int | None:
         """The row that is `number` of a file; None where that has fewer."""
@@ -136,7 +137,9 @@ def _footer(path: Path) -> pq.FileMetaData:
         with open_regular(path) as file:
             if not os.fstat(file.fileno()).st_size:
                 raise UserError(f"{path} is empty; download it again, or give other files")
-            return pq.read_metadata(file)
+            footer = pq.read_metadata(file)
+            footer.schema.to_arrow_schema()  # Not all that other writers can write can be read.
+            return footer
     except _FAILURES as error:
         raise UserError(f"{path} is no whole parquet file ({_reason(error)}); download it again") from error
 

@@ -153,6 +153,15 @@ def test_rows_of_one_picture_are_in_one_split(tmp_path, chosen, capsys):
     assert sum(map(len, alone[:3])) == 60
 
 
+def test_names_that_tell_no_pictures_apart_are_one_line(tmp_path):
+    source = write(tmp_path / "a.parquet", {"image": pictures(range(9), ["image.png"] * 9), "caption": ["A."] * 9})
+    with pytest.raises(
+        UserError, match=r"1 pictures in 9 rows are too few, as the column 'image\.path' names them; .*id="
+    ):
+        data.load(settings(source), 0)
+    assert len(all_of(data.load(settings(source, columns="id="), 0))) == 9
+
+
 def test_empty_files_and_row_groups_take_no_part(tmp_path):
     schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "caption": pa.string()})
     with pq.ParquetWriter(tmp_path / "b.parquet", schema) as writer:
