@@ -167,13 +167,10 @@ def _likeliest(field: str, kinds: Mapping[str, str]) -> str:
     return best if certain else ""
 
 
-def picture_column(schema: pa.Schema, where: str) -> str:
-    """The one column of pictures of a file, or the likeliest. Raises UserError where there is none."""
+def picture_column(schema: pa.Schema) -> str:
+    """The one column of pictures, or the likeliest of them; "" where there is none."""
     kinds = {name: kind_of(schema.field(name).type) for name in schema.names}
-    found = _likeliest("image", {name: kind for name, kind in kinds.items() if kind != TEXT})
-    if not found:
-        raise UserError(f"nothing says where the pictures are in {where}; {_remedy(schema)}")
-    return found
+    return _likeliest("image", {name: kind for name, kind in kinds.items() if kind != TEXT})
 
 
 # ---- values of a row -------------------------------------------------------------------------------------------------

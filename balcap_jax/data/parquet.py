@@ -36,13 +36,14 @@ _LOOKED_AT = 100  # rows in which a path is looked for
 class Table:
     """Parquet files, and which column is what.
 
-    root: where paths of pictures start. said: what data.units says by row. needs_caption: whether a row needs one.
+    root: where paths of pictures start. said: what data.units says by row; rows of which it says nothing are not used.
+    needs_caption: whether a row needs one.
     """
 
     files: ParquetFiles
     columns: Columns
     root: Path
-    said: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    said: Mapping[int, Mapping[str, Any]] | None = None
     needs_caption: bool = True
 
     def rows(self, *, pictures: bool) -> Rows:
@@ -54,7 +55,7 @@ class Table:
         """The fields of `records.read_record`. Raises ImageError where the row has no caption or bad fields."""
         try:
             entry = choices.entry_of(values, self.columns) | {"image": self.files.name(row)}
-            record = read_record(entry, _ROW, needs_caption=False) | self.said.get(row, {})
+            record = read_record(entry, _ROW, needs_caption=False) | (self.said or {}).get(row, {})
         except ValueError as error:
             raise images.ImageError(f"a field that should be JSON is none: {error}") from error
         except UserError as error:
@@ -143,10 +144,11 @@ def open_table(source: str, chosen: str, root: str, what: str, *, needs_caption:
     if not len(files):
         raise UserError(f"no row in {source}: {len(paths)} parquet files without rows; give others")
     if not needs_caption and not chosen and "image" not in files.schema.names:
-        chosen = f"image={choices.picture_column(files.schema, str(paths[0]))}"
+        chosen = f"image={choices.picture_column(files.schema)}"
     columns = choices.choose(chosen, files.schema, str(paths[0]), needs_caption=needs_caption)
     files.kinds_differ(list(dict.fromkeys(columns.values())), choices.kind_of)
-    table = Table(files, columns, resolved(root).absolute() if root else folder.absolute(), {}, needs_caption)
+    place = resolved(root).absolute() if root else folder.absolute()
+    table = Table(files, columns, place, needs_caption=needs_caption)
     _refuse_urls(table, source)
     return table
 
@@ -186,8 +188,9 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
     left_out: list[LeftOut] = []
     if units:
         table, left_out = _join(table, resolved(units))
+    there = table.columns.keys() | {field for said in (table.said or {}).values() for field in said}
     for field in needs:
-        if field in REWARDED and field not in table.columns and not any(field in said for said in table.said.values()):
+        if field in REWARDED and field not in there:
             raise nowhere(field, "parquet", resolved(source))
     keys, files = _keys(table), table.files
     text = f"parquet: {(pictures := len(set(keys.values())))} pictures"
@@ -206,14 +209,14 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
     for name in parts:
         rows = np.fromiter((row for row, key in keys.items() if home[key] == name), np.int64)
         splits.append(TableSplit(table, rows, reader, captions, config["max_pixels"], damaged))
-    fields = {name for name in REWARDED if name in table.columns or any(name in said for said in table.said.values())}
-    return Data(*splits, frozenset({"reference", "captions"} | fields), tuple(left_out), damaged=damaged)
+    fields = frozenset({"reference", "captions", *there.intersection(REWARDED)})
+    return Data(*splits, fields, tuple(left_out), damaged=damaged)
 
 
 def _keys(table: Table) -> dict[int, str]:
     """{row in use: the name of its picture, which decides its split}."""
     files, column = table.files, table.columns.get("id")
-    rows = sorted(table.said) if table.said else range(len(files))
+    rows = range(len(files)) if table.said is None else sorted(table.said)
     if column is None:
         return {row: files.name(row) for row in rows}
     reader, keys = Rows(files, [column]), {}
@@ -228,10 +231,9 @@ def _keys(table: Table) -> dict[int, str]:
 
 def _captions_of(table: Table) -> int:
     """How many captions each example has: as many as the median of the first rows."""
-    if table.said:
-        counts = [len(said.get("captions", ())) for said in table.said.values()]
-        if any(counts):
-            return statistics.median_high(count for count in counts if count)
+    counts = [len(said["captions"]) for said in (table.said or {}).values() if "captions" in said]
+    if counts:
+        return statistics.median_high(counts)
     if "captions" not in table.columns:
         return 1
     reader, counts = table.rows(pictures=False), []
@@ -285,7 +287,7 @@ def list_rows(source: str | os.PathLike, chosen: str, prompt: str, *, texts: boo
     kind = choices.kind_of(choices.field_of(files.schema, column).type)
     if kind == choices.TEXT:
         raise UserError(f"the column {column!r} of {source} holds paths; give the pictures' own folder or a JSONL file")
-    is_plain = column == choices.picture_column(files.schema, str(source))
+    is_plain = column == choices.picture_column(files.schema)
     reader = table.rows(pictures=False) if texts or "prompt" in table.columns else None
     items = []
     for row in range(len(files)):

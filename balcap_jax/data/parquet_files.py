@@ -166,17 +166,11 @@ class Rows:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Raises RowError where the row cannot be read."""
+        if not self.columns:
+            return {}
         file, group, offset = self.files.place(row)
         start, batch = self._block(file, group, offset)
         return {column: _value(batch, column, offset - start) for column in self.columns}
-
-    def stream(self) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-        """(row, its values or why there are none) of all rows in order."""
-        for row in range(len(self)):
-            try:
-                yield row, self[row]
-            except RowError as error:
-                yield row, error
 
     def _block(self, file: int, group: int, offset: int) -> tuple[int, pa.RecordBatch]:
         """The block that holds a row of a row group, and the offset of the block's first row."""

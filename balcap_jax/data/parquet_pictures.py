@@ -6,7 +6,7 @@ from pathlib import Path
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.data.columns import picture_column, picture_of
-from balcap_jax.data.parquet_files import ParquetFiles, RowError, Rows
+from balcap_jax.data.parquet_files import ParquetFiles, RowError, Rows, field_of
 
 _OPENED = 8  # files that stay open: those of one command are read in the order of their rows
 
@@ -49,5 +49,8 @@ def _rows(path: str, column: str) -> tuple[Rows, str]:
 def _opened(path: str, column: str, size: int, changed: int) -> tuple[Rows, str]:
     del size, changed  # A file that changed is opened anew.
     files = ParquetFiles([Path(path)], Path(path).parent)
-    column = column or picture_column(files.schema, path)
+    if not (column := column or picture_column(files.schema)) or field_of(files.schema, column) is None:
+        raise UserError(
+            f"the file has no column {column!r}" if column else "nothing says which column has the pictures"
+        )
     return Rows(files, [column]), column

@@ -371,6 +371,7 @@ def test_an_address_stands_for_a_path(tmp_path):
         (f"{path}#3", "the file has 3 rows only"),
         (f"{tmp_path}/b.parquet#0", "no such file"),
         (f"{tmp_path}#0", "no such file"),
+        (f"{path}#0#third", "the file has no column 'third'"),
     ):
         for look in (images.read, images.check):
             with pytest.raises(images.ImageError, match=reason):
