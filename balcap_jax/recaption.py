@@ -46,7 +46,8 @@ from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.config.recipes import take_judge
 from balcap_jax.data import addresses, photos, sharegpt4v
-from balcap_jax.data.listing import Item, list_items, picture_name, spelt
+from balcap_jax.data.items import items_of
+from balcap_jax.data.listing import Item, picture_name, spelt
 from balcap_jax.judges import budget, prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import make_client
@@ -109,7 +110,7 @@ class Sources:
                 print(f"{source}: {texts} entries of text alone are left out", flush=True)
         else:
             texts = self.kind != "references" or self.form == "fused"
-            items = list_items(source, self.prompt, columns=self.columns, texts=texts)
+            items = items_of(source, self.prompt, columns=self.columns, texts=texts)
         if self.form == "fused" and not any(map(alt_text_of, items)):
             raise UserError(
                 f"--format=fused needs the text that came with each picture, and no line of {source} has {ALT_TEXT!r}; "
@@ -263,9 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.max_pixels < 1:
         parser.error(f"--max_pixels={arguments.max_pixels} is out of range: it must be at least 1")
     if arguments.write != "references" and arguments.format != "descriptive":
-        parser.error(
-            f"--format={arguments.format} is that of references, and --write={arguments.write} keeps the lines'"
-        )
+        parser.error(f"--format={arguments.format} is of --write=references, and --write={arguments.write} keeps them")
     sources = Sources(
         arguments.images,
         arguments.write,

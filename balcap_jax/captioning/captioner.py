@@ -28,7 +28,8 @@ from balcap_jax.cli.files import AppendedLines, resolved
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.data import images
 from balcap_jax.data.addresses import folder_of
-from balcap_jax.data.listing import Item, list_items, picture_name
+from balcap_jax.data.items import items_of
+from balcap_jax.data.listing import Item, picture_name
 from balcap_jax.models import Prompt
 from balcap_jax.models.prompting import PromptTooLong
 from balcap_jax.parallel import distributed, sharding
@@ -249,7 +250,7 @@ def caption(
     with contextlib.ExitStack() as stack:
         file = None
         if distributed.is_first():
-            items, folder = list_items(source, options.prompt), folder_of(source)
+            items, folder = items_of(source, options.prompt), folder_of(source)
             settings = provenance.identity(model) | options.settings()
             stack.enter_context(storage.kept(out, provenance.files_of(out)))
             file = stack.enter_context(CaptionFile(out, items, folder, settings, retry_errors))

@@ -151,8 +151,7 @@ class Lora(Group):
 
 class Data(Group):
     name: Literal["scenes", "photos", "sharegpt4v", "parquet"] = Field("scenes", description="data set of the run")
-    data_dir: Path = DATA_DIR
-    """where data sets are built and read; of photos: their folder, or a JSONL file; of parquet: file, folder or glob"""
+    data_dir: Path = Field(DATA_DIR, description="where data sets are built, or photos or parquet files lie")
     train_size: Images = Field(4096, description="training images to build")
     validation_size: Images = Field(64, description="validation images to build")
     test_size: Images = Field(128, description="test images to build")

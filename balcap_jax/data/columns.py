@@ -1,14 +1,15 @@
 """Which column of a data set is what: the picture, its captions, the prompt, and what rewards read.
 
 `data.columns` says it, as `image=jpg,caption=dense_caption,prompt=question`, or names one of PRESETS. Columns that are
-called as the fields here need not be named. What a column holds decides how it is read:
+called as the other fields here need not be named. What a column holds decides how it is read:
 
     image     the picture itself, as the library `datasets` writes it ({bytes, path}) or as plain bytes, alone or in a
               list of one; or text, the path of a file
     caption   text; of a list of texts the first; of a conversation the first answer
     captions  text, or a list of texts, of which all are used
     prompt    text; of a conversation the first request
-    id        text or a number that names the picture: rows with the same are in one split
+    id        text or a number that names the picture: rows with the same are in one split. It has to be named; else it
+              is the path beside the picture
     alt_text  text that came with the picture from the web, for `recaption --format=fused`
     reference_units, questions, rubrics    as in the lines of a JSONL file, or as JSON text
 
@@ -118,7 +119,8 @@ def choose(text: str, schema: pa.Schema, where: str, *, needs_caption: bool = Tr
     named = parse(text)
     chosen = {}
     for field in FIELDS:
-        candidates = named.get(field, (field,))
+        # A column called id tells samples apart more often than pictures.
+        candidates = named.get(field, () if field == "id" else (field,))
         column = next((name for name in candidates if field_of(schema, name) is not None), None)
         if column is None:
             if field in named and candidates and not (text.strip() in PRESETS and field in _OPTIONAL):
@@ -148,22 +150,23 @@ def _remedy(schema: pa.Schema) -> str:
     listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
     likely = [f"{field}={name}" for field in _LIKELY if (name := _likeliest(field, kinds))]
     text = ",".join(likely) if len(likely) == len(_LIKELY) else "image=COLUMN,caption=COLUMN"
-    meant = " if these are meant" if likely else ""
+    meant = " if these are meant" if len(likely) == len(_LIKELY) else ""
     return f"its columns are {listed}; give --config.data.columns={text}{meant} (recaption: --columns)"
 
 
 def _likeliest(field: str, kinds: Mapping[str, str]) -> str:
     """The column that is likely meant by a field; "" where none is."""
     fitting = {name: kind for name, kind in kinds.items() if kind in _TAKES[field]}
-    if field == "image" and (real := {name: kind for name, kind in fitting.items() if kind != TEXT}):
-        fitting = real
+    is_clear = field != "image" or any(kind != TEXT for kind in fitting.values())  # Text may be anything.
+    if field == "image" and is_clear:
+        fitting = {name: kind for name, kind in fitting.items() if kind != TEXT}
 
     def rank(name: str) -> int:
         words = (place for place, word in enumerate(_LIKELY[field]) if word in name.lower())
         return next(words, len(_LIKELY[field]))
 
     best = min(fitting, key=rank, default="")
-    certain = bool(best) and (rank(best) < len(_LIKELY[field]) or len(fitting) == 1)
+    certain = bool(best) and (rank(best) < len(_LIKELY[field]) or (is_clear and len(fitting) == 1))
     return best if certain else ""
 
 

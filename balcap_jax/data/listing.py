@@ -1,4 +1,4 @@
-"""The pictures that a command works on: all of a folder, the lines of a JSONL file, or the rows of parquet files."""
+"""The pictures that a command works on: all of a folder, or the lines of a JSONL file."""
 
 import dataclasses
 import os
@@ -10,7 +10,6 @@ from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes
 from balcap_jax.data import images
-from balcap_jax.data.addresses import is_parquet
 
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp")
 
@@ -36,25 +35,16 @@ class Item:
         return {"image": self.image} | ({"id": self.id} if self.id is not None else {})
 
 
-def list_items(source: str | os.PathLike, prompt: str, *, columns: str = "", texts: bool = False) -> list[Item]:
-    """The pictures of a folder, a JSONL file or parquet files; `prompt` is for those without their own.
-
-    Of parquet files, `columns` is as `data.columns`, and items have an `entry` where `texts`.
+def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
+    """The pictures of a folder or of a JSONL file; `prompt` is for those without their own.
 
     Raises:
       UserError: nothing there, a bad line, or two lines with one id.
     """
     source = Path(source)
-    pictures = files_below(source, "--images") if source.is_dir() else []
-    if not pictures and is_parquet(source):
-        from balcap_jax.data import parquet  # It takes time to import, and imports this.
-
-        return parquet.list_rows(source, columns, prompt, texts=texts)
-    if columns:
-        raise UserError(f"--columns names columns of parquet files, and --images={source} is none")
     if source.is_dir():
         items = []
-        for name, problem in pictures:
+        for name, problem in files_below(source, "--images"):
             text = spelt(name)
             error = problem if text == name else "the name of the file is not UTF-8; rename it"
             items.append(Item(text, text, source / name, prompt, error=error))

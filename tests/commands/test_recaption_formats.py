@@ -17,7 +17,7 @@ from balcap_jax.judges.writers import FORMATS
 PUBLISHED = {
     "descriptive": "e16c31f3d268",
     "dense": "396f1fefd2cf",
-    "fused": "7f26aee105c6",
+    "fused": "447e45ddc34d",
     "short": "8bc315e86a07",
 }
 
@@ -55,7 +55,7 @@ def test_each_format_has_its_prompt_and_says_so(listed, tmp_path, form):
     assert any(body["messages"][0]["content"] == expected[0]["content"] for body in asked)
     texts = [dict(blocks_of(body)) for body in asked]
     assert {text["request"] for text in texts} == {"Say it."}
-    assert sorted(text.get("alt-text", "") for text in texts) == (["Alt 0", "Alt 1"] if form == "fused" else [""] * 3)
+    assert sorted(text.get("alt", "") for text in texts) == (["Alt 0", "Alt 1"] if form == "fused" else [""] * 3)
     said = json.loads((tmp_path / "out" / f"{form}.settings.json").read_text())
     assert (said["format"], said["prompts"]) == (form, f"{FORMATS[form]}, units.v1")
     if form == "fused":
@@ -100,7 +100,7 @@ def test_files_of_earlier_versions_are_descriptive(listed, tmp_path, capsys):
         (["--format=long"], "invalid choice: 'long'"),
         (
             ["--write=units", "--format=short"],
-            "--format=short is for --write=references; units keep what the lines say",
+            "--format=short is of --write=references",
         ),
         (["--columns=image=jpg"], "--columns names columns of parquet files, and --images="),
     ],
@@ -140,7 +140,7 @@ def test_rows_of_parquet_files_get_references_that_train(tmp_path, capsys):
     with JudgeServer(well_behaved) as server:
         run(tmp_path, server, *given, concurrency=4)
         run(tmp_path, server, *given, concurrency=4)
-        asked = [dict(blocks_of(body))["alt-text"] for body in server.seen if kind_of(body) == "describe"]
+        asked = [dict(blocks_of(body))["alt"] for body in server.seen if kind_of(body) == "describe"]
     assert sorted(asked) == sorted([f"Alt {i}" for i in (*range(4), *range(5))])
     written = {line["image"]: line for line in lines_of(out)}
     names = [f"train-{shard}.parquet#{row}" for shard in range(2) for row in range(5) if (shard, row) != (0, 4)]

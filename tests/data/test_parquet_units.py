@@ -9,8 +9,8 @@ from data.parquet_tables import all_of, pictures, pixels, png, settings, write
 
 from balcap_jax import data
 from balcap_jax.cli.errors import UserError
-from balcap_jax.data import listing
 from balcap_jax.data.input import LeftOut
+from balcap_jax.data.items import items_of
 
 NAMES = [f"data/{shard}.parquet#{row}" for shard in "ab" for row in range(5)]
 
@@ -110,19 +110,19 @@ def test_lines_about_others_are_one_line(tmp_path, folder, content):
 
 
 def test_rows_are_listed_as_pictures(tmp_path, folder):
-    items = listing.list_items(folder, "Say.")
+    items = items_of(folder, "Say.")
     assert [item.key for item in items] == NAMES
     assert [item.prompt for item in items] == [f"Ask {i % 5}" for i in range(10)]
     assert items[7].path == folder / "data" / "b.parquet#2"
     assert items[7].entry == {}
-    with_texts = listing.list_items(folder / "data" / "b.parquet", "Say.", texts=True)
+    with_texts = items_of(folder / "data" / "b.parquet", "Say.", texts=True)
     assert with_texts[2].entry == {"image": "b.parquet#2", "caption": "Old 2.", "prompt": "Ask 2"}
     table = {"first": [png(i) for i in range(2)], "jpg": [png(i + 5) for i in range(2)], "alt": ["Alt.", None]}
     other = write(tmp_path / "two.parquet", table)
-    assert [item.key for item in listing.list_items(other, "Say.")] == ["two.parquet#0", "two.parquet#1"]
-    chosen = listing.list_items(other, "Say.", columns="image=first,alt_text=alt", texts=True)
+    assert [item.key for item in items_of(other, "Say.")] == ["two.parquet#0", "two.parquet#1"]
+    chosen = items_of(other, "Say.", columns="image=first,alt_text=alt", texts=True)
     assert [item.key for item in chosen] == ["two.parquet#0#first", "two.parquet#1#first"]
     assert [item.entry.get("alt_text") for item in chosen] == ["Alt.", None]
     (tmp_path / "list.jsonl").write_text('{"image": "a.jpg"}')
     with pytest.raises(UserError, match="--columns names columns of parquet files"):
-        listing.list_items(tmp_path / "list.jsonl", "Say.", columns="image=first")
+        items_of(tmp_path / "list.jsonl", "Say.", columns="image=first")
