@@ -150,8 +150,8 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
         return Finding(DISK, UNCHECKED, "the checkpoint comes first")
     folder = resolved(place).absolute()
     run = (
-        f"checkpoints of {_gb(size.each)} each that come to {_gb(size.checkpoints)}, models of {_gb(size.models)}, logs "
-        f"of about {_gb(size.logs)}"
+        f"checkpoints of {_gb(size.each)} each that come to {_gb(size.checkpoints)}, models of {_gb(size.models)}, "
+        f"logs of about {_gb(size.logs)}"
     )
     todo = "lower checkpoint.keep, make room there, or choose another --workdir"
     parts = [Part(run, folder, size.checkpoints + size.models + size.logs - _used(folder), todo)]
