@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import socket
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from balcap_jax.cli import json_text
 from balcap_jax.cli.bucket import BucketError, Changed, delete, read, stat, write
 from balcap_jax.cli.errors import UserError
 
@@ -52,7 +52,7 @@ class Lock(contextlib.AbstractContextManager):
             raise UserError(f"{self._what}: {self.problem}; nothing more is written, look at which of them shall go on")
 
     def _content(self) -> bytes:
-        return json.dumps(
+        return json_text.dumps(
             {
                 "token": self.token,
                 "host": socket.gethostname(),
@@ -99,7 +99,7 @@ class Lock(contextlib.AbstractContextManager):
 
     def _owner(self) -> dict[str, Any]:
         try:
-            found = json.loads(read(self.url))
+            found = json_text.decode(read(self.url))
             return found if isinstance(found, dict) else {}
         except (FileNotFoundError, ValueError):
             return {}
