@@ -52,7 +52,7 @@ def fetch(path: Path, *, but: tuple[str, ...] = (), marker: str = "", deep: bool
       BucketError: the bucket is missing or refuses; nothing at `path` is no error. OSError: no room here.
     """
     url = url_of(path)
-    if url is None:
+    if url is None or any(holder.holds(path) for holder in _kept):  # What this process writes is newer here.
         return path
     found = {bucket.local(entry.url): entry for entry in bucket.objects(url, deep=deep)}
     if marker and path / marker not in found:
@@ -194,6 +194,13 @@ class Kept(contextlib.AbstractContextManager):
         _kept.append(self)
         threading.Thread(target=self._run, name="uploads", daemon=True).start()
         return self
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path is among what is kept."""
+        if self._beside is not None:
+            return path == self.path or path in self._beside
+        inner = path.relative_to(self.path).parts if path.is_relative_to(self.path) else ("",)
+        return not inner or (inner[0] != "" and self._is_part(inner[0]))
 
     def _is_part(self, name: str) -> bool:
         """Whether what has this name, right below the directory, is kept: what is made aside is not."""

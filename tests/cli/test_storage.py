@@ -271,6 +271,13 @@ def test_what_grows_is_sent_whole_and_in_order(server):
         assert server["eval/items.jsonl"] == b'{"a": 1}\n{"a": 2}\n'
         assert server.names("eval") == ["eval/.lock", "eval/items.jsonl", "eval/old.json", "eval/skipped/x"]
         requests = server.requests.total()
+        (out / "items.jsonl").write_bytes(b"newer here")
+        assert storage.fetch(out / "items.jsonl").read_bytes() == b"newer here"  # Not the bucket's.
+        (out / "items.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n{"to')
+        kept._sent[out / "items.jsonl"] = storage._stamp(out / "items.jsonl")
+        assert [kept.holds(path) for path in (out, out / "a" / "b", out / "skipped" / "x", out.parent)] == [
+            True, True, False, False
+        ]  # fmt: skip
         kept.send()
         assert server.requests.total() == requests  # Nothing has changed.
         (out / "items.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n{"to": 3}\n')
