@@ -129,8 +129,15 @@ POINTABILITY = Study(
     metric="arena",
 )
 
-# A weighting under which length pays: the fourth weight is that of a length penalty.
-UTILITY = "1,3,1"
+# A judge that accepts the more the longer the caption is makes precision and recall pay for length, as questions and
+# lists of units do. With the exact judge length did not run away, not even with recall at 12 times precision. Captions
+# have room for three references.
+UTILITY: Mapping[str, str] = {
+    "judge.flaws": "length:0.4",
+    "rewards.weights": "1,1,2",
+    "rollout.max_tokens": "128",
+    "rollout.buckets": "128,",
+}
 _PENALTIES = {
     "two_sided": "max(0, 1 - |rho - 1|) in place of the band",
     "ramp": "a ramp in tokens in place of the band",
@@ -138,13 +145,16 @@ _PENALTIES = {
 }
 GATE = Study(
     "gate",
-    "Does the length band keep a utility-heavy reward from growing long, and at what price?",
+    "Does the length band keep a reward that pays for length from growing long, and at what price?",
     World("utility"),
     {
-        FULL: Arm("recall weighs three times, length band 0.5 to 2", fields={"rewards.weights": UTILITY}),
-        "no_gate": Arm("the same without band and penalty", "no_gate", {"rewards.weights": UTILITY}),
+        FULL: Arm("a judge that is lenient with long captions, length band 0.5 to 2", fields=UTILITY),
+        "no_gate": Arm("the same without band and penalty", "no_gate", UTILITY),
     }
-    | {name: Arm(about, name, {"rewards.weights": f"{UTILITY},1"}) for name, about in _PENALTIES.items()},
+    | {
+        name: Arm(about, name, {**UTILITY, "rewards.weights": f"{UTILITY['rewards.weights']},1"})
+        for name, about in _PENALTIES.items()
+    },
     metric="in_band",
 )
 

@@ -76,6 +76,8 @@ def test_fields_of_arms(plan):
     assert config("moods", "conflict").data.captioner == "moods"
     assert config("pointability", "full").data.captioner == "padding"
     assert not config("gate", "no_gate").rewards.gate
+    for arm in STUDIES["gate"].arms:  # Room for captions of twice a reference's words and more, where length pays.
+        assert (config("gate", arm).judge.flaws, config("gate", arm).rollout.max_tokens) == ("length:0.4", 128)
     assert config("gate", "ramp").rewards.weights == (*config("gate", "full").rewards.weights, 1.0)
     voted = config("judges", "full_false_accept_0.3_votes_3").judge
     assert (voted.flaws, voted.votes) == ("false_accept:0.3", 3)
