@@ -12,6 +12,7 @@ from balcap_jax.ablate.plans import Plan
 from balcap_jax.ablate.studies import (
     BUDGET,
     CROSSED,
+    FIELDS,
     FLAWS,
     JUDGES,
     POINTABILITY,
@@ -237,7 +238,8 @@ def test_the_page_of_results_has_a_place_for_every_section():
 def test_results_of_another_config_do_not_count(tmp_path, capsys):
     plan = Plan(RECIPE, {}, tmp_path, tmp_path / "results")
     study = STUDIES["leave_one_out"]
-    for seed, steps in ((0, "80"), (1, "81"), (100, "80")):
+    steps_of = {0: FIELDS["stages.rl.steps"], 1: "81", 100: FIELDS["stages.rl.steps"]}
+    for seed, steps in steps_of.items():
         config = recipes.load(RECIPE, plan.fields(study.world, seed) | {"stages.rl.steps": steps})
         identity = results.identity(config)
         saved = result(70.0) | {"config": identity, "config_digest": results.digest(identity)}
@@ -248,7 +250,9 @@ def test_results_of_another_config_do_not_count(tmp_path, capsys):
     assert [*report.load(plan, study, pilot=True)["full"]] == [100]
     report.load(plan, study)
     [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith("is of another config (stages.rl.steps: 81 -> 80) and does not count")
+    assert line.endswith(
+        f"is of another config (stages.rl.steps: 81 -> {FIELDS['stages.rl.steps']}) and does not count"
+    )
     assert "habits-full-seed1.json" in line
     missing = [run.name for run in plan.missing([study], [0, 1])]
     assert "habits-full-seed0" not in missing

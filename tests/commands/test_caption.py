@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from system.commands import start as start_forked
+from system.command_runs import start as start_forked
 
 from balcap_jax import caption as command
 from balcap_jax import models

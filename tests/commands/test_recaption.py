@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from judges.misbehaving import JudgeServer, Reply, kind_of, text_of, well_behaved
 from PIL import Image
-from system.commands import finish, start, start_afresh
+from system.command_runs import finish, start, start_afresh
 
 from balcap_jax import data, recaption
 from balcap_jax.cli.errors import UserError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from judges.misbehaving import JudgeServer, Reply, blocks_of, digest, kind_of, right_answer, text_of, well_behaved
 from PIL import Image
-from system.commands import finish, start, start_afresh
+from system.command_runs import finish, start, start_afresh
 
 from balcap_jax import evaluate, models
 from balcap_jax.captioning import captioner

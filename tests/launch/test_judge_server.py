@@ -1,8 +1,10 @@
 """launch/judge_server.sh: the commands it would run, and a server that it starts, waits for and gives up on."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,11 +101,14 @@ def fake_vllm(tmp_path):
 
 
 def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """A port that nobody has, nor the one after it."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                next_one.bind(("127.0.0.1", port + 1))
+                return port
 
 
 def test_it_returns_when_the_server_answers(fake_vllm):
@@ -122,7 +127,7 @@ def test_it_returns_when_the_server_answers(fake_vllm):
 
 
 def test_replicas_are_one_line_of_endpoints(fake_vllm):
-    port = next(port for port in iter(free_port, None) if port < 65_000)
+    port = free_port()
     done = run("tiny", REPLICAS="2", **(fake_vllm | {"PORT": str(port), "CUDA_VISIBLE_DEVICES": "0,1"}))
     assert done.returncode == 0, done.stderr
     *_, flags, last = done.stdout.splitlines()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import RECIPE, arguments, finish, start_afresh
+from command_runs import RECIPE, arguments, finish, start_afresh
 from filelock import FileLock
 
 from balcap_jax import data

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import (
+from command_runs import (
     RECIPE,
     arguments,
     assert_same_run,

@@ -3,7 +3,7 @@
 import json
 import signal
 
-from commands import (
+from command_runs import (
     arguments,
     assert_same_run,
     checkpoints,

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from commands import arguments, assert_same_run, finish, read_metrics, read_samples, start_interrupted, train
+from command_runs import arguments, assert_same_run, finish, read_metrics, read_samples, start_interrupted, train
 
 OVERRIDES = {"stages__order": "rl", "stages__rl__steps": 4, "advantage__estimator": "best_of", "log__samples_every": 1}
 

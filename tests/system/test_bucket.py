@@ -7,7 +7,7 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import arguments, assert_same_run, finish, start, start_script, the_one_line
+from command_runs import arguments, assert_same_run, finish, start, start_script, the_one_line
 from fake_bucket import serving
 
 from balcap_jax import caption, compare, convert, evaluate, recaption

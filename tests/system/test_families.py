@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import assert_same_run, read_arrays, read_metrics, read_model, read_summary, rewind, train
+from command_runs import assert_same_run, read_arrays, read_metrics, read_model, read_summary, rewind, train
 
 from balcap_jax import models
 

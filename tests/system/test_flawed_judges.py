@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import read_metrics, read_summary, train
+from command_runs import read_metrics, read_summary, train
 
 THREE = ("precision", "recall", "linguistic")
 

@@ -19,7 +19,7 @@ import mutations
 import numpy as np
 import pytest
 from PIL import Image
-from system.commands import start
+from system.command_runs import start
 
 from balcap_jax import compare, convert, models, recaption
 from balcap_jax.cli.errors import UserError

@@ -3,7 +3,7 @@
 import json
 import signal
 
-from commands import arguments, assert_same_run, finish, read_metrics, start_interrupted, train
+from command_runs import arguments, assert_same_run, finish, read_metrics, start_interrupted, train
 
 
 def test_a_half_asked_run_resumes_bit_for_bit(tmp_path, data_dir):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import checkpoints, read_metrics, the_one_line, train
+from command_runs import checkpoints, read_metrics, the_one_line, train
 from tiny_llava import G, R, make_params, make_policy, make_prompt, make_responses
 
 from balcap_jax import advantages

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import (
+from command_runs import (
     arguments,
     assert_same_run,
     finish,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_llava
 import pytest
-from commands import (
+from command_runs import (
     RECIPE,
     arguments,
     assert_same_run,

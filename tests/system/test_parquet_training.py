@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from commands import ROOT, assert_same_run, finish, start, start_interrupted
+from command_runs import ROOT, assert_same_run, finish, start, start_interrupted
 from data.parquet_tables import pictures, write
 
 

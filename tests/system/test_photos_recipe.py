@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import ROOT, finish, read_metrics, read_summary, start_script
+from command_runs import ROOT, finish, read_metrics, read_summary, start_script
 from PIL import Image
 
 SIZES = [(40, 90), (120, 60), (33, 33), (300, 200), (64, 128), (700, 90)]

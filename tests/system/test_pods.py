@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, TIMEOUT, arguments, assert_same_run, checkpoints, read_metrics, read_summary, train
+from command_runs import ROOT, TIMEOUT, arguments, assert_same_run, checkpoints, read_metrics, read_summary, train
 from fake_cloud import Cloud
 
 HELD_STEP = 7  # of 10; sft is steps 1 to 4, and every second step has a checkpoint

@@ -4,7 +4,7 @@ import importlib.resources
 
 import jax
 import pytest
-from commands import read_metrics, read_summary, the_one_line, train
+from command_runs import read_metrics, read_summary, the_one_line, train
 
 from balcap_jax import models
 from balcap_jax.config import recipes as configuration

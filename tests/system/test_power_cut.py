@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from commands import (
+from command_runs import (
     ROOT,
     arguments,
     assert_same_arrays,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import (
+from command_runs import (
     ROOT,
     arguments,
     assert_same_run,
@@ -24,7 +24,7 @@ from commands import (
     read_summary,
     start_script,
 )
-from commands import start as start_command
+from command_runs import start as start_command
 from forked import DEVICES, Forked
 
 # Where a gradient is zero but for rounding, Adam makes a full step of the rounding error unless eps is above it.

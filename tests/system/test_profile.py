@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-from commands import arguments, finish, start_afresh
+from command_runs import arguments, finish, start_afresh
 from jax.profiler import ProfileData
 
 from balcap_jax.training.progress import PhaseClock, ProfileWindow

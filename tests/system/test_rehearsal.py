@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, read_metrics
+from command_runs import ROOT, read_metrics
 from PIL import Image, ImageOps
 
 from balcap_jax import caption, models

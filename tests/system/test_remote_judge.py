@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from commands import (
+from command_runs import (
     arguments,
     checkpoints,
     finish,

@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-from commands import RECIPE, finish, read_summary, start_afresh
+from command_runs import RECIPE, finish, read_summary, start_afresh
 
 from balcap_jax import data
 from balcap_jax.config import recipes

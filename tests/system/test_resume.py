@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from commands import (
+from command_runs import (
     arguments,
     assert_same_model,
     assert_same_run,

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import read_metrics, read_summary, the_one_line, train
+from command_runs import read_metrics, read_summary, the_one_line, train
 
 
 @pytest.mark.parametrize(

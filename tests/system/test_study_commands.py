@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from commands import RECIPE, finish, start
+from command_runs import RECIPE, finish, start
 
 from balcap_jax.ablate import plans, report, results
 from balcap_jax.ablate.plans import Plan

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import RECIPE, arguments, finish, start_script
+from command_runs import RECIPE, arguments, finish, start_script
 
 from balcap_jax import models
 from balcap_jax.config import recipes
