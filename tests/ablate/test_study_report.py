@@ -238,8 +238,8 @@ def test_the_page_of_results_has_a_place_for_every_section():
 def test_results_of_another_config_do_not_count(tmp_path, capsys):
     plan = Plan(RECIPE, {}, tmp_path, tmp_path / "results")
     study = STUDIES["leave_one_out"]
-    steps_of = {0: FIELDS["stages.rl.steps"], 1: "81", 100: FIELDS["stages.rl.steps"]}
-    for seed, steps in steps_of.items():
+    today = FIELDS["stages.rl.steps"]
+    for seed, steps in ((0, today), (1, "81"), (100, today)):
         config = recipes.load(RECIPE, plan.fields(study.world, seed) | {"stages.rl.steps": steps})
         identity = results.identity(config)
         saved = result(70.0) | {"config": identity, "config_digest": results.digest(identity)}
