@@ -14,12 +14,13 @@ import fcntl
 import functools
 import importlib.util
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,19 @@ def _remove_dead(folder: Path) -> None:
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
+_most_patience = math.inf
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """For the block: a bucket that fails is asked again for at most so many seconds, beyond gcsfs's own tries."""
+    global _most_patience
+    before, _most_patience = _most_patience, seconds
+    try:
+        yield
+    finally:
+        _most_patience = before
+
 
 @functools.cache
 def _client() -> Any:
@@ -189,7 +203,7 @@ def _asked(url: str, ask: Callable[[Any], Any]) -> Any:
       FileNotFoundError: the object is not there. Changed: a precondition does not hold.
       BucketError: the bucket is not there, refuses, or has not answered.
     """
-    client, deadline = _client(), time.monotonic() + _PATIENCE
+    client, deadline = _client(), time.monotonic() + min(_PATIENCE, _most_patience)
     while True:
         try:
             return ask(client)

@@ -9,7 +9,7 @@ from typing import Any
 
 from balcap_jax.data import photos
 from balcap_jax.data.in_place import CaptionedPictures
-from balcap_jax.data.input import Data, Kept
+from balcap_jax.data.input import Data, Kept, fetch
 from balcap_jax.data.scenes import builder as scenes
 from balcap_jax.data.scenes.tokenizer import scenes_tokenizer
 
@@ -40,10 +40,14 @@ def load(config: Mapping[str, Any], image_size: int, *, tokenizer: bool = True, 
 
 
 def to_be_made(config: Mapping[str, Any], image_size: int) -> Path | None:
-    """Where `load` will make the data set of the group `data`; None where it is there, or is none that is made."""
+    """Where `load` will make the data set of the group `data`; None where it is there, or is none that is made.
+
+    From a bucket it is fetched. Raises UserError where that refuses.
+    """
     if config["name"] != "scenes":
         return None
     folder = scenes.folder_of(config["data_dir"], **_settings(config, image_size))
+    fetch(folder.parent)
     return None if folder.exists() else folder
 
 

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from balcap_jax import rewards
-from balcap_jax.cli import json_text
+from balcap_jax.cli import bucket, json_text
 from balcap_jax.cli.arguments import OVERRIDE, CommandParser, place, seconds, split_overrides
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
@@ -94,6 +94,11 @@ def amount(text: str) -> float:
     return value
 
 
+def workdir(text: str) -> str:
+    """As `place`; what is wrong with a place in a bucket is left to the check of the workdir."""
+    return text if bucket.is_url(text) else place(text)
+
+
 def prices(text: str) -> tuple[float, float]:
     """ "0.25,2": of a million tokens of questions, and of answers."""
     parts = text.split(",")
@@ -108,7 +113,7 @@ def make_parser() -> CommandParser:
         description="Checks a run before it begins: checkpoint, data, references, judge, disks, time and money.",
     )
     configuration.add_arguments(parser)
-    parser.add_argument("--workdir", type=place, metavar="DIR", help="where the run will be written")
+    parser.add_argument("--workdir", type=workdir, metavar="DIR", help="where the run will be written")
     parser.add_argument("--topology", default="", metavar="NAME", help="compile for this slice too, such as v5e:4x4")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices, joined by mesh.replica")
     parser.add_argument("--judge_price", type=prices, metavar="IN,OUT", help="of a million tokens in, and out")
@@ -137,9 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # No chip of this machine is taken: shapes are all that is computed.
     given = [f"--config={args.config}", *(f"{OVERRIDE}{n}={v}" for n, v in split_overrides(arguments)[1].items())]
     limits = outlay.Limits(args.chip_hour_price, args.step_seconds, args.max_hours, args.budget)
-    found, block = examine(
-        config, args.workdir or "", aot=given, topology=args.topology, slices=args.slices, limits=limits
-    )
+    with bucket.patience(0.0):  # A bucket that is down is a finding, and not to be waited for.
+        found, block = examine(
+            config, args.workdir or "", aot=given, topology=args.topology, slices=args.slices, limits=limits
+        )
     if args.json:
         print(json_text.dumps(findings.as_json(found), indent=2), flush=True)
     else:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 
 OK, FAULT, UNCHECKED = "ok", "fault", "not checked"
@@ -15,13 +16,21 @@ _WIDEST = 10_000  # columns where nobody's terminal bounds a line
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What the check named `check` has found. `details` are lines that are shown below the table."""
+    """What the check named `check` has found. `details` are lines that are shown below the table.
+
+    In all texts a place in a bucket has the name that users know.
+    """
 
     check: str
     verdict: str
     found: str
     remedy: str = ""
     details: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("found", "remedy"):
+            object.__setattr__(self, name, shown(getattr(self, name)))
+        object.__setattr__(self, "details", tuple(map(shown, self.details)))
 
     def __str__(self) -> str:
         return f"{self.check}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")

@@ -12,13 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from balcap_jax import data, rewards
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 from balcap_jax.config.recipes import stage_order
 from balcap_jax.data.input import Data, LeftOut, decode, examples
 from balcap_jax.data.words import count_words
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
-from balcap_jax.doctor.places import existing
+from balcap_jax.doctor.places import existing, try_objects
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
 from balcap_jax.training import judge_trial
 from balcap_jax.training.evaluation import check_best_metric
@@ -84,7 +85,9 @@ def _opened(
         yield data.load(config.data, image_size, tokenizer=tokenizer, needs=needs), None
         return
     place = existing(resolved(config.data.data_dir))
-    if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
+    if url := storage.url_of(folder):
+        try_objects(url)
+    elif not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
         raise UserError(f"the data set cannot be made in {folder}: {place} is not to be written to; set data.data_dir")
     few = config.data.copy_and_resolve_references()
     sizes = ("train_size", "validation_size", "test_size")

@@ -1,5 +1,6 @@
-"""Checks of the disks: the workdir takes what training does to it, and there is room for what a run leaves."""
+"""Checks of disks and buckets: the workdir takes what training does to it, and there is room for what a run leaves."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,9 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from balcap_jax.cli import bucket, storage
+from balcap_jax.cli.bucket import BucketError, Changed
+from balcap_jax.cli.bucket_lock import Lock
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import hold_lock, make_directory, rename_directory, replace_file, resolved
 from balcap_jax.config.recipes import stage_order
@@ -18,14 +22,22 @@ from balcap_jax.parallel import sharding
 from balcap_jax.training import programs
 from balcap_jax.training.evaluation import SHOWN_PIXELS
 from balcap_jax.training.programs import Programs
-from balcap_jax.training.workdir import claim
+from balcap_jax.training.workdir import claim, refuse_another_run
 
 WORKDIR, DISK = "workdir", "disk"
 GB = 1e9
-_PROBE = ".doctor"  # of a folder that is made, renamed and removed
+_PROBE = ".doctor"  # of a folder that is made, renamed and removed, and of an object
 # Bytes, by what runs of ours have left: a line of metrics.jsonl with its TensorBoard events; a token of a caption in
 # samples/ with its verdicts; a number of a picture that is kept as PNG.
 _STEP_BYTES, _TOKEN_BYTES, _PIXEL_BYTES = 4000, 40, 2
+
+
+_ELSEWHERE = "make room there, or set TMPDIR to a directory on another disk"
+
+
+def _copies() -> Path:
+    """The directory of this machine in which files of buckets lie while a command runs."""
+    return bucket.root().parents[1]
 
 
 def existing(path: Path) -> Path:
@@ -44,18 +56,27 @@ def workdir(config: ConfigDict, place: str) -> Finding:
     """
     if not place:
         return Finding(WORKDIR, UNCHECKED, "name it with --workdir")
-    folder = resolved(place).absolute()
-    is_new = not (folder / "config.json").exists()
+    url = None
     try:
+        folder = resolved(place).absolute()
+        if url := storage.url_of(folder):
+            return _in_bucket(config, folder, url)
+        is_new = not (folder / "config.json").exists()
         with claim(folder, config):
             _try_out(folder)
     except UserError as error:
         return fault(WORKDIR, error)
     except OSError as error:
+        if url:
+            found = f"no copy of what is in {url} can be kept in {_copies()}: {error.strerror}"
+            return Finding(WORKDIR, FAULT, found, _ELSEWHERE)
         found = f"{folder} does not take what training does to it: {error.strerror} ({error.filename})"
         return Finding(WORKDIR, FAULT, found, "choose another --workdir, on a disk with renames and locks")
-    what = "a run will begin there" if is_new else "the run there goes on"
-    return Finding(WORKDIR, OK, f"{folder}: {what}; writes, renames and locks work")
+    return Finding(WORKDIR, OK, f"{folder}: {_begins(is_new)}; writes, renames and locks work")
+
+
+def _begins(is_new: bool) -> str:
+    return "a run will begin there" if is_new else "the run there goes on"
 
 
 def _try_out(folder: Path) -> None:
@@ -70,6 +91,52 @@ def _try_out(folder: Path) -> None:
         rename_directory(made, final)
         if (final / "file").read_bytes() != b"second":
             raise OSError(None, "what was written is not what is read", str(final / "file"))
+
+
+def _in_bucket(config: ConfigDict, folder: Path, url: str) -> Finding:
+    """As `workdir`, for one in a bucket. Of the run there its config is fetched alone.
+
+    Raises:
+      UserError: it is another config's, or in use. BucketError. OSError: of the disk that copies lie on.
+    """
+    bucket.check(url)
+    own = storage.fetch(folder / "config.json")
+    refuse_another_run(own, config)
+    try_objects(url)
+    said: list[str] = []
+    with Lock(storage.lock_of(folder), url, said.append):
+        pass
+    found = f"{url}: {_begins(not own.exists())}; objects are written, read and deleted, and its lock is free"
+    return Finding(WORKDIR, OK, found, details=tuple(f"{WORKDIR}: {line}" for line in said))
+
+
+def try_objects(url: str) -> None:
+    """Writes, replaces, reads and deletes an object below a gs:// path, as runs do it.
+
+    Raises:
+      BucketError: the bucket is missing or refuses, or replaces what a precondition protects.
+    """
+    place = f"{url}/{_PROBE}-{os.urandom(8).hex()}"
+    _written(place, b"second", _written(place, b"first", 0))
+    try:
+        bucket.write(place, b"third", 0)
+        raise BucketError(f"{url} replaces objects against a precondition, so that no lock holds; choose another place")
+    except Changed:
+        pass
+    finally:
+        bucket.delete(place)
+
+
+def _written(place: str, content: bytes, generation: int) -> int:
+    """The generation of the object, whose name nobody else knows: one that has changed was written by us before."""
+    with contextlib.suppress(Changed):
+        generation = bucket.write(place, content, generation)
+    try:
+        if bucket.read(place) == content and (held := bucket.stat(place)):
+            return held.generation
+    except FileNotFoundError:
+        pass
+    raise BucketError(f"{place} is not what was written there; choose another place")
 
 
 # ---- room ------------------------------------------------------------------------------------------------------------
@@ -140,7 +207,8 @@ class Part(NamedTuple):
 def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None, file_bytes: int = 0) -> Finding:
     """Whether the disks have room for the run, the judge's cache, and a data set `to_make` (where, bytes).
 
-    What lies on one disk adds up. file_bytes: as of `sizes`.
+    What lies on one disk adds up. Of a workdir in a bucket logs and models are written here first, and checkpoints are
+    not. file_bytes: as of `sizes`.
     """
     if not place:
         return Finding(DISK, UNCHECKED, "name the workdir with --workdir")
@@ -148,17 +216,32 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
         size = sizes(config, file_bytes)
     except UserError:
         return Finding(DISK, UNCHECKED, "the checkpoint comes first")
-    folder = resolved(place).absolute()
     run = (
         f"checkpoints of {_gb(size.each)} each that come to {_gb(size.checkpoints)}, models of {_gb(size.models)}, "
         f"logs of about {_gb(size.logs)}"
     )
-    todo = "lower checkpoint.keep, make room there, or choose another --workdir"
-    parts = [Part(run, folder, size.checkpoints + size.models + size.logs - _used(folder), todo)]
+    try:
+        folder = resolved(place).absolute()
+    except UserError:
+        return Finding(DISK, UNCHECKED, "the workdir comes first")
+    if url := storage.url_of(folder):
+        folder, one = _copies(), size.models // (1 + bool(config.checkpoint.best_metric))
+        here = f"copies of what goes to {url}: a model of {_gb(one)}, logs of about {_gb(size.logs)}"
+        parts = [Part(here, folder, one + size.logs, _ELSEWHERE)]
+    else:
+        todo = "lower checkpoint.keep, make room there, or choose another --workdir"
+        parts = [Part(run, folder, size.checkpoints + size.models + size.logs - _used(folder), todo)]
     if config.judge.name == "remote" and config.judge.cache_dir:
-        cache, todo = resolved(config.judge.cache_dir), "lower judge.cache_gb, or set judge.cache_dir to another disk"
+        try:
+            cache = resolved(config.judge.cache_dir)
+            storage.refuse(cache, "the judge's answers (judge.cache_dir)")
+        except UserError as error:
+            return fault(DISK, error)
+        todo = "lower judge.cache_gb, or set judge.cache_dir to another disk"
         parts.append(Part("the judge's cache", cache, int(config.judge.cache_gb * GB) - _used(cache), todo))
-    if to_make:
+    if to_make and storage.url_of(to_make[0]):
+        parts.append(Part("a copy of the data set", _copies(), to_make[1], _ELSEWHERE))
+    elif to_make:
         parts.append(Part("the data set", *to_make, "set data.data_dir to a disk with room"))
     disks: dict[int, list[Part]] = defaultdict(list)
     for part in parts:
@@ -169,9 +252,10 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
         if needed > free:
             found = f"{_gb(free)} are free at {largest.place}, {_gb(needed)} are needed, most of it for {largest.what}"
             return Finding(DISK, FAULT, found, largest.remedy)
-    return Finding(
-        DISK, OK, f"{_gb(shutil.disk_usage(existing(folder)).free)} are free at {folder}; a run leaves {run}"
-    )
+    free = f"{_gb(shutil.disk_usage(existing(folder)).free)} are free at {folder}"
+    if url:
+        return Finding(DISK, OK, f"{free} for {here}; a run leaves in its bucket {run}")
+    return Finding(DISK, OK, f"{free}; a run leaves {run}")
 
 
 def _used(folder: Path) -> int:

@@ -1,0 +1,325 @@
+"""What `doctor` finds of places in a bucket, against a server of its API in this process."""
+
+import importlib.util
+import json
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+from doctor.set_up import ANNOTATIONS, ROOT, assert_fault, write_lines
+from fake_bucket import Refused, serving
+
+from balcap_jax.cli import bucket, bucket_lock, storage
+from balcap_jax.cli.errors import UserError
+from balcap_jax.cli.files import resolved
+from balcap_jax.config import recipes
+from balcap_jax.data import parquet_files
+from balcap_jax.data.items import items_of
+from balcap_jax.doctor import __main__ as doctor
+from balcap_jax.doctor import checkpoint, pictures, places
+from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding
+
+RUN = "gs://bucket/runs/a"
+ROLES = "give this account the roles storage.objectUser and storage.legacyBucketReader on gs://bucket"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def empty(server, monkeypatch):
+    server.buckets["bucket"].clear()
+    storage._remote.clear()
+    storage._here.clear()
+    for path in bucket.root().iterdir():
+        shutil.rmtree(path)
+    import gcsfs.retry
+
+    async def soon(seconds):
+        del seconds
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=soon))
+    monkeypatch.setattr(bucket, "_PAUSE", 0.0)
+
+
+def send(server, folder: Path, prefix: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            server.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def plant(server, monkeypatch, attribute: str, refuses) -> None:
+    """The server refuses where `refuses(*arguments)` of one of its methods."""
+    real = getattr(server, attribute)
+
+    def method(*given):
+        if refuses(*given):
+            raise Refused(403, "no permission")
+        return real(*given)
+
+    monkeypatch.setattr(server, attribute, method)
+
+
+# ---- the workdir -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_workdir_is_tried_and_nothing_stays(server, sound):
+    before = server.changes
+    finding = places.workdir(sound.config(), RUN)
+    assert finding == Finding(
+        "workdir",
+        OK,
+        f"{RUN}: a run will begin there; objects are written, read and deleted, and its lock is free",
+    )
+    assert server.changes - before == 6, "three writes, one of them refused, and a deletion; the lock, and its end"
+    assert server.names() == []
+
+
+def test_the_run_of_another_config(server, sound):
+    server.put("runs/a/config.json", recipes.to_text(sound.config(seed=7)).encode())
+    server.put("runs/a/metrics.jsonl", b"{}\n")
+    before = server.state()
+    changes = server.changes
+    finding = places.workdir(sound.config(), RUN)
+    assert_fault(finding, "workdir", f"{RUN} holds a run of another config (seed: 7 -> 0)", "choose another --workdir")
+    assert server.changes == changes, "nothing was tried in somebody's run"
+    assert "the run there goes on" in places.workdir(sound.config(seed=7), RUN).found
+    assert server.state() == before
+    assert not (resolved(RUN) / "metrics.jsonl").exists(), "the config alone is fetched"
+
+
+def test_a_workdir_in_use(server, sound, monkeypatch):
+    monkeypatch.setattr(bucket_lock.Lock, "RENEWED", 0.2)
+    with bucket_lock.Lock(f"{RUN}/.lock", RUN):
+        finding = places.workdir(sound.config(), RUN)
+        assert server.names() == ["runs/a/.lock"]
+    assert_fault(finding, "workdir", f"{RUN}: another process is writing there (process ", "wait for it, stop it, or")
+
+
+def test_the_lock_of_a_process_that_is_gone(server, sound):
+    owner = {"machine": bucket_lock._machine(), "process": 2**22 + 1, "host": "h"}
+    server.put("runs/a/.lock", json.dumps(owner).encode())
+    finding = places.workdir(sound.config(), RUN)
+    assert finding.verdict == OK
+    assert finding.details == (
+        f"workdir: {RUN}/.lock was left behind by process {2**22 + 1} of host h, ?, which is gone: taken over",
+    )
+    assert server.names() == []
+
+
+REFUSED = {
+    "no bucket": ("gs://nowhere/run", None, "there is no bucket gs://nowhere", "make it, or mend its name"),
+    "no name of a bucket": ("gs://B/run", None, "'gs://B/run' is no place in a bucket", "write gs://BUCKET/FOLDER"),
+    "credentials": (RUN, (401, "Anonymous caller"), "gs://bucket asks for credentials", "run `gcloud auth applicat"),
+    "access": (RUN, (403, "no objects.list"), f"{RUN}: access is denied", ROLES),
+    "down": (RUN, (503, "Backend Error"), f"{RUN} cannot be reached", "run the same command again"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bucket_that_cannot_be_used(server, sound, capfd, name):
+    place, refuse, found, remedy = REFUSED[name]
+    with server.failing(refuse=refuse), bucket.patience(0.0):
+        finding = places.workdir(sound.config(), place)
+    assert_fault(finding, "workdir", found, remedy)
+    assert capfd.readouterr() == ("", "")
+
+
+def without_gcsfs(monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else found(name))
+
+
+def test_without_gcsfs_all_else_is_checked(sound, capsys, monkeypatch):
+    without_gcsfs(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([*sound.command(RUN), "--json"])
+    assert ended.value.code == 1
+    output, errors = capsys.readouterr()
+    verdicts = {entry["check"]: entry["verdict"] for entry in json.loads(output)["checks"]}
+    assert [check for check, verdict in verdicts.items() if verdict == FAULT] == ["workdir"]
+    assert verdicts["disk"] == UNCHECKED
+    assert errors == (
+        f"not ready: workdir: {RUN}: a gs:// path needs gcsfs; install it with `pip install 'balcap-jax[gcs]'`, or "
+        "mount the bucket\n"
+    )
+
+
+def test_a_bucket_that_may_only_be_read(server, sound, monkeypatch):
+    plant(server, monkeypatch, "_store", lambda *_: True)
+    assert_fault(places.workdir(sound.config(), RUN), "workdir", f"{RUN}/.doctor-", ROLES)
+    assert server.names() == []
+
+
+def test_a_bucket_in_which_nothing_may_be_deleted(server, sound, monkeypatch):
+    plant(server, monkeypatch, "_object", lambda method, *_: method == "DELETE")
+    assert_fault(places.workdir(sound.config(), RUN), "workdir", ": access is denied", ROLES)
+    (left,) = server.names()
+    assert left.startswith("runs/a/.doctor-"), "and no lock, which would keep the run waiting"
+
+
+def test_a_store_without_preconditions(server, sound, monkeypatch):
+    monkeypatch.setattr(server, "_check", lambda *_: None)
+    finding = places.workdir(sound.config(), RUN)
+    assert_fault(finding, "workdir", f"{RUN} replaces objects against a precondition", "choose another place")
+    assert server.names() == []
+
+
+def test_answers_that_are_lost_are_no_finding(server, sound):
+    with server.failing(share=0.3):
+        for _ in range(3):
+            assert places.workdir(sound.config(), RUN).verdict == OK
+    assert server.failed > 5
+    assert server.names() == []
+
+
+# ---- disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_must_fit_on_this_machine_and_checkpoints_need_not(sound, monkeypatch):
+    config = sound.config(checkpoint__keep=100_000_000, judge__cache_dir="")
+    size = places.sizes(config)
+    assert min(size.models, size.logs) > 0
+    free = size.models // 2 + size.logs  # One of two models at a time.
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    finding = places.disk(config, RUN)
+    assert finding.verdict == OK
+    assert f"for copies of what goes to {RUN}: a model of " in finding.found
+    assert "a run leaves in its bucket checkpoints of" in finding.found
+    free -= 1
+    finding = places.disk(config, RUN)
+    assert_fault(finding, "disk", f"are free at {places._copies()}, ", "make room there, or set TMPDIR to")
+    assert f"most of it for copies of what goes to {RUN}" in finding.found
+    assert places._copies().parent.is_dir()
+    assert not storage.url_of(places._copies())
+    free += 10
+    made = (resolved("gs://bucket/data/scenes"), 10 + 10**12)
+    finding = places.disk(config, RUN, made)
+    assert_fault(finding, "disk", "most of it for a copy of the data set", "set TMPDIR to")
+
+
+def test_the_judges_answers_need_a_disk(sound):
+    finding = places.disk(sound.config(judge__cache_dir="gs://bucket/cache"), RUN)
+    assert_fault(finding, "disk", "gs://bucket/cache: the judge's answers (judge.cache_dir) must lie on a disk", "copy")
+
+
+# ---- checkpoint, data and what the reward reads ----------------------------------------------------------------------
+
+
+def test_a_sound_set_up_in_a_bucket_passes_without_a_word_of_warning(server, sound, capsys):
+    send(server, sound.folder / "model", "model")
+    send(server, sound.folder / "prepared", "prepared")
+    lines = [json.loads(line) for line in (sound.folder / "units.jsonl").read_text().splitlines()]
+    lines = [line | {"image": str(sound.folder / line["image"])} for line in lines]
+    server.put("units.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    given = {"model.path": "gs://bucket/model", "data.units": "gs://bucket/units.jsonl"}
+    doctor.main(sound.command(RUN, **given, **{"data.data_dir": "gs://bucket/prepared"}))
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert output.splitlines()[-1] == "ready"
+    assert str(bucket.root()) not in output
+    assert not [word for word in ("fault", "warning", "error", "left out") if word in output.lower()]
+    rows = {line.split()[1]: line for line in output.splitlines() if line.startswith("  ok ")}
+    assert "gs://bucket/model: qwen2_5_vl, " in rows["checkpoint"]
+    assert "13 samples to train on, 4 for validation, 7 held out for tests" in rows["data"]
+    assert "units.jsonl has lines about 24 of 24 samples" in rows["references"]
+    assert f"{RUN}: a run will begin there" in rows["workdir"]
+    assert not list(bucket.root().rglob("*.safetensors")), "weights stay where they are"
+    assert server.names("runs") == []
+
+
+def test_a_checkpoint_in_a_bucket_without_a_shard(server, sound):
+    send(server, sound.folder / "model", "model")
+    name = server.names("model/model-")[1]
+    del server.buckets["bucket"][name]
+    finding, _ = checkpoint.look(sound.config(model__path="gs://bucket/model"), None)
+    assert_fault(finding, "checkpoint", f"{bucket.SCHEME}bucket/{name} is missing", "download this shard")
+    finding, _ = checkpoint.look(sound.config(model__path="gs://nowhere/model"), None)
+    assert_fault(finding, "checkpoint", "there is no bucket gs://nowhere", "make it, or mend its name")
+
+
+def test_units_that_are_not_in_the_bucket(sound):
+    found = {f.check: f for f in pictures.look(sound.config(data__units="gs://bucket/none.jsonl"), 96, False)[0]}
+    assert found["data"].verdict == OK
+    assert_fault(found["references"], "references", "gs://bucket/none.jsonl", "")
+
+
+def scenes(**more: object):
+    sizes = {"data.train_size": 4, "data.validation_size": 2, "data.test_size": 4}
+    batches = {f"stages.{name}.batch_size": 2 for name in ("vision", "align", "sft", "rl")}
+    fields = sizes | batches | {"data.data_dir": "gs://bucket/data"}
+    given = fields | {name.replace("__", "."): value for name, value in more.items()}
+    return recipes.load(str(ROOT / "configs" / "scenes.py"), {name: str(value) for name, value in given.items()})
+
+
+def test_scenes_in_a_bucket_are_made_once(server):
+    config = scenes()
+    findings, seen = pictures.look(config, 32, tokenizer=False)
+    assert findings[0].found == f"scenes: 4 + 2 + 4 pictures will be made in {bucket.shown(seen.to_make[0])}"
+    assert findings[0].found.partition(" made in ")[2].startswith("gs://bucket/data/scenes/")
+    assert server.names() == []
+    with pytest.MonkeyPatch.context() as patch:
+        plant(server, patch, "_store", lambda *_: True)
+        assert_fault(pictures.look(config, 32, tokenizer=False)[0][0], "data", ": access is denied", ROLES)
+    pictures.data.load(config.data, 32, tokenizer=False)
+    storage._here.clear()
+    shutil.rmtree(bucket.root() / "bucket")
+    (of_data, _), seen = pictures.look(config, 32, tokenizer=False)
+    assert (of_data.verdict, seen.to_make) == (OK, None)
+    assert of_data.found.startswith("scenes: 4 samples to train on, 2 for validation, 4 held out for tests")
+
+
+PICTURES = {
+    "a parquet file": ("parquet", "gs://bucket/docci/a.parquet", "a parquet file"),
+    "a glob": ("parquet", "gs://bucket/docci/train-*.parquet", "a parquet file"),
+    "a folder of parquet": ("parquet", "gs://bucket/docci", "a parquet file"),
+    "a folder of pictures": ("photos", "gs://bucket/docci", "a folder of pictures (data.data_dir)"),
+    "pictures of lines": ("photos", "gs://bucket/docci/list.jsonl", "a picture"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_in_a_bucket_must_lie_on_a_disk(server, sound, name):
+    kind, place, what = PICTURES[name]
+    for each in ("a.parquet", "train-00000.parquet", "0.png"):
+        server.put(f"docci/{each}", b"PAR1")
+    server.put("docci/list.jsonl", b'{"image": "0.png", "caption": "A thing."}\n')
+    config = sound.config(data__name=kind, data__data_dir=place, data__manual_dir="")
+    of_data, _ = pictures.look(config, 96, tokenizer=False)[0]
+    remedy = "copy it (`gcloud storage cp -r`), or mount the bucket"
+    assert_fault(of_data, "data", f": {what} must lie on a disk", remedy)
+    assert of_data.found.startswith("gs://bucket/docci")
+    assert of_data.remedy == remedy
+
+
+def test_the_pictures_of_sharegpt4v_must_lie_on_a_disk(server, sound):
+    server.put(f"data/{ANNOTATIONS}", b"[]")
+    of_data, _ = pictures.look(sound.config(data__manual_dir="gs://bucket/data"), 96, tokenizer=False)[0]
+    assert_fault(of_data, "data", "gs://bucket/data: the folder of the pictures (data.manual_dir) must lie on", "copy")
+
+
+@pytest.mark.parametrize("place", ["a.parquet", "train-*.parquet", "A.PQ"])
+def test_commands_refuse_parquet_files_in_a_bucket(server, place):
+    server.put("docci/a.parquet", b"PAR1")
+    path = resolved(f"gs://bucket/docci/{place}")
+    reason = "a parquet file must lie on a disk; copy it"
+    with pytest.raises(UserError, match=reason):
+        items_of(path, "")
+    with pytest.raises(UserError, match=reason):
+        parquet_files.find(path, "what")
+    with pytest.raises(UserError, match="must lie on a disk; copy it"):
+        items_of(path.parent, "")
+    assert not path.parent.exists(), "nothing is fetched"
+
+
+def test_a_line_about_a_row_of_a_file_in_a_bucket(server, tmp_path):
+    write_lines(tmp_path / "list.jsonl", [{"image": "gs://bucket/a.parquet#3"}])
+    server.put("list.jsonl", b'{"image": "a.parquet#3"}\n')
+    with pytest.raises(UserError, match="must lie on a disk|is a URL"):
+        items_of(tmp_path / "list.jsonl", "")
+    with pytest.raises(UserError, match="must lie on a disk; copy it"):
+        items_of(resolved("gs://bucket/list.jsonl"), "")
