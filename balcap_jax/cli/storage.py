@@ -34,8 +34,8 @@ _here: dict[Path, int] = {}
 
 
 def refuse(path: str | os.PathLike, what: str) -> None:
-    """Raises UserError for a path in a bucket; `what` it is that needs a disk."""
-    if url := url_of(path):
+    """Raises UserError for a path in a bucket, or the URL of one; `what` it is that needs a disk."""
+    if url := os.fspath(path) if bucket.is_url(os.fspath(path)) else url_of(path):
         raise UserError(f"{url}: {what} must lie on a disk; copy it (`gcloud storage cp -r`), or mount the bucket")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.bucket import is_url
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes
 from balcap_jax.data import images
@@ -187,7 +188,7 @@ def _listed(source: Path, prompt: str) -> list[Item]:
             raise UserError(f'{source}, line {number}: {key!r} is line {lines[key]} already; give each its own "id"')
         lines[key] = number
         path = source.parent / entry["image"]
-        if in_bucket:
-            storage.refuse(path, "a picture")
+        if in_bucket or is_url(entry["image"]):
+            storage.refuse(entry["image"] if is_url(entry["image"]) else path, "a picture")
         items.append(Item(key, entry["image"], path, entry.get("prompt", prompt), entry.get("id"), entry=entry))
     return items

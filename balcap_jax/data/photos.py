@@ -25,6 +25,7 @@ import transformers
 from PIL import Image
 
 from balcap_jax.cli import json_text, storage
+from balcap_jax.cli.bucket import is_url
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.data import images, picture_index
@@ -291,6 +292,8 @@ def _listed(source: Path, folder: Path, columns: str, *, needs_caption: bool) ->
             entry = _renamed(entry, columns, folder, where)
         fields = read_record(entry, where, needs_caption=needs_caption)
         path, captions = os.path.join(folder, fields["image"]), fields.pop("captions")
+        if in_bucket or is_url(fields["image"]):
+            storage.refuse(fields["image"] if is_url(fields["image"]) else path, "a picture")
         record = records.get(real := real_path(path))
         record = record or Record(names(fields["image"]), path, PROMPT, ())
         captions = tuple(dict.fromkeys(record.captions + captions))

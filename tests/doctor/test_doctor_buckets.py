@@ -316,10 +316,14 @@ def test_commands_refuse_parquet_files_in_a_bucket(server, place):
     assert not path.parent.exists(), "nothing is fetched"
 
 
-def test_a_line_about_a_row_of_a_file_in_a_bucket(server, tmp_path):
-    write_lines(tmp_path / "list.jsonl", [{"image": "gs://bucket/a.parquet#3"}])
-    server.put("list.jsonl", b'{"image": "a.parquet#3"}\n')
-    with pytest.raises(UserError, match="must lie on a disk|is a URL"):
-        items_of(tmp_path / "list.jsonl", "")
-    with pytest.raises(UserError, match="must lie on a disk; copy it"):
-        items_of(resolved("gs://bucket/list.jsonl"), "")
+@pytest.mark.parametrize("image", ["a.parquet#3", "0.png"])
+def test_lines_about_pictures_in_a_bucket(server, sound, tmp_path, image):
+    """Named by their URLs in a file on a disk, or beside a file in a bucket."""
+    write_lines(tmp_path / "list.jsonl", [{"image": f"gs://bucket/{image}", "caption": "A thing."}])
+    server.put("list.jsonl", json.dumps({"image": image, "caption": "A thing."}).encode())
+    for place in (tmp_path / "list.jsonl", resolved("gs://bucket/list.jsonl")):
+        with pytest.raises(UserError, match=f"/{image}: a picture must lie on a disk; copy it"):
+            items_of(place, "")
+        config = sound.config(data__name="photos", data__data_dir=bucket.shown(place), data__manual_dir="")
+        of_data, _ = pictures.look(config, 96, tokenizer=False)[0]
+        assert_fault(of_data, "data", f"gs://bucket/{image}: a picture must lie on a disk", "copy it")
