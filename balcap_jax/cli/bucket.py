@@ -35,6 +35,7 @@ _PAGE = 1000
 _FIELDS = "nextPageToken,prefixes,items(name,size,crc32c,generation)"
 # The second is for Orbax, which asks what kind of bucket it is.
 _ROLES = "the roles storage.objectUser and storage.legacyBucketReader"
+MAKE_ROOM = "make room there, or set TMPDIR to a directory on another disk"
 _INSTALL = "a gs:// path needs gcsfs; install it with `pip install 'balcap-jax[gcs]'`, or mount the bucket"
 
 
@@ -124,6 +125,11 @@ def root() -> Path:
         _root = own / "gs"
         atexit.register(_remove_own, os.getpid())
     return _root
+
+
+def copies() -> Path:
+    """The directory of this machine, for all processes of the user, in which copies lie while a command runs."""
+    return root().parents[1]
 
 
 def _forget_root() -> None:
@@ -236,6 +242,8 @@ def _failure(url: str, error: Exception) -> BucketError:
         )
     if code == "403" or text.startswith("Forbidden"):
         return BucketError(f"{url}: access is denied; give this account {_ROLES} on {where} ({text[-200:]})")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BucketError(f"{url}: a copy of it has no room in {copies()} ({error.strerror}); {MAKE_ROOM}")
     return BucketError(
         f"{url} cannot be reached ({type(error).__name__}: {text[:200]}); what is in the bucket is whole, run the same "
         "command again"

@@ -32,14 +32,6 @@ _PROBE = ".doctor"  # of a folder that is made, renamed and removed, and of an o
 _STEP_BYTES, _TOKEN_BYTES, _PIXEL_BYTES = 4000, 40, 2
 
 
-_ELSEWHERE = "make room there, or set TMPDIR to a directory on another disk"
-
-
-def _copies() -> Path:
-    """The directory of this machine in which files of buckets lie while a command runs."""
-    return bucket.root().parents[1]
-
-
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     path = path.absolute()
@@ -68,8 +60,8 @@ def workdir(config: ConfigDict, place: str) -> Finding:
         return fault(WORKDIR, error)
     except OSError as error:
         if url:
-            found = f"no copy of what is in {url} can be kept in {_copies()}: {error.strerror}"
-            return Finding(WORKDIR, FAULT, found, _ELSEWHERE)
+            found = f"no copy of what is in {url} can be kept in {bucket.copies()}: {error.strerror}"
+            return Finding(WORKDIR, FAULT, found, bucket.MAKE_ROOM)
         found = f"{folder} does not take what training does to it: {error.strerror} ({error.filename})"
         return Finding(WORKDIR, FAULT, found, "choose another --workdir, on a disk with renames and locks")
     return Finding(WORKDIR, OK, f"{folder}: {_begins(is_new)}; writes, renames and locks work")
@@ -225,9 +217,9 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
     except UserError:
         return Finding(DISK, UNCHECKED, "the workdir comes first")
     if url := storage.url_of(folder):
-        folder, one = _copies(), size.models // (1 + bool(config.checkpoint.best_metric))
+        folder, one = bucket.copies(), size.models // (1 + bool(config.checkpoint.best_metric))
         here = f"copies of what goes to {url}: a model of {_gb(one)}, logs of about {_gb(size.logs)}"
-        parts = [Part(here, folder, one + size.logs, _ELSEWHERE)]
+        parts = [Part(here, folder, one + size.logs, bucket.MAKE_ROOM)]
     else:
         todo = "lower checkpoint.keep, make room there, or choose another --workdir"
         parts = [Part(run, folder, size.checkpoints + size.models + size.logs - _used(folder), todo)]
@@ -240,7 +232,7 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
         todo = "lower judge.cache_gb, or set judge.cache_dir to another disk"
         parts.append(Part("the judge's cache", cache, int(config.judge.cache_gb * GB) - _used(cache), todo))
     if to_make and storage.url_of(to_make[0]):
-        parts.append(Part("a copy of the data set", _copies(), to_make[1], _ELSEWHERE))
+        parts.append(Part("a copy of the data set", bucket.copies(), to_make[1], bucket.MAKE_ROOM))
     elif to_make:
         parts.append(Part("the data set", *to_make, "set data.data_dir to a disk with room"))
     disks: dict[int, list[Part]] = defaultdict(list)

@@ -1,7 +1,9 @@
 """What `doctor` finds of places in a bucket, against a server of its API in this process."""
 
+import errno
 import importlib.util
 import json
+import os
 import shutil
 import types
 from pathlib import Path
@@ -192,14 +194,27 @@ def test_a_model_must_fit_on_this_machine_and_checkpoints_need_not(sound, monkey
     assert "a run leaves in its bucket checkpoints of" in finding.found
     free -= 1
     finding = places.disk(config, RUN)
-    assert_fault(finding, "disk", f"are free at {places._copies()}, ", "make room there, or set TMPDIR to")
+    assert_fault(finding, "disk", f"are free at {bucket.copies()}, ", "make room there, or set TMPDIR to")
     assert f"most of it for copies of what goes to {RUN}" in finding.found
-    assert places._copies().parent.is_dir()
-    assert not storage.url_of(places._copies())
+    assert bucket.copies().parent.is_dir()
+    assert not storage.url_of(bucket.copies())
     free += 10
     made = (resolved("gs://bucket/data/scenes"), 10 + 10**12)
     finding = places.disk(config, RUN, made)
     assert_fault(finding, "disk", "most of it for a copy of the data set", "set TMPDIR to")
+
+
+def test_a_copy_that_has_no_room(server, sound, monkeypatch):
+    server.put("units.jsonl", b"{}\n")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bucket._client(), "get_file", full)
+    found = {f.check: f for f in pictures.look(sound.config(data__units="gs://bucket/units.jsonl"), 96, False)[0]}
+    assert found["data"].verdict == OK
+    what = f"gs://bucket/units.jsonl: a copy of it has no room in {bucket.copies()} (No space left on device)"
+    assert_fault(found["references"], "references", what, "make room there, or set TMPDIR to")
 
 
 def test_the_judges_answers_need_a_disk(sound):
