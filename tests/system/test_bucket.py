@@ -200,7 +200,7 @@ def test_references_are_written_to_a_bucket(server, tmp_path, finished):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("balcap_jax.train --config={micro} --workdir=gs://nowhere/run", "there is no bucket gs://nowhere; make it"),
+        ("balcap_jax.train --config={micro} {eight} --workdir=gs://nowhere/run", "there is no bucket gs://nowhere; make it"),
         ("balcap_jax.caption --model=gs://bucket/none --images={here} --out=x.jsonl", "no model at gs://bucket/none:"),
         ("balcap_jax.caption --model={here} --images=gs://bucket/photos --out=x.jsonl", "no model at {here}"),
         ("balcap_jax.evaluate --suite=captions --data=gs://bucket/bench --captions=c.jsonl --out=o", "must lie on a"),
@@ -215,6 +215,7 @@ def test_what_cannot_work_is_said_in_one_line(server, tmp_path, capsys, monkeypa
 
     monkeypatch.chdir(tmp_path)
     places = {"here": tmp_path, "micro": Path(__file__).with_name("micro.py")}
+    places["eight"] = "--config.stages.sft.batch_size=8 --config.stages.rl.batch_size=8"  # for the devices of tests
     name, *words = given.format(**places).split()
     module = importlib.import_module(name)
     module = importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
