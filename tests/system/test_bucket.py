@@ -200,7 +200,7 @@ def test_references_are_written_to_a_bucket(server, tmp_path, finished):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("balcap_jax.train --config={micro} {eight} --workdir=gs://nowhere/run", "there is no bucket gs://nowhere; make it"),
+        ("balcap_jax.train --config={micro} {eight} --workdir=gs://nowhere/run", "no bucket gs://nowhere; make it"),
         ("balcap_jax.caption --model=gs://bucket/none --images={here} --out=x.jsonl", "no model at gs://bucket/none:"),
         ("balcap_jax.caption --model={here} --images=gs://bucket/photos --out=x.jsonl", "no model at {here}"),
         ("balcap_jax.evaluate --suite=captions --data=gs://bucket/bench --captions=c.jsonl --out=o", "must lie on a"),
