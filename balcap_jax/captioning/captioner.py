@@ -250,6 +250,7 @@ def caption(
     with contextlib.ExitStack() as stack:
         file = None
         if distributed.is_first():
+            out, source = resolved(out), resolved(source)
             items, folder = items_of(source, options.prompt), folder_of(source)
             settings = provenance.identity(model) | options.settings()
             stack.enter_context(storage.kept(out, provenance.files_of(out)))

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.data.addresses import is_parquet
 from balcap_jax.data.listing import Item, list_items
@@ -17,6 +18,8 @@ def items_of(source: str | os.PathLike, prompt: str, *, columns: str = "", texts
       UserError: as `list_items` and `parquet.list_rows` do.
     """
     source = Path(source)
+    if is_parquet(source):
+        storage.refuse(source, "a parquet file")
     if source.is_dir():  # A folder of pictures may hold tables about them.
         try:
             items = list_items(source, prompt)

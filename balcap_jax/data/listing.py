@@ -43,6 +43,10 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
       UserError: nothing there, a bad line, or two lines with one id.
     """
     source = Path(source)
+    if source.suffix == ".jsonl":
+        storage.fetch(source)
+    elif storage.url_of(source):
+        storage.refuse(source, "a folder of pictures")
     if source.is_dir():
         items = []
         for name, problem in files_below(source, "--images"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 from balcap_jax.data import columns as choices
@@ -187,7 +188,7 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
     table = open_table(source, chosen, root, "config field 'data.data_dir'", needs_caption=not units)
     left_out: list[LeftOut] = []
     if units:
-        table, left_out = _join(table, resolved(units))
+        table, left_out = _join(table, storage.fetch(resolved(units)))
     there = table.columns.keys() | {field for said in (table.said or {}).values() for field in said}
     for field in needs:
         if field in REWARDED and field not in there:

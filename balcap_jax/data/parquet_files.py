@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import open_regular, resolved
 from balcap_jax.data.addresses import SUFFIXES, folder_of
@@ -119,6 +120,7 @@ def find(source: str | os.PathLike, what: str) -> tuple[list[Path], Path]:
       UserError: there is none; the line begins with `what`.
     """
     place = resolved(source)
+    storage.refuse(place, "a parquet file")
     if place.is_dir():
         # A hidden folder holds halves of downloads.
         found = [path for suffix in SUFFIXES for path in place.rglob(f"*{suffix}")]

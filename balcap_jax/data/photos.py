@@ -284,7 +284,7 @@ def _listed(source: Path, folder: Path, columns: str, *, needs_caption: bool) ->
     Paths start from `folder`. `columns` is `data.columns`: "" = a line has our own names of fields.
     """
     records: dict[str, Record] = {}
-    names, real_path = PictureNames(folder), RealPaths()
+    names, real_path, in_bucket = PictureNames(folder), RealPaths(), storage.url_of(source)
     for number, line in lines_of(source):
         where = f"{source}, line {number}"
         entry = json_text.parse_object(line, where, "mend or remove that line")

@@ -196,7 +196,7 @@ class Run:
         done = self._checkpointer.latest_step() or 0
         self._left_out = read_left_out(workdir) if done else []
         self._write_left_out()
-        if self.total and not done and distributed.from_first(self.leads and self.model.exists()):
+        if self.total and not done and distributed.from_first(self.leads and storage.exists(self.model)):
             raise UserError(
                 f"{workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move "
                 f"{self.model} away to train from the start"

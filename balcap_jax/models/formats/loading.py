@@ -23,6 +23,7 @@ from balcap_jax.models import fields as model_fields
 from balcap_jax.models import llava, lora, qwen2_5_vl, qwen3_vl
 from balcap_jax.models.fields import DEFAULTS, OWN
 from balcap_jax.models.formats import hf, peft, safetensors
+from balcap_jax.models.formats.safetensors import refuse_pointer
 from balcap_jax.models.formats.slices import Index, read_slice
 from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
