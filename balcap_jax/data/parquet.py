@@ -251,10 +251,11 @@ def _join(table: Table, units: Path) -> tuple[Table, list[LeftOut]]:
     files = table.files
     by_path = {real_path(path): index for index, path in enumerate(files.paths)}
     by_name = {os.path.relpath(path, files.folder): index for index, path in enumerate(files.paths)}
+    plain = choices.picture_column(files.schema)  # that of addresses which name none
 
     def row_at(path: str, image: str) -> int | None:
-        if not (inside := address(path)):
-            return None
+        if not (inside := address(path)) or (inside[2] or plain) != table.columns["image"].partition(".")[0]:
+            return None  # It is about another picture of the row, or about none.
         file = by_path.get(real_path(inside[0]))
         if file is None and not os.path.lexists(inside[0]):
             file = next((by_name[end] for end in endings(address(image)[0]) if end in by_name), None)

@@ -59,6 +59,20 @@ def test_lines_are_joined_by_address(tmp_path, folder, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_lines_about_another_picture_of_the_row_are_not_joined(tmp_path):
+    table = {"jpg": pictures(range(5)), "png": pictures(range(5, 10)), "caption": ["Old."] * 5}
+    write(tmp_path / "set" / "a.parquet", table)
+    units = {}
+    for column in ("jpg", "png"):
+        found = items_of(tmp_path / "set", "Ask.", columns=f"image={column}")
+        units[column] = lines(tmp_path / f"{column}.jsonl", [item.image for item in found], "set/")
+        given = settings(tmp_path / "set", units=units[column], columns=f"image={column}")
+        assert len(all_of(data.load(given, 0))) == 5
+    for column, other in (("jpg", "png"), ("png", "jpg")):
+        with pytest.raises(UserError, match=rf"{other}\.jsonl"):
+            data.load(settings(tmp_path / "set", units=units[other], columns=f"image={column}"), 0)
+
+
 def test_files_and_lines_may_be_moved_apart(tmp_path, folder):
     units = lines(tmp_path / "out" / "units.jsonl", NAMES)
     (tmp_path / "elsewhere").mkdir()
