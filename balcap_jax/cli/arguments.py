@@ -44,15 +44,20 @@ def split_overrides(argv: Sequence[str], prefix: str = OVERRIDE) -> tuple[list[s
     return rest, overrides
 
 
-def seconds(text: str) -> float:
-    """A positive number of seconds."""
+def positive(text: str, below: float, what: str) -> float:
+    """A number between 0 and `below`; the error says that it takes `what`."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"it takes a number of seconds, got {text!r}")
+    if not 0 < value < below:
+        raise argparse.ArgumentTypeError(f"it takes {what}, got {text!r}")
     return value
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    return positive(text, 1e6, "a number of seconds")
 
 
 def place(text: str) -> str:

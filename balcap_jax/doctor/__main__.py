@@ -8,7 +8,6 @@ compiles the programs as well (`aot`), which takes minutes.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from balcap_jax import rewards
 from balcap_jax.cli import bucket, json_text
-from balcap_jax.cli.arguments import OVERRIDE, CommandParser, place, seconds, split_overrides
+from balcap_jax.cli.arguments import OVERRIDE, CommandParser, place, positive, seconds, split_overrides
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config import recipes as configuration
@@ -85,13 +84,7 @@ def _image_size(config: ConfigDict) -> int:
 
 def amount(text: str) -> float:
     """A positive number, such as a price."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e12:
-        raise argparse.ArgumentTypeError(f"it takes a number above 0, got {text!r}")
-    return value
+    return positive(text, 1e12, "a number above 0")
 
 
 def workdir(text: str) -> str:
