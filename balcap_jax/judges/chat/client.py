@@ -248,7 +248,7 @@ class ChatClient(contextlib.AbstractContextManager):
     async def _call(self, ask: Ask, release: Callable[[], None]) -> Answer | Failure:
         """Sends requests until one gives a usable answer, retries or time run out, or no endpoint can give one.
 
-        `release` lets questions that begin alike go ahead: when a request fails, or takes long.
+        `release` lets questions that begin alike go ahead: when a request fails but is not turned away, or takes long.
         """
         loop, settings = asyncio.get_running_loop(), self.settings
         ends: float | None = None  # Waiting for one's turn uses nothing of the deadline: limits may make it long.
@@ -272,7 +272,6 @@ class ChatClient(contextlib.AbstractContextManager):
                 async with self._slots:
                     if loop.time() < endpoint.breaker.asked_until:  # It asked to wait after it was chosen.
                         endpoint.breaker.abandoned()
-                        release()
                         continue
                     now = loop.time()
                     ends = now + settings.deadline if ends is None else ends + now - queued
@@ -287,7 +286,8 @@ class ChatClient(contextlib.AbstractContextManager):
                     return answer
             except CallError as caught:
                 error = caught
-                release()
+                if error.kind != "busy":  # What that endpoint turns away is asked elsewhere, still one before the others.
+                    release()
             except BaseException:
                 endpoint.breaker.abandoned()
                 raise
