@@ -3,13 +3,12 @@
 Values are in points (0 to 100), arena in -100 to 100, words in words.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from balcap_jax.ablate import statistics
+from balcap_jax.ablate.statistics import Paired, paired
 from balcap_jax.ablate.variants import FULL, VARIANTS, Variant
 from balcap_jax.report.run import MINIATURE
 
@@ -44,26 +43,19 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """Mean over seeds of (variant - other) of the same seed, with the half width of its t interval (None: one seed)."""
+def verdict(change: Paired, direction: int) -> str:
+    """Whether a difference goes in the reported direction: "yes" and "no" only where its interval leaves no doubt.
 
-    mean: float
-    half: float | None
-    seeds: int
-
-    def verdict(self, direction: int) -> str:
-        """Whether it goes in the reported direction: "yes" and "no" only where the interval leaves no doubt.
-
-        A direction of 0, "does not fall", holds where a fall of more than MARGIN is outside of the interval.
-        """
-        if self.half is None:
-            return "one seed"
-        if direction == 0:
-            return "yes" if self.mean - self.half > -MARGIN else "no" if self.mean + self.half < 0 else "not told apart"
-        if abs(self.mean) <= self.half:
-            return "not told apart"
-        return "yes" if self.mean * direction > 0 else "no"
+    A direction of 0, "does not fall", holds where a fall of more than MARGIN is outside of the interval.
+    """
+    half = change.half()
+    if half is None:
+        return "one seed"
+    if direction == 0:
+        return "yes" if change.mean - half > -MARGIN else "no" if change.mean + half < 0 else "not told apart"
+    if abs(change.mean) <= half:
+        return "not told apart"
+    return "yes" if change.mean * direction > 0 else "no"
 
 
 def differences(values: Values, variant: str, other: str, metric: str) -> list[float]:
@@ -73,16 +65,10 @@ def differences(values: Values, variant: str, other: str, metric: str) -> list[f
     return [ours[seed][metric] - theirs[seed][metric] for seed in seeds]
 
 
-def difference(values: Values, variant: str, other: str, metric: str) -> Difference | None:
-    """Paired over the seeds that both have; None where there are none.
-
-    Runs of one seed share their base model and their order of data, so differences vary less than values do.
-    """
+def difference(values: Values, variant: str, other: str, metric: str) -> Paired | None:
+    """Over the seeds that both have; None where there are none."""
     each = differences(values, variant, other, metric)
-    if not each:
-        return None
-    found = statistics.paired(each)
-    return Difference(found.mean, found.half(), found.n)
+    return paired(each) if each else None
 
 
 def claims_of(variant: str, known: Mapping[str, Variant] = VARIANTS) -> list[tuple[str, int, str, str]]:
@@ -109,12 +95,12 @@ def rows(values: Values, known: Mapping[str, Variant] = VARIANTS) -> list[dict[s
                 metrics[metric] = {"mean": mean, "sd": spread, "seeds": {str(seed): x for seed, x in seeds.items()}}
                 change = difference(values, variant, FULL, metric)
                 if change is not None and variant not in (FULL, BASE):
-                    metrics[metric]["against_full"] = {"mean": change.mean, "half": change.half}
+                    metrics[metric]["against_full"] = {"mean": change.mean, "half": change.half()}
         for metric, sign, other, source in claims_of(variant, known):
             change = difference(values, variant, other, metric)
             if change is not None:
                 claim = {"metric": metric, "direction": sign, "source": source, "against": other}
-                claims.append(claim | {"mean": change.mean, "half": change.half, "agrees": change.verdict(sign)})
+                claims.append(claim | {"mean": change.mean, "half": change.half(), "agrees": verdict(change, sign)})
         about = known[variant].about if variant in known else _ABOUT_BASE if variant == BASE else ""
         table.append({"variant": variant, "about": about, "seeds": len(by_seed), "metrics": metrics, "claims": claims})
     return table

@@ -6,10 +6,10 @@ import xml.etree.ElementTree
 import pytest
 
 from balcap_jax.ablate import plot
+from balcap_jax.ablate.statistics import Paired
 from balcap_jax.ablate.table import (
     BASE,
     METRICS,
-    Difference,
     claims_markdown,
     claims_of,
     difference,
@@ -17,6 +17,7 @@ from balcap_jax.ablate.table import (
     mean_and_spread,
     points,
     rows,
+    verdict,
 )
 from balcap_jax.ablate.variants import FULL, LEAVE_ONE_OUTS, VARIANTS, Variant
 from balcap_jax.config import ablations
@@ -56,18 +57,18 @@ def test_mean_and_spread():
 
 def test_differences_are_paired_by_seed():
     found = difference(VALUES, "grpo", FULL, "b_capscore")
-    assert (found.mean, found.seeds) == (-5.0, 3)
-    assert found.half == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert (found.mean, found.n) == (-5.0, 3)
+    assert found.half() == pytest.approx(4.302652729911275 / math.sqrt(3))
     two = difference(VALUES, "grpo", FULL, "dcscore")  # -3 and 3, of the seeds that both have; t(0.975, 1) = 12.7062
-    assert (two.mean, two.seeds) == (0.0, 2)
-    assert two.half == pytest.approx(12.706204736 * math.sqrt(18) / math.sqrt(2))
-    assert difference(VALUES, "mine<&>", FULL, "b_capscore") == Difference(0.5, None, 1)
+    assert (two.mean, two.n) == (0.0, 2)
+    assert two.half() == pytest.approx(12.706204736 * math.sqrt(18) / math.sqrt(2))
+    assert difference(VALUES, "mine<&>", FULL, "b_capscore") == Paired(0.5, None, 1)
     assert difference(VALUES, "mine<&>", "grpo", "dcscore") is None
     assert difference(VALUES, "grpo", "no_gate", "dcscore") is None
 
 
 @pytest.mark.parametrize(
-    ("mean", "half", "direction", "verdict"),
+    ("mean", "half", "direction", "said"),
     [
         (-5.0, 2.5, -1, "yes"),
         (-5.0, 2.5, 1, "no"),
@@ -82,8 +83,9 @@ def test_differences_are_paired_by_seed():
         (-5.0, None, -1, "one seed"),
     ],
 )
-def test_a_claim_is_settled_only_beyond_the_spread(mean, half, direction, verdict):
-    assert Difference(mean, half, 3).verdict(direction) == verdict
+def test_a_claim_is_settled_only_beyond_the_spread(mean, half, direction, said):
+    sd = None if half is None else half * math.sqrt(3) / 4.302652729911275  # t(0.975, 2)
+    assert verdict(Paired(mean, sd, 3 if sd is not None else 1), direction) == said
 
 
 def test_claims():
