@@ -130,8 +130,15 @@ def test_every_folder_and_file_of_the_package_is_in_the_map():
     named = set(re.findall(r"^\| .*", section("How it works").partition("leaves in its workdir")[0], re.MULTILINE)[1:])
     named = {name for row in named for name in re.findall(r"`([a-z_]+(?:/|\.py))`", row)}
     parts = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    starts = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "drawing.py", "refill.py"}
+    starts = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py", "drawing.py", "refill.py"}
     assert parts | starts == named
+
+
+def test_every_command_is_listed():
+    table = rows(TEXT.partition("Commands, as")[2])[1:]
+    listed = {name for row in table for name in re.findall(r"`(\w+)`", row[0])}
+    commands = {path.stem for path in PACKAGE.glob("[a-z]*.py") if "def main(" in path.read_text()}
+    assert listed == commands | {path.parent.name for path in PACKAGE.glob("*/__main__.py")}
 
 
 def test_fields_are_fields():
