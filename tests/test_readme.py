@@ -267,8 +267,11 @@ def test_what_fits_is_what_was_compiled():
         assert f"--topology={chip}" in measured or chip in measured
         for size in sizes:
             assert re.search(rf"(?<![\d.]){re.escape(size)}(?![\d.])", measured), size
-    for *_, ratio, _ in rows(section("How fast"))[1:]:
+    for _, peer, ratio in rows(section("How fast"))[1:]:
         assert re.search(rf"\*\*{re.escape(ratio)}x?\*\*", measured), ratio
+        assert peer in measured or f"google-{peer.lower()}" in measured
+    shares = re.search(r"takes ([\d.]+) of transformers'\s+time and ([\d.]+) of Tunix's", section("How fast")).groups()
+    assert "That is {} of transformers' time and {} of Tunix's.".format(*shares) in measured
     for name, version in zip(*[row[2:] for row in rows(section("Beside other projects"))[:2]], strict=True):
         if f"{name} " in measured and name != "MaxText":
             assert f"{name} {version}" in measured or f"google-{name.lower()} {version}" in measured, name
