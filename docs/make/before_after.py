@@ -37,7 +37,7 @@ MEANINGS = {
 }
 # Both sets have a contrast of at least 4.5 on their card, which hides the page's own colour.
 STYLE = """
-.card{fill:#fff;stroke:#d0d7de}.plain,.name{fill:#57606a}.name{font-weight:600}.score{fill:#1f2328;font-weight:600}
+.card{fill:#fff;stroke:#d0d7de}.frame{fill:none;stroke:#8c959f}.plain,.name{fill:#57606a}.name{font-weight:600}.score{fill:#1f2328;font-weight:600}
 .right{fill:#116329}.wrong{fill:#b42318;text-decoration:line-through}
 .empty{fill:#7a3fc4;font-style:italic;text-decoration:underline}.missing{fill:#8a5300}
 @media (prefers-color-scheme:dark){
@@ -170,6 +170,7 @@ def draw(record: dict, *, narrow: bool) -> str:
         f"<title>{escape(alternative(record))}</title>\n<style>{STYLE}</style>\n"
         f'<rect class="card" x=".5" y=".5" width="{width - 1}" height="{height - 1:.0f}" rx="10"/>\n'
         f'<image x="{x:g}" y="{top:.0f}" width="{picture}" height="{picture}" href="{_scene(record)}"/>\n'
+        f'<rect class="frame" x="{x:g}" y="{top:.0f}" width="{picture}" height="{picture}"/>\n'
         + "\n".join(body)
         + "\n</svg>\n"
     )
