@@ -46,6 +46,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 import jax  # noqa: E402
+import output_keys  # noqa: E402
 
 # Through jax's own setting and not XLA_FLAGS: commands that the tests start see one device, as on a user's machine.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -67,7 +68,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What the imports made lives as long as the process: collections of garbage need not walk it each time."""
+    """What runs write is looked at from here on. What the imports made lives as long as the process: collections of
+    garbage need not walk it each time."""
+    output_keys.watch()
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,7 @@
-"""Prints the fields of a configuration, or the resolved settings of one: `python -m balcap_jax.config --help`."""
+"""Prints the fields of a configuration, the resolved settings of one, or the keys of what commands write.
+
+See `python -m balcap_jax.config --help`.
+"""
 
 import shutil
 import sys
@@ -9,6 +12,7 @@ from typing import Any
 from balcap_jax.cli.arguments import CommandParser
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.config import outputs
 from balcap_jax.config.recipes import add_arguments, leaves, parse_command_line
 from balcap_jax.config.schema import FIELDS
 
@@ -50,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Prints every field of a configuration; with --config, the resolved values of a recipe.",
     )
     add_arguments(parser, required=False)
+    parser.add_argument("--outputs", action="store_true", help="print the keys of the files that commands write")
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not any(argument.startswith("--config") for argument in arguments):
-        parser.parse_args(arguments)
+        if parser.parse_args(arguments).outputs:
+            print(outputs.text())
+            return
         print(table(max(100, shutil.get_terminal_size((160, 24)).columns)))
         return
     if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
