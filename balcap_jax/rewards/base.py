@@ -14,7 +14,7 @@ from balcap_jax.judges.schema import Failure, Judge, LeftOut, ask_all
 class Samples:
     """The captions of one rollout batch on the host, as plain text.
 
-    `example_ids`, `references`, `reference_units`, `metadata` have length B; `captions` is [B][G];
+    `example_ids`, `references`, `reference_units`, `metadata` have length B; `captions` is `[B][G]`;
     `images` is uint8 [B, height, width, 3], a list of B such pictures of different sizes, or None;
     `tokens` [B, G] are the captions' lengths, or None where nobody counted them.
     `metadata` holds the other fields of an example: scene, questions, rubrics.
@@ -31,7 +31,7 @@ class Samples:
     left_out: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def asked(self, method: str, b: int, g: int, question: Any) -> Any:
-        """`question`, about caption [b][g], or what stands for it where it is left out."""
+        """`question`, about caption `[b][g]`, or what stands for it where it is left out."""
         return LeftOut() if method in self.left_out and self.left_out[method][b, g] else question
 
     @property
@@ -47,7 +47,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """`rewards` [B, G, K] float32 (0 where not valid), `valid` [B, G, K] bool, `detail` [B][G] JSON-able dicts.
+    """`rewards` [B, G, K] float32 (0 where not valid), `valid` [B, G, K] bool, `detail` `[B][G]` JSON-able dicts.
 
     A user's own reward may give any NumPy numbers; a valid one that is NaN or infinite becomes a missing value.
 
