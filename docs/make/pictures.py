@@ -94,18 +94,18 @@ def step() -> Drawing:
     d = Drawing(780, 330, "One RL step: data, rollout, judge, update, and what comes out of it")
     d.box(20, 30, 130, 96, "data", "B pictures", "with prompts", "[B, P]")
     rollout = "encode each picture once", "prefill each prompt once", "decode G captions", "[B, G, R]"
-    d.box(190, 30, 196, 134, "rollout, compiled", *rollout)
-    d.box(426, 30, 150, 96, "judge, host", "scores or nothing", "rewards [B, G, K]", "valid [B, G, K]")
+    d.box(190, 30, 196, 134, "rollout", *rollout)
+    d.box(426, 30, 150, 96, "judge", "scores or nothing", "rewards [B, G, K]", "valid [B, G, K]")
     update = "length gate", "advantages", "log-probabilities", "loss, gradient", "AdamW"
-    d.box(616, 30, 150, 153, "update, compiled", *update, fill="paper")
+    d.box(616, 30, 150, 153, "update", *update, fill="paper")
     for start, end in ((150, 188), (386, 424), (576, 614)):
         d.line((start, 78), (end, 78), arrow=True)
     d.line((285, 164), (285, 226), (596, 226), (596, 166), (614, 166), arrow=True)
     d.text(298, 217, "tokens, log-probabilities, image features", size=13, fill="soft")
     d.line((691, 183), (691, 276), (90, 276), (90, 128), arrow=True)
     d.text(104, 267, "new parameters", size=13, fill="soft")
-    written = "numbers to metrics.jsonl, captions to samples/, a checkpoint when it is due"
-    d.text(104, 306, written, size=13, fill="soft")
+    note = "rollout and update are one compiled program each; the judge runs on the host"
+    d.text(104, 306, note, size=13, fill="soft")
     return d
 
 
