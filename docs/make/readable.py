@@ -1,6 +1,7 @@
-"""A hook of MkDocs: formulas become MathML, which browsers draw themselves, without a script from another host.
+"""A hook of MkDocs for what Markdown alone does not give.
 
-What may be wider than a phone can be scrolled, and is reached by the keyboard for that: formulas, tables and code.
+Formulas become MathML, which browsers draw themselves, without a script from another host. What may be wider than a
+phone can be scrolled, and is reached by the keyboard for that: formulas, tables and code.
 """
 
 import html
@@ -13,6 +14,13 @@ _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 # Inside the code: what the theme's script finds on the element itself it takes away on phones.
 _CODE = re.compile(r"(<pre[^>]*>(?:<span></span>)?<code[^>]*>)(.*?)(</code></pre>)", re.DOTALL)
 _LONG = 48  # characters of a formula within a line that may not fit a phone
+
+
+def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+    """Questions become headings, so that the search and the list of contents find them."""
+    if page.file.src_uri != "faq.md":
+        return markdown
+    return re.sub(r"^\*\*(.+\?(?: Why\?)?)\*\*$", r"### \1\n", markdown, flags=re.MULTILINE)
 
 
 def on_page_content(content: str, **_: object) -> str:

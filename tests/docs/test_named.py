@@ -37,6 +37,7 @@ def commands(text: str) -> list[list[str]]:
     lines = [*blocks(text).splitlines(), *inline(text)]
     found = []
     for line in lines:
+        line = re.sub(r"(?<![\w-])balcap (?=[a-z]+ --)", "python -m balcap_jax.", line)
         for start in re.finditer(r"python -m balcap_jax\.\w|python benchmarks/|(?:bash |sbatch )?launch/\S+\.sh", line):
             words = re.sub(r"\s#.*|\.\.\.|[\"']", " ", line[start.start() :]).split()
             found.append(words[: words.index("|")] if "|" in words else words)
@@ -95,6 +96,11 @@ def test_recipes_and_variants_are_there():
         (page, word.partition("=")[2] if "=" in word else word)
         for page, text in PAGES.items()
         for word in re.findall(r"(?:--config=)?configs/(?!vlm|RECIPE)\w+\.py(?::[\w,]+)?", text)
+    }
+    named |= {
+        (page, f"configs/{name}.py{variant}")
+        for page, text in PAGES.items()
+        for name, variant in re.findall(r"--config=([a-z]\w+)((?::[\w,]+)?)(?![\w./:-])", text)
     }
     assert len(named) > 15
     for page, recipe in sorted(named):
@@ -196,3 +202,15 @@ def test_links_and_pictures_lead_somewhere():
                 wrong.append(f"{page}: {link}")
     assert count > 60
     assert wrong == []
+
+
+def test_every_page_is_in_the_list_of_pages():
+    listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(PAGES)
+
+
+def test_questions_are_bold_lines_of_their_own():
+    """docs/make/readable.py makes headings of them."""
+    questions = re.findall(r"^\*\*.*$", PAGES["faq.md"], re.MULTILINE)
+    assert len(questions) > 50
+    assert [one for one in questions if not re.fullmatch(r"\*\*.+\?( Why\?)?( What .*\?)?\*\*", one)] == []
