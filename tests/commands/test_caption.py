@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import output_keys
 import pytest
 from PIL import Image
 from system.command_runs import start as start_forked
@@ -213,6 +214,10 @@ def test_best_of_n_is_the_sample_of_the_highest_mean_log_probability(llava, fold
         assert chosen[line["image"]] == line
         first += highest == 0
     assert 0 < first < len(GOOD)  # not simply the first
+    for out in (best, every):
+        assert [problem for line in lines_of(out) for problem in output_keys.problems("F.jsonl", line)] == []
+        (settings,) = output_keys.records(out.with_suffix(".settings.json"))
+        assert output_keys.problems("F.settings.json", settings) == []
 
 
 def test_the_score_is_the_models_own(llava, folder, tmp_path, monkeypatch):

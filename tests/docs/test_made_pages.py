@@ -50,6 +50,31 @@ def test_no_key_stands_twice():
         assert len(set(names)) == len(names)
 
 
+def test_every_key_is_a_name_in_the_code():
+    """The other way round than `output_keys`: what nobody writes any more has no row."""
+    literals = set()
+    for path in (ROOT / "balcap_jax").rglob("*.py"):
+        if path.name != "outputs.py":
+            nodes = ast.walk(ast.parse(path.read_text()))
+            for node in nodes:
+                literals |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+                literals |= {node.arg} if isinstance(node, ast.keyword) else set()
+                # Fields of named tuples and of data classes that are written as they are.
+                literals |= (
+                    {node.target.id} if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id") else set()
+                )
+    gone = []
+    for output in OUTPUTS:
+        for key in output.keys:
+            whole = re.sub("<[a-z]+>.*", "", key.name)
+            last = re.split(r"\.|\[\]|/", key.name)[-1]
+            parts = [part for part in (whole, whole.rstrip("/"), whole.rstrip("."), last) if part]
+            fixed = "<" not in last
+            if not any(part in literals for part in parts) and (fixed or "." not in key.name):
+                gone.append(f"{output.path}: {key.name}")
+    assert gone == []
+
+
 # ---- pictures
 
 
