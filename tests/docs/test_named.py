@@ -2,14 +2,18 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import output_keys
 import pytest
 
+from balcap_jax import rewards
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config import recipes
 from balcap_jax.config.schema import FIELDS
+from balcap_jax.rewards.base import Samples
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -214,3 +218,28 @@ def test_questions_are_bold_lines_of_their_own():
     questions = re.findall(r"^\*\*.*$", PAGES["faq.md"], re.MULTILINE)
     assert len(questions) > 50
     assert [one for one in questions if not re.fullmatch(r"\*\*.+\?( Why\?)?( What .*\?)?\*\*", one)] == []
+
+
+def test_the_reward_of_the_page_scores(tmp_path, monkeypatch):
+    (source,) = re.findall(r"^```python\n(.*?)^```", PAGES["extending.md"], re.MULTILINE | re.DOTALL)
+    (tmp_path / "myrewards.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = next(words for words in commands(PAGES["extending.md"]) if "balcap_jax.train" in words)
+    given = dict(word.removeprefix("--config.").split("=", 1) for word in command if word.startswith("--config."))
+    config = recipes.load(str(ROOT / "configs" / "scenes.py"), given)
+    assert given["rewards.name"] == "myrewards:Colours"
+    rewards.check_settings(config)
+    samples = Samples(
+        example_ids=["a", "b"],
+        captions=[["A red ball", "a blue thing on white ground"], ["nothing", "green"]],
+        references=["a red cube on a white ground", "a cube"],
+        reference_units=[(), ()],
+        images=None,
+        metadata=[{}, {}],
+    )
+    scores = rewards.build(config.rewards, None, tried_on=samples)(samples)
+    np.testing.assert_allclose(scores.rewards[..., 0], [[0.5, 0.5], [1, 1]])
+    np.testing.assert_allclose(scores.rewards[..., 1], [[1 / 3, 1 / 6], [1, 1]], rtol=1e-6)
+    assert scores.valid.all()
+    assert scores.detail[0][1]["named"] == ["blue", "white"]
+    sys.modules.pop("myrewards")
