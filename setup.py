@@ -1,4 +1,4 @@
-"""Packaging of balcap_jax. The commands need no entry points: they run as `python -m balcap_jax.<name>`."""
+"""Packaging of balcap_jax: the modules, the recipes of configs/ as balcap_jax/configs, and the command `balcap`."""
 
 import re
 from pathlib import Path
@@ -103,8 +103,27 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["balcap_jax", "balcap_jax.*"]),
-    package_data={"balcap_jax.judges": ["prompts/*"], "balcap_jax.report": ["*.j2"]},
+    keywords=["image captioning", "reinforcement learning", "vision-language models", "GDPO", "GRPO", "JAX", "TPU"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    # The recipes lie beside the package in the repository and inside it where it is installed: `--config=scenes` finds
+    # them in both (`config.recipes.own_files`).
+    packages=[*find_packages(include=["balcap_jax", "balcap_jax.*"]), "balcap_jax.configs"],
+    package_dir={"balcap_jax.configs": "configs"},
+    package_data={"balcap_jax": ["py.typed"], "balcap_jax.judges": ["prompts/*"], "balcap_jax.report": ["*.j2"]},
+    entry_points={"console_scripts": ["balcap = balcap_jax.__main__:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -12,4 +12,4 @@ from balcap_jax.cli.process import prepare_import
 if sys.argv and sys.argv[0] == "-m":  # argv while Python looks for the module of `python -m balcap_jax.train`.
     prepare_import()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -28,7 +28,7 @@ from balcap_jax.captioning import provenance
 from balcap_jax.captioning.captioner import caption
 from balcap_jax.captioning.options import Options, add_arguments, mesh_sizes, of_command
 from balcap_jax.captioning.provenance import beside
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.arguments import CommandParser, called, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
@@ -40,7 +40,7 @@ __all__ = ["Options", "caption", "main"]
 
 def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m balcap_jax.caption",
+        prog=called("caption"),
         description="Captions pictures, one JSON line each; the same command goes on where it was stopped.",
     )
     add = parser.add_argument

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from balcap_jax.cli import json_text, storage
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.arguments import CommandParser, called, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, read_jsonl, write_text
@@ -347,7 +347,7 @@ def _span(pair: Any) -> str:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="python -m balcap_jax.compare",
+        prog=called("compare"),
         description="Evaluations side by side, each tested against the first of its metric on the items of both.",
     )
     folders_help = "folders that `evaluate` wrote, or that hold such folders"

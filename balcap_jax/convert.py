@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from balcap_jax.cli import storage
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.arguments import CommandParser, called, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_object, resolved
@@ -274,7 +274,7 @@ def _progress(total: int, shown: bool) -> Iterator[Report]:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="python -m balcap_jax.convert",
+        prog=called("convert"),
         description="Turns a model directory into one of another type, merges an adapter into it, or checks it.",
     )
     add = parser.add_argument

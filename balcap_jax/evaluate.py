@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from balcap_jax.captioning import provenance
 from balcap_jax.captioning.options import Options, add_arguments, mesh_sizes, of_command
 from balcap_jax.cli import bucket, json_text, storage
-from balcap_jax.cli.arguments import CommandParser, disk_place, place
+from balcap_jax.cli.arguments import CommandParser, called, disk_place, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_json_or_jsonl, read_jsonl, write_text
@@ -75,7 +75,7 @@ FILES = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m balcap_jax.evaluate",
+        prog=called("evaluate"),
         description="Scores captions, or answers; the same command goes on where it was stopped. --judge.FIELD=VALUE "
         "sets the fields judge.* that `python -m balcap_jax.config` lists.",
     )

@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 from balcap_jax.captioning import provenance
 from balcap_jax.captioning.provenance import beside
 from balcap_jax.cli import storage
-from balcap_jax.cli.arguments import CommandParser, disk_place, place
+from balcap_jax.cli.arguments import CommandParser, called, disk_place, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, read_jsonl, resolved
@@ -234,7 +234,7 @@ def estimate(sources: Sources, judge: ConfigDict) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m balcap_jax.recaption",
+        prog=called("recaption"),
         description="Writes references, units or criteria with a judge model; the same command goes on where it was "
         "stopped. --judge.FIELD=VALUE sets the fields judge.* that `python -m balcap_jax.config` lists.",
     )

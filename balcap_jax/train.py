@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from balcap_jax import data, models, rewards
 from balcap_jax.aot import print_sharding
-from balcap_jax.cli.arguments import CommandParser, place, seconds
+from balcap_jax.cli.arguments import CommandParser, called, place, seconds
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
@@ -194,7 +194,7 @@ def estimate_judge(config: ConfigDict, rollout: float) -> None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="python -m balcap_jax.train",
+        prog=called("train"),
         description="Trains a captioner by the stages of a recipe; the same command resumes a stopped run.",
     )
     configuration.add_arguments(parser)

@@ -34,7 +34,7 @@ from balcap_jax.ablate.running import Scheduler, is_finished
 from balcap_jax.ablate.studies import PILOT_SEEDS, RECIPE, STUDIES, Study
 from balcap_jax.ablate.table import BASE
 from balcap_jax.ablate.variants import LEAVE_ONE_OUTS
-from balcap_jax.cli.arguments import CommandParser, disk_place, split_overrides
+from balcap_jax.cli.arguments import CommandParser, called, disk_place, split_overrides
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import AppendedLines, write_text
 from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
@@ -55,6 +55,12 @@ def _names(text: str) -> list[str]:
     if not all(names) or len(set(names)) < len(names) or BASE in names:
         raise UserError(f"--variants takes different names of variants, comma-separated; got {text!r}")
     return names
+
+
+def _is_of_studies(recipe: str) -> bool:
+    """Whether a recipe is RECIPE, by its name or by its path."""
+    (path, variant), (own, _) = configuration.split_recipe(recipe), configuration.split_recipe(RECIPE)
+    return variant is None and Path(path).resolve() == Path(own).resolve()
 
 
 def _studies(text: str | None) -> list[Study]:
@@ -127,7 +133,7 @@ def _fail(failed: Mapping[str, str], out: Path) -> None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="python -m balcap_jax.ablate",
+        prog=called("ablate"),
         description="Trains variants of a recipe over several seeds and compares them; the same command goes on with "
         "a study that was stopped.",
     )
@@ -169,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = shlex.join(["python", "-m", "balcap_jax.ablate", *arguments])
         compare_variants(args.config, overrides, _names(args.variants), seeds, out, args.jobs, command)
         return
-    is_own = bool(overrides) or args.config not in (None, RECIPE)
+    is_own = bool(overrides) or not _is_of_studies(args.config or RECIPE)
     if args.report and is_own and not args.results:
         raise UserError("--report of runs with own fields needs --results=DIR, where they are")
     own = args.results or (out / "results" if is_own else PAGE.parent / "results")

@@ -72,7 +72,8 @@ def with_variant(recipe: str, variant: str) -> str:
     """The recipe with one variant more; FULL and "" are the recipe itself."""
     if variant in (FULL, ""):
         return recipe
-    return f"{recipe},{variant}" if ".py:" in recipe else f"{recipe}:{variant}"
+    has_variant = configuration.split_recipe(recipe)[1] is not None
+    return f"{recipe},{variant}" if has_variant else f"{recipe}:{variant}"
 
 
 def collect(runs: Sequence[Run], kind: str) -> dict[str, dict[int, dict[str, float]]]:

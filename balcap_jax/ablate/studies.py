@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from balcap_jax.ablate.variants import FULL, LEAVE_ONE_OUTS, VARIANTS
 
-RECIPE = "configs/scenes.py"
+RECIPE = "scenes"
 FIELDS: Mapping[str, str] = {"stages.rl.steps": "60", "log.eval_images": "128"}
 # They change no result: nobody looks into a run's directory before it is deleted.
 QUIET: Mapping[str, str] = {"log.tensorboard": "False", "log.samples_every": "0"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import CommandParser, disk_place
+from balcap_jax.cli.arguments import CommandParser, called, disk_place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from balcap_jax.parallel import sharding
 
     parser = CommandParser(
-        prog="python -m balcap_jax.aot",
+        prog=called("aot"),
         description="Compiles a recipe's programs for TPUs that are not here, and says whether they fit.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

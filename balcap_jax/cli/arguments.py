@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,11 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def called(command: str) -> str:
+    """How a command is called in this process: `balcap train`, or `python -m balcap_jax.train`."""
+    return f"balcap {command}" if sys.argv[:1] == ["balcap"] else f"python -m balcap_jax.{command}"
 
 
 def split_overrides(argv: Sequence[str], prefix: str = OVERRIDE) -> tuple[list[str], dict[str, str]]:

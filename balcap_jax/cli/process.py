@@ -68,10 +68,11 @@ def exit_on_user_error(main: Callable | None = None, *, resumes: bool = False) -
 # ---- changes of the process ------------------------------------------------------------------------------------------
 
 
-def prepare_import() -> None:
-    """Prepares for the imports of `python -m balcap_jax.NAME`, which take seconds: Ctrl-C ends them with one line.
+def prepare_import(command: str = "") -> None:
+    """Prepares for the imports of a command, which take seconds: Ctrl-C ends them with one line.
 
     Ends the process where a limit leaves too little memory for the command: the imports alone may be too much.
+    command: its name; "" = the NAME of `python -m balcap_jax.NAME`.
     """
     # Without PyTorch, which is no dependency, transformers tells every user of every command that models are missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -79,7 +80,8 @@ def prepare_import() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ignored by the parent: a background job.
         signal.signal(signal.SIGINT, _end_now)
     modules = [name.removeprefix("-m") for name in sys.orig_argv if name.startswith(("balcap_jax.", "-mbalcap_jax."))]
-    if modules and (problem := memory_problem(modules[0].removeprefix("balcap_jax."))):
+    command = command or (modules[0].removeprefix("balcap_jax.") if modules else "")
+    if problem := memory_problem(command):
         end(problem)
 
 

@@ -1,6 +1,8 @@
-"""Prints the fields of a configuration, the resolved settings of one, or the keys of what commands write.
+"""Prints the fields of a configuration, the resolved settings of one, or the text of a recipe.
 
-See `python -m balcap_jax.config --help`.
+python -m balcap_jax.config                                        the table of all fields
+python -m balcap_jax.config --config=scenes:tiny                   the settings of a recipe
+python -m balcap_jax.config --source=forkme > my_recipe.py         a recipe to change
 """
 
 import shutil
@@ -9,11 +11,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from balcap_jax.cli.arguments import CommandParser
+from balcap_jax.cli.arguments import CommandParser, called
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
-from balcap_jax.config import outputs
-from balcap_jax.config.recipes import add_arguments, leaves, parse_command_line
+from balcap_jax.config.recipes import add_arguments, leaves, own_files, parse_command_line
 from balcap_jax.config.schema import FIELDS
 
 _TYPES = {"ints": "int, ..", "floats": "float, .."}
@@ -50,21 +51,26 @@ def _show(value: Any) -> str:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="python -m balcap_jax.config",
-        description="Prints every field of a configuration; with --config, the resolved values of a recipe.",
+        prog=called("config"),
+        description="Prints every field of a configuration; with --config, the resolved values of a recipe; with "
+        "--source, the text of one of the project's own recipes, to copy.",
     )
     add_arguments(parser, required=False)
-    parser.add_argument("--outputs", action="store_true", help="print the keys of the files that commands write")
+    files = own_files()
+    source_help = f"print the text of a recipe of the project: {', '.join(files)}"
+    parser.add_argument("--source", metavar="NAME", choices=files, help=source_help)
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not any(argument.startswith("--config") for argument in arguments):
-        if parser.parse_args(arguments).outputs:
-            print(outputs.text())
+        if source := parser.parse_args(arguments).source:
+            print(files[source].read_text(encoding="utf-8"), end="")
             return
         print(table(max(100, shutil.get_terminal_size((160, 24)).columns)))
         return
     if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
-        raise UserError("overrides need a recipe: --config=FILE.py")
-    config, _ = parse_command_line(arguments, parser)
+        raise UserError("overrides need a recipe: --config=RECIPE")
+    config, args = parse_command_line(arguments, parser)
+    if args.source:
+        raise UserError("give --config or --source, not both")
     from balcap_jax import rewards  # Here: the table needs no jax.
 
     rewards.check_settings(config)

@@ -1,9 +1,10 @@
 """The configuration of a run: recipes, the command line, and what may change when a run is resumed.
 
     python -m balcap_jax.config                                                   prints the table
-    python -m balcap_jax.config --config=configs/scenes.py --config.seed=1        prints the resolved settings
+    python -m balcap_jax.config --config=scenes --config.seed=1                   prints the resolved settings
 
-A recipe is a short Python file whose `get_config(variant)` starts from `default_config()` and overrides fields.
+A recipe is a short Python file whose `get_config(variant)` starts from `default_config()` and overrides fields. It is
+named by its path, or, where it is one of the project's own, by its name: configs/scenes.py is `scenes` anywhere.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,6 +32,7 @@ from balcap_jax.config.schema import FIELDS, Config, validated
 _LISTED = 8  # members of a group that a message names
 _LONGEST_NAME = 200  # names are compared in quadratic time
 _LONGEST_RECIPE = 1 << 24  # bytes
+_NAME = re.compile(r"(\w+)(?::(.*))?")  # of an own recipe, with a variant
 
 _GROUPS = {name.rsplit(".", depth)[0] for name in FIELDS for depth in range(1, name.count(".") + 1)}
 _DEEPEST = max(name.count(".") for name in FIELDS) + 1  # dots of a name that is looked for: a group may hold itself
@@ -106,19 +110,54 @@ def _nearest(name: str) -> str | None:
     return best if likeness(best)[0] >= 0.6 else None  # difflib's own ratio of a misspelling
 
 
+def own_files() -> dict[str, Path]:
+    """{name: file} of the project's own recipes, and of vlm, which several of them import.
+
+    An installed package holds them in its folder `configs`, which is made from that of the repository.
+    """
+    package = Path(__file__).resolve().parents[1]
+    folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.parent != package}
+
+
+def split_recipe(recipe: str) -> tuple[str, str | None]:
+    """(path, variant) of `PATH.py:VARIANT` or `NAME:VARIANT`; None where no variant is given.
+
+    A file or folder in the current directory never hides a recipe of the project.
+
+    Raises:
+      UserError: it looks like a name, and no recipe of the project has it.
+    """
+    path, colon, variant = recipe.rpartition(":")
+    if colon and path.endswith(".py"):
+        return path, variant
+    if not (name := _NAME.fullmatch(recipe)):
+        return recipe, None
+    own = own_files()
+    if name[1] in own:
+        return str(own[name[1]]), name[2]
+    if os.path.isfile(recipe):
+        return recipe, None
+    names = ", ".join(own_recipes()) or "none here"
+    raise UserError(f"there is no recipe {shown(name[1])}; give the path of a Python file, or one of: {names}")
+
+
+def own_recipes() -> list[str]:
+    """Names that --config takes."""
+    return [name for name, path in own_files().items() if "\ndef get_config(" in path.read_text(encoding="utf-8")]
+
+
 def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """Runs a recipe, applies overrides and checks the result.
 
     Args:
-      recipe: path of a Python file, with ":variant" for `get_config("variant")`.
+      recipe: path of a Python file or name of an own recipe, with ":variant" for `get_config("variant")`.
       overrides: dotted field name -> text, as in `--config.rollout.buckets=64,96`.
 
     Raises:
       UserError: the recipe is missing or fails, or `check` fails.
     """
-    path, colon, variant = recipe.rpartition(":")
-    if not (colon and path.endswith(".py")):
-        path, variant = recipe, None
+    path, variant = split_recipe(recipe)
     # What is in the ConfigDict is the recipe's code too, until every value has its type.
     with _running(path):
         return check(_run_recipe(path, variant), overrides)
@@ -180,7 +219,7 @@ def _run_recipe(path: str, variant: str | None) -> ConfigDict:
         source = read_bytes(path, _LONGEST_RECIPE).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"recipe {path}: {reason}; --config takes a Python file such as configs/scenes.py") from error
+        raise UserError(f"recipe {path}: {reason}; --config takes a Python file or a name such as scenes") from error
     # Executed rather than imported: no byte code is left beside the recipe, and two recipes may share a file name.
     module = types.ModuleType("recipe")
     module.__file__ = path
@@ -190,7 +229,9 @@ def _run_recipe(path: str, variant: str | None) -> ConfigDict:
         raise UserError(f"recipe {path}: {error}") from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"recipe {path} has no function get_config; copy configs/forkme.py for the form of a recipe")
+        raise UserError(
+            f"recipe {path} has no function get_config; `python -m balcap_jax.config --source=forkme` prints one to copy"
+        )
     accepts_variant = bool(inspect.signature(get_config).parameters)
     if variant is not None and not accepts_variant:
         raise UserError(f"recipe {path} has no variants (its get_config takes no argument), got {variant!r}")
@@ -230,10 +271,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     """Adds --config and documents --config.FIELD=VALUE, which `split_overrides` takes out before argparse sees it."""
     parser.add_argument(
         "--config",
-        metavar="FILE.py[:VARIANT]",
+        metavar="RECIPE[:VARIANT]",
         required=required,
-        help="recipe; any field of it is overridden by --config.FIELD=VALUE, for example "
-        "--config.rollout.temperature=0.8 (`python -m balcap_jax.config` lists the fields)",
+        help="a recipe of the project by name, or a Python file; any field of it is overridden by "
+        "--config.FIELD=VALUE, for example --config.rollout.temperature=0.8 (`python -m balcap_jax.config` lists the fields)",
     )
 
 

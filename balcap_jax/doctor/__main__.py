@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from balcap_jax import rewards
 from balcap_jax.cli import bucket, json_text
-from balcap_jax.cli.arguments import OVERRIDE, CommandParser, place, positive, seconds, split_overrides
+from balcap_jax.cli.arguments import OVERRIDE, CommandParser, called, place, positive, seconds, split_overrides
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config import recipes as configuration
@@ -102,7 +102,7 @@ def prices(text: str) -> tuple[float, float]:
 
 def make_parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m balcap_jax.doctor",
+        prog=called("doctor"),
         description="Checks a run before it begins: checkpoint, data, references, judge, disks, time and money.",
     )
     configuration.add_arguments(parser)

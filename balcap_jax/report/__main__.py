@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from balcap_jax.cli.arguments import CommandParser, place
+from balcap_jax.cli.arguments import CommandParser, called, place
 from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.report.page import write_page
@@ -12,7 +12,7 @@ from balcap_jax.report.page import write_page
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="python -m balcap_jax.report",
+        prog=called("report"),
         description="Writes one self-contained HTML page about one or several runs, side by side: in the directory of "
         "the one, or as report.html in the current directory about several.",
     )

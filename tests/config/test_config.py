@@ -741,3 +741,70 @@ def test_differences_with_another_version_of_the_table():
     del old.rollout["top_k"]
     found = config_lib.differences(old, changed())
     assert found == ["rollout.beams: only in the saved configuration", "rollout.top_k: only in the new configuration"]
+
+
+# ---- the project's own recipes by name --------------------------------------------------------------------------------
+
+
+def test_a_recipe_by_name_is_the_file_of_the_repository(tmp_path, monkeypatch):
+    by_path = {path.stem: path for path in (ROOT / "configs").glob("*.py")}
+    # Neither the current directory nor what lies in it matters.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "forkme").write_text("raise ValueError\n")
+    assert {name: path.resolve() for name, path in config_lib.own_files().items()} == by_path
+    assert set(config_lib.own_recipes()) == set(by_path) - {"vlm"}
+    assert config_lib.load("scenes:tiny,qwen") == config_lib.load(f"{ROOT}/configs/scenes.py:tiny,qwen")
+    assert config_lib.load("forkme").name == "forkme"
+    assert config_lib.load("qwen3vl_4b:lora") == config_lib.load(f"{ROOT}/configs/qwen3vl_4b.py:lora")
+
+
+def test_an_installed_package_has_the_recipes_inside(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "balcap_jax"
+    (package / "configs").mkdir(parents=True)
+    (package / "config").mkdir()
+    (tmp_path / "site" / "configs").mkdir()  # of somebody else's package
+    (tmp_path / "site" / "configs" / "other.py").write_text("def get_config():\n    return 1\n")
+    for name in ("qwen25vl_3b.py", "vlm.py"):
+        (package / "configs" / name).write_text((ROOT / "configs" / name).read_text())
+    by_path = config_lib.load("qwen25vl_3b:lora")
+    monkeypatch.setattr(config_lib, "__file__", str(package / "config" / "recipes.py"))
+    assert config_lib.own_files().keys() == {"qwen25vl_3b", "vlm"}
+    assert config_lib.load("qwen25vl_3b:lora") == by_path
+    assert "the path of a Python file, or one of: qwen25vl_3b" in error_of(config_lib.load, "other")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "found"),
+    [
+        ("a/b.py", ("a/b.py", None)),
+        ("a/b.py:x,y", ("a/b.py", "x,y")),
+        ("my recipe", ("my recipe", None)),
+        ("./scenes", ("./scenes", None)),
+        ("scenes", (f"{ROOT}/configs/scenes.py", None)),
+        ("scenes:", (f"{ROOT}/configs/scenes.py", "")),
+        ("scenes:tiny,qwen", (f"{ROOT}/configs/scenes.py", "tiny,qwen")),
+    ],
+)
+def test_what_is_a_path_and_what_a_name(recipe, found):
+    assert config_lib.split_recipe(recipe) == found
+
+
+def test_a_name_that_no_recipe_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = error_of(config_lib.load, "scense:tiny")
+    assert line.startswith(
+        "there is no recipe 'scense'; give the path of a Python file, or one of: forkme, llava15_7b, "
+    )
+    assert "vlm" not in line.split(", ")
+    assert "--config takes a Python file or a name such as scenes" in error_of(config_lib.load, "configs/scenes.py")
+    (tmp_path / "mine").write_text("from balcap_jax.config import default_config as get_config\n")
+    assert config_lib.load("mine").seed == 0  # A path without an ending still works.
+
+
+def test_command_prints_a_recipe_to_copy(capsys):
+    config.main(["--source=forkme"])
+    assert capsys.readouterr().out == (ROOT / "configs" / "forkme.py").read_text()
+    with pytest.raises(SystemExit):
+        config.main(["--source=forkme", "--config=scenes"])
+    assert capsys.readouterr().err == "error: give --config or --source, not both\n"

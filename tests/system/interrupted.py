@@ -1,4 +1,4 @@
-"""Runs a training command that meets a signal at a chosen point, so that a test need not hit it by luck.
+"""Runs `balcap train`, which meets a signal at a chosen point, so that a test need not hit it by luck.
 
     python interrupted.py SIGKILL WHERE <arguments of balcap_jax.train>
 
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-from balcap_jax import train
+from balcap_jax import __main__ as balcap
 from balcap_jax.training.checkpoint import Checkpointer
 from balcap_jax.training.logging import MetricsWriter
 
@@ -55,4 +55,4 @@ def interrupt(number: signal.Signals, where: str) -> None:
 if __name__ == "__main__":
     for point in sys.argv[2].split("+"):
         interrupt(signal.Signals[sys.argv[1]], point)
-    train.main(sys.argv[3:])
+    balcap.main(["train", *sys.argv[3:]])

@@ -89,7 +89,7 @@ def test_recipe_is_missing(tmp_path, refused):
     line = refused(tmp_path, [f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/run"])
     assert line == (
         f"error: recipe {tmp_path}/none.py: No such file or directory; "
-        "--config takes a Python file such as configs/scenes.py"
+        "--config takes a Python file or a name such as scenes"
     )
     assert not (tmp_path / "run").exists()
 
