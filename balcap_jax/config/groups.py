@@ -444,7 +444,7 @@ class Log(Group):
     every: Resumable[SomeSteps] = Field(1, description="updates between lines of metrics.jsonl")
     samples_every: Resumable[Steps] = Field(20, description="updates between saved captions; 0 = off")
     tensorboard: Resumable[bool] = Field(True, description="write TensorBoard events")
-    wandb: Resumable[Text] = Field("", description="Weights & Biases project; empty = off")
+    wandb: Resumable[Text] = Field("", description="Weights & Biases project, with tables of captions; empty = off")
     profile: Resumable[Text] = ""
     """first:last, the updates of which a trace is written for xprof, as metrics.jsonl counts them; empty = none"""
     eval_images: Images = Field(48, description="held-out images of an evaluation")

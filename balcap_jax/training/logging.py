@@ -1,28 +1,29 @@
 """The numbers of a run: metrics.jsonl, TensorBoard and wandb."""
 
 import contextlib
-import importlib
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, replace_file
+from balcap_jax.training.weights_and_biases import WandbRun
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
     """Writes each step's values to `workdir`/metrics.jsonl, to TensorBoard events and, if asked, to Weights & Biases.
 
-    `wandb` is a project name; the rest of W&B (entity, run id, mode) is set by its own WANDB_* environment variables.
-    A writer that is not `enabled` (every process but 0) touches no file. Opening drops a torn last line, which a killed
-    process may have left. Call `truncate` with the restored step before the first `write` of a resumed run.
-    Raises UserError when the disk is full or not writable, or when the file holds something else. It does so too when
-    wandb cannot be started.
+    `wandb` is a project name, see `WandbRun`. A writer that is not `enabled` (every process but 0) touches no file.
+    Opening drops a torn last line, which a killed process may have left. Call `truncate` with the restored step before
+    the first `write` of a resumed run. Raises UserError when the disk is full or not writable, or when the file holds
+    something else. It does so too when wandb cannot be started.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.enabled = enabled
         self._file: IO[bytes] | None = None
         self._events = None
-        self._wandb = None
+        self._wandb: WandbRun | None = None
         if not enabled:
             return
         with writing_below(self.path):
@@ -48,14 +49,9 @@ class MetricsWriter(contextlib.AbstractContextManager):
         if tensorboard:
             self._events = EventFile(self.path.parent / "tensorboard")
         if wandb:
-            module = import_wandb()
-            try:
-                self._wandb = module.init(project=wandb, dir=str(self.path.parent), config=dict(config or {}))
-            except Exception as error:  # of many kinds: no network, no login, a name that it does not take
-                raise UserError(
-                    f"log.wandb: Weights & Biases cannot be started ({' '.join(str(error).split())}); mend that, set "
-                    "WANDB_MODE=offline, or leave log.wandb empty"
-                ) from error
+            with writing_below(self.path.parent):
+                resumed = self.path.stat().st_size > 0
+                self._wandb = WandbRun(wandb, self.path.parent, config or {}, resumed=resumed)
 
     def truncate(self, after_step: int) -> int:
         """Drops the lines with step > `after_step` and returns their number; -1 empties the file.
@@ -85,7 +81,14 @@ class MetricsWriter(contextlib.AbstractContextManager):
         if self._events is not None:
             self._events.add(step, finite)
         if self._wandb is not None:
-            self._wandb.log({f"{stage}/{name}": value for name, value in finite.items()}, step=int(step))
+            self._wandb.log(step, stage, finite)
+
+    def write_completions(
+        self, step: int, stage: str, records: Sequence[Mapping[str, Any]], pictures: Mapping[str, np.ndarray]
+    ) -> None:
+        """A table of captions, see `WandbRun.log_completions`; samples/ of the workdir has all of them."""
+        if self._wandb is not None:
+            self._wandb.log_completions(step, stage, records, pictures)
 
     def flush(self) -> None:
         """Puts the TensorBoard events on disk, before a checkpoint: a resumed run does not log those steps again."""
@@ -98,7 +101,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
         self._file = self._events = self._wandb = None
         self.enabled = False
 
@@ -185,14 +188,6 @@ class EventFile:
     def close(self) -> None:
         with writing_below(self.directory):
             self._writer.close()
-
-
-def import_wandb() -> Any:
-    """The module wandb. Raises UserError where it is not installed."""
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise UserError("log.wandb is set but wandb is not installed; run `pip install wandb` or unset it") from error
 
 
 def _records(path: Path, content: bytes) -> Iterator[tuple[bytes, dict]]:

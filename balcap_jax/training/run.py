@@ -38,10 +38,11 @@ from balcap_jax.training import evaluation
 from balcap_jax.training.checkpoint import Checkpointer
 from balcap_jax.training.evaluation import Best, HeldOut
 from balcap_jax.training.job import Job, Judged, Stage
-from balcap_jax.training.logging import MetricsWriter, import_wandb
+from balcap_jax.training.logging import MetricsWriter
 from balcap_jax.training.machine import device_text, use_compilation_cache, versions
 from balcap_jax.training.programs import LORA_STAGES, check_mesh
 from balcap_jax.training.progress import PhaseClock, ProfileWindow, Progress
+from balcap_jax.training.weights_and_biases import import_wandb
 from balcap_jax.training.workdir import claim, dump_samples, read_left_out, read_summary, readable
 
 # Values of a step that are for the run itself and not for the log.
@@ -309,6 +310,9 @@ class Run:
             records = stage.rows.gather_list(judged.records(stage.job.reward.names, gate))
             if self.leads:
                 dump_samples(self.workdir, step, records)
+                # Pictures of this process's own prompts, which come first in the records.
+                pictures = dict(zip(judged.examples["id"], judged.examples["image"], strict=True))
+                self._writer.write_completions(step, stage.name, records, pictures)
 
     def reason_to_stop(
         self, stage: Stage, step: int, values: Mapping[str, float], judged: Judged | None

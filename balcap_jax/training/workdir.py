@@ -25,9 +25,10 @@ from balcap_jax.data.input import LeftOut, damaged
 from balcap_jax.parallel import distributed
 from balcap_jax.training.evaluation import KINDS
 from balcap_jax.training.logging import writing_below
+from balcap_jax.training.weights_and_biases import RUN_ID
 
 # What a run writes.
-FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json")
+FILES = ("config.json", "summary.json", "metrics.jsonl", "report.html", "judge.json", RUN_ID)
 DIRECTORIES = ("best", "checkpoints", "model", "profile", "samples", "tensorboard")
 # In a bucket: what is read and written there, and no part of the copy on this machine.
 UNKEPT = ("best", "checkpoints", "model")

@@ -743,7 +743,7 @@ def test_differences_with_another_version_of_the_table():
     assert found == ["rollout.beams: only in the saved configuration", "rollout.top_k: only in the new configuration"]
 
 
-# ---- the project's own recipes by name --------------------------------------------------------------------------------
+# ---- the project's own recipes by name -------------------------------------------------------------------------------
 
 
 def test_a_recipe_by_name_is_the_file_of_the_repository(tmp_path, monkeypatch):

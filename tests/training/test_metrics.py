@@ -4,7 +4,6 @@ import io
 import json
 import math
 import struct
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -142,45 +141,6 @@ def test_tensorboard_events_and_purge_on_resume(tmp_path):
     assert starts == [3]
     scalars = [(e.step, v.tag, v.simple_value) for e in second for v in e.summary.value]
     assert scalars == [(step, "reward/precision", step / 8) for step in (3, 4, 5)]
-
-
-def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        MetricsWriter(tmp_path, wandb="balcap")
-
-
-def test_wandb_that_cannot_be_started(tmp_path, monkeypatch):
-    class Module:
-        @staticmethod
-        def init(**_):
-            raise RuntimeError("api_key not configured\n(no-tty)")
-
-    monkeypatch.setitem(sys.modules, "wandb", Module)
-    with pytest.raises(UserError, match=r"log.wandb: .*\(api_key not configured \(no-tty\)\); mend that"):
-        MetricsWriter(tmp_path, tensorboard=False, wandb="balcap")
-
-
-def test_wandb_gets_the_finite_values_by_stage(tmp_path, monkeypatch):
-    calls = []
-
-    class Run:
-        def log(self, values, step):
-            calls.append((step, values))
-
-        def finish(self):
-            calls.append("finish")
-
-    class Module:
-        @staticmethod
-        def init(project, dir, config):
-            calls.append((project, dir, config))
-            return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", Module)
-    with MetricsWriter(tmp_path, tensorboard=False, wandb="balcap", config={"seed": 3}) as writer:
-        writer.write(7, "rl", {"loss": 0.5, "kl": math.nan})
-    assert calls == [("balcap", str(tmp_path), {"seed": 3}), (7, {"rl/loss": 0.5}), "finish"]
 
 
 def test_flushed_events_survive_a_kill(tmp_path):
