@@ -70,6 +70,9 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.7,<4",  # runs them on several cores
         "filelock>=3.15,<5",  # what those processes share is made by one of them
         "ruff>=0.12,<0.18",  # linter and formatter, settings in pyproject.toml
+        # Types of the method, as pyproject.toml names its files. mypy and not pyright: that one brings its own Node.js.
+        "mypy>=2.4,<3; python_version < '3.12'",
+        "pyyaml>=6,<7",  # reads the workflow; transformers brings it too
         "nbclient>=0.10,<0.12",  # executes the notebook in the tests
         "nbformat>=5.10,<6",  # reads the notebook
         "ipykernel>=6.29,<8",  # the notebook's kernel

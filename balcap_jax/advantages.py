@@ -20,15 +20,18 @@ RVPO: arXiv 2605.05750. GD2PO: arXiv 2606.16771.
 
 import functools
 import math
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 GDPO_FAMILY = ("c_gdpo", "gdpo")
 BEST_OF = "best_of"
 ESTIMATORS = (*GDPO_FAMILY, "grpo", "dr_grpo", "rloo", BEST_OF)
 BATCH_NORMS = ("sequence", "none")
+Pair = tuple[jax.Array, jax.Array]  # sum and count
 CONFLICT = 0.2
 """|sum Z| / sum |Z| below which a rollout whose objectives disagree is dropped (GD2PO's value)."""
 
@@ -46,29 +49,30 @@ class Advantages(NamedTuple):
 
     combined: jax.Array
     per_objective: jax.Array
-    stats: dict[str, tuple[jax.Array, jax.Array]]
+    stats: dict[str, Pair]
     contributes: jax.Array
 
 
-def length_gate(generated, reference, low: float, high: float) -> jax.Array:
+def length_gate(generated: ArrayLike, reference: ArrayLike, low: float, high: float) -> jax.Array:
     """1 where low <= generated / reference <= high, else 0: `generated` [B, G], `reference` [B] -> [B, G] float32.
 
     Lengths are in one unit (BalCapRL here: whitespace words); both bounds are inclusive. A reference of length 0 has no
     ratio, which counts as out of band: an empty reference must not lift the limit on length.
     """
-    generated, reference = jnp.float32(generated), jnp.float32(reference)[:, None]
+    words, of_reference = jnp.asarray(generated, jnp.float32), jnp.asarray(reference, jnp.float32)[:, None]
     # 0.7 * 30 need not be 21 in fp32. The slack keeps the bounds inclusive, and is far below one word.
     slack = 1e-6
-    in_band = (generated >= low * reference * (1 - slack)) & (generated <= high * reference * (1 + slack))
-    return (in_band & (reference > 0)).astype(jnp.float32)
+    in_band = (words >= low * of_reference * (1 - slack)) & (words <= high * of_reference * (1 + slack))
+    gate: jax.Array = (in_band & (of_reference > 0)).astype(jnp.float32)
+    return gate
 
 
-def _sum(z, counted, kappa):
+def _sum(z: jax.Array, counted: jax.Array, kappa: float) -> Pair:
     """GDPO: the sum."""
     return z.sum(-1), jnp.ones(z.shape[:-1], bool)
 
 
-def _soft_min(z, counted, kappa):
+def _soft_min(z: jax.Array, counted: jax.Array, kappa: float) -> Pair:
     """RVPO: -(1/kappa) ln((1/M) sum_k exp(-kappa Z_k)) over the M counted objectives: their mean for a small kappa,
     their minimum for a large one.
     """
@@ -79,14 +83,15 @@ def _soft_min(z, counted, kappa):
     return jnp.where(counted.any(-1), least, 0.0) - jnp.log1p(shrunk) / kappa, jnp.ones(least.shape, bool)
 
 
-def _conflict(z, counted, kappa):
+def _conflict(z: jax.Array, counted: jax.Array, kappa: float) -> Pair:
     """GD2PO: the sum, without the rollouts whose signs are mixed and that nearly cancel."""
     total, size = z.sum(-1), jnp.abs(z).sum(-1)
     mixed = (z > 0).any(-1) & (z < 0).any(-1)
     return total, ~(mixed & (jnp.abs(total) / (size + 1e-8) < CONFLICT))
 
 
-AGGREGATIONS = {"sum": _sum, "soft_min": _soft_min, "conflict": _conflict}
+Aggregation = Callable[[jax.Array, jax.Array, float], Pair]
+AGGREGATIONS: dict[str, Aggregation] = {"sum": _sum, "soft_min": _soft_min, "conflict": _conflict}
 """How a member's weighted z-scores become one number: f(z, counted, kappa) -> (advantage [B, G], kept [B, G] bool).
 
 z [B, G, K] is 0 wherever `counted` [B, G, K] is False: an objective without a usable score there, or of weight 0.
@@ -98,12 +103,12 @@ and in `config`.
 @functools.partial(jax.jit, static_argnames=("estimator", "aggregation", "kappa", "batch_norm", "ddof", "names"))
 @jax.named_scope("advantages")
 def compute(
-    rewards,
+    rewards: ArrayLike,
     *,
-    weights,
-    valid=None,
-    gate=None,
-    member_valid=None,
+    weights: ArrayLike | Sequence[float],
+    valid: ArrayLike | None = None,
+    gate: ArrayLike | None = None,
+    member_valid: ArrayLike | None = None,
     estimator: str = "c_gdpo",
     aggregation: str = "sum",
     kappa: float = 1.0,
@@ -144,40 +149,40 @@ def compute(
     Raises:
       ValueError: for an unknown option, options that exclude each other, or shapes that do not fit.
     """
-    rewards, weights = jnp.asarray(rewards, jnp.float32), jnp.asarray(weights, jnp.float32)
+    scores, weight = jnp.asarray(rewards, jnp.float32), jnp.asarray(weights, jnp.float32)
     _check_options(estimator, aggregation, kappa, batch_norm, ddof)
-    _check_shapes(rewards, weights, valid, gate, member_valid, names)
-    B, G, K = rewards.shape
+    _check_shapes(scores, weight, valid, gate, member_valid, names)
+    B, G, K = scores.shape
     member_mask = jnp.ones((B, G), bool) if member_valid is None else jnp.asarray(member_valid, bool)
     has_score = jnp.ones((B, G, K), bool) if valid is None else jnp.asarray(valid, bool)
-    is_usable = jnp.isfinite(rewards) & has_score
+    is_usable = jnp.isfinite(scores) & has_score
     # An objective of weight 0 is only watched: its score makes no member count, and its failure leaves none out.
-    weighted = weights != 0
+    weighted = weight != 0
     contributes = (is_usable & weighted).any(-1) if estimator in GDPO_FAMILY else (is_usable | ~weighted).all(-1)
     contributes = contributes & member_mask
     has_score = member_mask[..., None] & has_score
-    valid = has_score & jnp.isfinite(rewards)
-    gate = jnp.ones((B, G, K), jnp.float32) if gate is None else jnp.asarray(gate, jnp.float32)
-    in_statistics = valid if estimator in GDPO_FAMILY else valid & contributes[..., None]
+    counted = has_score & jnp.isfinite(scores)
+    passed = jnp.ones((B, G, K), jnp.float32) if gate is None else jnp.asarray(gate, jnp.float32)
+    in_statistics = counted if estimator in GDPO_FAMILY else counted & contributes[..., None]
 
-    centred, std, count = _centre(rewards * gate, in_statistics, ddof)
+    centred, std, count = _centre(scores * passed, in_statistics, ddof)
     if estimator in GDPO_FAMILY:
         per_objective = _divide(centred, std + eps_group)
     elif estimator == "grpo":
-        total_std = _std(_weighted_sum(centred, weights), contributes, ddof)
+        total_std = _std(_weighted_sum(centred, weight), contributes, ddof)
         per_objective = _divide(centred, total_std[..., None] + eps_group)
     elif estimator == "rloo":
         per_objective = centred * _divide(count, count - 1)
     else:
         per_objective = centred
 
-    combined, kept = AGGREGATIONS[aggregation](per_objective * weights, valid & weighted, kappa)
+    combined, kept = AGGREGATIONS[aggregation](per_objective * weight, counted & weighted, kappa)
     scored, contributes = contributes, contributes & kept
     if estimator == BEST_OF:
-        contributes = _best(_weighted_sum(jnp.where(valid, rewards * gate, 0.0), weights), contributes)
+        contributes = _best(_weighted_sum(jnp.where(counted, scores * passed, 0.0), weight), contributes)
         combined, scored = jnp.ones((B, G)), contributes
     batch_mean, batch_std = _moments(combined, contributes, ddof, has_mean=aggregation != "sum")
-    stats = _stats(per_objective, weights, member_mask, has_score, valid, gate, std, count, batch_std, names)
+    stats = _stats(per_objective, weight, member_mask, has_score, counted, passed, std, count, batch_std, names)
     stats["advantage/dropped_frac"] = _counts(scored & ~kept, scored)
     if estimator in GDPO_FAMILY and batch_norm == "sequence":
         combined = _divide(combined - batch_mean, batch_std + eps_batch)
@@ -185,16 +190,18 @@ def compute(
         contrasts = ((per_objective != 0) & weighted).any((1, 2), keepdims=True)[..., 0]
         combined = jnp.where(contrasts, combined, 0.0)
     combined = jnp.where(contributes, combined, 0.0)
-    return jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats, contributes))
+    found: Advantages = jax.tree.map(jax.lax.stop_gradient, Advantages(combined, per_objective, stats, contributes))
+    return found
 
 
-def _best(totals, contributes):
+def _best(totals: jax.Array, contributes: jax.Array) -> jax.Array:
     """[B, G] bool: the contributing member of the highest total, the first of equals; none where none contributes."""
     best = jnp.where(contributes, totals, -jnp.inf).argmax(1)
-    return contributes & (jnp.arange(totals.shape[1]) == best[:, None])
+    chosen: jax.Array = contributes & (jnp.arange(totals.shape[1]) == best[:, None])
+    return chosen
 
 
-def _centre(rewards, valid, ddof):
+def _centre(rewards: jax.Array, valid: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Deviations from the group mean [B, G, K] (0 where not valid), their std and the valid count, both [B, 1, K]."""
     # The shift is by the first valid value: in fp32 the mean of eight times 0.3 is not 0.3, and a small eps would turn
     # the residue of a constant column into an advantage. After the shift a constant column is exactly 0.
@@ -207,14 +214,14 @@ def _centre(rewards, valid, ddof):
     return centred, _std(centred, valid, ddof), count
 
 
-def _std(centred, valid, ddof):
+def _std(centred: jax.Array, valid: jax.Array, ddof: int) -> jax.Array:
     """Standard deviation over axis 1 (kept) of values whose mean over the valid ones is 0."""
     count = valid.sum(1, keepdims=True, dtype=jnp.float32)
     squares = jnp.where(valid, jnp.square(centred), 0.0).sum(1, keepdims=True)
     return jnp.sqrt(squares / jnp.maximum(count - ddof, 1))
 
 
-def _moments(combined, contributes, ddof, has_mean):
+def _moments(combined: jax.Array, contributes: jax.Array, ddof: int, has_mean: bool) -> Pair:
     """Mean and standard deviation, scalars, of the advantages [B, G] of the whole batch's contributing members."""
     values, contributes = combined.reshape(1, -1), contributes.reshape(1, -1)
     # Every column is centred within its group, so the mean of sums is 0 in exact arithmetic; subtracting its fp32
@@ -225,18 +232,30 @@ def _moments(combined, contributes, ddof, has_mean):
     return mean, _std(values - mean, contributes, ddof)[0, 0]
 
 
-def _divide(numerator, denominator):
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """numerator / denominator, and 0 where the denominator is 0 (no spread and eps 0, or no member)."""
     nonzero = denominator > 0
     return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1.0), 0.0)
 
 
-def _weighted_sum(values, weights):
+def _weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
     """[..., K] and [K] -> [...]. It multiplies and adds: a dot would run in bfloat16 passes on a TPU by default."""
-    return (values * weights).sum(-1)
+    total: jax.Array = (values * weights).sum(-1)
+    return total
 
 
-def _stats(per_objective, weights, member_mask, has_score, valid, gate, std, count, batch_std, names):
+def _stats(
+    per_objective: jax.Array,
+    weights: jax.Array,
+    member_mask: jax.Array,
+    has_score: jax.Array,
+    valid: jax.Array,
+    gate: jax.Array,
+    std: jax.Array,
+    count: jax.Array,
+    batch_std: jax.Array,
+    names: tuple[str, ...] | None,
+) -> dict[str, Pair]:
     """(sum, count) pairs: add the pairs of several batches or shards, then divide."""
     objective_names = names or tuple(str(k) for k in range(per_objective.shape[-1]))
     usable = count[:, 0] >= 2  # [B, K]
@@ -254,30 +273,30 @@ def _stats(per_objective, weights, member_mask, has_score, valid, gate, std, cou
         # Share of the objective in sum |w_k A_k|: what really steers the update, whatever the weights say.
         "advantage/share": (share, jnp.broadcast_to(share.sum(-1, keepdims=True), share.shape)),
     }
-    stats = {}
+    stats: dict[str, Pair] = {}
     for key, pair in columns.items():
         sums = [jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32) for x in pair]
         stats |= {f"{key}/{name}": (sums[0][k], sums[1][k]) for k, name in enumerate(objective_names)}
     # Groups with an objective whose every member is out of band: nothing there pulls the length back.
     group_has_score = valid.any((1, 2))
-    pair = fully_gated.any(-1), group_has_score
-    stats["gate/fully_gated_frac"] = _counts(*pair)
+    stats["gate/fully_gated_frac"] = _counts(fully_gated.any(-1), group_has_score)
     # Already over the whole global batch, so it counts once: pairs of several batches add up to their mean deviation.
-    stats["advantage/pre_norm_std"] = (batch_std, jnp.float32(1))
+    stats["advantage/pre_norm_std"] = (batch_std, jnp.ones((), jnp.float32))
     return stats
 
 
-def _counts(*masks):
-    return tuple(mask.sum(dtype=jnp.float32) for mask in masks)
+def _counts(some: jax.Array, every: jax.Array) -> Pair:
+    return some.sum(dtype=jnp.float32), every.sum(dtype=jnp.float32)
 
 
-def _check_options(estimator, aggregation, kappa, batch_norm, ddof):
-    for option, value, allowed in (
+def _check_options(estimator: str, aggregation: str, kappa: float, batch_norm: str, ddof: int) -> None:
+    options: tuple[tuple[str, object, Collection[object]], ...] = (
         ("estimator", estimator, ESTIMATORS),
         ("aggregation", aggregation, AGGREGATIONS),
         ("batch_norm", batch_norm, BATCH_NORMS),
         ("ddof", ddof, (0, 1)),
-    ):
+    )
+    for option, value, allowed in options:
         if value not in allowed:
             raise ValueError(f"{option} {value!r} is not one of {', '.join(map(repr, allowed))}")
     if aggregation != "sum" and estimator not in GDPO_FAMILY:
@@ -287,12 +306,20 @@ def _check_options(estimator, aggregation, kappa, batch_norm, ddof):
         raise ValueError(f"kappa must be above 0 and finite, got {kappa}")
 
 
-def _check_shapes(rewards, weights, valid, gate, member_valid, names):
+def _check_shapes(
+    rewards: jax.Array,
+    weights: jax.Array,
+    valid: ArrayLike | None,
+    gate: ArrayLike | None,
+    member_valid: ArrayLike | None,
+    names: tuple[str, ...] | None,
+) -> None:
     if rewards.ndim != 3:
         raise ValueError(f"rewards must be [B, G, K], got shape {rewards.shape}")
     B, G, K = rewards.shape
     if names is not None and len(names) != K:
         raise ValueError(f"{len(names)} names for {K} objectives: {names}")
+    expected: dict[str, tuple[ArrayLike | None, tuple[int, ...]]]
     expected = {"weights": (weights, (K,)), "valid": (valid, (B, G, K)), "gate": (gate, (B, G, K))}
     for name, (array, shape) in (expected | {"member_valid": (member_valid, (B, G))}).items():
         # Equality, not broadcasting: a [B, G] gate would gate the wrong axis wherever G happens to equal K.

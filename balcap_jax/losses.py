@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 NORMALISERS = ("sequence", "token", "constant")
 # Finite, so that the log-prob of a forbidden padding token times a zero weight is 0 and not NaN;
@@ -17,7 +18,7 @@ FORBIDDEN_LOGIT = -1e30
 KL_CEILING = 10.0
 
 
-def token_weights(mask, member_valid, normaliser: str, max_tokens: int) -> jax.Array:
+def token_weights(mask: ArrayLike, member_valid: ArrayLike, normaliser: str, max_tokens: int) -> jax.Array:
     """[B, G, R] float32 weights w with loss = sum(w * per_token_loss); 0 outside `mask` and for excluded members.
 
     Args:
@@ -32,20 +33,28 @@ def token_weights(mask, member_valid, normaliser: str, max_tokens: int) -> jax.A
 
     A batch without any valid token has all weights 0. Raises ValueError for an unknown normaliser.
     """
-    mask = jnp.asarray(mask, jnp.float32) * jnp.asarray(member_valid, jnp.float32)[..., None]
+    counted: jax.Array = jnp.asarray(mask, jnp.float32) * jnp.asarray(member_valid, jnp.float32)[..., None]
+    weights: jax.Array
     if normaliser == "sequence":
-        tokens = mask.sum(-1, keepdims=True)
-        return mask / jnp.maximum(tokens, 1) / jnp.maximum((tokens > 0).sum(), 1)
-    if normaliser == "token":
-        return mask / jnp.maximum(mask.sum(), 1)
-    if normaliser == "constant":
-        B, G, _ = mask.shape
-        return mask / (B * G * max_tokens)
-    raise ValueError(f"normaliser {normaliser!r} is not one of {', '.join(map(repr, NORMALISERS))}")
+        tokens = counted.sum(-1, keepdims=True)
+        weights = counted / jnp.maximum(tokens, 1) / jnp.maximum((tokens > 0).sum(), 1)
+    elif normaliser == "token":
+        weights = counted / jnp.maximum(counted.sum(), 1)
+    elif normaliser == "constant":
+        B, G, _ = counted.shape
+        weights = counted / (B * G * max_tokens)
+    else:
+        raise ValueError(f"normaliser {normaliser!r} is not one of {', '.join(map(repr, NORMALISERS))}")
+    return weights
 
 
 def clipped_surrogate(
-    log_probs, old_log_probs, advantages, clip_low: float, clip_high: float, log_ratio_clamp: float = 20.0
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    advantages: jax.Array,
+    clip_low: float,
+    clip_high: float,
+    log_ratio_clamp: float = 20.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """PPO's -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token, `advantages` [B, G].
 
@@ -61,7 +70,7 @@ def clipped_surrogate(
     return -advantages * jnp.where(clipped, bound, ratio), ratio, clipped
 
 
-def kl_k3(log_probs, ref_log_probs, clamp: float = 20.0) -> jax.Array:
+def kl_k3(log_probs: jax.Array, ref_log_probs: jax.Array, clamp: float = 20.0) -> jax.Array:
     """Schulman's k3 estimate of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy, >= 0.
 
     d is clamped to +-`clamp` and the estimate to KL_CEILING, both with gradient 0 beyond: unclamped, one token that the
@@ -71,18 +80,26 @@ def kl_k3(log_probs, ref_log_probs, clamp: float = 20.0) -> jax.Array:
     return jnp.minimum(jnp.expm1(difference) - difference, KL_CEILING)
 
 
-def sampling_logits(logits, temperature=1.0, forbidden=None) -> jax.Array:
+def sampling_logits(logits: ArrayLike, temperature: ArrayLike = 1.0, forbidden: ArrayLike | None = None) -> jax.Array:
     """Logits [..., V] of the sampling distribution in fp32: divided by temperature, `forbidden` [V] ids impossible.
 
     The sampler and the loss both call this; otherwise the ratio of an on-policy step is not 1.
     """
-    logits = jnp.asarray(logits, jnp.float32) / temperature
-    # Added, not selected: a selection would keep a constant of the logits' shape and its condition beside them.
-    return logits if forbidden is None else logits + jnp.where(forbidden, FORBIDDEN_LOGIT, 0.0)
+    scaled: jax.Array = jnp.asarray(logits, jnp.float32) / temperature
+    if forbidden is not None:
+        # Added, not selected: a selection would keep a constant of the logits' shape and its condition beside them.
+        scaled = scaled + jnp.where(forbidden, FORBIDDEN_LOGIT, 0.0)
+    return scaled
 
 
 def chunked_log_probs(
-    hidden, head: jax.Array | Callable, targets, *, chunk: int, temperature=1.0, forbidden=None
+    hidden: jax.Array,
+    head: jax.Array | Callable[[jax.Array], jax.Array],
+    targets: jax.Array,
+    *,
+    chunk: int,
+    temperature: ArrayLike = 1.0,
+    forbidden: ArrayLike | None = None,
 ) -> jax.Array:
     """log softmax(logits / temperature)[targets] without an array of logits beyond `chunk` tokens, forward or backward.
 
@@ -103,12 +120,7 @@ def chunked_log_probs(
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(f"hidden {hidden.shape} and targets {targets.shape} do not fit")
-    if not callable(head):
-        # The scan sums the kernel's gradient in the type of the array that it closes over.
-        kernel = head.astype(jnp.float32)
-
-        def head(hidden):
-            return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits_of = head if callable(head) else _multiplying(head)
 
     # Chunks divide the positions of each row, not the rows: a cut through a sharded axis would put whole chunks on
     # single devices, one after the other.
@@ -117,18 +129,31 @@ def chunked_log_probs(
     width = min(chunk // rows, positions)
     chunks = -(-positions // width)
 
-    def cut(array):  # [rows * positions, ...] -> [chunks, rows, width, ...]
+    def cut(array: jax.Array) -> jax.Array:  # [rows * positions, ...] -> [chunks, rows, width, ...]
         array = array.reshape(rows, positions, *array.shape[targets.ndim :])
         padding = [(0, 0), (0, chunks * width - positions)] + [(0, 0)] * (array.ndim - 2)
         return jnp.pad(array, padding).reshape(rows, chunks, width, *array.shape[2:]).swapaxes(0, 1)
 
-    def log_probs_of_chunk(chunk_inputs):
+    def log_probs_of_chunk(chunk_inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         chunk_hidden, chunk_targets = chunk_inputs
-        logits = sampling_logits(head(chunk_hidden), temperature, forbidden)
+        logits = sampling_logits(logits_of(chunk_hidden), temperature, forbidden)
         # A comparison in place of a gather: it fuses, and needs no gathered logits where V is sharded.
         is_target = jnp.arange(logits.shape[-1]) == chunk_targets[..., None]
-        return (logits * is_target).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+        log_probs: jax.Array = (logits * is_target).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+        return log_probs
 
     # prevent_cse is only needed outside a scan, and costs speed inside.
-    log_probs = jax.lax.map(jax.checkpoint(log_probs_of_chunk, prevent_cse=False), (cut(hidden), cut(targets)))
+    of_chunk = jax.checkpoint(log_probs_of_chunk, prevent_cse=False)
+    log_probs: jax.Array = jax.lax.map(of_chunk, (cut(hidden), cut(targets)))
     return log_probs.swapaxes(0, 1).reshape(rows, chunks * width)[:, :positions].reshape(targets.shape)
+
+
+def _multiplying(kernel: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The function that multiplies hidden states [..., D] by `kernel` [D, V]."""
+    # The scan sums the kernel's gradient in the type of the array that it closes over.
+    kernel = kernel.astype(jnp.float32)
+
+    def logits(hidden: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    return logits

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from balcap_jax import refill, staging
 from balcap_jax.drawing import Sampling, draw
-from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.models.decoder import Branch, Params, Prefix
+from balcap_jax.models.policy import Policy, Prompt
 from balcap_jax.parallel import sharding
 from balcap_jax.staging import Moves, Stage
 
@@ -72,7 +73,8 @@ def make_rollout(policy: Policy, sampling: Sampling) -> "RolloutProgram":
         with sharding.layout(mesh, sharding.SAMPLING):
             if sampling.refill and sampling.parts > 1:
                 return of_branches(refilled, prompt, keys)
-            return sharding.in_parts(functools.partial(of_branches, sample), (prompt, keys), sampling.parts)
+            found: Rollout = sharding.in_parts(functools.partial(of_branches, sample), (prompt, keys), sampling.parts)
+            return found
 
     return RolloutProgram(rollout)
 
@@ -82,10 +84,11 @@ class RolloutProgram:
 
     def __init__(self, rollout: Callable[..., Rollout]):
         self._rollout, self._jit = rollout, jax.jit(rollout, static_argnums=0)
-        self._lowered: dict[tuple, jax.stages.Lowered] = {}
+        self._lowered: dict[tuple[Any, ...], jax.stages.Lowered] = {}
 
     def __call__(self, params: Params, *inputs: Any) -> Rollout:
-        return self._jit(sharding.mesh_of(params), params, *inputs)
+        found: Rollout = self._jit(sharding.mesh_of(params), params, *inputs)
+        return found
 
     def lower(self, params: Params, *inputs: Any) -> jax.stages.Lowered:
         return self._jit.lower(sharding.mesh_of(params), params, *inputs)
@@ -105,8 +108,8 @@ class RolloutProgram:
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         key = (mesh, structure, *places, *shapes)
         if key not in self._lowered:
-            program = jax.jit(rollout, in_shardings=structure.unflatten(places))
-            self._lowered[key] = program.lower(*structure.unflatten(shapes))
+            program = jax.jit(rollout, in_shardings=jax.tree.unflatten(structure, places))
+            self._lowered[key] = program.lower(*jax.tree.unflatten(structure, shapes))
         return self._lowered[key]
 
 
@@ -122,7 +125,8 @@ class LoweredRollout(NamedTuple):
     program: jax.stages.Lowered
 
     def compile(self) -> "CompiledRollout":
-        return CompiledRollout(self.relay, self.layout and self.layout.compile(), self.program.compile())
+        layout = None if self.layout is None else self.layout.compile()
+        return CompiledRollout(self.relay, layout, self.program.compile())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +141,22 @@ class CompiledRollout:
     program: jax.stages.Compiled
 
     def __call__(self, params: Params, *inputs: Any) -> Rollout:
-        if self.relay is not None:
+        if self.relay is not None and self.layout is not None:
             params = self.relay.join(params, self.layout(self.relay.take(params)))
-        return self.program(params, *inputs)
+        found: Rollout = self.program(params, *inputs)
+        return found
 
     @property
     def new_bytes(self) -> int:
         """Bytes of a device that a call takes beside its arguments, at most."""
-        memory = self.program.memory_analysis()
-        beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        memory: Any = self.program.memory_analysis()  # None for backends that are not JAX's own.
+        beside: int = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         beside += memory.generated_code_size_in_bytes
         if self.layout is None:
             return beside
-        move = self.layout.memory_analysis()
-        return move.output_size_in_bytes + max(beside, move.temp_size_in_bytes)
+        move: Any = self.layout.memory_analysis()
+        most: int = move.output_size_in_bytes + max(beside, move.temp_size_in_bytes)
+        return most
 
 
 def lower_rollout(
@@ -199,6 +205,9 @@ class _Written(NamedTuple):
     tokens: jax.Array
     mask: jax.Array
     policy_log_probs: jax.Array
+
+
+_Carry = tuple[jax.Array, Branch, _Branches]  # of a decoding loop: the index t, the cache, the branches
 
 
 def sample(
@@ -262,16 +271,17 @@ def sample(
                 prefix, cache = policy.regroup(prefix, cache, moves.lines, moves.places, moved)
             branches, owner = _moved(branches, moves, stage, prompts * group), moves.owner
 
-        def unfinished(carry, following=following, owner=owner):
+        def unfinished(carry: _Carry, following: Stage | None = following, owner: jax.Array = owner) -> jax.Array:
             t, _, branches = carry
             if following is None:
                 going = jnp.any(~branches.done)
             else:
                 lines = ~branches.done.reshape(parts, -1, branches.done.shape[-1])
                 going = jnp.any(staging.lines_needed(lines, owner, prompts, following.group) > following.lines)
-            return (t < length) & going
+            goes_on: jax.Array = (t < length) & going
+            return goes_on
 
-        def extend(carry, prefix=prefix):
+        def extend(carry: _Carry, prefix: Prefix = prefix) -> _Carry:
             t, cache, branches = carry
             with sharding.layout(mesh, sharding.SAMPLING):
                 cache, logits = policy.decode(params, prefix, cache, branches.tokens, t - 1)
@@ -319,10 +329,14 @@ def _collected(written: _Written, branches: _Branches, parts: int) -> _Written:
     def put(whole: jax.Array, rows: jax.Array) -> jax.Array:
         of_parts, rows = whole.reshape(parts, -1, whole.shape[-1]), rows.reshape(parts, -1, whole.shape[-1])
         place = branches.place.reshape(parts, -1)
-        put_part = jax.vmap(lambda whole, place, rows: whole.at[place].set(rows, mode="drop"))
-        return put_part(of_parts, place, rows).reshape(whole.shape)
 
-    return jax.tree.map(put, written, branches.written)
+        def put_part(whole: jax.Array, place: jax.Array, rows: jax.Array) -> jax.Array:
+            return whole.at[place].set(rows, mode="drop")
+
+        return jax.vmap(put_part)(of_parts, place, rows).reshape(whole.shape)
+
+    collected: _Written = jax.tree.map(put, written, branches.written)
+    return collected
 
 
 def _moved(branches: _Branches, moves: Moves, stage: Stage, nowhere: int) -> _Branches:
@@ -330,8 +344,9 @@ def _moved(branches: _Branches, moves: Moves, stage: Stage, nowhere: int) -> _Br
     parts = len(moves.places)
 
     def take(rows: jax.Array) -> jax.Array:
-        found = jax.vmap(lambda rows, i: rows[i])(rows.reshape(parts, -1, *rows.shape[2:]), moves.places)
+        found: jax.Array = jax.vmap(lambda rows, i: rows[i])(rows.reshape(parts, -1, *rows.shape[2:]), moves.places)
         return found.reshape(-1, stage.group, *rows.shape[2:])
 
-    moved, real = jax.tree.map(take, branches), moves.real.reshape(-1, stage.group)
+    moved: _Branches = jax.tree.map(take, branches)
+    real = moves.real.reshape(-1, stage.group)
     return moved._replace(place=jnp.where(real, moved.place, nowhere), done=moved.done | ~real)

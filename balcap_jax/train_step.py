@@ -17,7 +17,8 @@ import optax
 
 from balcap_jax import advantages, losses
 from balcap_jax.models import packing
-from balcap_jax.models.policy import Params, Policy, Prompt
+from balcap_jax.models.decoder import Params
+from balcap_jax.models.policy import Policy, Prompt
 from balcap_jax.parallel import sharding
 
 
@@ -35,6 +36,7 @@ class Max(NamedTuple):
 
 
 Metrics = dict[str, Mean | Max]
+Gradient = dict[str, jax.Array]  # by the paths of `split`
 
 
 def finalise(metrics: Metrics) -> dict[str, float]:
@@ -123,7 +125,9 @@ class RLObjective:
     log_ratio_clamp: float = 20.0
     temperature: float = 1.0
 
-    def surrogate(self, log_probs, old_log_probs, advantages) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def surrogate(
+        self, log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`losses.clipped_surrogate` with these settings."""
         clips = self.clip_low, self.clip_high, self.log_ratio_clamp
         return losses.clipped_surrogate(log_probs, old_log_probs, advantages, *clips)
@@ -143,12 +147,13 @@ def split(params: Params, freeze: str) -> tuple[Mapping[str, Any], Mapping[str, 
 
 
 def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
-    return flax.traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
+    params: Params = flax.traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
+    return params
 
 
 def trained(params: Params, freeze: str) -> Params:
     """The nested tree of the trainable parameters alone."""
-    return flax.traverse_util.unflatten_dict(split(params, freeze)[0], sep="/")
+    return join(split(params, freeze)[0], {})
 
 
 def vision_is_frozen(params: Params, freeze: str) -> bool:
@@ -214,7 +219,9 @@ def make_rl_step(
             at_start = flax.traverse_util.flatten_dict(reference, sep="/")
             anchor = join(at_start, split(state.params, freeze)[1])
 
-        def loss_fn(params: Params, micro_batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(
+            params: Params, micro_batch: tuple[RLBatch, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
             batch, combined, weights = micro_batch
 
             def log_probs_of(params: Params) -> jax.Array:
@@ -252,13 +259,19 @@ def make_rl_step(
 
 
 @jax.named_scope("metrics")
-def _rl_metrics(objective, batch: RLBatch, advantage: advantages.Advantages, in_band, aux) -> Metrics:
+def _rl_metrics(
+    objective: RLObjective,
+    batch: RLBatch,
+    advantage: advantages.Advantages,
+    in_band: jax.Array,
+    aux: Mapping[str, jax.Array],
+) -> Metrics:
     """(sum, count) metrics of a rollout batch; -log p of the sampled tokens estimates the entropy."""
     mask = batch.mask & advantage.contributes[..., None]
     log_probs = aux["log_probs"]
     _, ratio, clipped = objective.surrogate(log_probs, batch.old_log_probs, advantage.combined)
     drift = jnp.where(batch.mask, jnp.abs(log_probs - batch.old_log_probs), 0.0)
-    metrics = {name: Mean(*pair) for name, pair in advantage.stats.items()}
+    metrics: Metrics = {name: Mean(*pair) for name, pair in advantage.stats.items()}
     for k, name in enumerate(objective.names):
         valid = batch.valid[..., k]
         rewards = jnp.where(valid, batch.rewards[..., k], 0.0)
@@ -301,7 +314,7 @@ def make_sft_step(
         every = jnp.ones(batch.mask.shape[:2], bool)
         weights = losses.token_weights(batch.mask, every, "token", batch.mask.shape[-1])
 
-        def loss_fn(params: Params, micro_batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: Params, micro_batch: tuple[SFTBatch, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
             batch, weights = micro_batch
             image_embeds = policy.encode(params, batch.prompt.images)
             log_probs = policy.log_probs(
@@ -311,7 +324,7 @@ def make_sft_step(
 
         loss, _, gradient = accumulate(loss_fn, state.params, (batch, weights), freeze, micro_batches)
         state, update_metrics = apply_gradients(optimizer, state, gradient, freeze)
-        metrics = {"length/tokens_mean": masked_mean(batch.mask.sum(-1), every)}
+        metrics: Metrics = {"length/tokens_mean": masked_mean(batch.mask.sum(-1), every)}
         metrics |= useful(batch.mask, micro_batches, token_bucket)
         return state, {"loss": as_mean(loss), **metrics, **update_metrics}
 
@@ -330,21 +343,23 @@ class CompiledStep:
 
     def __init__(self, step: Callable[..., tuple[TrainState, Metrics]]):
         self._step = step
-        self._by_shardings: dict[tuple, Any] = {}
+        self._by_shardings: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
-        return self._jit(state)(state, *inputs)
+        found: tuple[TrainState, Metrics] = self._jit(state)(state, *inputs)
+        return found
 
     def lower(self, state: TrainState, *inputs: Any) -> jax.stages.Lowered:
-        return self._jit(state).lower(state, *inputs)
+        lowered: jax.stages.Lowered = self._jit(state).lower(state, *inputs)
+        return lowered
 
-    def _jit(self, state: TrainState):
+    def _jit(self, state: TrainState) -> Any:
         shardings = jax.tree.map(lambda x: x.sharding, state)
         key = tuple(jax.tree.leaves(shardings))
         if key not in self._by_shardings:
             mesh = sharding.mesh_of(state.params)
 
-            def step(*inputs):
+            def step(*inputs: Any) -> tuple[TrainState, Metrics]:
                 with sharding.layout(mesh, sharding.TRAINING):
                     return self._step(*inputs)
 
@@ -353,27 +368,37 @@ class CompiledStep:
 
 
 @jax.named_scope("gradient")
-def accumulate(loss_fn, params: Params, batch, freeze: str, micro_batches: int):
+def accumulate(
+    loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Params,
+    batch: Any,
+    freeze: str,
+    micro_batches: int,
+) -> tuple[jax.Array, dict[str, jax.Array], Gradient]:
     """Sums loss and gradient of `loss_fn(params, micro_batch) -> (loss, aux)` over equal parts of `batch` along B.
 
     Returns the loss, the arrays `aux` (joined again along B), and the flat gradient of the trainable parameters in
     fp32.
     """
     trainable, frozen = split(params, freeze)
-    loss_fn = jax.named_scope("loss")(loss_fn)
-    differentiate = jax.value_and_grad(lambda x, micro_batch: loss_fn(join(x, frozen), micro_batch), has_aux=True)
+
+    @jax.named_scope("loss")
+    def loss_of(trainable: Mapping[str, jax.Array], micro_batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss_fn(join(trainable, frozen), micro_batch)
+
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
     if micro_batches == 1:
         (loss, aux), gradient = differentiate(trainable, batch)
         return loss, aux, sharding.constrain_tree(gradient)
 
-    def cut(x):
+    def cut(x: jax.Array) -> jax.Array:
         if x.shape[0] % micro_batches:
             raise ValueError(f"batch of {x.shape[0]} prompts does not divide into {micro_batches} micro-batches")
         # Every micro_batches-th row, not neighbouring rows: B is split over the devices, and each of them has its share
         # of every micro-batch. Neighbouring rows would be on few devices, and the others would wait.
         return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, micro_batch):
+    def add(total: tuple[jax.Array, Gradient], micro_batch: Any) -> tuple[tuple[jax.Array, Gradient], Any]:
         loss, gradient = total
         (micro_loss, aux), micro_gradient = differentiate(trainable, micro_batch)
         gradient = jax.tree.map(jnp.add, gradient, sharding.constrain_tree(micro_gradient))

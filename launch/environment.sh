@@ -60,6 +60,7 @@ is_installed() {
 
 prepare_environment() {
   local extra="$1" python installer
+  [[ -f "$ROOT/setup.py" ]] || fail "$ROOT is not the repository (no setup.py): this script runs in a clone of it"
   if [[ -f "$VENV/installing" ]]; then
     installer="$(<"$VENV/installing")"
     if [[ -n "$installer" ]] && kill -0 "$installer" 2>/dev/null; then

@@ -49,7 +49,8 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+# An installed package also holds the recipes, which are nobody's modules.
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "configs")}
 
 
 def imports() -> dict[str, set[str]]:

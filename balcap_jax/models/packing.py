@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balcap_jax.config.schema import UNIT, WORTH
+from balcap_jax.config.schema import UNIT as UNIT
+from balcap_jax.config.schema import WORTH
 
 # ------------------------------------------------------------------------------------------------- on the host
 

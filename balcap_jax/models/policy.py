@@ -119,6 +119,8 @@ class Policy:
         if not token_bucket:
             y = decoder.embed(self.decoder, params["decoder"], responses)
             return self._chosen(params, decoder.forward(*inputs, y), responses, temperature)
+        if mask is None:
+            raise ValueError("a token_bucket needs the mask of the responses")
         length = responses.shape[-1]
         lengths = mask.sum(-1, dtype=jnp.int32).reshape(batch_parts(), -1, mask.shape[1])
         at = packing.places(lengths, length, token_bucket)

@@ -170,7 +170,7 @@ def _joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return joined | ({"left_out": list(dict.fromkeys(left_out))} if left_out else {})
 
 
-def ask_kinds(judge: Judge, **questions: Sequence) -> list[list]:
+def ask_kinds(judge: Judge, **questions: Sequence[Any]) -> list[list[Any]]:
     """For each keyword, which names a method of the judge, one answer per question; a slow one delays no other kind.
 
     A question that is left out is its own answer.

@@ -41,8 +41,7 @@ def test_the_table_of_one_device_splits_nothing():
 
 def test_the_table_is_printed_and_nothing_is_trained(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = configuration.__file__.replace("balcap_jax/config/recipes.py", "configs/scenes.py")
-    train.main([f"--config={recipe}", "--print_sharding"])
+    train.main(["--config=scenes", "--print_sharding"])
     assert "decoder/embed" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

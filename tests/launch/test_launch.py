@@ -1,6 +1,7 @@
 """The launch scripts, run on a copy of the repository against a fake Python, and the packaging metadata."""
 
 import fnmatch
+import itertools
 import os
 import re
 import runpy
@@ -13,6 +14,9 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
+
+import balcap_jax
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["launch/environment.sh", "launch/quickstart.sh", "launch/test.sh", ".ci/run"]
@@ -354,12 +358,21 @@ def test_a_finding_of_ruff_fails_the_whole_but_does_not_hide_the_tests(clone):
 # --- packaging ---
 
 
+PACKAGE = Path(balcap_jax.__file__).parent  # That of the repository, or of an installed wheel.
+
+
 @pytest.fixture(scope="module")
-def metadata():
+def metadata(tmp_path_factory):
     """The arguments that setup.py hands to setuptools, which pip brings along and an environment need not have."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, root)
+    (root / "balcap_jax").symlink_to(PACKAGE)
 
     def find_packages(include):
-        names = [".".join(path.relative_to(ROOT).parts[:-1]) for path in ROOT.glob("*/**/__init__.py")]
+        names = [
+            ".".join(("balcap_jax", *path.relative_to(PACKAGE).parts[:-1])) for path in PACKAGE.rglob("__init__.py")
+        ]
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)]
 
     seen: dict = {}
@@ -367,7 +380,7 @@ def metadata():
     stand_in.setup, stand_in.find_packages = lambda **arguments: seen.update(arguments), find_packages
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "setuptools", stand_in)
-        runpy.run_path(str(ROOT / "setup.py"))
+        runpy.run_path(str(root / "setup.py"))
     return seen
 
 
@@ -438,7 +451,28 @@ def test_the_package_holds_its_templates_and_prompts(metadata):
         for package, names in metadata["package_data"].items()
         for pattern in names
     ]
-    files = [path.relative_to(ROOT) for path in (ROOT / "balcap_jax").rglob("*") if path.is_file()]
+    files = [path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*") if path.is_file()]
     others = [path for path in files if path.suffix not in {".py", ".pyc", ".md"}]
     assert [path for path in others if not any(path.match(str(pattern)) for pattern in patterns)] == []
-    assert "balcap_jax.judges" in metadata["packages"]
+    assert {"balcap_jax.judges", "balcap_jax.configs"} <= set(metadata["packages"])
+    assert metadata["package_dir"] == {"balcap_jax.configs": "configs"}
+
+
+def test_the_command_is_there_and_its_version_is_the_packages(metadata):
+    assert metadata["entry_points"] == {"console_scripts": ["balcap = balcap_jax.__main__:main"]}
+    assert metadata["version"] == balcap_jax.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    newest = next(line for line in changes if line.startswith("## "))
+    assert newest == f"## {balcap_jax.__version__}"
+
+
+def test_the_workflow_calls_the_same_command_on_every_python_that_is_named(metadata):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    named = [name.rpartition(" ")[2] for name in metadata["classifiers"] if "Python :: 3." in name]
+    for job in ("tests", "wheel"):
+        assert workflow["jobs"][job]["strategy"]["matrix"]["python"] == named
+    runs = {job: [step["run"] for step in steps["steps"] if "run" in step] for job, steps in workflow["jobs"].items()}
+    assert runs["tests"] == [".ci/run"]
+    for command in itertools.chain(*runs.values()):
+        for word in command.split():
+            assert "/" not in word or (ROOT / word).is_file(), word
