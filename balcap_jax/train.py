@@ -26,7 +26,7 @@ from balcap_jax.cli.bucket import shown
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import INTERRUPTED, exit_on_user_error
 from balcap_jax.config import recipes as configuration
-from balcap_jax.data.input import examples, prompts_of
+from balcap_jax.data.input import prompts_of
 from balcap_jax.judges import cost
 from balcap_jax.models.formats import language
 from balcap_jax.models.policy import Params
@@ -35,7 +35,7 @@ from balcap_jax.report.page import write_report
 from balcap_jax.report.tables import result_text
 from balcap_jax.rewards.miniature import with_miniature
 from balcap_jax.training import announce, judge_trial, required
-from balcap_jax.training.evaluation import HeldOut, check_best_metric, references_as_samples
+from balcap_jax.training.evaluation import HeldOut, check_best_metric, held_out, references_as_samples
 from balcap_jax.training.job import Job
 from balcap_jax.training.programs import LORA_STAGES, adapted, check_freezes, model_fields, params_of
 from balcap_jax.training.run import Run
@@ -66,12 +66,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, command: str = "") -> 
             splits = data.load(config.data, size, tokenizer=not has_tokenizer, needs=needs)
             rewards.check(config.rewards, run.judge, splits.fields, config.data.name)
             with readable(config.data):
-                shown = examples(splits.test, config.log.eval_images)
+                shown = held_out(splits.test, config.log.eval_images, "test")
         job, params = build(run, splits, shown, fields, overrides)
         validation = []
         if config.checkpoint.best_metric:
             with readable(config.data):
-                validation = examples(splits.validation, config.log.eval_images)
+                validation = held_out(splits.validation, config.log.eval_images, "validation")
         run.open(splits, HeldOut(job, shown, validation))  # Only now: what cannot be run does not take the workdir.
         if run.leads:
             print(announce.block(config, fields["family"], params, splits, shown, run.judge), flush=True)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import io
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,14 +116,17 @@ def make_dataset(
     if any(not 0 <= row < batch_size for row in rows):
         raise ValueError(f"rows {list(rows)} are not all in [0, {batch_size})")
 
+    in_batch = getattr(source, "in_batch", lambda indices, row: source[indices[row]])
+
     def read(indices: np.ndarray) -> Batch:
-        return as_columns([decode(source[indices[row]]) for row in rows])
+        return as_columns([decode(in_batch(indices, row)) for row in rows])
 
     # The order is one of indices, so that no process reads the rows of another one.
     dataset = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    # Batches are cut before the repetition: a batch never holds examples of two epochs, so never an example twice.
+    # Batches are cut before the repetition: a batch never holds examples of two epochs, so never an example twice. Nor
+    # does one that stands in for an example which cannot be read (`Readable.in_batch`).
     dataset = dataset.batch(batch_size, drop_remainder=True).map(read)
     if repeat:
         dataset = dataset.repeat()
@@ -132,10 +136,17 @@ def make_dataset(
     return iter(dataset.to_iter_dataset(options))
 
 
-def examples(source: Sequence[Mapping[str, Any]], limit: int | None = None, *, start: int = 0) -> list[dict[str, Any]]:
-    """The first `limit` examples from `start` on (all if None), in the order of the split, with text as `str`."""
-    stop = len(source) if limit is None else min(len(source), start + limit)
-    return [decode(source[i]) for i in range(start, stop)]
+def examples(source: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[dict[str, Any]]:
+    """The first `limit` examples that can be read (all if None), in the order of the split, with text as `str`.
+
+    None stands in for another. Raises UserError where there are some and none can be read.
+    """
+    read = getattr(source, "itself", source.__getitem__)
+    there = filter(lambda example: example is not None, map(read, range(len(source))))
+    found = [decode(example) for example in itertools.islice(there, limit)]
+    if not found and len(source) and limit != 0:
+        source[0]  # It says why.
+    return found
 
 
 def as_columns(rows: Sequence[Mapping[str, Any]]) -> Batch:

@@ -18,7 +18,7 @@ from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_bytes, write_text
 from balcap_jax.config.recipes import stage_order
-from balcap_jax.data.input import as_columns
+from balcap_jax.data.input import as_columns, examples
 from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.data.words import count_words
 from balcap_jax.models.policy import Params
@@ -92,6 +92,19 @@ class HeldOut:
             judged = job.judging(rows, examples, samples, measure)()
             records += rows.gather_list(judged.records(measure.names, gate))[:real]
         return summarise(records, measure.names), records
+
+
+def held_out(source: Sequence[Mapping[str, Any]], limit: int, split: str) -> list[dict[str, Any]]:
+    """The first `limit` images of a split that can be read. One printed line says so where there are fewer.
+
+    Raises:
+      UserError: there are some, and none can be read.
+    """
+    found, wanted = examples(source, limit), min(limit, len(source))
+    if len(found) < wanted:
+        text = f"held out: {len(found)} of {wanted} pictures of {split} can be read"
+        print(f"{text}; evaluations are of these", flush=True)
+    return found
 
 
 def check_best_metric(metric: str, measured: Sequence[str], images: int) -> None:
