@@ -7,7 +7,8 @@
     python -m balcap_jax.recaption --format=dense --images='data/train-*.parquet' --columns=docci --out=dense.jsonl
 
 `--images` is a folder, a JSONL file as `caption` and `data.photos` read it, the JSON of ShareGPT4V, or parquet files
-(one, their folder, a glob), whose columns `--columns` names as `data.columns` does. `--write` says what is written:
+(one, their folder, a glob). `--columns` names columns, and the fields of a JSONL file, as `data.columns` does.
+`--write` says what is written:
 
     references  the judge, which sees the picture, describes it under the sample's own prompt, and then splits its
                 description into units; it sees the same pixels once, copies go to F.duplicates.jsonl
@@ -46,15 +47,16 @@ from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.cli.progress import ProgressLine
 from balcap_jax.config.recipes import take_judge
 from balcap_jax.data import addresses, photos, sharegpt4v
+from balcap_jax.data.input import NO_CAPTION
 from balcap_jax.data.items import items_of
 from balcap_jax.data.listing import Item, picture_name, spelt
+from balcap_jax.data.same_pictures import JUDGED_PIXELS
 from balcap_jax.judges import budget, prompts
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import make_client
 from balcap_jax.judges.writers import ALT_TEXT, FORMATS, References, Rubrics, Units, alt_text_of, reference_of
 
 KINDS = {"references": References, "units": Units, "rubrics": Rubrics}
-MAX_PIXELS = 1_048_576  # of the pictures that the judge sees: hosted models shrink larger ones themselves
 _THREADS = 8  # that read pictures
 _BEFORE = {"format": "descriptive"}  # of files of earlier versions, which do not say it
 # Estimates for --estimate: tokens of a question beside its prompt, and of its answer.
@@ -67,9 +69,9 @@ _CHARACTERS_PER_TOKEN = 4
 class Sources:
     """The pictures, and what is written about them.
 
-    kind: one of KINDS. prompt: of pictures without their own. root: where ShareGPT4V's images lie (None: beside its
-    JSON). students: a file of `caption`, for "rubrics". form: one of FORMATS, for "references". columns: as
-    `data.columns`, of parquet files.
+    kind: one of KINDS. prompt: of pictures without their own. root: where the pictures of a JSON or JSONL file lie
+    (None: beside it). students: a file of `caption`, for "rubrics". form: one of FORMATS, for "references". columns: as
+    `data.columns`, of JSONL and parquet files.
     """
 
     images: str
@@ -89,9 +91,8 @@ class Sources:
     def folder(self) -> Path:
         """The folder that the paths of pictures start from."""
         source = Path(self.images)
-        if source.suffix.lower() == ".json" and self.root:
-            return Path(self.root)
-        return addresses.folder_of(source)
+        is_list = not source.is_dir() and not addresses.is_parquet(source)
+        return Path(self.root) if self.root and is_list else addresses.folder_of(source)
 
     def items(self) -> list[Item]:
         """Raises UserError where nothing is there, a line is bad, or a reference is needed and missing."""
@@ -110,16 +111,36 @@ class Sources:
                 print(f"{source}: {texts} entries of text alone are left out", flush=True)
         else:
             texts = self.kind != "references" or self.form == "fused"
-            items = items_of(source, self.prompt, columns=self.columns, texts=texts)
+            items = items_of(source, self.prompt, columns=self.columns, texts=texts, root=self.root)
         if self.form == "fused" and not any(map(alt_text_of, items)):
             raise UserError(
                 f"--format=fused needs the text that came with each picture, and no line of {source} has {ALT_TEXT!r}; "
                 f"add it to the lines, or name the column of parquet files with --columns={ALT_TEXT}=COLUMN"
             )
-        if self.kind != "references":
-            for item in items:
-                reference_of(item)
-        return items
+        return items if self.kind == "references" else self._with_references(items)
+
+    def _with_references(self, items: Sequence[Item]) -> list[Item]:
+        """The items, of which rows of parquet files without a caption have that as their error.
+
+        Raises UserError where another has none: a line can be mended.
+        """
+        is_table = addresses.is_parquet(self.images)
+        checked = []
+        for item in items:
+            try:
+                if not item.error:
+                    reference_of(item)
+            except UserError:
+                if not is_table or not addresses.address(item.path):
+                    raise
+                item = dataclasses.replace(item, error=NO_CAPTION[0])
+            checked.append(item)
+        if checked and all(item.error for item in checked):
+            raise UserError(
+                f"no row of {self.images} has a caption, such as {checked[0].image} ({checked[0].error}); name its "
+                "column with --columns=caption=COLUMN, or have references written first (--write=references)"
+            )
+        return checked
 
     def drafts(self) -> dict[str, str]:
         """The students' captions by the id, or the path, of their pictures."""
@@ -133,7 +154,7 @@ class Sources:
 
 
 def recaption(
-    sources: Sources, out: str | os.PathLike, judge: ConfigDict, *, retry_errors: bool = False, max_pixels=MAX_PIXELS
+    sources: Sources, out: str | os.PathLike, judge: ConfigDict, *, retry_errors: bool = False, max_pixels=JUDGED_PIXELS
 ) -> dict[str, int]:
     """Writes the lines that `out` still lacks; returns the numbers of "lines", "errors", "duplicates", and "new" lines.
 
@@ -244,11 +265,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", metavar="F.jsonl", type=place, help="one line each; beside it F.errors.jsonl, F.judge.json, ...")
     add("--write", choices=tuple(KINDS), default="references", help="what is written (default: %(default)s)")
     add("--format", choices=tuple(FORMATS), default="descriptive", help="of references (default: %(default)s)")
-    add("--columns", metavar="FIELD=COLUMN,...", default="", help="of parquet files, as data.columns")
+    add("--columns", metavar="FIELD=COLUMN,...", default="", help="of parquet and JSONL files, as data.columns")
     add("--students", metavar="F.jsonl", type=place, help="for rubrics: captions that `caption` wrote")
-    add("--root", metavar="DIR", type=disk_place, help="where the images of ShareGPT4V's JSON lie (default: beside it)")
+    add(
+        "--root",
+        metavar="DIR",
+        type=disk_place,
+        help="where the pictures of a JSON or JSONL file lie (default: beside)",
+    )
     add("--prompt", default=photos.PROMPT, help="for pictures without their own (default: %(default)r)")
-    add("--max_pixels", type=int, default=MAX_PIXELS, help="of what the judge is shown (default: %(default)s)")
+    add("--max_pixels", type=int, default=JUDGED_PIXELS, help="of what the judge is shown (default: %(default)s)")
     add("--retry_errors", action="store_true", help="ask about the pictures of F.errors.jsonl again")
     add("--estimate", action="store_true", help="print about how many calls, tokens and money, and stop")
     return parser

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
+from balcap_jax.data.input import NO_PICTURE
 from balcap_jax.data.parquet_files import field_of
 
 FIELDS = ("image", "caption", "captions", "prompt", "id", "alt_text", "reference_units", "questions", "rubrics")
@@ -129,9 +130,11 @@ def choose(text: str, schema: pa.Schema, where: str, *, needs_caption: bool = Tr
         kind = kind_of(field_of(schema, column).type)
         if field in _TAKES and kind not in _TAKES[field]:
             if field in named or field in ("image", "caption"):
+                part = field_of(schema, f"{column}.path") if field == "image" else None
+                inside = f" ({column}.path holds paths: image={column}.path)" if part is not None else ""
                 raise UserError(
-                    f"the column {column!r} of {where} holds {kind}, and {field} takes {', '.join(_TAKES[field])}; "
-                    f"{_remedy(schema)}"
+                    f"the column {column!r} of {where} holds {kind}, and {field} takes {', '.join(_TAKES[field])}"
+                    f"{inside}; {_remedy(schema)}"
                 )
             continue  # It only happens to be called so.
         chosen[field] = column
@@ -256,5 +259,5 @@ def picture_of(value: Any) -> bytes | str:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise ValueError("no picture")
+        raise ValueError(NO_PICTURE)
     return value

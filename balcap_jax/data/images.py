@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -92,6 +93,25 @@ def _found(path: str | os.PathLike | bytes, *, complete: bool = True) -> str | o
         return parquet_pictures.content(*inside) if complete else parquet_pictures.check(*inside)
     except parquet_pictures.RowError as error:
         raise ImageError(str(error)) from error
+
+
+def shrunk(picture: np.ndarray, max_pixels: int) -> np.ndarray:
+    """A picture [height, width, 3] with at most about `max_pixels` pixels and its own aspect; 0 = as it is."""
+    height, width = picture.shape[:2]
+    if not max_pixels or height * width <= max_pixels:
+        return picture
+    scale = (max_pixels / (height * width)) ** 0.5
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def picture_hash(image: np.ndarray) -> str:
+    """A name of the pixels and their shape."""
+    if image.dtype != np.uint8:
+        raise ValueError(f"pictures are uint8 arrays, got {image.dtype}")
+    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=20)
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import contextlib
 import io
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ class LeftOut(NamedTuple):
 
     image: str
     reason: str
+
+
+NO_PICTURE, NO_CAPTION = "no picture", ("no caption", "empty caption")
+"""Reasons of samples in which there is nothing to be read."""
 
 
 class Data(NamedTuple):
@@ -136,13 +140,15 @@ def make_dataset(
     return iter(dataset.to_iter_dataset(options))
 
 
-def examples(source: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[dict[str, Any]]:
+def examples(
+    source: Sequence[Mapping[str, Any]], limit: int | None = None, *, places: Iterable[int] | None = None
+) -> list[dict[str, Any]]:
     """The first `limit` examples that can be read (all if None), in the order of the split, with text as `str`.
 
-    None stands in for another. Raises UserError where there are some and none can be read.
+    Of `places` alone where they are given. None stands in for another. Raises UserError where none can be read.
     """
     read = getattr(source, "itself", source.__getitem__)
-    there = filter(lambda example: example is not None, map(read, range(len(source))))
+    there = filter(lambda example: example is not None, map(read, range(len(source)) if places is None else places))
     found = [decode(example) for example in itertools.islice(there, limit)]
     if not found and len(source) and limit != 0:
         source[0]  # It says why.

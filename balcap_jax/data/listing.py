@@ -36,8 +36,12 @@ class Item:
         return {"image": self.image} | ({"id": self.id} if self.id is not None else {})
 
 
-def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
+def list_items(
+    source: str | os.PathLike, prompt: str, *, columns: str = "", root: str | os.PathLike | None = None
+) -> list[Item]:
     """The pictures of a folder or of a JSONL file; `prompt` is for those without their own.
+
+    Of a JSONL file, `columns` is as `data.columns`, and paths start from `root`, None = from its folder.
 
     Raises:
       UserError: nothing there, a bad line, or two lines with one id.
@@ -59,7 +63,7 @@ def list_items(source: str | os.PathLike, prompt: str) -> list[Item]:
         return items
     if not source.is_file():
         raise UserError(f"--images={source}: no such folder or file")
-    items = _listed(source, prompt)
+    items = _listed(source, prompt, columns, source.parent if root is None else Path(root))
     if not items:
         raise UserError(f'{source} is empty; it takes lines such as {{"image": "photo.jpg"}}')
     return items
@@ -164,7 +168,7 @@ def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
     return sorted(pictures)
 
 
-def lines_of(source: Path, what: str = "") -> Iterator[tuple[int, str]]:
+def lines_of(source: Path, what: str = "", remedy: str = "give a folder or a JSONL file") -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a JSONL file that are not empty; `what` comes before its name in an error.
 
     Raises:
@@ -174,24 +178,47 @@ def lines_of(source: Path, what: str = "") -> Iterator[tuple[int, str]]:
         text = read_bytes(source).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"{what}{source} cannot be read ({reason}); give a folder or a JSONL file") from error
+        raise UserError(f"{what}{source} cannot be read ({reason}); {remedy}") from error
     yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def _listed(source: Path, prompt: str) -> list[Item]:
+def renamed(entry: Mapping[str, Any], columns: str, folder: Path, where: str) -> dict[str, Any]:
+    """A line with our own names for what they mean; `columns` is `data.columns`, and its picture lies in `folder`.
+
+    Raises:
+      UserError: as `columns.renamed` does, or a field that should be JSON is none; `where` names the line.
+    """
+    from balcap_jax.data import columns as choices  # pyarrow takes time to import, and few need it.
+
+    try:
+        ours = choices.renamed(entry, columns)
+    except ValueError as error:
+        raise UserError(f"{where}: a field that should be JSON is none ({error}); mend that line") from error
+    if isinstance(image := ours.get("image"), str):
+        ours["image"] = with_ending(folder, image)
+    meant = (*choices.FIELDS, "reference")  # Others may call anything so.
+    return {name: value for name, value in entry.items() if name not in meant} | ours
+
+
+def _listed(source: Path, prompt: str, columns: str, folder: Path) -> list[Item]:
     items, lines, in_bucket = [], {}, storage.url_of(source)
     for number, line in lines_of(source, "--images="):
         entry = json_text.parse(line, f"{source}, line {number}", "mend or remove that line")
+        if columns and isinstance(entry, dict):
+            entry = renamed(entry, columns, folder, f"{source}, line {number}")
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
-            raise UserError(f'{source}, line {number}: a line is an object with "image", the path of a picture')
+            raise UserError(
+                f'{source}, line {number}: a line is an object with "image", the path of a picture; mend that line, or '
+                "say how its fields are called (recaption: --columns=image=FIELD,caption=FIELD)"
+            )
         for name in ("id", "prompt"):
             if not isinstance(entry.get(name, ""), str):
                 raise UserError(f'{source}, line {number}: "{name}" must be text, got {entry[name]!r}')
-        key = entry.get("id", picture_name(source.parent, entry["image"]))
+        key = entry.get("id", picture_name(folder, entry["image"]))
         if key in lines:
             raise UserError(f'{source}, line {number}: {key!r} is line {lines[key]} already; give each its own "id"')
         lines[key] = number
-        path = source.parent / entry["image"]
+        path = folder / entry["image"]
         if in_bucket or is_url(entry["image"]):
             storage.refuse(entry["image"] if is_url(entry["image"]) else path, "a picture")
         items.append(Item(key, entry["image"], path, entry.get("prompt", prompt), entry.get("id"), entry=entry))

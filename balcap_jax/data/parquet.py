@@ -19,10 +19,10 @@ from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import resolved
 from balcap_jax.data import columns as choices
-from balcap_jax.data import images, photos
+from balcap_jax.data import images, photos, same_pictures
 from balcap_jax.data.addresses import address, with_column
 from balcap_jax.data.columns import Columns
-from balcap_jax.data.input import Data, LeftOut
+from balcap_jax.data.input import NO_CAPTION, Data, LeftOut
 from balcap_jax.data.listing import Item, real_path, with_ending
 from balcap_jax.data.parquet_files import ParquetFiles, RowError, Rows, find
 from balcap_jax.data.readable import Readable
@@ -62,7 +62,7 @@ class Table:
         except UserError as error:
             raise images.ImageError(str(error).removeprefix(f"{_ROW}: ").partition("; mend")[0]) from error
         if self.needs_caption and not record["captions"]:
-            raise images.ImageError("no caption")
+            raise images.ImageError(NO_CAPTION[0])
         return record
 
     def picture(self, values: Mapping[str, Any]) -> np.ndarray:
@@ -119,7 +119,7 @@ class TableSplit(Readable):
         record = self.table.record(row, values)
         return {
             "id": record["image"],
-            "image": photos.shrunk(self.table.picture(values), self.max_pixels),
+            "image": images.shrunk(self.table.picture(values), self.max_pixels),
             "prompt": record["prompt"] or photos.PROMPT,
             "reference": record["captions"][0],
             "reference_units": list(record["reference_units"]),
@@ -261,11 +261,15 @@ def _join(table: Table, units: Path) -> tuple[Table, list[LeftOut]]:
             file = next((by_name[end] for end in endings(address(image)[0]) if end in by_name), None)
         return None if file is None else files.row_of(file, inside[1])
 
-    said = lines_about(units, row_at, "parquet", len(files), f"{files.name(0)!r} in {files.folder}")
+    said, hashes = lines_about(units, row_at, "parquet", len(files), f"{files.name(0)!r} in {files.folder}")
+    column = table.columns["image"]
+    same_pictures.check(
+        {with_column(str(files.folder / files.name(row)), column): h for row, h in hashes.items()}, units
+    )
     has_captions = bool({"caption", "captions"} & table.columns.keys())
     without = {row for row, fields in said.items() if not has_captions and "captions" not in fields}
     left_out = [
-        LeftOut(files.name(row), "no caption" if row in without else f"no line in {units.name}")
+        LeftOut(files.name(row), NO_CAPTION[0] if row in without else f"no line in {units.name}")
         for row in range(len(files))
         if row in without or row not in said
     ]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import open_regular, resolved
-from balcap_jax.data.addresses import SUFFIXES, folder_of
+from balcap_jax.data.addresses import SUFFIXES, folder_of, is_parquet
 
 _BUFFER = 1 << 20  # bytes that are read of a column at once
 _BLOCK = 8 << 20  # bytes of rows that are decoded at once, by the footer
@@ -143,7 +143,8 @@ def _footer(path: Path) -> pq.FileMetaData:
             footer.schema.to_arrow_schema()  # Not all that other writers can write can be read.
             return footer
     except _FAILURES as error:
-        raise UserError(f"{path} is no whole parquet file ({_reason(error)}); download it again") from error
+        remedy = "download it again" if is_parquet(path) else "give others, or data.name=photos for a JSONL file"
+        raise UserError(f"{path} is no whole parquet file ({_reason(error)}); {remedy}") from error
 
 
 def _reason(error: BaseException) -> str:

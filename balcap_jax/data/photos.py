@@ -19,21 +19,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 import transformers
-from PIL import Image
 
 from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.bucket import is_url
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
-from balcap_jax.data import images, picture_index
-from balcap_jax.data.addresses import SUFFIXES
-from balcap_jax.data.input import Data, LeftOut
-from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, spelt, with_ending
+from balcap_jax.data import images, picture_index, same_pictures
+from balcap_jax.data.addresses import SUFFIXES, is_parquet
+from balcap_jax.data.input import NO_CAPTION, Data, LeftOut
+from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, renamed, spelt
 from balcap_jax.data.readable import Readable
 from balcap_jax.data.records import EMPTY, REWARDED, Record, check_needs, join, read_record
+from balcap_jax.data.same_pictures import Hash, hash_in
 from balcap_jax.data.scenes.tokenizer import SPECIAL_TOKENS, UNK, fast_tokenizer
 
 PROMPT = "Describe this image in detail."
@@ -73,7 +72,7 @@ class Photos(Readable):
         record = self.records[at]
         return {
             "id": record.id,
-            "image": shrunk(images.read(record.path), self.max_pixels),
+            "image": images.shrunk(images.read(record.path), self.max_pixels),
             "prompt": record.prompt,
             "reference": record.captions[0],
             "reference_units": list(record.reference_units),
@@ -81,16 +80,6 @@ class Photos(Readable):
             "questions": record.questions,
             "rubrics": record.rubrics,
         }
-
-
-def shrunk(picture: np.ndarray, max_pixels: int) -> np.ndarray:
-    """A picture [height, width, 3] with at most about `max_pixels` pixels and its own aspect; 0 = as it is."""
-    height, width = picture.shape[:2]
-    if not max_pixels or height * width <= max_pixels:
-        return picture
-    scale = (max_pixels / (height * width)) ** 0.5
-    size = max(1, int(width * scale)), max(1, int(height * scale))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
@@ -112,15 +101,25 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
     # Beside somebody's photographs nothing is written.
     name = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:16]
     index = resolved(picture_index.CACHE) / "pictures" / f"{name}.json"
+    columns = config.get("columns", "")
     if source.is_dir() and not (source / CAPTIONS).is_file():
+        if columns:
+            raise UserError(
+                f"config field 'data.columns' names fields of JSONL and columns of parquet files, and {source} has "
+                f"pictures beside their captions; leave it empty, or give data.name=parquet where tables are meant"
+            )
         records, left_out = _beside(source, index.with_suffix(".captions.json"), needs_caption=not config.get("units"))
+        if not records and not left_out and is_parquet(source):
+            raise UserError(f"{source} has parquet files and no picture; give --config.data.name=parquet")
     elif source.is_file() or source.is_dir():
         listed = source if source.is_file() else source / CAPTIONS
         folder = resolved(config["manual_dir"]) if config.get("manual_dir") else folder
-        columns = config.get("columns", "")
         records, left_out = _listed(listed, folder, columns, needs_caption=not config.get("units")), []
     else:
-        raise UserError(f"config field 'data.data_dir': no such folder or file: {source}")
+        raise UserError(
+            f"config field 'data.data_dir': no such folder or file: {source}; name the folder of your photographs, or "
+            "a JSONL file about them"
+        )
     return open_splits("photos", records, left_out, config, needs, folder=folder, source=source, index=index)
 
 
@@ -247,7 +246,7 @@ def _beside(folder: Path, index: Path, *, needs_caption: bool) -> tuple[list[Rec
     pictures, real = {}, RealPaths()
     for name, problem in names.items():
         problem = problem or problems.get(name, "")
-        if problem in _NO_CAPTION and not needs_caption:
+        if problem in NO_CAPTION and not needs_caption:
             problem = ""
         if not problem and spelt(name) != name:
             problem = "name or caption is not UTF-8"
@@ -260,21 +259,18 @@ def _beside(folder: Path, index: Path, *, needs_caption: bool) -> tuple[list[Rec
     return records, left_out
 
 
-_NO_CAPTION = ("no caption", "empty caption")
-
-
 def _caption(path: str) -> str:
     """The text of a file. Raises ImageError with the reason why there is none."""
     try:
         text = read_bytes(path, _LONGEST_CAPTION).decode("utf-8-sig").strip()
     except FileNotFoundError as error:
-        raise images.ImageError(_NO_CAPTION[0]) from error
+        raise images.ImageError(NO_CAPTION[0]) from error
     except OSError as error:
         raise images.ImageError(f"its caption cannot be read: {error.strerror}") from error
     except UnicodeError as error:
         raise images.ImageError("name or caption is not UTF-8") from error
     if not text:
-        raise images.ImageError(_NO_CAPTION[1])
+        raise images.ImageError(NO_CAPTION[1])
     return text
 
 
@@ -284,12 +280,13 @@ def _listed(source: Path, folder: Path, columns: str, *, needs_caption: bool) ->
     Paths start from `folder`. `columns` is `data.columns`: "" = a line has our own names of fields.
     """
     records: dict[str, Record] = {}
+    hashes: dict[str, Hash] = {}
     names, real_path, in_bucket = PictureNames(folder), RealPaths(), storage.url_of(source)
     for number, line in lines_of(source):
         where = f"{source}, line {number}"
         entry = json_text.parse_object(line, where, "mend or remove that line")
         if columns:
-            entry = _renamed(entry, columns, folder, where)
+            entry = renamed(entry, columns, folder, where)
         fields = read_record(entry, where, needs_caption=needs_caption)
         path, captions = os.path.join(folder, fields["image"]), fields.pop("captions")
         if in_bucket or is_url(fields["image"]):
@@ -299,18 +296,10 @@ def _listed(source: Path, folder: Path, columns: str, *, needs_caption: bool) ->
         captions = tuple(dict.fromkeys(record.captions + captions))
         fields = {name: value for name, value in fields.items() if name != "image" and value not in EMPTY}
         records[real] = dataclasses.replace(record, path=path, captions=captions, **fields)
+        if found := hash_in(entry):
+            hashes[path] = found
+    same_pictures.check(hashes, source)
     return list(records.values())
-
-
-def _renamed(entry: Mapping[str, Any], columns: str, folder: Path, where: str) -> dict[str, Any]:
-    """A line under our own names."""
-    from balcap_jax.data.columns import renamed  # pyarrow takes time to import, and few need it.
-
-    try:
-        entry = renamed(entry, columns)
-    except ValueError as error:
-        raise UserError(f"{where}: a field that should be JSON is none ({error}); mend that line") from error
-    return entry | ({"image": with_ending(folder, image)} if isinstance(image := entry.get("image"), str) else {})
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

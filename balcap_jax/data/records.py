@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
+from balcap_jax.data import same_pictures
 from balcap_jax.data.choices import MAX_OPTIONS, lettered
-from balcap_jax.data.input import LeftOut
+from balcap_jax.data.input import NO_CAPTION, LeftOut
 from balcap_jax.data.listing import PictureNames, RealPaths, lines_of
+from balcap_jax.data.same_pictures import Hash, hash_in
 
 REWARDED = ("reference_units", "questions", "rubrics")
 """What rewards read beside a picture and its reference."""
@@ -145,14 +147,15 @@ def join(records: Sequence[Record], file: Path, folder: Path, name: str) -> tupl
         return named if named and (not os.path.lexists(path) or is_copy(path, named)) else None
 
     example = next(iter(by_name), "none")
-    lines = lines_about(file, find, name, len(pictures), f"{example!r} in {folder}")
+    lines, hashes = lines_about(file, find, name, len(pictures), f"{example!r} in {folder}")
+    same_pictures.check(hashes, file)
     joined, left_out = [], []
     for record, path in zip(records, at, strict=True):
         whole = dataclasses.replace(record, **lines.get(path, {}))
         if path in lines and whole.captions:
             joined.append(whole)
         else:
-            left_out.append(LeftOut(record.id, "no caption" if path in lines else f"no line in {file.name}"))
+            left_out.append(LeftOut(record.id, NO_CAPTION[0] if path in lines else f"no line in {file.name}"))
     return joined, left_out
 
 
@@ -164,8 +167,10 @@ def endings(image: str) -> Iterator[str]:
 
 def lines_about(
     file: Path, find: Callable[[str, str], Key | None], name: str, pictures: int, such_as: str
-) -> dict[Key, dict[str, Any]]:
+) -> tuple[dict[Key, dict[str, Any]], dict[Key, Hash]]:
     """{picture: what the lines of the JSONL `file` say about it, of the fields of `read_record` but image and prompt}.
+
+    The second are hashes of pictures, as far as lines have them.
 
     `find(path, image)` is the picture that a line is about, None for that of another data set than `name`, which has
     so many `pictures`, `such_as` that one. One printed line says how many matched.
@@ -174,12 +179,12 @@ def lines_about(
       UserError: the file cannot be read, a line is bad, or no line is about any of the pictures.
     """
     lines: dict[Key, dict[str, Any]] = {}
+    hashes: dict[Key, Hash] = {}
     strangers = []
-    for number, line in lines_of(file, "config field 'data.units': "):
+    for number, line in lines_of(file, "config field 'data.units': ", "give the JSONL file that `recaption` wrote"):
         where = f"{file}, line {number}"
-        fields = read_record(
-            json_text.parse_object(line, where, "mend or remove that line"), where, needs_caption=False
-        )
+        entry = json_text.parse_object(line, where, "mend or remove that line")
+        fields = read_record(entry, where, needs_caption=False)
         image = fields.pop("image")
         picture = find(os.path.join(file.parent, image), image)
         if picture is None:
@@ -187,6 +192,8 @@ def lines_about(
         else:
             said = {field: value for field, value in fields.items() if field != "prompt" and value not in EMPTY}
             lines[picture] = lines.get(picture, {}) | said
+            if found := hash_in(entry):
+                hashes[picture] = found
     if not lines:
         examples = f"they name such as {strangers[0]!r}" if strangers else "it has none"
         raise UserError(
@@ -197,7 +204,7 @@ def lines_about(
     text = f"{file.name}: lines about {len(lines)} of {pictures} pictures"
     text += f"; the other {without} are left out" if without else ""
     print(text + (f"; {len(strangers)} lines are about no picture of {name}" if strangers else ""), flush=True)
-    return lines
+    return lines, hashes
 
 
 def is_copy(one: str, other: str) -> bool:

@@ -27,6 +27,7 @@ from balcap_jax.training import announce, required
 from balcap_jax.training.programs import model_fields
 
 SETTINGS = "settings"
+UNPLACED = "ready, but for the place of the run: without --workdir neither that nor the room on its disk was looked at"
 
 
 def examine(
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"not ready: {first}", file=sys.stderr, flush=True)
         raise SystemExit(1)
     if not args.json:
-        print("ready", flush=True)
+        print("ready" if args.workdir else UNPLACED, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from balcap_jax.config.schema import parse_endpoints
 from balcap_jax.doctor import checkpoint
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
 from balcap_jax.doctor.pictures import Seen
+from balcap_jax.judges.chat import probe
+from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import RemoteJudge, make_client
-from balcap_jax.judges.schema import Failure, Judge, PrecisionQuestion, PrecisionVerdict
+from balcap_jax.judges.schema import Failure, Judge, PrecisionQuestion, PrecisionVerdict, RecallQuestion
 from balcap_jax.rewards.base import Scores
 from balcap_jax.training import judge_trial
 from balcap_jax.training.evaluation import batches
@@ -27,6 +29,7 @@ PATIENCE = 15.0  # seconds that an answer may take here: the whole is to end wit
 _LOOKED_AT = 3  # pictures whose references are checked against them, and against grey
 _RETRIES = 1
 _GREY = 128  # of a picture in which nothing can be seen
+_LEAST_COVERED = 0.5  # share of units that are found in a caption which consists of them
 _MARKS = ("clarity", "fluency", "coherency")
 # By what a failure says: what to do about it.
 _REMEDIES = (
@@ -156,6 +159,10 @@ def _endpoint(
             finding = _answered(check, config, seen, judge, scores)
             if finding.verdict == OK and "precision" in asks:
                 finding = _seeing(finding, seen, judge)
+            if finding.verdict == OK and "recall" in asks:
+                finding = _understanding(finding, seen, judge)
+            if config.judge.model:
+                finding = _listed(finding, client)
         except UserError as error:
             return fault(check, error), client.model, None
         return finding, client.model, judge_trial.taken(client, asks) if finding.verdict == OK else None
@@ -206,7 +213,18 @@ def _shown(check: str, example: Mapping[str, Any], detail: Mapping[str, Any]) ->
     return tuple(lines)
 
 
-# ---- whether it sees -------------------------------------------------------------------------------------------------
+def _listed(finding: Finding, client: ChatClient) -> Finding:
+    """`finding`, with a line where the server lists other models: some servers answer to any name."""
+    lines = [
+        f"{finding.check} lists {probe.named(names)}, and not {client.model!r} (judge.model), to which it answers: see "
+        "that it is the model that you mean"
+        for names in client.listed().values()
+        if client.model not in names
+    ]
+    return dataclasses.replace(finding, details=(*finding.details, *lines))
+
+
+# ---- whether it sees and understands ---------------------------------------------------------------------------------
 
 
 def _seeing(finding: Finding, seen: Seen, judge: Judge) -> Finding:
@@ -226,6 +244,19 @@ def _seeing(finding: Finding, seen: Seen, judge: Judge) -> Finding:
         f"{grey:.0%} on plain grey ones: it does not see, or does not look"
     )
     remedy = "name a model that sees pictures in judge.model, or ask nothing about pictures (rewards.name=text)"
+    return dataclasses.replace(finding, verdict=FAULT, found=found, remedy=remedy)
+
+
+def _understanding(finding: Finding, seen: Seen, judge: Judge) -> Finding:
+    """`finding`, or that the judge does not find units in a caption that consists of them."""
+    units = [_with_units(example)["reference_units"] for example in seen.shown[:_LOOKED_AT]]
+    captions = [" ".join(f"{unit.strip(' .')}." for unit in each) for each in units]
+    verdicts = judge.mixed([RecallQuestion(*question) for question in zip(captions, units, strict=True)])
+    flags = [covered for verdict in verdicts if not isinstance(verdict, Failure) for covered in verdict.covered]
+    if not flags or sum(flags) >= _LEAST_COVERED * len(flags):
+        return finding
+    found = f"it finds {sum(flags)} of {len(flags)} reference units in captions that consist of these very sentences"
+    remedy = "name a model that understands the question in judge.model: recall would not be rewarded"
     return dataclasses.replace(finding, verdict=FAULT, found=found, remedy=remedy)
 
 

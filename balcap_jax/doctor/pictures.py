@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from balcap_jax import data, rewards
 from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import resolved
+from balcap_jax.cli.files import read_jsonl, resolved
+from balcap_jax.config.groups import DATA_DIR
 from balcap_jax.config.recipes import stage_order
-from balcap_jax.data.input import Data, LeftOut, decode, examples
+from balcap_jax.data.input import NO_CAPTION, NO_PICTURE, Data, LeftOut, examples
 from balcap_jax.data.words import count_words
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
 from balcap_jax.doctor.places import existing, try_objects
@@ -49,9 +50,12 @@ def look(config: ConfigDict, image_size: int, tokenizer: bool) -> tuple[list[Fin
     tokenizer: whether that of a model from scratch is wanted. What the data set prints while it is read is dropped.
     """
     needs = rewards.resolve(config.rewards.name).needs
+    if config.data.name in ("photos", "parquet") and config.data.data_dir == DATA_DIR:
+        missing = "the settings come first: they say where the pictures are (data.data_dir)"
+        return [Finding(name, UNCHECKED, missing) for name in (DATA, REFERENCES)], None
     try:
-        with _quiet() as said, _opened(config, image_size, tokenizer, needs) as (splits, to_make):
-            seen, damaged = _seen(config, splits, said, to_make)
+        with _quiet(), _opened(config, image_size, tokenizer, needs) as (splits, to_make):
+            seen, damaged = _seen(config, splits, to_make)
             return [_found(config, seen, damaged), _beside(config, seen)], seen
     except UserError as error:
         return _without_units(config, image_size, tokenizer, error)
@@ -68,8 +72,8 @@ def _without_units(
     with alone.unlocked():
         alone.data.units = ""
     try:
-        with _quiet() as said, _opened(alone, image_size, tokenizer, ()) as (splits, to_make):
-            seen, damaged = _seen(config, splits, said, to_make)
+        with _quiet(), _opened(alone, image_size, tokenizer, ()) as (splits, to_make):
+            seen, damaged = _seen(config, splits, to_make)
     except UserError as own:
         return [fault(DATA, own if not config.data.units else error), unknown], None
     return [_found(config, seen, damaged), fault(REFERENCES, error)], seen
@@ -102,18 +106,12 @@ def _opened(
         yield splits, (folder, int(size * share))
 
 
-def _seen(
-    config: ConfigDict, splits: Data, said: io.StringIO, to_make: tuple[Path, int] | None
-) -> tuple[Seen, list[str]]:
-    """Opens samples. -> (what was seen, "NAME: REASON" of the damaged ones among them)"""
-    said.seek(0)
-    said.truncate()
+def _seen(config: ConfigDict, splits: Data, to_make: tuple[Path, int] | None) -> tuple[Seen, list[LeftOut]]:
+    """Opens samples. -> (what was seen, those among them that cannot be used)"""
     with readable(config.data):
-        looked_at = [decode(splits.train[place]) for place in _places(splits.train)]
+        looked_at = examples(splits.train, places=_places(splits.train))
         shown = examples(splits.test, _shown(config))
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("left out: ")]
-    damaged = [line.removeprefix("left out: ").rpartition("; another picture")[0] for line in lines]
-    return Seen(splits, looked_at, shown, to_make), damaged
+    return Seen(splits, looked_at, shown, to_make), list(splits.damaged)
 
 
 def _shown(config: ConfigDict) -> int:
@@ -134,7 +132,7 @@ def _places(source: Sequence[Any]) -> list[int]:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _found(config: ConfigDict, seen: Seen, damaged: Sequence[str]) -> Finding:
+def _found(config: ConfigDict, seen: Seen, damaged: Sequence[LeftOut]) -> Finding:
     splits, order = seen.splits, stage_order(config)
     left_out = [entry for entry in splits.left_out if not entry.reason.startswith(_NO_LINE)]
     used = sum(map(len, splits[:3]))
@@ -144,10 +142,14 @@ def _found(config: ConfigDict, seen: Seen, damaged: Sequence[str]) -> Finding:
         return Finding(DATA, OK, f"scenes: {sizes} pictures will be made in {seen.to_make[0]}")
     if len(left_out) > _MOST_LEFT_OUT * (used + len(left_out)):
         found = f"{len(left_out):,} of {used + len(left_out):,} pictures are left out: {_named(left_out)}"
-        return Finding(DATA, FAULT, found, "fetch what is missing, or take the entries about it out of the file")
-    if damaged:
-        found = f"of {len(seen.looked_at)} pictures that were opened {len(damaged)} are damaged: {damaged[0]}"
+        return Finding(DATA, FAULT, found, _remedy(config, left_out))
+    opened, empty = len(seen.looked_at) + len(seen.shown) + len(damaged), [one for one in damaged if is_empty(one)]
+    if broken := [one for one in damaged if not is_empty(one)]:
+        found = f"of {opened} pictures that were opened {len(broken)} are damaged: {_named(broken)}"
         return Finding(DATA, FAULT, found, "fetch these pictures again: others would be trained on in their place")
+    if len(empty) > _MOST_LEFT_OUT * opened:
+        found = f"{len(empty)} of {opened} samples that were opened are left out: {_named(empty)}"
+        return Finding(DATA, FAULT, found, _remedy(config, empty))
     for name in order:
         if config.stages[name].steps and config.stages[name].batch_size > len(splits.train):
             size = config.stages[name].batch_size
@@ -160,7 +162,24 @@ def _found(config: ConfigDict, seen: Seen, damaged: Sequence[str]) -> Finding:
         return fault(DATA, error)
     if not seen.shown:
         return Finding(DATA, FAULT, "no picture is held out to be evaluated on", "raise data.test_share")
-    return Finding(DATA, OK, f"{_counts(config, splits)}; {len(seen.looked_at)} opened")
+    without = f", {len(empty)} of them left out: {_named(empty)}" if empty else ""
+    return Finding(DATA, OK, f"{_counts(config, splits)}; {opened} opened{without}")
+
+
+def is_empty(entry: LeftOut) -> bool:
+    """Whether a sample lacks its picture or its caption, which fetching it again does not bring."""
+    return entry.reason in (*NO_CAPTION, NO_PICTURE)
+
+
+def _remedy(config: ConfigDict, left_out: Sequence[LeftOut]) -> str:
+    """What to do about samples that are left out, by what most of them lack."""
+    if 2 * sum(entry.reason in NO_CAPTION for entry in left_out) > len(left_out):
+        return "write these captions, or have `recaption` write references and give its file in data.units"
+    if 2 * sum(map(is_empty, left_out)) > len(left_out):
+        return "take these rows out, or have pictures written into them"
+    if config.data.name == "photos" and Path(config.data.data_dir).is_dir():
+        return "fetch these pictures again, or take them out of the folder"
+    return "fetch what is missing, or take the entries about it out of the file"
 
 
 def _counts(config: ConfigDict, splits: Data) -> str:
@@ -214,7 +233,7 @@ def _too_short(config: ConfigDict, seen: Seen, processor: PromptProcessor) -> Fi
     tokenizer, most = processor.tokenizer, config.rollout.max_tokens
     rates = [
         (len(tokenizer.encode(example["reference"], add_special_tokens=False)), count_words(example["reference"]))
-        for example in seen.looked_at
+        for example in seen.looked_at or seen.shown
     ]
     tokens = float(np.median([count for count, _ in rates]))
     needed = int(np.ceil(config.rewards.gate_low * tokens))
@@ -243,7 +262,8 @@ def _beside(config: ConfigDict, seen: Seen) -> Finding:
     units = Path(config.data.units).name
     if without > _MOST_LEFT_OUT * (used + without):
         found = f"{units} has no line about {without:,} of {used + without:,} samples, which are left out"
-        return Finding(REFERENCES, FAULT, found, "run the same `recaption` again: it writes what is missing")
+        more, remedy = _failures(storage.fetch(resolved(config.data.units)))
+        return Finding(REFERENCES, FAULT, found + more, remedy)
     needs = rewards.resolve(settings.name).needs
     examined = [*seen.looked_at, *seen.shown]
     for field in needs:
@@ -264,6 +284,21 @@ def _beside(config: ConfigDict, seen: Seen) -> Finding:
     if config.data.units and config.data.name != "scenes":
         found += f"; {units} has lines about {used:,} of {used + without:,} samples"
     return Finding(REFERENCES, OK, found)
+
+
+def _failures(units: Path) -> tuple[str, str]:
+    """What `recaption` could not write beside the file of lines, and what to do about lines that are missing."""
+    file = units.with_name(units.name.removesuffix(".jsonl") + ".errors.jsonl")
+    try:
+        failed = [entry for _, entry in read_jsonl(storage.fetch(file), "delete it")]
+    except (OSError, UserError):
+        failed = []
+    if not failed:
+        return "", "run the same `recaption` again: it writes what is missing"
+    first = failed[0]
+    found = f"; {file.name} names {len(failed):,}, such as {first.get('image')} ({first.get('error')})"
+    remedy = "mend what it says and run the same `recaption` with --retry_errors, or take these samples out of the data"
+    return found, remedy
 
 
 def _is_empty(example: Mapping[str, Any], field: str) -> bool:

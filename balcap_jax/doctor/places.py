@@ -20,9 +20,10 @@ from balcap_jax.config.recipes import stage_order
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
 from balcap_jax.parallel import sharding
 from balcap_jax.training import programs
+from balcap_jax.training.checkpoint_places import place_of
 from balcap_jax.training.evaluation import SHOWN_PIXELS
 from balcap_jax.training.programs import Programs
-from balcap_jax.training.workdir import claim, refuse_another_run
+from balcap_jax.training.workdir import claim, model_alone, refuse_another_run
 
 WORKDIR, DISK = "workdir", "disk"
 GB = 1e9
@@ -55,6 +56,7 @@ def workdir(config: ConfigDict, place: str) -> Finding:
             return _in_bucket(config, folder, url)
         is_new = not (folder / "config.json").exists()
         with claim(folder, config):
+            _refuse_model_alone(config, folder)
             _try_out(folder)
     except UserError as error:
         return fault(WORKDIR, error)
@@ -65,6 +67,13 @@ def workdir(config: ConfigDict, place: str) -> Finding:
         found = f"{folder} does not take what training does to it: {error.strerror} ({error.filename})"
         return Finding(WORKDIR, FAULT, found, "choose another --workdir, on a disk with renames and locks")
     return Finding(WORKDIR, OK, f"{folder}: {_begins(is_new)}; writes, renames and locks work")
+
+
+def _refuse_model_alone(config: ConfigDict, folder: Path) -> None:
+    """Raises UserError where a run cannot begin beside the model that is there, and has no checkpoint to go on from."""
+    model, trains = folder / "model", any(config.stages[name].steps for name in stage_order(config))
+    if trains and storage.exists(model) and not place_of(folder / "checkpoints").steps():
+        raise model_alone(folder, model)
 
 
 def _begins(is_new: bool) -> str:
@@ -89,11 +98,12 @@ def _in_bucket(config: ConfigDict, folder: Path, url: str) -> Finding:
     """As `workdir`, for one in a bucket. Of the run there its config is fetched alone.
 
     Raises:
-      UserError: it is another config's, or in use. BucketError. OSError: of the disk that copies lie on.
+      UserError: it is another config's, in use, or has a model alone. BucketError. OSError: of the disk of copies.
     """
     bucket.check(url)
     own = storage.fetch(folder / "config.json")
     refuse_another_run(own, config)
+    _refuse_model_alone(config, folder)
     try_objects(url)
     said: list[str] = []
     with Lock(storage.lock_of(folder), url, said.append):

@@ -10,7 +10,7 @@ import numpy as np
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, read_json, read_jsonl
-from balcap_jax.data import images, photos
+from balcap_jax.data import images
 from balcap_jax.judges.schema import Failure
 
 LARGEST = 2048 * 2048  # pixels of a picture that a judge is shown: hosted models shrink larger ones too
@@ -22,7 +22,7 @@ _TEXT = ("caption", "prediction", "answer")
 def read_picture(path: Path, name: str) -> np.ndarray | Failure:
     """The pixels that a judge is shown, or, under this name of the picture, why there are none."""
     try:
-        return photos.shrunk(images.read(path), LARGEST)
+        return images.shrunk(images.read(path), LARGEST)
     except images.ImageError as error:
         return Failure(f"{name}: {error}")
 

@@ -12,11 +12,12 @@ import pydantic
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.config.schema import parse_endpoints
+from balcap_jax.data.images import picture_hash
 from balcap_jax.judges import prompts, schema
 from balcap_jax.judges.chat.cache import AnswerFile
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat.forms import of_length
-from balcap_jax.judges.chat.types import Ask, ChatSettings, picture_hash
+from balcap_jax.judges.chat.types import Ask, ChatSettings
 from balcap_jax.judges.schema import PLAIN, Failure, Judge, Mark, Usage
 
 

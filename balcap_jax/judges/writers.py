@@ -13,10 +13,12 @@ import pydantic
 
 from balcap_jax.cli.errors import UserError
 from balcap_jax.data import images, photos
+from balcap_jax.data.addresses import address
 from balcap_jax.data.listing import Item
+from balcap_jax.data.same_pictures import JUDGED_PIXELS, PICTURE, PIXELS, fields_of
 from balcap_jax.judges import prompts
 from balcap_jax.judges.chat.client import ChatClient
-from balcap_jax.judges.chat.types import Ask, picture_hash
+from balcap_jax.judges.chat.types import Ask
 from balcap_jax.judges.schema import PLAIN, Failure
 
 UNITS = prompts.name_of("units")
@@ -30,8 +32,8 @@ FORMATS = {
 }
 ALT_TEXT = "alt_text"  # the field of a line that "fused" reads
 RUBRIC_WRITER = "rubric_writer.v1"
-PICTURE = "picture"  # the field of a line that holds the hash of its picture
-_TEXTS = ("caption", "captions", "reference", "reference_units")  # what a new reference replaces
+# What a new reference replaces.
+_REPLACED = ("caption", "captions", "reference", "reference_units", PICTURE, PIXELS)
 Written = dict[str, Any] | str
 
 
@@ -147,12 +149,13 @@ class References:
             if isinstance(picture, str):
                 results.append(picture)
                 continue
-            digest = picture_hash(picture)
+            fields = fields_of(picture, self._max_pixels)
+            digest = fields[PICTURE]
             same = self._names.get(digest) or first.setdefault(digest, items[i].image)
             if same != items[i].image:
                 results.append({"same_as": same})
             else:
-                results.append({PICTURE: digest})
+                results.append(fields)
                 pictures[i] = picture
         asks = [
             describe_ask(picture, items[i].prompt, self._max_tokens, self._form, alt_text_of(items[i]))
@@ -169,7 +172,7 @@ class References:
             if isinstance(fields, str):
                 results[i] = fields
                 continue
-            rest = {name: value for name, value in items[i].entry.items() if name not in _TEXTS}
+            rest = {name: value for name, value in items[i].entry.items() if name not in _REPLACED}
             self._names[results[i][PICTURE]] = items[i].image
             results[i] = {**rest, "prompt": items[i].prompt, "caption": caption, **fields, **results[i]}
         failed = {items[i].image: results[i] for i in pictures if isinstance(results[i], str)}
@@ -181,9 +184,19 @@ class References:
         if self._form == "fused" and not alt_text_of(item):
             return f"no {ALT_TEXT} to fuse with the picture"
         try:
-            return photos.shrunk(images.read(item.path), self._max_pixels)
+            return images.shrunk(images.read(item.path), self._max_pixels)
         except images.ImageError as error:
             return str(error)
+
+
+def _of_row(item: Item) -> dict[str, Any]:
+    """What tells the picture of a row of a parquet file from others; {} where its line does, or it cannot be read."""
+    if not address(item.path) or PICTURE in item.entry:
+        return {}
+    try:
+        return fields_of(images.shrunk(images.read(item.path), JUDGED_PIXELS))
+    except images.ImageError:
+        return {}
 
 
 class Units:
@@ -195,9 +208,14 @@ class Units:
         self._client, self._max_tokens = client, max_tokens
 
     def __call__(self, items: Sequence[Item]) -> list[Written]:
-        units = split_into_units(self._client, [reference_of(item) for item in items], self._max_tokens)
-        lines = zip(items, units, strict=True)
-        return [fields if isinstance(fields, str) else {**item.entry, **fields} for item, fields in lines]
+        sound = [item for item in items if not item.error]
+        units = iter(split_into_units(self._client, [reference_of(item) for item in sound], self._max_tokens))
+
+        def written(item: Item) -> Written:
+            fields = item.error or next(units)
+            return fields if isinstance(fields, str) else {**item.entry, **_of_row(item), **fields}
+
+        return [written(item) for item in items]
 
 
 class Rubrics:
@@ -209,14 +227,16 @@ class Rubrics:
         self._client, self._max_tokens, self._students = client, max_tokens, students
 
     def __call__(self, items: Sequence[Item]) -> list[Written]:
-        known = [item for item in items if item.key in self._students]
+        known = [item for item in items if not item.error and item.key in self._students]
         asks = [rubrics_ask(self._students[item.key], reference_of(item), self._max_tokens) for item in known]
         answers = {item.key: answer for item, answer in zip(known, self._client.ask(asks), strict=True)}
 
         def written(item: Item) -> Written:
             answer = answers.get(item.key)
-            if answer is None:
-                return "the student's file has no caption of it"
-            return answer.reason if isinstance(answer, Failure) else {**item.entry, **answer.value.model_dump()}
+            if item.error or answer is None:
+                return item.error or "the student's file has no caption of it"
+            if isinstance(answer, Failure):
+                return answer.reason
+            return {**item.entry, **_of_row(item), **answer.value.model_dump()}
 
         return [written(item) for item in items]

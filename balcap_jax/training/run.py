@@ -42,8 +42,7 @@ from balcap_jax.training.logging import MetricsWriter
 from balcap_jax.training.machine import device_text, use_compilation_cache, versions
 from balcap_jax.training.programs import LORA_STAGES, check_mesh
 from balcap_jax.training.progress import PhaseClock, ProfileWindow, Progress
-from balcap_jax.training.weights_and_biases import import_wandb
-from balcap_jax.training.workdir import claim, dump_samples, read_left_out, read_summary, readable
+from balcap_jax.training.workdir import claim, dump_samples, model_alone, read_left_out, read_summary, readable
 
 # Values of a step that are for the run itself and not for the log.
 _UNLOGGED = ("tokens", "nonfinite", "failed_calls", "calls")
@@ -198,10 +197,7 @@ class Run:
         self._left_out = read_left_out(workdir) if done else []
         self._write_left_out()
         if self.total and not done and distributed.from_first(self.leads and storage.exists(self.model)):
-            raise UserError(
-                f"{workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move "
-                f"{self.model} away to train from the start"
-            )
+            raise model_alone(workdir, self.model)
         self.summary = distributed.from_first(read_summary(workdir) if done and self.leads else {})
         if done:
             position = read_position(self._checkpointer.extra(done), self._checkpointer.directory / str(done))

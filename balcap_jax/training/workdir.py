@@ -95,6 +95,8 @@ def _hold(workdir: Path) -> int:
             lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
             held = hold_lock(lock, workdir / ".lock")
         except OSError as error:
+            if workdir.is_file():
+                raise UserError(f"workdir {workdir} is a file, and a run takes a folder; choose another") from error
             raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error
         if not held:
             os.close(lock)
@@ -155,6 +157,14 @@ def refuse_another_run(path: Path, config: ConfigDict) -> None:
             f"{path.parent} holds a run of another config ({changed[0]}{more}); "
             "choose another --workdir, or give that run's config to go on with it"
         )
+
+
+def model_alone(workdir: Path, model: Path) -> UserError:
+    """The error for a workdir in which nothing can go on, as its checkpoints are gone, and nothing may begin."""
+    return UserError(
+        f"{workdir} holds a trained model and no checkpoint to go on from; choose another --workdir, or move {model} "
+        "away to train from the start"
+    )
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 
+import pyarrow as pa
 import pytest
 from commands.test_recaption import lines_of, run
 from data.parquet_tables import all_of, pictures, png, settings, write
 from judges.misbehaving import JudgeServer, blocks_of, kind_of, well_behaved
 
 from balcap_jax import data, recaption
+from balcap_jax.cli.errors import UserError
 from balcap_jax.judges import prompts
 from balcap_jax.judges.writers import FORMATS
 
@@ -102,7 +104,11 @@ def test_files_of_earlier_versions_are_descriptive(listed, tmp_path, capsys):
             ["--write=units", "--format=short"],
             "--format=short is of --write=references",
         ),
-        (["--columns=image=jpg"], "--columns names columns of parquet files, and --images="),
+        (
+            ["--columns=image=jpg"],
+            'list.jsonl, line 1: a line is an object with "image", the path of a picture; mend that',
+        ),
+        (["--columns=picture=jpg"], "config field 'data.columns': 'picture=jpg' is not FIELD=COLUMN"),
     ],
 )
 def test_bad_input_is_one_line(listed, tmp_path, capsys, arguments, named):
@@ -157,3 +163,68 @@ def test_rows_of_parquet_files_get_references_that_train(tmp_path, capsys):
         assert one["reference"] == other["reference"] == line["caption"]
         assert one["reference_units"] == other["reference_units"] == line["reference_units"]
         assert (one["image"] == other["image"]).all()
+
+
+@pytest.mark.parametrize("pixels", [12, 1 << 20])
+def test_lines_know_the_pictures_of_their_rows(tmp_path, pixels):
+    """References, and units of captions that the rows have; a row without a caption is named, and the rest goes on."""
+    captions = [f"Old {i}." for i in range(8)]
+    captions[2], captions[5] = None, "  "
+    table = write(tmp_path / "set" / "a.parquet", {"image": pictures(range(8)), "caption": captions})
+    files = {kind: tmp_path / f"{kind}.jsonl" for kind in ("references", "units")}
+    with JudgeServer(well_behaved) as server:
+        for kind, out in files.items():
+            given = [f"--images={table}", f"--write={kind}", f"--out={out}", f"--max_pixels={pixels}"]
+            run(tmp_path, server, *given, "--columns=caption=caption")
+    lines = lines_of(files["units"])
+    assert [line["image"] for line in lines] == [f"set/a.parquet#{i}" for i in (0, 1, 3, 4, 6, 7)]
+    assert [line["caption"] for line in lines] == [f"Old {i}." for i in (0, 1, 3, 4, 6, 7)]
+    failed = lines_of(tmp_path / "units.errors.jsonl")
+    assert failed == [{"error": "no caption", "image": f"set/a.parquet#{i}"} for i in (2, 5)]
+    for out in files.values():
+        assert len(all_of(data.load(settings(table, units=str(out)), 0))) == len(lines_of(out))
+    write(table, {"image": pictures(range(8, 16)), "caption": captions})
+    for out in files.values():
+        with pytest.raises(UserError, match=f"than the one that {out} is about"):
+            data.load(settings(table, units=str(out)), 0)
+
+
+def test_rows_without_any_caption_are_one_line(tmp_path, capsys):
+    table = write(tmp_path / "a.parquet", {"image": pictures(range(3)), "caption": pa.array([None] * 3, pa.string())})
+    with pytest.raises(SystemExit) as ended:
+        recaption.main([f"--images={table}", "--write=units", f"--out={tmp_path / 'x.jsonl'}"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has a caption, such as a.parquet#0 (no caption); name its column with --columns=caption=COLUMN" in line
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize("kind", ["references", "units"])
+def test_lines_of_other_forms_are_read_by_their_names(tmp_path, kind):
+    """As those of DOCCI, with pictures in a folder of their own; what is written trains without naming anything."""
+    (tmp_path / "images").mkdir()
+    entries = []
+    for i in range(5):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+        entry = {"image_file": f"{i}.png", "description": f"Old {i}.", "example_id": f"test_{i}", "split": "test"}
+        entries.append(entry | {"id": i, "reference": "Another."})
+    listed = tmp_path / "docci_descriptions.jsonlines"
+    listed.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    out = tmp_path / "out.jsonl"
+    given = [f"--images={listed}", "--columns=docci", f"--root={tmp_path / 'images'}", f"--write={kind}"]
+    with JudgeServer(well_behaved) as server:
+        run(tmp_path, server, *given, f"--out={out}")
+        asked = [dict(blocks_of(body))["description"] for body in server.seen if kind_of(body) == "units"]
+    lines = lines_of(out)
+    assert [line["image"] for line in lines] == [f"images/{i}.png" for i in range(5)]
+    assert all(line["reference_units"] and line["split"] == "test" for line in lines)
+    if kind == "units":
+        assert sorted(asked) == [line["caption"] for line in lines] == [f"Old {i}." for i in range(5)]
+    shared = {"columns": "docci", "manual_dir": str(tmp_path / "images"), "units": str(out)}
+    joined = all_of(data.load(settings(listed, name="photos", **shared), 0, needs=["reference_units"]))
+    alone = all_of(data.load(settings(out, name="photos"), 0, needs=["reference_units"]))
+    assert sorted(joined) == [f"{i}.png" for i in range(5)]
+    for i, line in enumerate(lines):
+        one, other = joined[f"{i}.png"], alone[f"images/{i}.png"]
+        assert one["reference"] == other["reference"] == line["caption"]
+        assert one["reference_units"] == other["reference_units"] == line["reference_units"]

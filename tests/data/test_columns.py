@@ -217,3 +217,14 @@ def test_lines_in_the_form_of_a_data_set(tmp_path, name, line):
 def test_a_parquet_file_among_photographs_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a\.parquet is a parquet file, .* give --config\.data\.name=parquet"):
         data.load(settings(write(tmp_path / "a.parquet", 3), name="photos"), 0)
+
+
+def test_paths_without_bytes_name_the_way_out(tmp_path):
+    """What pyarrow infers from {"bytes": None, "path": ...} in all rows."""
+    rows = {"image": [{"bytes": None, "path": f"{i}.png"} for i in range(5)], "caption": ["A."] * 5}
+    source = write(tmp_path / "a.parquet", rows)
+    with pytest.raises(UserError, match=r"holds struct<.*\(image\.path holds paths: image=image\.path\); its columns"):
+        data.load(settings(source), 0)
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    assert len(all_of(data.load(settings(source, columns="image=image.path"), 0))) == 5

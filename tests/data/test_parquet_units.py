@@ -1,16 +1,20 @@
 """What `recaption` wrote about rows of parquet files is joined to them, or read by itself, by their addresses."""
 
+import itertools
 import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from data.parquet_tables import all_of, pictures, pixels, png, settings, write
 
 from balcap_jax import data
 from balcap_jax.cli.errors import UserError
+from balcap_jax.data import images, same_pictures
 from balcap_jax.data.input import LeftOut
 from balcap_jax.data.items import items_of
+from balcap_jax.data.same_pictures import fields_of
 
 NAMES = [f"data/{shard}.parquet#{row}" for shard in "ab" for row in range(5)]
 
@@ -137,6 +141,91 @@ def test_rows_are_listed_as_pictures(tmp_path, folder):
     chosen = items_of(other, "Say.", columns="image=first,alt_text=alt", texts=True)
     assert [item.key for item in chosen] == ["two.parquet#0#first", "two.parquet#1#first"]
     assert [item.entry.get("alt_text") for item in chosen] == ["Alt.", None]
-    (tmp_path / "list.jsonl").write_text('{"image": "a.jpg"}')
-    with pytest.raises(UserError, match="--columns names columns of parquet files"):
-        items_of(tmp_path / "list.jsonl", "Say.", columns="image=first")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png(1))
+    with pytest.raises(UserError, match=r"--columns names fields of .*pictures is a folder"):
+        items_of(tmp_path / "pictures", "Say.", columns="image=first")
+
+
+# ---- rows that hold other pictures than they did ---------------------------------------------------------------------
+
+
+def told(file, table, column="image"):
+    """Lines about the rows of `table` as `recaption` writes them, with the hashes of their pictures."""
+    entries = []
+    for row, path in enumerate(f"{table}#{row}#{column}" for row in range(pq.read_metadata(table).num_rows)):
+        entry = {"image": path, "caption": f"New {row}.", "reference_units": [f"unit {row}"]}
+        entries.append(entry | fields_of(images.read(path)))
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(file)
+
+
+ORDERS = {
+    "reversed": [*range(39, -1, -1)],
+    "cut in front": [*range(1, 40)],
+    "cut in the middle": [*range(20), *range(21, 40)],
+    "one more in front": [40, *range(40)],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", ["parquet", "photos"])
+def test_a_file_that_was_written_anew_is_refused(tmp_path, order, form):
+    """Joined to its rows, and where the lines are the data set."""
+    table = write(tmp_path / "set" / "train.parquet", 40)
+    units = told(tmp_path / "units.jsonl", table)
+    given = settings(table, units=units) if form == "parquet" else settings(units, name="photos")
+    before = all_of(data.load(given, 0))
+    assert {int(name.split("#")[1]): one["reference_units"] for name, one in before.items()} == {
+        row: [f"unit {row}"] for row in range(40)
+    }
+    seeds = ORDERS[order]
+    write(table, {"image": pictures(seeds), "caption": [f"Caption {seed}." for seed in seeds]})
+    with pytest.raises(UserError) as error:
+        data.load(given, 0)
+    assert f"{table}#" in str(error.value)
+    assert f"is another picture than the one that {units} is about" in str(error.value)
+    assert "have `recaption` write these lines anew" in str(error.value)
+
+
+def test_another_file_of_the_name_is_refused_where_the_first_is_gone(tmp_path):
+    table = write(tmp_path / "set" / "train.parquet", 20)
+    units = told(tmp_path / "units.jsonl", table)
+    other = write(tmp_path / "other" / "train.parquet", {"image": pictures(range(40, 60)), "caption": ["A."] * 20})
+    (tmp_path / "moved").mkdir()
+    shutil.move(table, tmp_path / "moved" / "train.parquet")
+    assert len(all_of(data.load(settings(tmp_path / "moved", units=units), 0))) == 20
+    with pytest.raises(UserError, match="is another one of that name"):
+        data.load(settings(other, units=units), 0)
+    lines = [json.loads(line) for line in (tmp_path / "units.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["picture"]
+    (tmp_path / "units.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(all_of(data.load(settings(other, units=units), 0))) == 20, "taken at their word"
+
+
+def test_hashes_are_of_the_picture_as_the_judge_saw_it(tmp_path):
+    table = write(tmp_path / "train.parquet", 3)
+    picture = images.read(f"{table}#2")
+    assert fields_of(picture) == {"picture": images.picture_hash(picture)}
+    small = images.shrunk(picture, 12)
+    assert small.shape != picture.shape
+    line = {"image": "train.parquet#2", "caption": "A.", **fields_of(small, 12)}
+    assert line["picture_pixels"] == 12
+    hashes = {f"{table}#2": same_pictures.hash_in(line)}
+    same_pictures.check(hashes, tmp_path / "units.jsonl")
+    with pytest.raises(UserError):
+        same_pictures.check({f"{table}#1": hashes[f"{table}#2"]}, tmp_path / "units.jsonl")
+    assert same_pictures.hash_in({"picture": "a.jpg"}) is None
+
+
+def test_few_pictures_are_compared_and_none_of_files(tmp_path, monkeypatch):
+    table = write(tmp_path / "train.parquet", 100)
+    read, asked = images.read, []
+    monkeypatch.setattr(images, "read", lambda path: asked.append(path) or read(path))
+    hashes = {f"{table}#{row}": same_pictures.Hash(images.picture_hash(pixels(row)), 1 << 20) for row in range(100)}
+    same_pictures.check(hashes | {str(tmp_path / "a.png"): same_pictures.Hash("0" * 40, 1)}, tmp_path / "u.jsonl")
+    rows = [int(path.rpartition("#")[2]) for path in asked]
+    assert len(rows) == 16
+    assert (rows[0], rows[-1]) == (0, 99)
+    assert max(b - a for a, b in itertools.pairwise(rows)) <= 7

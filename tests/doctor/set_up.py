@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch", reason="transformers needs torch to write a
 from hub_directories import hub_directory  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judges"))
-from misbehaving import JudgeServer, Reply, kind_of, right_answer, well_behaved  # noqa: E402
+from misbehaving import JudgeServer, Reply, blocks_of, kind_of, right_answer, well_behaved  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "qwen25vl_3b.py")
@@ -49,7 +49,13 @@ SMALL = {
 
 
 def seeing(body: dict) -> Reply:
-    """A judge that finds nothing true of a picture of one colour."""
+    """A judge that finds nothing true of a picture of one colour, and all that a caption states word for word."""
+    if kind_of(body) == "recall":
+        texts = [text for kind, text in blocks_of(body) if kind != "fact"]
+        facts, answer = [text for kind, text in blocks_of(body) if kind == "fact"], right_answer(body)
+        for fact, unit in zip(facts, answer["units"], strict=True):
+            unit["covered"] |= any(fact in text for text in texts)
+        return Reply("text", json.dumps(answer))
     if kind_of(body) != "precision":
         return well_behaved(body)
     url = body["messages"][-1]["content"][0]["image_url"]["url"]

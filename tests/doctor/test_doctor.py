@@ -1,5 +1,6 @@
 """The checks before a run: a sound set-up passes without a word of warning, and each planted fault is found by name."""
 
+import functools
 import json
 import os
 import shutil
@@ -378,6 +379,39 @@ def test_a_judge_that_does_not_see(sound, seen):
     assert finding.details, "its answers are shown all the same"
 
 
+def test_a_judge_that_finds_no_fact_in_its_own_sentence(sound, seen):
+    """The units are those of three pictures, of which each says the same two."""
+
+    def behave(body: dict, covered: int) -> Reply:
+        answer = json.loads(seeing(body).content)
+        for number, unit in enumerate(answer.get("units", [])):
+            unit["covered"] = number < covered
+        return Reply("text", json.dumps(answer))
+
+    for covered, verdict in ((0, FAULT), (1, OK)):
+        with JudgeServer(functools.partial(behave, covered=covered)) as server:
+            (finding,) = of_judge(sound.config(judge__endpoints=server.url), seen)
+        assert finding.verdict == verdict
+        if verdict == FAULT:
+            found = "it finds 0 of 6 reference units in captions that consist of these very sentences"
+            assert_fault(finding, f"judge {server.url}", found, "name a model that understands the question")
+            assert finding.details, "its answers are shown all the same"
+
+
+def test_a_server_that_answers_to_any_name(sound, seen):
+    for models, lists in (
+        (b'{"data": [{"id": "the-model"}, {"id": "b"}]}', "the-model, b"),
+        (b'{"data": [{"id": "nope"}, {"id": "b"}]}', ""),
+        (b"what?", ""),
+    ):
+        with JudgeServer(seeing, models=models) as server:
+            (finding,) = of_judge(sound.config(judge__endpoints=server.url, judge__model="nope"), seen)
+        assert finding.verdict == OK
+        lines = [line for line in finding.details if " lists " in line]
+        said = f"judge {server.url} lists {lists}, and not 'nope' (judge.model), to which it answers: see that it is"
+        assert [line.startswith(said) for line in lines] == [True] * bool(lists)
+
+
 def test_one_of_several_endpoints(sound, seen):
     with JudgeServer(seeing, models=b'{"data": [{"id": "another"}]}') as other:
         urls = f"{sound.server.url},{other.url},http://127.0.0.1:9/v1"
@@ -390,14 +424,14 @@ def test_one_of_several_endpoints(sound, seen):
 def test_a_judge_that_may_be_asked_seldom(sound, seen):
     """Few questions show what an answer takes: a hundred would wait for their turn.
 
-    Three of the reward, three about pictures, and one about grey ones, as all references are the same.
+    Three of the reward, three about pictures, one about grey ones, as all references are the same, and one about units.
     """
     with JudgeServer(seeing) as server:
         limited = sound.config(judge__endpoints=server.url, judge__rpm=100_000)
         (finding,), heard = judge.look(limited, seen, 5.0)
         asked = server.requests
     assert finding.verdict == OK
-    assert (asked, heard.trial.asked, heard.trial.servers) == (7, 7, 1)
+    assert (asked, heard.trial.asked, heard.trial.servers) == (8, 8, 1)
     assert heard.trial.seconds.keys() == {"precision", "recall", "linguistic"}
 
 
@@ -409,6 +443,33 @@ def test_the_workdir_of_another_config(sound, tmp_path):
     finding = places.workdir(sound.config(), str(tmp_path))
     assert_fault(finding, "workdir", "holds a run of another config (seed: 7 -> 0)", "choose another --workdir")
     assert "the run there goes on" in places.workdir(sound.config(seed=7), str(tmp_path)).found
+
+
+def test_a_workdir_with_a_model_and_no_checkpoint(sound, tmp_path):
+    (tmp_path / "config.json").write_text(recipes.to_text(sound.config()))
+    (tmp_path / "model").mkdir()
+    finding = places.workdir(sound.config(), str(tmp_path))
+    assert_fault(
+        finding, "workdir", "holds a trained model and no checkpoint to go on from", "choose another --workdir"
+    )
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert places.workdir(sound.config(), str(tmp_path)).verdict == OK
+
+
+def test_a_workdir_that_is_a_file(sound, tmp_path):
+    (tmp_path / "file").touch()
+    finding = places.workdir(sound.config(), str(tmp_path / "file"))
+    assert_fault(
+        finding, "workdir", f"workdir {tmp_path / 'file'} is a file, and a run takes a folder", "choose another"
+    )
+
+
+def test_without_a_workdir_the_last_line_says_so(sound, tmp_path, capsys):
+    given = [argument for argument in sound.command(tmp_path) if not argument.startswith("--workdir")]
+    doctor.main(given)
+    output, errors = capsys.readouterr()
+    last = "ready, but for the place of the run: without --workdir neither that nor the room on its disk was looked at"
+    assert (output.splitlines()[-1], errors) == (last, "")
 
 
 def test_a_workdir_below_a_file(sound, tmp_path):

@@ -25,6 +25,7 @@ import httpx2
 import numpy as np
 
 from balcap_jax.cli.errors import UserError
+from balcap_jax.data.images import picture_hash
 from balcap_jax.judges.chat import probe
 from balcap_jax.judges.chat.cache import AnswerFile
 from balcap_jax.judges.chat.endpoint import Endpoint, make_http
@@ -34,7 +35,7 @@ from balcap_jax.judges.chat.limits import SHORT_WAIT
 from balcap_jax.judges.chat.parsing import UnusableAnswer, parse_answer
 from balcap_jax.judges.chat.replies import CUT_OFF, CallError
 from balcap_jax.judges.chat.turns import Turns
-from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings, data_url, picture_hash
+from balcap_jax.judges.chat.types import Answer, Ask, ChatSettings, data_url
 from balcap_jax.judges.schema import Failure, Usage
 
 _BEGUN_PER_SLOT = 4  # calls under way per slot: those that wait before a retry leave their slots to others
@@ -84,6 +85,16 @@ class ChatClient(contextlib.AbstractContextManager):
         if not kinds <= self._known:
             self._run(self._connect, sees)
             self._known |= kinds
+
+    def listed(self) -> dict[str, list[str]]:
+        """{URL: models that its server lists} of the endpoints that list any. Raises UserError as `connect` does."""
+        self.connect()
+
+        async def look() -> list[list[str] | UserError]:
+            return await asyncio.gather(*map(probe.listed_models, self._endpoints))
+
+        found = zip(self._endpoints, self._run(look), strict=True)
+        return {each.url: names for each, names in found if isinstance(names, list)}
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | Failure]:
         """One Answer or Failure per question, in order. The same question asked twice at once is sent once."""
@@ -286,7 +297,9 @@ class ChatClient(contextlib.AbstractContextManager):
                     return answer
             except CallError as caught:
                 error = caught
-                if error.kind != "busy":  # What one turns away is asked elsewhere, still before the others.
+                if (
+                    error.kind != "busy"
+                ):  # What that endpoint turns away is asked elsewhere, still one before the others.
                     release()
             except BaseException:
                 endpoint.breaker.abandoned()

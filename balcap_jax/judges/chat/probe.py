@@ -7,6 +7,7 @@ has a picture where pictures are asked about. What is refused (HTTP 400, 422) is
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -43,8 +44,8 @@ _MESSAGES = (
 _PICTURE = np.full((56, 56, 3), 128, np.uint8)  # Some models take none with a side below 28 pixels.
 
 
-async def listed_model(endpoint: Endpoint) -> str | UserError:
-    """The name of the one model that the server lists, or why it names none. Raises UserError for several."""
+async def listed_models(endpoint: Endpoint) -> list[str] | UserError:
+    """The names of the models that the server lists, or why it names none."""
     where = f"judge endpoint {endpoint.url}"
     try:
         async with _time_limit(endpoint):
@@ -64,10 +65,23 @@ async def listed_model(endpoint: Endpoint) -> str | UserError:
         return refusal(endpoint, error)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return UserError(f"{where} lists no models; name one in judge.model")
+    return names
+
+
+async def listed_model(endpoint: Endpoint) -> str | UserError:
+    """The name of the one model that the server lists, or why it names none. Raises UserError for several."""
+    names = await listed_models(endpoint)
+    if isinstance(names, UserError):
+        return names
     if len(names) > 1:
-        listed = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-        raise UserError(f"judge.model is empty, and {where} lists several models ({listed}); name one")
+        where = f"judge endpoint {endpoint.url}"
+        raise UserError(f"judge.model is empty, and {where} lists several models ({named(names)}); name one")
     return names[0]
+
+
+def named(models: Sequence[str]) -> str:
+    """The first few of the models."""
+    return ", ".join(models[:_NAMES]) + (f" and {len(models) - _NAMES} more" if len(models) > _NAMES else "")
 
 
 async def ready(endpoint: Endpoint, model: str, sees: bool, *, patient: bool = False) -> None:

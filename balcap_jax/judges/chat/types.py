@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import hashlib
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,15 +84,6 @@ def data_url(image: np.ndarray) -> str:
     file = io.BytesIO()
     picture.save(file, format=form, **settings)
     return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def picture_hash(image: np.ndarray) -> str:
-    """A name of the pixels and their shape."""
-    if image.dtype != np.uint8:
-        raise ValueError(f"pictures are uint8 arrays, got {image.dtype}")
-    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=20)
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.hexdigest()
 
 
 def picture_tokens(image: np.ndarray | None) -> int:
