@@ -174,7 +174,8 @@ class Bucket:
                 if self.changes == faults.stop_at:
                     self._stopped = True
                     if faults.stop_done:
-                        self._route(method, url.path, query, headers, body)
+                        with contextlib.suppress(Refused):  # Some ask to delete what is not there.
+                            self._route(method, url.path, query, headers, body)
                     faults.on_stop()
                     raise ConnectionError
             found = self._route(method, url.path, query, headers, body)

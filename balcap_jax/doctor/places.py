@@ -237,8 +237,13 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
         try:
             cache = resolved(config.judge.cache_dir)
             storage.refuse(cache, "the judge's answers (judge.cache_dir)")
+            with tempfile.TemporaryDirectory(prefix=_PROBE, dir=existing(cache)):
+                pass
         except UserError as error:
             return fault(DISK, error)
+        except OSError as error:
+            found = f"the judge's answers cannot be kept in {cache} (judge.cache_dir): {error.strerror}"
+            return Finding(DISK, FAULT, found, "name a folder that can be written to, or leave it empty")
         todo = "lower judge.cache_gb, or set judge.cache_dir to another disk"
         parts.append(Part("the judge's cache", cache, int(config.judge.cache_gb * GB) - _used(cache), todo))
     if to_make and storage.url_of(to_make[0]):

@@ -504,6 +504,15 @@ def test_a_cache_larger_than_its_disk(sound, tmp_path):
     assert_fault(finding, "disk", "1,000,000.00 GB", "lower judge.cache_gb")
 
 
+def test_a_cache_that_cannot_be_written(sound, tmp_path):
+    (tmp_path / "file").touch()
+    finding = places.disk(sound.config(judge__cache_dir=tmp_path / "file" / "cache"), str(tmp_path / "run"))
+    assert_fault(finding, "disk", f"cannot be kept in {tmp_path / 'file' / 'cache'} (judge.cache_dir): Not a", "name a")
+    finding = places.disk(sound.config(judge__cache_dir=tmp_path / "new" / "cache"), str(tmp_path / "run"))
+    assert finding.verdict == OK
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
 def test_bytes_of_a_checkpoint(sound, built):
     """By hand: trained numbers in float32 with two moments, the frozen tower in bfloat16, and captions in flight."""
     size = places.sizes(sound.config(), built.file_bytes)

@@ -178,7 +178,7 @@ def test_commands_read_and_write_in_a_bucket(server, tmp_path, finished, capsys,
             server.put(f"runs/a/{path.relative_to(finished).as_posix()}", path.read_bytes())
     report.main([RUN])
     assert capsys.readouterr().out.splitlines()[-1] == f"{RUN}/report.html"
-    assert server["runs/a/report.html"].startswith(b"<!doctype html>")
+    assert server["runs/a/report.html"].lower().startswith(b"<!doctype html>")
     assert not [name for name in server.names() if name.endswith(".lock")]
 
 
