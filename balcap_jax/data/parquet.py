@@ -262,10 +262,9 @@ def _join(table: Table, units: Path) -> tuple[Table, list[LeftOut]]:
         return None if file is None else files.row_of(file, inside[1])
 
     said, hashes = lines_about(units, row_at, "parquet", len(files), f"{files.name(0)!r} in {files.folder}")
-    column = table.columns["image"]
-    same_pictures.check(
-        {with_column(str(files.folder / files.name(row)), column): h for row, h in hashes.items()}, units
-    )
+    column, paths = table.columns["image"], {row: str(files.folder / files.name(row)) for row in hashes}
+    paths = paths if column == plain else {row: with_column(path, column) for row, path in paths.items()}
+    same_pictures.check({paths[row]: found for row, found in hashes.items()}, units)
     has_captions = bool({"caption", "captions"} & table.columns.keys())
     without = {row for row, fields in said.items() if not has_captions and "captions" not in fields}
     left_out = [

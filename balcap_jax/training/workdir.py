@@ -95,9 +95,8 @@ def _hold(workdir: Path) -> int:
             lock = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
             held = hold_lock(lock, workdir / ".lock")
         except OSError as error:
-            if workdir.is_file():
-                raise UserError(f"workdir {workdir} is a file, and a run takes a folder; choose another") from error
-            raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir") from error
+            reason = "it is a file, and a run takes a folder" if workdir.is_file() else error.strerror
+            raise UserError(f"cannot write to workdir {workdir}: {reason}; choose another --workdir") from error
         if not held:
             os.close(lock)
             raise UserError(f"another process is training in {workdir}; choose another --workdir")

@@ -459,9 +459,8 @@ def test_a_workdir_with_a_model_and_no_checkpoint(sound, tmp_path):
 def test_a_workdir_that_is_a_file(sound, tmp_path):
     (tmp_path / "file").touch()
     finding = places.workdir(sound.config(), str(tmp_path / "file"))
-    assert_fault(
-        finding, "workdir", f"workdir {tmp_path / 'file'} is a file, and a run takes a folder", "choose another"
-    )
+    found = f"cannot write to workdir {tmp_path / 'file'}: it is a file, and a run takes a folder"
+    assert_fault(finding, "workdir", found, "choose another --workdir")
 
 
 def test_without_a_workdir_the_last_line_says_so(sound, tmp_path, capsys):

@@ -172,7 +172,7 @@ def test_workdir_of_another_run_is_left_alone(refused, finished):
 def test_workdir_that_is_a_file_or_below_one(tmp_path, refused):
     (tmp_path / "file").write_text("mine")
     for workdir, reason in (
-        (tmp_path / "file", "is a file, and a run takes a folder"),
+        (tmp_path / "file", "it is a file, and a run takes a folder"),
         (tmp_path / "file" / "run", "Not a directory"),
     ):
         assert refused(workdir) == f"error: cannot write to workdir {workdir}: {reason}; choose another --workdir"

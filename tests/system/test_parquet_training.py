@@ -43,6 +43,12 @@ def test_killed_inside_a_file_and_resumed_equals_uninterrupted(tmp_path, source)
     bad = {f"train-{file}.parquet#{row}" for file in range(2) for row in range(5, 60, 10)}
     assert 0 < len(named) == len({entry["image"] for entry in named} & bad)
     assert {entry["reason"] for entry in named} == {"no picture"}
+    evaluations = sorted((tmp_path / "whole" / "samples").glob("greedy-*.jsonl"))
+    assert evaluations
+    for file in evaluations:
+        shown = [json.loads(line)["id"] for line in file.read_text().splitlines()]
+        assert len(shown) == len(set(shown) - bad) > 3, "a picture stands for another"
+        assert f"held out: {len(shown)} of " in done.stdout
     for step in (4, 7):
         killed = start_interrupted(signal.SIGKILL, f"log:{step}", *given(source, tmp_path / "killed"))
         finish(killed, -signal.SIGKILL)
