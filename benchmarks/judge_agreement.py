@@ -420,9 +420,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.scenes < 0 or args.scenes == 1:
         raise UserError(f"--scenes={args.scenes}: intervals need at least 2 scenes (0 = all)")
     config = config_of(args.judge, overrides)
-    photos = args.photos or os.environ.get("BALCAP_PHOTOS", "")
-    # The oracle knows the scenes alone.
-    more = checklists(Path(photos)) if photos and args.judge != "oracle" else []
+    if args.photos and args.judge == "oracle":
+        raise UserError("--photos: the oracle knows the scenes alone; leave it out, or name another --judge")
+    photos = args.photos or ("" if args.judge == "oracle" else os.environ.get("BALCAP_PHOTOS", ""))
+    more = checklists(Path(photos)) if photos else []
     labelled, most = read(Path(args.set), args.scenes), bounds(RESULTS)
     judge = judges.build(config.judge, config.seed, ("precision", "recall", "linguistic", "preference"))
     try:

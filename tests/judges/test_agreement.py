@@ -258,6 +258,13 @@ def test_a_judge_behind_an_endpoint(tmp_path, capsys, monkeypatch):
     assert told["cost"]["tokens in a question"] == pytest.approx(100 * seen / told["cost"]["questions"])
 
 
+def test_photographs_are_not_left_out_without_a_word(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        judge_agreement.main(["--judge=oracle", "--scenes=2", f"--photos={tmp_path}"])
+    assert ended.value.code == 2
+    assert "--photos: the oracle knows the scenes alone; leave it out" in capsys.readouterr().err
+
+
 def test_bounds_come_from_the_results(tmp_path, labelled):
     found = of_flaws("false_accept:0.25", labelled[:FEW])
     assert bounds(tmp_path / "none.md") is None
