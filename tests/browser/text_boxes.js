@@ -108,7 +108,7 @@
       }
       const high = 0.18 * (part.bottom - part.top);
       const letters = { left: part.left + 1, right: part.right - 1, top: part.top + high, bottom: part.bottom - high };
-      boxes.push({ ...letters, layer: part.layer, node, element, formula: element.closest("math") });
+      boxes.push({ ...letters, layer: part.layer, node, element });
     }
   }
 
@@ -119,8 +119,6 @@
     open = open.filter((other) => other.bottom > box.top);
     for (const other of open) {
       if (other.node === box.node || other.layer !== box.layer || met.has(box.node)) continue;
-      // In a formula an accent lies in its letter's box, and what is above a fraction reaches into what is below.
-      if (box.formula && box.formula === other.formula) continue;
       if (Math.min(box.right, other.right) - Math.max(box.left, other.left) > 0) {
         met.add(box.node);
         const under = `over "${short(other.node.data)}" in ${where(other.element)}`;
