@@ -7,11 +7,12 @@ sheet decides on them for light and dark pages.
 import dataclasses
 import functools
 import html
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from balcap_jax.report.run import TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
+from balcap_jax.report.run import BALANCED, TABLE, Run, cell_of, is_number, label_text, mapping, scale_of
 
 WIDTH, HEIGHT = 280, 168
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 24
@@ -22,6 +23,8 @@ RUN_COLOURS = 6
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SMALLEST = 1e-290  # Below, powers of ten and their inverses are no numbers.
 PHASES = ("rollout", "judge", "update", "other")
+TRUTH, HEALTH = "The judge and the truth", "Health and speed"
+_FAR = 3.0  # times the 95th percentile: where the axis of a clipped curve ends
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
@@ -106,7 +109,8 @@ class _Axes:
 class Curve:
     """What one chart shows: a metric of metrics.jsonl, and the evaluated value of its diamonds.
 
-    low: the axis includes this value.
+    low: the axis includes this value. least: it reaches this far at least, so that nothing but zeros is no mountain.
+    truth: a metric that is drawn beside it. is_clipped: a few points far above all others leave the axis.
     """
 
     title: str
@@ -117,29 +121,37 @@ class Curve:
     stage: str | None = None
     evaluated: str | None = None
     low: float | None = None
+    least: float | None = None
+    truth: str | None = None
+    is_clipped: bool = False
 
 
 def _curves(reward_names: Sequence[str]) -> list[Curve]:
     rl = functools.partial(Curve, stage="rl")
     rewards = [rl(name, f"reward/{name}", "Rewards", scale_of(name), evaluated=name) for name in reward_names]
+    whole = {"low": 0, "least": 10}
     # A group whose members all score the same teaches nothing about that objective.
-    silent = [rl(name, f"advantage/zero_std_frac/{name}", "Groups without spread", 100, "%") for name in reward_names]
+    silent = [
+        rl(name, f"advantage/zero_std_frac/{name}", "Groups without spread", 100, "%", **whole) for name in reward_names
+    ]
     return [
         *rewards,
         rl("b-CapScore", "b_capscore", "Rewards", evaluated="b_capscore"),
+        # What a judge that is wrong on purpose says, and what the exact one says of the same captions.
+        *(rl(name, f"reward/{name}", TRUTH, scale_of(name), truth=f"true/{name}") for name in reward_names),
+        rl("b-CapScore", "b_capscore", TRUTH, truth="true/b_capscore"),
         rl("Mean words", "length/mean", "Length", evaluated="words"),
         rl("Length ratio", "length/ratio_mean", "Length", unit="×"),
         rl("In band", "gate/in_band", "Length", 100, "%", evaluated="in_band"),
         rl("Truncated", "length/truncated_frac", "Length", 100, "%", evaluated="truncated", low=0),
-        Curve("SFT loss", "loss", "Optimisation", stage="sft"),
-        rl("RL loss", "loss", "Optimisation"),
-        rl("KL to reference", "kl", "Optimisation", low=0),
-        rl("Entropy", "entropy", "Optimisation"),
-        Curve("Gradient norm", "grad_norm", "Optimisation", low=0),
-        rl("Largest drift", "drift/max_abs_logp", "Optimisation", low=0),
-        rl("Judge failures", "judge/failure_rate", "Judge and speed", 100, "%", low=0),
-        Curve("Tokens per second", "tokens_per_second", "Judge and speed", low=0),
+        Curve("SFT loss", "loss", "Learning", stage="sft"),
+        rl("KL to reference", "kl", "Learning", low=0),
+        rl("Entropy", "entropy", "Learning"),
+        Curve("Gradient norm", "grad_norm", "Learning", low=0, is_clipped=True),
         *silent,
+        rl("Largest drift", "drift/max_abs_logp", HEALTH, low=0),
+        rl("Judge failures", "judge/failure_rate", HEALTH, 100, "%", low=0, least=1),
+        Curve("Tokens per second", "tokens_per_second", HEALTH, low=0),
     ]
 
 
@@ -147,33 +159,69 @@ def chart_groups(runs: Sequence[Run], skipped: list[str]) -> list[dict[str, Any]
     """Charts by group; metrics that no run logged in a stage that should have them go to `skipped`."""
     keys = dict.fromkeys(key for run in runs for record in run.records for key in record)
     rewards = [key.removeprefix("reward/") for key in keys if key.startswith("reward/") and not key.endswith("_std")]
+    usual = [row.key for row in BALANCED]  # Keys of the log are in the order of the alphabet.
+    rewards.sort(key=lambda name: usual.index(name) if name in usual else len(usual))
     groups: dict[str, list] = {}
     for curve in _curves(rewards):
+        if curve.truth is not None and curve.truth not in keys:
+            continue
         series = [_series(run, curve) for run in runs]
         if any(series):
             marks = [_evaluated(run, curve) for run in runs]
             groups.setdefault(curve.group, []).append((curve, series, marks))
         elif any(_lacks(run, curve) for run in runs):
             skipped.append(curve.key if curve.stage is None else f"{curve.key} ({curve.stage})")
-    charts = []
+    charts: list[dict[str, Any]] = []
     for title, members in groups.items():
         # The rewards share one axis: whether they are balanced is the point of looking at them.
         shared = [value for member in members for value in _values(*member)] if title == "Rewards" else None
         group_charts = [_chart(*member, runs, shared or _values(*member)) for member in members]
         charts.append({"title": title, "charts": group_charts})
-    return charts
+    return _joined(charts)
+
+
+def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """No group of one chart, where there is another to put it into: a lone chart leaves a row empty."""
+    joined: list[dict[str, Any]] = []
+    for group in groups:
+        if joined and min(len(group["charts"]), len(joined[-1]["charts"])) < 2:
+            last = joined[-1]
+            title = f"{last['title']}; {group['title'][0].lower()}{group['title'][1:]}"
+            joined[-1] = {"title": title, "charts": last["charts"] + group["charts"]}
+        else:
+            joined.append(group)
+    return joined
+
+
+def with_times(groups: list[dict[str, Any]], times: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with the charts of `time_chart` in the last one, that of speed, or in one of their own."""
+    if not times:
+        return groups
+    if groups and groups[-1]["title"].endswith(HEALTH[1:]):
+        last = groups[-1]
+        return [*groups[:-1], last | {"charts": [*last["charts"], *times]}]
+    return _joined([*groups, {"title": HEALTH, "charts": list(times)}])
 
 
 def _records(run: Run, curve: Curve) -> list[dict[str, Any]]:
     return [record for record in run.records if curve.stage in (None, record.get("stage"))]
 
 
-def _series(run: Run, curve: Curve) -> list[tuple[float, float]]:
+def _start(run: Run, curve: Curve) -> float:
+    """The step that the chart of a curve of RL alone begins with: RL counts its own steps, whatever came before."""
+    if curve.stage != "rl":
+        return 0
+    boundary = _boundary(run)
+    return 0 if boundary is None else boundary
+
+
+def _series(run: Run, curve: Curve, key: str | None = None) -> list[tuple[float, float]]:
     """(step, shown value) of the logged steps; where a logged step has no value the curve is not connected (NaN)."""
+    key, start = key or curve.key, _start(run, curve)
     points = [
-        (record["step"], curve.scale * record[curve.key] if is_number(record[curve.key]) else math.nan)
+        (record["step"] - start, curve.scale * record[key] if is_number(record[key]) else math.nan)
         for record in _records(run, curve)
-        if curve.key in record
+        if key in record
     ]
     return points if any(not math.isnan(value) for _, value in points) else []
 
@@ -185,9 +233,9 @@ def _lacks(run: Run, curve: Curve) -> bool:
 
 
 def _boundary(run: Run) -> float | None:
-    """The step after which the stage changes from SFT to RL."""
-    for before, after in zip(run.records, run.records[1:], strict=False):
-        if (before.get("stage"), after.get("stage")) == ("sft", "rl"):
+    """The step after which the stage changes to RL from another."""
+    for before, after in itertools.pairwise(run.records):
+        if before.get("stage") != "rl" and after.get("stage") == "rl":
             return before["step"]
     return None
 
@@ -199,7 +247,7 @@ def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
         return []
     steps = {str(record.get("stage")): record["step"] for record in run.records}
     steps["base"] = run.records[0]["step"]
-    marks = []
+    marks, start = [], _start(run, curve)
     for label in mapping(run.summary.get("evaluations")):
         stage, _, suffix = label.partition("-")
         step = int(suffix) if suffix.isdecimal() else steps.get(label)
@@ -207,7 +255,7 @@ def _evaluated(run: Run, curve: Curve) -> list[tuple[float, float, str]]:
         # The ceiling and evaluations during SFT lie outside the chart, whose curve begins with RL.
         is_inside = label == "sft" or (stage != "sft" and label != run.ceiling)
         if step is not None and value is not None and is_inside:
-            marks.append((step, value, label_text(label)))
+            marks.append((step - start, value, label_text(label)))
     return marks
 
 
@@ -215,7 +263,11 @@ def _values(curve: Curve, series: Sequence[list], marks: Sequence[list]) -> list
     """All values that the chart's axis covers."""
     values = [value for points in series for _, value in points if not math.isnan(value)]
     values += [value for mark in marks for _, value, _ in mark]
-    return values if curve.low is None else [curve.low, *values]
+    if curve.is_clipped:
+        ordered = sorted(values)
+        far = _FAR * ordered[int(0.95 * (len(ordered) - 1))]
+        values = [value for value in values if value <= far] or values
+    return [*values, *(bound for bound in (curve.low, curve.least) if bound is not None)]
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -249,25 +301,36 @@ def _smoothed(points: list[tuple[float, float]], boundary: float | None) -> list
 def _chart(
     curve: Curve, series: Sequence[list], marks: Sequence[list], runs: Sequence[Run], values: Sequence[float]
 ) -> dict[str, Any]:
+    truths = [_series(run, curve, curve.truth) if curve.truth else [] for run in runs]
+    values = [*values, *(value for points in truths for _, value in points if not math.isnan(value))]
     steps = [step for points, mark in zip(series, marks, strict=True) if points for step, *_ in (*points, *mark)]
     axes = _Axes(steps, values)
-    lines, boundaries, diamonds = [], [], []
+    lines, boundaries, diamonds, peak = [], [], [], 0.0
     for index, (run, points, mark) in enumerate(zip(runs, series, marks, strict=True)):
         if not points:
             continue
-        colour, boundary = index % RUN_COLOURS + 1, _boundary(run)
+        colour, boundary = index % RUN_COLOURS + 1, _boundary(run) if curve.stage != "rl" else None
         if boundary is not None and axes.first <= boundary <= axes.last:
             boundaries.append({"x": axes.x(boundary), "colour": colour})
         for step, value, label in mark:
             text = f"{run.name}, held out, {label}: {axes.text(value)}{curve.unit}"
             diamonds.append({"x": axes.x(step), "y": axes.y(value), "colour": colour, "text": text})
-        thin = _thinned(points)
-        smooth = _smoothed(thin, boundary)
-        last = axes.text(next(value for _, value in reversed(smooth) if not math.isnan(value)))
-        raw = axes.path(thin) if smooth != thin else ""
-        lines.append({"raw": raw, "path": axes.path(smooth), "colour": colour, "name": run.name, "last": last})
+        parts = [(points, "the judge" if curve.truth else "")]
+        parts += [(truths[index], "the truth")] if truths[index] else []
+        for each, kind in parts:
+            highest = max(value for _, value in each if not math.isnan(value))
+            if curve.is_clipped and highest > axes.ticks[-1]:
+                peak = max(peak, highest)
+                each = [(step, min(value, axes.ticks[-1])) for step, value in each]  # min keeps a NaN that comes first
+            thin = _thinned(each)
+            smooth = _smoothed(thin, boundary)
+            last = axes.text(next(value for _, value in reversed(smooth) if not math.isnan(value)))
+            raw = axes.path(thin) if smooth != thin else ""
+            names = {"name": run.name, "kind": kind, "is_truth": kind == "the truth"}
+            lines.append({"raw": raw, "path": axes.path(smooth), "colour": colour, "last": last} | names)
     power = f" ×10{str(-axes.exponent).translate(SUPERSCRIPT)}" if axes.exponent else ""
     drawing = {"lines": lines, "boundaries": boundaries, "diamonds": diamonds}
+    drawing["peak"] = f"{axes.text(peak)}{curve.unit}" if peak else ""
     return {"title": curve.title, "unit": f"{curve.unit}{power}", **axes.frame(), **drawing}
 
 
@@ -299,6 +362,7 @@ def time_chart(run: Run) -> dict[str, Any] | None:
     total = sum(sums.values())
     return {
         "name": run.name,
+        "is_time": True,
         "stage": str(stage).upper(),
         **axes.frame(),
         "bars": bars,

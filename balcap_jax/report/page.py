@@ -9,172 +9,55 @@ Jinja's autoescaping, and only the template's own style sheet is marked safe.
 
 import base64
 import hashlib
-import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from balcap_jax.cli import json_text, storage
-from balcap_jax.cli.bucket import shown
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import make_directory, read_bytes, replace_file, resolved
+from balcap_jax.cli.files import make_directory, replace_file, resolved
 from balcap_jax.data.scenes.habits import HABITS
-from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart
-from balcap_jax.report.run import (
-    KINDS,
-    MINIATURE,
-    JudgedCaption,
-    JudgedImage,
-    Run,
-    is_number,
-    label_text,
-    load_run,
-    mapping,
-)
-from balcap_jax.report.tables import CEILING_TITLE, habit_rows, tables
+from balcap_jax.judges.schema import Assertion
+from balcap_jax.report import marks, rollouts
+from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart, with_times
+from balcap_jax.report.distributions import distributions
+from balcap_jax.report.facts import aligned, all_facts, flat, heads
+from balcap_jax.report.gallery import gallery, uncovered
+from balcap_jax.report.run import KINDS, MINIATURE, Run, label_text, load_run
+from balcap_jax.report.tables import CEILING_TITLE, between, habit_rows, headlines, tables
 
-GALLERY_IMAGES = 8
-MAX_IMAGE_BYTES = 4 << 20  # a picture beyond this is named, not embedded: the page should open on a phone
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Charts of a row by the least width of the page in rem, as the style sheet has room for.
+COLUMNS = ((36, 2), (54, 3), (72, 4))
+_MOST_CHARTS = 16  # of a group whose rows are evened out
 
 
-# --- gallery ----------------------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------------
 
 
-def _changes(run: Run, kind: str) -> dict[str, float]:
-    """By image: change in b-CapScore from the first to the last label; with one label, the b-CapScore itself."""
-    changes = {}
-    for image_id in run.image_ids:
-        scores = [image.b_capscore if image else None for image in run.images(image_id, kind).values()]
-        if scores and None not in scores:
-            changes[image_id] = scores[-1] - scores[0] if len(scores) > 1 else scores[0]
-    return changes
+def row_starts(count: int, columns: int) -> tuple[int, list[int]]:
+    """(columns, the charts from 1 that begin a row) for `count` charts: rows as even as they can be.
 
-
-def choose_images(run: Run, count: int = GALLERY_IMAGES) -> list[tuple[str, str]]:
-    """(image id, why it was chosen): evenly spread over the ranking by change in b-CapScore, best and worst included.
-
-    The change is that of greedy captions, and of sampled ones where those have none. Images without a score in both
-    evaluations can't be ranked; they are shown only where no image can be.
+    A row of one chart beside fuller rows would leave most of the page's width empty; it is left only where two columns
+    and an odd count allow no other.
     """
-    kind, changes = next(((kind, found) for kind in KINDS if (found := _changes(run, kind))), ("", {}))
-    if not changes:
-        return [(image_id, "not ranked: no b-CapScore") for image_id in run.image_ids[:count]]
-    ranked = sorted(changes, key=lambda image_id: -changes[image_id])
-    median, last = (len(ranked) - 1) // 2, len(ranked) - 1
-    upper, lower = max(count // 2 - 1, 1), max(count - count // 2, 1)
-    places = {round(median * k / upper) for k in range(upper + 1)}
-    places |= {median + round((last - median) * k / lower) for k in range(lower + 1)}
-    what = f"{'change in ' if len(run.labels) > 1 else ''}b-CapScore of {KINDS[kind]} captions"
-    named = {median: f"median {what}", last: f"lowest {what}", 0: f"highest {what}"}
-    return [(ranked[p], named.get(p, f"rank {p + 1} of {len(ranked)} by {what}")) for p in sorted(places)]
+    rows = math.ceil(count / columns)
+    size, more = divmod(count, rows)
+    sizes = [size + (row < more) for row in range(rows)]
+    return max(sizes), [1 + sum(sizes[:row]) for row in range(rows)]
 
 
-def _gallery(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Cards; a run that shares images with an earlier run's choice is shown on the same cards."""
-    cards: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if cards.keys().isdisjoint(run.image_ids):
-            for image_id, why in choose_images(run):
-                cards[image_id] = {"id": image_id, "why": why, "chosen_in": run.name, "columns": [], "picture": None}
-        for image_id, card in cards.items():
-            images = {kind: run.images(image_id, kind) for kind in KINDS}
-            for label in run.labels:
-                parts = [(KINDS[kind], images[kind][label]) for kind in KINDS if images[kind][label]]
-                if not parts:
-                    continue
-                (kind, first), folded = parts[0], parts[1:]
-                if card["picture"] is None:
-                    card |= {"picture": _picture(run, first), "image": first}
-                column = {"run": run.name, "label": label_text(label), "kind": kind, "image": first}
-                card["columns"].append(column | {"folded": folded})
-    return list(cards.values())
-
-
-def uncovered(caption: JudgedCaption, image: JudgedImage) -> list[str] | None:
-    """Reference units that the caption misses; None when the judge's marks don't fit the units."""
-    if caption.covered is None or len(caption.covered) != len(image.reference_units):
-        return None
-    return [unit for unit, covered in zip(image.reference_units, caption.covered, strict=True) if not covered]
-
-
-def _picture(run: Run, image: JudgedImage) -> str:
-    """A data URL of the image's PNG, or "" with a note. Paths that leave samples/ are refused: ids are untrusted."""
-    if not image.image:
-        return ""
-    samples = (run.path / "samples").resolve()
-    try:
-        file = (samples / image.image).resolve()
-        if not file.is_relative_to(samples):
-            run.notes.append(f"picture {image.image}: outside samples/, not shown")
-        elif file.stat().st_size > MAX_IMAGE_BYTES:
-            run.notes.append(f"picture {image.image}: more than {MAX_IMAGE_BYTES >> 20} MiB, not shown")
-        elif not (data := read_bytes(file)).startswith(PNG_SIGNATURE):
-            run.notes.append(f"picture {image.image}: not a PNG, not shown")
-        else:
-            return "data:image/png;base64," + base64.b64encode(data).decode()
-    except (OSError, ValueError) as error:
-        run.notes.append(f"picture {image.image}: not readable ({getattr(error, 'strerror', None) or error})")
-    return ""
-
-
-# --- facts ------------------------------------------------------------------------------------------------------------
-
-
-def _facts(run: Run) -> dict[str, str]:
-    """One line per fact of a run, for the table of facts."""
-    summary, facts = run.summary, {"directory": shown(run.path)}
-    if isinstance(summary.get("command"), str):
-        facts["command"] = summary["command"]
-    if run.config:
-        digest = hashlib.sha256(json.dumps(run.config, sort_keys=True).encode()).hexdigest()
-        facts["config"] = f"sha256 {digest[:12]}"
-    versions = {**mapping(summary.get("versions"))}
-    device = summary.get("device") or versions.pop("device", None)
-    if device:
-        facts["device"] = str(device)
-    if versions:
-        facts["versions"] = " · ".join(f"{name} {version}" for name, version in versions.items())
-    if run.records:
-        spans: dict[str, list[float]] = {}
-        for record in run.records:
-            spans.setdefault(str(record.get("stage")), []).append(record["step"])
-        facts["logged steps"] = ", ".join(f"{stage} {span[0]:g} to {span[-1]:g}" for stage, span in spans.items())
-    seconds = {name: value for name, value in mapping(summary.get("seconds")).items() if is_number(value)}
-    if seconds:
-        wall = seconds.pop("wall", None) or seconds.pop("total", None) or sum(seconds.values())
-        facts["total time"] = _duration(wall)
-        longest_first = sorted(seconds.items(), key=lambda item: -item[1])
-        facts["of which"] = ", ".join(f"{name} {_duration(value)}" for name, value in longest_first)
-    return facts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    leaves = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= _flat(value, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = json_text.dumps(value, ensure_ascii=False)
-    return leaves
-
-
-def _aligned(columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The union of the columns' rows; `same` says whether all columns agree."""
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = {name: [column.get(name, "") for column in columns] for name in names}
-    return [{"name": name, "values": values, "same": len(set(values)) == 1} for name, values in rows.items()]
+def _chart_rules() -> list[dict[str, Any]]:
+    """For each width of COLUMNS the grids of each count: {"rem", "below", "counts": [(count, columns, starts)]}."""
+    counts, least = range(2, _MOST_CHARTS + 1), [rem for rem, _ in COLUMNS]
+    below = [rem - 0.01 for rem in least[1:]] + [None]
+    return [
+        {"rem": rem, "below": end, "counts": [(count, *row_starts(count, columns)) for count in counts]}
+        for (rem, columns), end in zip(COLUMNS, below, strict=True)
+    ]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -184,6 +67,11 @@ def _signed(delta: float) -> str:
     """A change with its sign, and none on a zero."""
     text = f"{delta:+.1f}".replace("-", "\N{MINUS SIGN}")
     return "0.0" if text[1:] == "0.0" else text
+
+
+def _number(assertions: Sequence[Assertion], assertion: Assertion) -> int:
+    """The number of one of a caption's assertions, from 1, as its marks show it."""
+    return 1 + next(place for place, other in enumerate(assertions) if other is assertion)
 
 
 def _printable(value: Any) -> Any:
@@ -209,27 +97,37 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"csp_hash": _csp_hash, "number": short_number, "signed": _signed}
+    environment.filters["signed_number"] = rollouts.signed
     environment.globals |= {"label_text": label_text, "uncovered": uncovered, "meanings": HABITS}
+    environment.globals |= {"pieces": marks.pieces, "kind_of": marks.kind_of, "numbers": _number}
     environment.globals["metrics"] = {row.key: row.name for row in MINIATURE}
     skipped: list[str] = []
     groups = chart_groups(runs, skipped)
     times = [chart for run in runs if (chart := time_chart(run)) is not None]
-    gallery = _gallery(runs)
+    shown = gallery(runs)
+    groups_of_training = [{"run": run.name, "groups": found} for run in runs if (found := rollouts.groups(run))]
     if skipped and any(run.records for run in runs):
         runs[0].notes.append("metrics.jsonl: not logged, so not drawn: " + ", ".join(skipped))
     return environment.get_template("report.html.j2").render(
         runs=runs,
+        heads=aligned([heads(run) for run in runs]),
+        headlines=headlines(runs),
+        between=between(runs),
         tables=tables(runs),
         habits=habit_rows(runs),
         kinds=list(KINDS.values()),
         ceiling_title=CEILING_TITLE,
-        groups=groups,
+        distributions=distributions(runs),
+        groups=with_times(groups, times),
         times=times,
-        gallery=gallery,
-        facts=_aligned([_facts(run) for run in runs]),
-        config=_aligned([_flat(run.config) for run in runs]),
+        rollouts=groups_of_training,
+        gallery=shown["cards"],
+        filters=shown["filters"],
+        facts=aligned([all_facts(run) for run in runs]),
+        config=aligned([flat(run.config) for run in runs]),
         colours=[index % RUN_COLOURS + 1 for index in range(len(runs))],
         frame=FRAME,
+        chart_rules=_chart_rules(),
     )
 
 

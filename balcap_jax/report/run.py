@@ -1,8 +1,8 @@
 """Reads what a training run leaves in its directory; each file may be missing or torn, and a note says so.
 
-The files: metrics.jsonl, config.json, summary.json and samples/ with greedy-<label>.jsonl and eval-<label>.jsonl, of
-greedy and of sampled captions (one `JudgedImage` a line), and the pictures that those name. Rewards and shares are
-fractions there, b-CapScore is in points, 0 to 100.
+The files: metrics.jsonl, config.json, summary.json, judge.json and samples/. There lie greedy-<label>.jsonl and
+eval-<label>.jsonl, of greedy and of sampled captions, step-<step>.jsonl of training (one `JudgedImage` a line), and the
+pictures that those name. Rewards and shares are fractions there, b-CapScore is in points, 0 to 100.
 """
 
 import dataclasses
@@ -75,13 +75,28 @@ def _flags(value: Any) -> dict[Any, bool]:
     return {name: flag for name, flag in mapping(value).items() if isinstance(flag, bool)}
 
 
+def _numbers(value: Any) -> dict[Any, float]:
+    return {name: number for name, number in mapping(value).items() if is_number(number)}
+
+
+def _model_of(value: Any) -> str:
+    model = mapping(value).get("model")
+    return model if isinstance(model, str) else ""
+
+
 Number = Annotated[float | None, pydantic.AfterValidator(lambda value: value if is_number(value) else None)]
 # A user's own reward may use the name for something else.
 Habits = Annotated[dict[str, bool], pydantic.BeforeValidator(_flags)]
+Advantages = Annotated[dict[str, float], pydantic.BeforeValidator(_numbers)]
+Model = Annotated[str, pydantic.BeforeValidator(_model_of)]
+Lone = Annotated[Number, pydantic.BeforeValidator(lambda value: value if is_number(value) else None)]
 
 
 class JudgedCaption(pydantic.BaseModel):
-    """One caption with everything that its judges answered; without an answer entries are None or absent."""
+    """One caption with everything that its judges answered; without an answer entries are None or absent.
+
+    Captions of training have their combined `advantage` and that of each objective, `advantages`.
+    """
 
     caption: str
     words: int | None = None
@@ -98,6 +113,9 @@ class JudgedCaption(pydantic.BaseModel):
     failures: dict[str, str] = {}
     suspicious: list[str] = []
     habits: Habits = {}
+    judge: Model = ""
+    advantage: Lone = None
+    advantages: Advantages = {}
 
 
 class JudgedImage(pydantic.BaseModel):
@@ -128,6 +146,8 @@ class Run:
     summary: dict[str, Any]
     judged: dict[str, dict[str, dict[str, JudgedImage]]]  # kind -> label -> image id -> image
     notes: list[str]
+    spent: dict[str, Any] = dataclasses.field(default_factory=dict)  # judge.json
+    steps: list[int] = dataclasses.field(default_factory=list)  # of training, whose captions were kept
 
     @property
     def _evaluated(self) -> set[str]:
@@ -160,6 +180,10 @@ class Run:
         """One image in each of the evaluations `labels`; None where it was not evaluated."""
         return {label: self.judged[kind].get(label, {}).get(image_id) for label in self.labels}
 
+    def rollouts(self, step: int) -> list[JudgedImage]:
+        """The captions of one of `steps`, by picture."""
+        return list(_read_images(_step_file(self.path, step), self.notes).values())
+
     def evaluation(self, label: str, kind: str) -> Mapping[str, Any]:
         """What summary.json says about one evaluation; empty where it says nothing."""
         return mapping(mapping(self.summary.get(kind)).get(label))
@@ -168,7 +192,9 @@ class Run:
 def load_run(directory: str | os.PathLike) -> Run:
     """Reads a run directory; missing or torn files become notes. Raises UserError if it holds no run at all."""
     path = resolved(directory)
-    for name in ("metrics.jsonl", "config.json", "summary.json", "samples") if storage.url_of(path) else ():
+    for name in (
+        ("metrics.jsonl", "config.json", "summary.json", "judge.json", "samples") if storage.url_of(path) else ()
+    ):
         storage.fetch(path / name)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; name the --workdir of a training run")
@@ -191,8 +217,16 @@ def load_run(directory: str | os.PathLike) -> Run:
         )
     if not has_captions:
         notes.append("samples/: no captions to show (no greedy-*.jsonl or eval-*.jsonl with a readable line)")
-    name = config.get("name") if isinstance(config.get("name"), str) else path.resolve().name
-    return Run(path, name, _continuous(records), config, summary, judged, notes)
+    spent = _read_object(path / "judge.json", notes) if (path / "judge.json").exists() else {}
+    numbers = (file.stem.removeprefix("step-") for file in (path / "samples").glob("step-*.jsonl"))
+    steps = sorted(int(number) for number in numbers if number.isdecimal() and len(number) < _LONG)
+    steps = [step for step in steps if _step_file(path, step).exists()]
+    name = path.resolve().name
+    return Run(path, name, _continuous(records), config, summary, judged, notes, spent, steps)
+
+
+def _step_file(path: Path, step: int) -> Path:
+    return path / "samples" / f"step-{step:06d}.jsonl"
 
 
 def _read_images(file: Path, notes: list[str]) -> dict[str, JudgedImage]:

@@ -4,13 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.data.scenes.habits import HABITS
+from balcap_jax.report.changes import Change, change
 from balcap_jax.report.run import (
     BALANCED,
     KINDS,
+    LENGTHS,
+    MINIATURE,
     TABLE,
     USUAL_ORDER,
     Cell,
+    Row,
     Run,
+    Share,
     before_and_after,
     ceiling_of,
     cell_of,
@@ -140,12 +145,71 @@ def _rows(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
             cells = [cell_of(run.evaluation(label, kind), row) for label in run.labels]
             ceiling = cell_of(run.evaluation(run.ceiling, kind), row) if run.ceiling else None
             delta = difference(*cells) if len(cells) > 1 else None
+            span = _span(run, kind, row, delta)
             signed = 0.0 if delta is None else round(delta, 1) * row.better
             verdict = "up" if signed > 0 else "down" if signed < 0 else ""
-            per_run.append({"cells": cells, "delta": delta, "verdict": verdict, "ceiling": ceiling})
+            per_run.append({"cells": cells, "delta": delta, "span": span, "verdict": verdict} | {"ceiling": ceiling})
         if any(cell.mean is not None for entry in per_run for cell in (*entry["cells"], entry["ceiling"]) if cell):
             rows.append({"name": row.name, "key": row.key, "unit": row.unit, "runs": per_run})
     return rows
+
+
+def _span(run: Run, kind: str, row: Row, delta: float | None) -> Change | None:
+    """The change between the captions of a run's two labels with its interval, where it is the `delta` of the means."""
+    if delta is None:
+        return None
+    return change(*(run.judged[kind].get(label, {}) for label in run.labels), row, delta)
+
+
+def headlines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The figures that a reader looks for first: of each row {"name", "kinds"}, greedy beside sampled.
+
+    An entry of a kind is {"kind", "runs"}, and of a run that has both values {"before", "after", "delta", "span",
+    "verdict"}, else None. Rows are BalCap's, or of a run without those its own rewards.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for kind, title in KINDS.items():
+        for row in _rows(runs, kind):
+            entries = [_headline(entry) for entry in row["runs"]]
+            if row["key"] not in _LATER and any(entries):
+                named = rows.setdefault(row["key"], {"name": row["name"], "kinds": []})
+                named["kinds"].append({"kind": title, "runs": entries})
+    first = [rows[key] for key in ("b_capscore", "precision", "recall", "linguistic") if key in rows]
+    return first or list(rows.values())[:4]
+
+
+_LATER = frozenset(row.key for row in (*MINIATURE, *LENGTHS)) | {"corpus_b_capscore"}
+
+
+def _headline(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    if entry["delta"] is None:
+        return None
+    before, after = (cell.mean for cell in entry["cells"])
+    return {"before": before, "after": after} | {name: entry[name] for name in ("delta", "span", "verdict")}
+
+
+def between(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What the last captions of each further run are beside those of the first, over the pictures that both have.
+
+    One entry per run and kind that shares pictures: {"run", "base", "kind", "images", "rows"}; a row is a name, a
+    Change and a verdict.
+    """
+    found = []
+    for run in runs[1:]:
+        for kind, title in KINDS.items():
+            captions = [one.judged[kind].get(one.labels[-1], {}) if one.labels else {} for one in (runs[0], run)]
+            names = dict.fromkeys(name for image in captions[-1].values() for c in image.captions for name in c.rewards)
+            rows = []
+            for row in rows_of([{name: {} for name in names}]):
+                span = change(*captions, row)
+                if span is not None:
+                    verdict = "up" if span.low * row.better > 0 or span.high * row.better > 0 else "down"
+                    rows.append((row.name, span, verdict if row.better and span.low * span.high > 0 else ""))
+            if rows:
+                images = max(span.images for _, span, _ in rows)
+                named = {"run": run.name, "base": runs[0].name, "kind": title, "images": images}
+                found.append(named | {"rows": rows})
+    return found
 
 
 def _closed_of(run: Run) -> dict[str, Any]:
@@ -186,8 +250,15 @@ def habit_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 {
                     "percents": [[share.percent for share in found] for found in shares.values()],
                     "ceiling": ceiling,
+                    "bar": _bar(shares["greedy"]) or _bar(shares["evaluations"]),
                     "counts": " / ".join("–" if n is None else f"{n:g}" for n in counts),
                 }
             )
         rows.append({"name": name, "meaning": HABITS.get(name, ""), "runs": per_run})
     return rows
+
+
+def _bar(shares: Sequence[Share]) -> tuple[float, float] | None:
+    """Shares before and after in percent, where both are known."""
+    percents = [share.percent for share in shares]
+    return None if len(percents) != 2 or None in percents else (percents[0], percents[1])

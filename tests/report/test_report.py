@@ -11,7 +11,8 @@ from made_runs import HOSTILE, Page, captions_of, make_run, page_of
 from balcap_jax.cli.errors import UserError
 from balcap_jax.report import __main__ as report
 from balcap_jax.report import charts
-from balcap_jax.report.page import GALLERY_IMAGES, PNG_SIGNATURE, _csp_hash, choose_images, write_report
+from balcap_jax.report.gallery import PNG_SIGNATURE, choose_images
+from balcap_jax.report.page import _csp_hash, write_report
 from balcap_jax.report.run import KINDS, load_run
 
 # --- safety ---
@@ -22,12 +23,18 @@ def test_hostile_text_stays_text(tmp_path):
     markup = write_report([run]).read_text()
     page = Page(markup)
     assert "script" not in page.tags
-    assert page.tags.count("img") == GALLERY_IMAGES  # the pictures and no other
-    assert not {"a", "iframe", "object", "embed", "link", "form", "base"} & set(page.tags)
+    assert page.tags.count("img") == 24  # the pictures and no other
+    assert not {"iframe", "object", "embed", "link", "form", "base"} & set(page.tags)
     assert [(tag, name) for tag, name, _ in page.attributes if name.startswith("on") or name == "style"] == []
     # Nothing that a browser would follow or run: alt texts may contain anything, being text.
     followed = {"src", "href", "xlink:href", "action", "data", "poster", "srcset", "background", "formaction"}
-    assert {value[:22] for _, name, value in page.attributes if name in followed} == {"data:image/png;base64,"}
+    values = {(tag, value[:22]) for tag, name, value in page.attributes if name in followed and tag != "a"}
+    assert values == {("img", "data:image/png;base64,")}
+    links = {value for tag, name, value in page.attributes if name in followed and tag == "a"}
+    sections = {"#content", "#results", "#habits", "#curves", "#captions", "#images", "#run"}
+    assert links == sections | {f"#image-{number}" for number in range(1, 25)}  # to places of this page, named by us
+    forms = {(name, value) for tag, name, value in page.attributes if tag == "input" and name != "id"}
+    assert forms == {("type", "radio"), ("name", "scheme"), ("name", "filter"), ("checked", "")}
     assert "url(" not in markup
     assert "@import" not in markup
     assert f"dots{HOSTILE}" in page.text
@@ -89,10 +96,10 @@ def test_page_of_one_run(tmp_path):
     assert "6 min 41 s" in page.text
     assert "sft 1 to 60, rl 61 to 180" in page.text
     labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
-    titles = [label.partition(" over steps")[0] for label in labels]
+    titles = [label.partition(" over steps")[0] for label in labels if " over steps" in label]
     assert titles[:4] == ["precision", "recall", "linguistic", "b-CapScore"]
-    assert {"Mean words", "Truncated", "SFT loss", "KL to reference", "Judge failures"} <= set(titles)
-    assert labels[-1].startswith("Seconds per step by phase; rollout ")
+    assert {"Mean words", "Truncated", "SFT loss", "Gradient norm", "KL to reference", "Judge failures"} <= set(titles)
+    assert sum(label.startswith("Seconds per step by phase; rollout ") for label in labels) == 1
 
 
 def test_each_assertion_is_marked_and_each_missed_unit_listed(tmp_path):
@@ -163,7 +170,7 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").exists()
     assert "run · run (2)" in page.text
     assert "run (2) · SFT" in page.text  # on the same cards: both runs have the same held-out images
-    assert page.tags.count("article") == 8
+    assert page.tags.count("article") == 24
     assert "rollout.temperature 1.0 0.5" in page.text
     curves = [value for tag, name, value in page.attributes if tag == "path" and name == "class" and "curve" in value]
     assert sum("s1" in value for value in curves) == sum("s2 d2" in value for value in curves) > 10
@@ -199,7 +206,7 @@ def test_greedy_captions_are_shown_and_sampled_ones_folded_behind_them(tmp_path)
     for label, title in (("sft", "SFT"), ("rl", "RL")):
         greedy, sampled = captions[label]
         column = markup[markup.index(f"<header><span>{title} <small") :].partition("</section>")[0]
-        opened, _, folded = column.partition("<details>")
+        opened, _, folded = column.partition('<details class="more">')
         assert [greedy[0]["caption"] in part for part in (opened, folded)] == [True, False]
         assert f"b-CapScore {greedy[0]['b_capscore']:.1f}</span>" in opened
         mean = np.mean([caption["b_capscore"] for caption in sampled])
@@ -214,7 +221,7 @@ def test_a_run_without_greedy_captions_shows_sampled_ones(tmp_path):
     captions = name_captions(captions_of(run, "evaluations", "rl"))
     markup = write_report([run]).read_text()
     assert "change in b-CapScore of sampled captions" in markup
-    opened, _, folded = markup[markup.index("<header><span>RL <small") :].partition("<details>")
+    opened, _, folded = markup[markup.index("<header><span>RL <small") :].partition('<details class="more">')
     assert [caption["caption"] in opened for caption in captions] == [True, False, False]
     assert [caption["caption"] in folded for caption in captions] == [False, True, True]
     assert folded.startswith("<summary>2 more</summary>")
@@ -365,7 +372,7 @@ def test_torn_and_missing_files_are_said_and_the_rest_shown(tmp_path):
     ):
         assert note in page.text
     assert page.tags.count("figure") > 10
-    assert page.tags.count("article") == 8
+    assert page.tags.count("article") == 24
 
 
 @pytest.mark.parametrize("kept", ["metrics.jsonl", "config.json", "summary.json", "samples"])
