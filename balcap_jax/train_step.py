@@ -125,9 +125,34 @@ class RLObjective:
     log_ratio_clamp: float = 20.0
     temperature: float = 1.0
 
-    def surrogate(
-        self, log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def advantages_of(
+        self, rewards, valid, words, reference_words, truncated
+    ) -> tuple[advantages.Advantages, jax.Array]:
+        """Advantages of a whole batch, and which of its captions [B, G] are in the length band; fields of `RLBatch`."""
+        # 1. Length gate: only the gated objectives lose their reward outside the band (method, section 1).
+        in_band = advantages.length_gate(words, reference_words, self.gate_low, self.gate_high)
+        gated = jnp.asarray(self.gated) & self.gate
+        gate = jnp.where(gated, in_band[..., None], 1.0)
+
+        # 2. Per-objective advantages, normalised within the group before they are combined (c-GDPO).
+        advantage = advantages.compute(
+            rewards * jnp.asarray(self.scales) if self.scales else rewards,
+            weights=jnp.asarray(self.weights),
+            valid=valid,
+            gate=gate,
+            member_valid=~truncated if self.exclude_truncated else jnp.ones_like(truncated),
+            estimator=self.estimator,
+            aggregation=self.aggregation,
+            kappa=self.kappa,
+            batch_norm=self.batch_norm,
+            eps_group=self.eps_group,
+            eps_batch=self.eps_batch,
+            ddof=self.ddof,
+            names=self.names,
+        )
+        return advantage, in_band
+
+    def surrogate(self, log_probs, old_log_probs, advantages) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`losses.clipped_surrogate` with these settings."""
         clips = self.clip_low, self.clip_high, self.log_ratio_clamp
         return losses.clipped_surrogate(log_probs, old_log_probs, advantages, *clips)
@@ -189,27 +214,9 @@ def make_rl_step(
     """
 
     def step(state: TrainState, batch: RLBatch, reference: Params | None = None) -> tuple[TrainState, Metrics]:
-        # 1. Length gate: only the gated objectives lose their reward outside the band (method, section 1).
-        in_band = advantages.length_gate(batch.words, batch.reference_words, objective.gate_low, objective.gate_high)
-        gated = jnp.asarray(objective.gated) & objective.gate
-        gate = jnp.where(gated, in_band[..., None], 1.0)
-
-        # 2. Per-objective advantages, normalised within the group before they are combined (c-GDPO).
-        rewards = batch.rewards * jnp.asarray(objective.scales) if objective.scales else batch.rewards
-        advantage = advantages.compute(
-            rewards,
-            weights=jnp.asarray(objective.weights),
-            valid=batch.valid,
-            gate=gate,
-            member_valid=~batch.truncated if objective.exclude_truncated else jnp.ones_like(batch.truncated),
-            estimator=objective.estimator,
-            aggregation=objective.aggregation,
-            kappa=objective.kappa,
-            batch_norm=objective.batch_norm,
-            eps_group=objective.eps_group,
-            eps_batch=objective.eps_batch,
-            ddof=objective.ddof,
-            names=objective.names,
+        # 1. and 2. Length gate, and per-objective advantages: what the method makes of rewards.
+        advantage, in_band = objective.advantages_of(
+            batch.rewards, batch.valid, batch.words, batch.reference_words, batch.truncated
         )
 
         # 3. Clipped surrogate on shared-prefix log-probabilities, plus an optional KL term to the reference.

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from balcap_jax.advantages import Advantages
 from balcap_jax.data.words import count_words
 from balcap_jax.models import packing
 from balcap_jax.models.policy import Params, Policy, Prompt
@@ -47,6 +48,7 @@ class Judged:
     """Captions [B][G] of B examples (columns) with their scores; tokens, truncated [B, G].
 
     `true` are the exact scores of BalCap's objectives, where `scores` are those of a judge that is wrong on purpose.
+    `advantages` [B, G, ...] are what the update made of the scores, on the host; of captions that are not kept, None.
     """
 
     examples: Mapping[str, Sequence]
@@ -55,12 +57,14 @@ class Judged:
     truncated: np.ndarray
     scores: Scores
     true: Scores | None = None
+    advantages: Advantages | None = None
 
     def records(self, names: Sequence[str], gate: tuple[float, float]) -> list[dict[str, Any]]:
         """One JSON-able record per image, as the report reads them.
 
         The b-CapScore of a caption uses the ungated rewards and is None where a score is missing. `gate` are the bounds
-        of the length band.
+        of the length band. Captions of an update have its combined advantage, that of each objective before weights,
+        and whether they have a part in the loss.
         """
         examples, scores = self.examples, self.scores
         words = np.array([[count_words(text) for text in group] for group in self.captions])
@@ -80,6 +84,11 @@ class Judged:
                 "rewards": {name: float(rewards[k]) if valid[k] else None for k, name in enumerate(names)},
                 "b_capscore": float(balanced[b, g]) if complete[b, g] else None,
             }
+            if self.advantages is not None:
+                each = self.advantages.per_objective[b, g]
+                record["advantage"] = float(self.advantages.combined[b, g])
+                record["advantages"] = {name: float(each[k]) for k, name in enumerate(names)}
+                record["contributes"] = bool(self.advantages.contributes[b, g])
             return record | scores.detail[b][g] | record  # A detail may use these names, and must not win.
 
         return [
@@ -141,6 +150,11 @@ class Job:
         """The arguments of a rollout behind the parameters; `step` gives its random numbers."""
         prompt, keys = rows.put((self.prompt(examples), example_keys(examples["id"])))
         return prompt, keys, self._put_scalar(self.config.seed), self._put_scalar(step)
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the captions of an update are written to samples/."""
+        every = self.config.log.samples_every
+        return every > 0 and step % every == 0
 
     def _put_scalar(self, value: int) -> jax.Array:
         with jax.transfer_guard_host_to_device("allow"):  # To JAX this counts as no explicit transfer.

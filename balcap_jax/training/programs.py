@@ -174,9 +174,14 @@ class Programs:
         options = {"freeze": self.freeze, "micro_batches": micro_batches, "token_bucket": token_bucket}
         if self.name != "rl":
             return train_step.make_sft_step(self.policy, self.optimizer, **options)
+        return train_step.make_rl_step(self.policy, self.optimizer, self.objective, **options)
+
+    @property
+    def objective(self) -> train_step.RLObjective:
+        """What the stage rl makes of rewards and log-probabilities."""
         config, rollout = self.config, self.config.rollout
         gated = rewards.resolve(config.rewards.name).gated
-        objective = train_step.RLObjective(
+        return train_step.RLObjective(
             names=self.names,
             weights=tuple(config.rewards.weights),
             gated=(*gated, *[False] * (len(self.names) - len(gated))),  # That of the length is never gated.
@@ -189,7 +194,18 @@ class Programs:
             **config.advantage,
             **config.loss,
         )
-        return train_step.make_rl_step(self.policy, self.optimizer, objective, **options)
+
+    def compile_advantages(self, batch: int, group: int) -> Any:
+        """`RLObjective.advantages_of` of whole batches [batch, group], arrays of one device: `function(**arrays)`."""
+        members, objectives = (batch, group), (batch, group, len(self.names))
+        arrays = {
+            "rewards": jax.ShapeDtypeStruct(objectives, np.float32),
+            "valid": jax.ShapeDtypeStruct(objectives, bool),
+            "words": jax.ShapeDtypeStruct(members, np.int32),
+            "reference_words": jax.ShapeDtypeStruct(members[:1], np.int32),
+            "truncated": jax.ShapeDtypeStruct(members, bool),
+        }
+        return jax.jit(lambda **arrays: self.objective.advantages_of(**arrays)[0]).lower(**arrays).compile()
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -301,7 +301,7 @@ class Run:
         if step % config.every == 0 or step == self.last[stage.name]:
             self._writer.write(step, stage.name, logged)
         self._progress.update(step, logged)
-        if judged and config.samples_every and step % config.samples_every == 0:
+        if judged and stage.job.is_kept(step):
             gate = self.config.rewards.gate_low, self.config.rewards.gate_high
             records = stage.rows.gather_list(judged.records(stage.job.reward.names, gate))
             if self.leads:

@@ -8,12 +8,14 @@ A stage owns its compiled programs. Its first step compiles all of them, one upd
 no later step can meet a shape for the first time.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from balcap_jax.advantages import Advantages
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.rewards import count_words
@@ -82,6 +84,7 @@ class RLStage(Stage):
         self._flight: Flight | None = None
         self._restored: Rollout | None = None
         self._rollout: Any = None
+        self._advantages: Any = None
 
     def arrays(self, state: TrainState) -> dict[str, Any]:
         parts = {"state": state, "reference": self._reference, "in_flight": self._flight.out if self.depth else None}
@@ -128,12 +131,15 @@ class RLStage(Stage):
             judged = flight.judging.wait() if flight.judging else self._judge(flight)()
             words = [[count_words(text) for text in group] for group in judged.captions]
             # From here on every process knows the scores of the whole batch.
-            scores, valid, left_out, words, lengths, slots = rows.gather(
+            references = [count_words(text) for text in judged.examples["reference"]]
+            scores, valid, left_out, words, references, truncated, lengths, slots = rows.gather(
                 (
                     judged.scores.rewards,
                     judged.scores.valid,
                     judged.scores.unasked(),
                     np.array(words, np.int32).reshape(judged.tokens.shape),
+                    np.array(references, np.int32),
+                    judged.truncated,
                     judged.tokens,
                     flight.samples.slots[rows.own],
                 )
@@ -143,6 +149,9 @@ class RLStage(Stage):
             self._judge_aside(self._flight)
 
         self.compile_updates(state, reference=self._reference)
+        if job.config.log.samples_every and self._advantages is None:
+            with clock.phase("compile"):
+                self._advantages = self.programs.compile_advantages(*scores.shape[:2])
         shape, samples = self.shape_for(lengths), flight.samples
         length = shape.length
         batch = RLBatch(
@@ -156,8 +165,8 @@ class RLStage(Stage):
                     scores[rows.held],
                     valid[rows.held],
                     words[rows.held],
-                    np.array([count_words(text) for text in flight.examples["reference"]], np.int32),
-                    samples.truncated,
+                    references[rows.held],
+                    truncated[rows.held],
                 )
             ),
         )
@@ -165,6 +174,9 @@ class RLStage(Stage):
             state, values = self.run_update(state, batch, shape, self._reference)
 
         values["b_capscore"] = b_capscore(*three_of(scores, valid, job.reward.names))
+        if job.is_kept(step):
+            shown = self._advantages_of(scores, valid, words, references, truncated)
+            judged = dataclasses.replace(judged, advantages=shown)
         if judged.true is not None:
             values |= true_values(rows.gather(judged.true.rewards), job.truth.names)
         values["tokens"] = float(lengths.sum())
@@ -176,6 +188,18 @@ class RLStage(Stage):
         if flight.judging is not None:
             values[HIDDEN] = flight.judging.hidden
         return state, values, judged
+
+    def _advantages_of(self, scores, valid, words, references, truncated) -> Advantages:
+        """What the update made of the scores [B, G, K] of the whole batch: the rows that this process judged.
+
+        They are computed once more: the update keeps its own to itself, in the order in which it packed the prompts.
+        """
+        batch = (scores, valid, words, references, truncated)
+        names = ("rewards", "valid", "words", "reference_words", "truncated")
+        found = self._advantages(**dict(zip(names, jax.device_put(batch), strict=True)))
+        parts = jax.device_get((found.combined, found.per_objective, found.contributes))
+        combined, per_objective, contributes = (part[self.rows.held[self.rows.own]] for part in parts)
+        return Advantages(combined, per_objective, {}, contributes)
 
     def _sample(self, params: Params, examples: Examples, step: int) -> Flight:
         """Draws G captions per example, with the random numbers of `step`; `params` are the newest."""
