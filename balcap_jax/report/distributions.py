@@ -95,7 +95,8 @@ def _plane(images: Sequence[dict[str, JudgedImage]]) -> dict[str, Any] | None:
     axis = [0, 20, 40, 60, 80, 100]
     chart = _frame(axis, axis, "Precision and recall", "recall (up) by precision")
     to_x, to_y = chart["maps"]
-    drawn = [[(to_x(x), to_y(y)) for x, y in pairs[:: math.ceil(len(pairs) / _DOTS)]] for pairs in dots]
+    # A path of lines of no length, with round caps: one element for all dots.
+    drawn = ["".join(f"M{to_x(x)} {to_y(y)}h0" for x, y in pairs[:: math.ceil(len(pairs) / _DOTS)]) for pairs in dots]
     means = ["{:.0f} / {:.0f}".format(*(sum(axis) / len(pairs) for axis in zip(*pairs, strict=True))) for pairs in dots]
     return chart | {"dots": drawn, "said": f"{means[0]} to {means[1]}"}
 
@@ -107,13 +108,16 @@ def _by_picture(images: Sequence[dict[str, JudgedImage]]) -> dict[str, Any] | No
     if len(changes) < 2:
         return None
     y = ticks(min(0.0, *changes), max(0.0, *changes))
-    chart = _frame(ticks(0, len(changes)), y, "Change by picture", "b-CapScore, sorted")
+    x = [tick for tick in ticks(0, len(changes)) if tick == int(tick) and tick < len(changes)]
+    chart = _frame([*x, len(changes)], y, "Change by picture", "b-CapScore, sorted")
+    chart["x_ticks"] = chart["x_ticks"][: len(x)]  # The last one, where the axis ends, is seldom round.
     to_x, to_y = chart["maps"]
-    zero, bars = to_y(0), []
+    zero, bars = to_y(0), {True: "", False: ""}
     for place, change in enumerate(changes):
         left, right = to_x(place), to_x(place + 1)
         top, bottom = sorted((zero, to_y(change)))
         gap = 0.2 * (right - left)
-        bars.append((left, top, round(right - left - gap, 2), max(round(bottom - top, 1), 0.6), change < 0))
+        width, height = round(right - left - gap, 2), max(round(bottom - top, 1), 0.6)
+        bars[change < 0] += f"M{left} {top}h{width}v{height}h-{width}z"
     worse = sum(change < 0 for change in changes)
-    return chart | {"bars": bars, "zero": zero, "said": f"{worse} of {len(changes)} lost"}
+    return chart | {"bars": [bars[True], bars[False]], "said": f"{worse} of {len(changes)} lost"}

@@ -16,6 +16,7 @@ from balcap_jax.report.run import KINDS, MINIATURE, JudgedCaption, JudgedImage, 
 SPREAD = 8  # cards that are shown first
 MOST = 200  # cards of a page
 FEW = 12  # cards of the largest changes
+WHOLE = 48  # cards that all have their sampled captions too; of more only those of the filters by rank
 MAX_IMAGE_BYTES = 4 << 20  # a picture beyond this is named, not embedded: the page should open on a phone
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_BYTES = 48 << 10  # a picture beyond this is embedded smaller, as a JPEG
@@ -82,6 +83,8 @@ def gallery(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
                 column = {"run": run.name, "label": label_text(label), "kind": kind, "image": first}
                 card["columns"].append(column | {"folded": folded})
     shown = [card for card in cards.values() if card["columns"]]
+    for card in shown:
+        card["is_whole"] = len(shown) <= WHOLE or not card["passes"].isdisjoint(("spread", "worst", "best"))
     return {"cards": shown, "filters": _filters(shown)}
 
 

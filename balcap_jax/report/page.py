@@ -8,6 +8,7 @@ Jinja's autoescaping, and only the template's own style sheet is marked safe.
 """
 
 import base64
+import functools
 import hashlib
 import math
 import os
@@ -21,9 +22,8 @@ from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import make_directory, replace_file, resolved
 from balcap_jax.data.scenes.habits import HABITS
-from balcap_jax.judges.schema import Assertion
 from balcap_jax.report import marks, rollouts
-from balcap_jax.report.charts import FRAME, RUN_COLOURS, chart_groups, short_number, time_chart, with_times
+from balcap_jax.report.charts import FRAME, RUN_COLOURS, SUPERSCRIPT, chart_groups, short_number, time_chart, with_times
 from balcap_jax.report.distributions import distributions
 from balcap_jax.report.facts import aligned, all_facts, flat, heads
 from balcap_jax.report.gallery import gallery, uncovered
@@ -69,9 +69,9 @@ def _signed(delta: float) -> str:
     return "0.0" if text[1:] == "0.0" else text
 
 
-def _number(assertions: Sequence[Assertion], assertion: Assertion) -> int:
-    """The number of one of a caption's assertions, from 1, as its marks show it."""
-    return 1 + next(place for place, other in enumerate(assertions) if other is assertion)
+def _raised(number: int) -> str:
+    """A number in superscript figures: an element for each would make a page of many captions slow to open."""
+    return str(number).translate(SUPERSCRIPT)
 
 
 def _printable(value: Any) -> Any:
@@ -86,8 +86,9 @@ def _csp_hash(style: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(str(style).encode()).digest()).decode()
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page's HTML. All parts add their notes about missing things before the template renders the notes."""
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """The templates, compiled once in a process."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -99,8 +100,13 @@ def render(runs: Sequence[Run]) -> str:
     environment.filters |= {"csp_hash": _csp_hash, "number": short_number, "signed": _signed}
     environment.filters["signed_number"] = rollouts.signed
     environment.globals |= {"label_text": label_text, "uncovered": uncovered, "meanings": HABITS}
-    environment.globals |= {"pieces": marks.pieces, "kind_of": marks.kind_of, "numbers": _number}
+    environment.globals |= {"pieces": marks.pieces, "kind_of": marks.kind_of, "raised": _raised}
     environment.globals["metrics"] = {row.key: row.name for row in MINIATURE}
+    return environment
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page's HTML. All parts add their notes about missing things before the template renders the notes."""
     skipped: list[str] = []
     groups = chart_groups(runs, skipped)
     times = [chart for run in runs if (chart := time_chart(run)) is not None]
@@ -108,26 +114,30 @@ def render(runs: Sequence[Run]) -> str:
     groups_of_training = [{"run": run.name, "groups": found} for run in runs if (found := rollouts.groups(run))]
     if skipped and any(run.records for run in runs):
         runs[0].notes.append("metrics.jsonl: not logged, so not drawn: " + ", ".join(skipped))
-    return environment.get_template("report.html.j2").render(
-        runs=runs,
-        heads=aligned([heads(run) for run in runs]),
-        headlines=headlines(runs),
-        between=between(runs),
-        tables=tables(runs),
-        habits=habit_rows(runs),
-        kinds=list(KINDS.values()),
-        ceiling_title=CEILING_TITLE,
-        distributions=distributions(runs),
-        groups=with_times(groups, times),
-        times=times,
-        rollouts=groups_of_training,
-        gallery=shown["cards"],
-        filters=shown["filters"],
-        facts=aligned([all_facts(run) for run in runs]),
-        config=aligned([flat(run.config) for run in runs]),
-        colours=[index % RUN_COLOURS + 1 for index in range(len(runs))],
-        frame=FRAME,
-        chart_rules=_chart_rules(),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            runs=runs,
+            heads=aligned([heads(run) for run in runs]),
+            headlines=headlines(runs),
+            between=between(runs),
+            tables=tables(runs),
+            habits=habit_rows(runs),
+            kinds=list(KINDS.values()),
+            ceiling_title=CEILING_TITLE,
+            distributions=distributions(runs),
+            groups=with_times(groups, times),
+            times=times,
+            rollouts=groups_of_training,
+            gallery=shown["cards"],
+            filters=shown["filters"],
+            facts=aligned([all_facts(run) for run in runs]),
+            config=aligned([flat(run.config) for run in runs]),
+            colours=[index % RUN_COLOURS + 1 for index in range(len(runs))],
+            frame=FRAME,
+            chart_rules=_chart_rules(),
+        )
     )
 
 

@@ -13,14 +13,18 @@ from balcap_jax.report.page import write_report
 OBJECTS = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+OBJECTIVES = ("precision", "recall", "linguistic")
 HOSTILE = (
     '<script>alert(1)</script><img src=x onerror=alert(2)>" onmouseover="alert(3)" x=\''
     '\'><svg/onload=alert(4)></style></title><a href="https://evil.example/">{{ 7 * 7 }}</a>-->'
 )
 
 
-def make_run(path, seed=0, *, sft=60, rl=120, images=24, samples=2, gain=1.0, hostile=""):
-    """Writes a run directory as train leaves it; `hostile` is put into every text that is untrusted."""
+def make_run(path, seed=0, *, sft=60, rl=120, images=24, samples=2, gain=1.0, hostile="", kept=(), flawed=False):
+    """Writes a run directory as train leaves it; `hostile` is put into every text that is untrusted.
+
+    kept: steps whose captions are kept. flawed: whether the judge is wrong on purpose, and the truth is logged too.
+    """
     rng = np.random.default_rng(seed)
     (path / "samples" / "images").mkdir(parents=True)
     lines = []
@@ -61,6 +65,10 @@ def make_run(path, seed=0, *, sft=60, rl=120, images=24, samples=2, gain=1.0, ho
                 "time/other": 0.03,
                 "tokens_per_second": 3000 + rng.normal(0, 200),
             }
+        if flawed and step > sft:
+            for name in ("precision", "recall", "linguistic"):
+                values[f"true/{name}"] = 0.6 - 0.2 * t
+            values["true/b_capscore"] = 60 - 20 * t
         lines.append({"step": step, "stage": "sft" if step <= sft else "rl", **values})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "config.json").write_text(
@@ -79,7 +87,34 @@ def make_run(path, seed=0, *, sft=60, rl=120, images=24, samples=2, gain=1.0, ho
         "seconds": {"wall": 401.0, "rollout": 90.0, "update": 150.0, "judge": 12.0, "compile": 95.0, "other": 54.0},
     }
     (path / "summary.json").write_text(json.dumps(summary))
+    for step in kept:
+        keep_rollouts(path, step, hostile)
     return path
+
+
+def keep_rollouts(path, step, hostile="", groups=3, members=4):
+    """Writes the captions of one training step with their advantages, those of the first group furthest apart."""
+    rng = np.random.default_rng(step)
+    lines = []
+    for group in range(groups):
+        rewards = rng.uniform(0.2, 1, size=(members, 3)).round(3)
+        scores = (rewards - rewards.mean(0)) / (rewards.std(0, ddof=1) + 1e-4) / (1 + 9 * group)
+        captions = [
+            {
+                "caption": f"Caption {member} of group {group}.{hostile}",
+                "words": 5,
+                "in_band": member > 0,
+                "rewards": dict(zip(OBJECTIVES, rewards[member].tolist(), strict=True)),
+                "assertions": [{"text": f"caption {member}{hostile}", "verified": False, "pointable": True}],
+                "judge": {"model": "the judge's model" + hostile},
+                "advantage": scores[member].sum(),
+                "advantages": dict(zip(OBJECTIVES, scores[member].tolist(), strict=True)),
+            }
+            for member in range(members)
+        ]
+        texts = {"prompt": "Describe it." + hostile, "reference": "A reference." + hostile, "reference_units": []}
+        lines.append({"id": f"train-{step}-{group}{hostile}", "captions": captions} | texts)
+    (path / "samples" / f"step-{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def captions_of(run, kind, label):
@@ -159,9 +194,8 @@ def make_captions(path, kind, label, images, samples, gain, hostile):
     def spread(values):
         return {"mean": float(np.mean(values)), "std": float(np.std(values))}
 
-    names = ("precision", "recall", "linguistic")
-    means = [np.mean([one["rewards"][name] for one in everything]) for name in names]
-    return {name: spread([one["rewards"][name] for one in everything]) for name in names} | {
+    means = [np.mean([one["rewards"][name] for one in everything]) for name in OBJECTIVES]
+    return {name: spread([one["rewards"][name] for one in everything]) for name in OBJECTIVES} | {
         "b_capscore": spread([one["b_capscore"] for one in everything]),
         "corpus_b_capscore": float(300 / sum(1 / mean for mean in means)),
         "words": spread([one["words"] for one in everything]),

@@ -33,8 +33,12 @@ def test_hostile_text_stays_text(tmp_path):
     links = {value for tag, name, value in page.attributes if name in followed and tag == "a"}
     sections = {"#content", "#results", "#habits", "#curves", "#captions", "#images", "#run"}
     assert links == sections | {f"#image-{number}" for number in range(1, 25)}  # to places of this page, named by us
-    forms = {(name, value) for tag, name, value in page.attributes if tag == "input" and name != "id"}
-    assert forms == {("type", "radio"), ("name", "scheme"), ("name", "filter"), ("checked", "")}
+    inputs = {(name, value) for tag, name, value in page.attributes if tag == "input" and name != "aria-label"}
+    ids = {
+        ("id", value) for name, value in inputs if re.fullmatch(r"(filter|scheme)-[a-z0-9]+", value) and name == "id"
+    }
+    named = {("class", "pick"), ("type", "radio"), ("name", "scheme"), ("name", "filter"), ("checked", "")}
+    assert inputs == named | ids
     assert "url(" not in markup
     assert "@import" not in markup
     assert f"dots{HOSTILE}" in page.text
