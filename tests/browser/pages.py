@@ -262,14 +262,16 @@ class Page:
         ]
 
     def loading(self) -> dict[str, float]:
-        """Seconds from the request until the first words are drawn and until all is loaded, and of work until now."""
+        """Seconds from the request until the first words are drawn and until all is loaded; and "work", of processor
+        time that the page's process has taken until now, whatever else the machine does.
+        """
         times = self.run(
             "(() => { const [page] = performance.getEntriesByType('navigation');"
             "const first = performance.getEntriesByName('first-contentful-paint')[0];"
             "return {first: first ? first.startTime : null, loaded: page.loadEventEnd}; })()"
         )
         metrics = self._browser.call("Performance.getMetrics", self._session)["metrics"]
-        work = next(one["value"] for one in metrics if one["name"] == "TaskDuration")
+        work = next(one["value"] for one in metrics if one["name"] == "ProcessTime")
         return {"first": (times["first"] or 0) / 1000, "loaded": times["loaded"] / 1000, "work": work}
 
     def screenshot(self, path: str | os.PathLike, top: int = 0, height: int | None = None) -> None:
