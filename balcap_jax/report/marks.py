@@ -24,7 +24,10 @@ _LEAST_SHARE = 0.5  # of an assertion's words: one that shares fewer with each s
 
 
 class Piece(NamedTuple):
-    """A part of a caption's text; where an assertion is about it, the `kind` of that one and its `number`, from 1."""
+    """A part of a caption's text; where an assertion is about it, the `kind` of that one.
+
+    `number` is the assertion's, from 1, and 0 in the second and further pieces of one.
+    """
 
     text: str
     kind: str = ""
@@ -92,10 +95,11 @@ def _joined(
             spans[-1][1] = end
         else:
             spans.append([start, end, number])
-    result, at = [], 0
+    result, at, seen = [], 0, set()
     for start, end, number in spans:
         if start > at:
             result.append(Piece(caption[at:start]))
-        result.append(Piece(caption[start:end], kind_of(assertions[number - 1]), number))
+        result.append(Piece(caption[start:end], kind_of(assertions[number - 1]), 0 if number in seen else number))
+        seen.add(number)
         at = end
     return [*result, Piece(caption[at:])] if at < len(caption) else result

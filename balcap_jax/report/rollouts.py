@@ -23,7 +23,9 @@ def groups(run: Run) -> list[dict[str, Any]]:
         )
         if not ranked:
             continue
-        chosen = {0: "advantages furthest apart", (len(ranked) - 1) // 2: "in the middle of the batch"}
+        count = len(ranked)
+        chosen = {0: f"of {count} groups the one whose advantages are furthest apart"}
+        chosen |= {(count - 1) // 2: f"the middle one of {count} groups in that"} if count > 2 else {}
         for place, why in chosen.items():
             image = ranked[place]
             members = sorted(image.captions, key=lambda caption: -(caption.advantage or 0.0))
@@ -31,9 +33,8 @@ def groups(run: Run) -> list[dict[str, Any]]:
             found.append(
                 {
                     "step": step,
-                    "why": why if len(ranked) > 1 else "the only group",
+                    "why": why if count > 1 else "the only group",
                     "image": image,
-                    "groups": len(ranked),
                     "members": [_member(caption, weights) for caption in members],
                     "weights": {name: weight for name, weight in weights.items() if weight != 1.0},
                 }

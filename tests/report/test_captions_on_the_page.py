@@ -60,6 +60,15 @@ def test_of_two_like_objects_each_has_its_own_sentence():
     ]
 
 
+def test_an_assertion_in_several_pieces_is_numbered_once():
+    found = pieces("A red and very large ball.", stated("it is large", "a red ball", refuted=(1,)))
+    assert [tuple(piece) for piece in found if piece.kind] == [
+        ("red", "bad", 2),
+        ("large", "good", 1),
+        ("ball", "bad", 0),
+    ]
+
+
 def test_what_shares_few_words_with_a_caption_is_not_placed():
     caption = "A dog runs on the beach."
     assert [p.text for p in pieces(caption, stated("a cat sleeps under an old wooden table")) if p.kind] == []
