@@ -23,7 +23,7 @@ from balcap_jax.data.scenes import builder, render
 from balcap_jax.data.scenes.language import TOKEN, Claim
 from balcap_jax.data.scenes.reading import parse
 from balcap_jax.data.scenes.world import Scene
-from balcap_jax.report.page import choose_images
+from balcap_jax.report.gallery import choose_images
 from balcap_jax.report.run import load_run
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
