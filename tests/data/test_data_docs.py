@@ -66,34 +66,36 @@ def root(tmp_path_factory):
 
 def test_every_command_does_what_it_says(root, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
-    modules = []
+    ran = []
     with JudgeServer(well_behaved) as server:
         for program, *rest in commands():
             rest = [re.sub(r"(=|^)/data/", rf"\g<1>{root}/data/", text).replace("$JUDGE", server.url) for text in rest]
             if program == "hf":
                 continue
-            assert program == "python"
-            if rest[0] == "-c":
+            if program == "python":
+                assert rest[0] == "-c"
                 subprocess.run([sys.executable, *rest], check=True, cwd=root)
                 groups = pq.read_metadata(root / "groups.parquet")
                 assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [100, 100, 50]
                 continue
-            modules.append(rest[1])
-            if rest[1] == "balcap_jax.recaption":
-                recaption.main([*rest[2:], f"--judge.cache_dir={tmp_path / 'cache'}"])
+            assert program == "balcap"
+            command, *rest = rest
+            ran.append(command)
+            if command == "recaption":
+                recaption.main([*rest, f"--judge.cache_dir={tmp_path / 'cache'}"])
                 out = next(Path(text.partition("=")[2]) for text in rest if text.startswith("--out="))
                 assert len(out.read_text().splitlines()) == COUNT
                 continue
-            given = dict(text.removeprefix("--").partition("=")[::2] for text in rest[2:])
+            given = dict(text.removeprefix("--").partition("=")[::2] for text in rest)
             overrides = {name.removeprefix("config."): value for name, value in given.items() if "config." in name}
-            config = recipes.load(str(ROOT / given["config"]), overrides)
+            config = recipes.load(given["config"], overrides)
             needs = ["reference_units"] if "data.units" in overrides else []
             found = all_of(data.load(config.data, 0, tokenizer=False, needs=needs))
             assert len(found) == COUNT
             expected = "There is a thing" if needs else "A wall."
             assert all(one["reference"].startswith(expected) for one in found.values())
-    assert modules.count("balcap_jax.train") == 6
-    assert modules.count("balcap_jax.recaption") == 4
+    assert ran.count("train") == 6
+    assert ran.count("recaption") == 4
 
 
 def test_every_name_is_documented():

@@ -62,6 +62,10 @@ case "$2" in
 esac
 exec {python} "$@" "${{more[@]}}"
 """
+# Stands in for the installed command, whose processes run the modules of the same names.
+BALCAP = """#!/usr/bin/env bash
+exec {folder}/bin/python -m "balcap_jax.$1" "${{@:2}}"
+"""
 # Stands in for the hub, whose only repository is a folder.
 HUB = """#!/usr/bin/env bash
 set -e
@@ -122,7 +126,7 @@ class Journey:
         train = " ".join(shlex.quote(f"--config.{name}={value}") for name, value in overrides.items())
         programs = folder / "bin"
         programs.mkdir()
-        for name, text in (("python", PYTHON), ("hf", HUB)):
+        for name, text in (("python", PYTHON), ("balcap", BALCAP), ("hf", HUB)):
             text = text.format(folder=folder, train=train, python=sys.executable, source=self.published)
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
