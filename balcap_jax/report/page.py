@@ -78,6 +78,8 @@ def _printable(value: Any) -> Any:
     """Template output without control characters and bidirectional overrides, which could make a line lie."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
+    if value.isprintable():
+        return value
     return "".join(c if c.isprintable() or c in "\n\t" or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
 
 
@@ -108,6 +110,7 @@ def _environment() -> jinja2.Environment:
 def render(runs: Sequence[Run]) -> str:
     """The page's HTML. All parts add their notes about missing things before the template renders the notes."""
     skipped: list[str] = []
+    results = tables(runs)
     groups = chart_groups(runs, skipped)
     times = [chart for run in runs if (chart := time_chart(run)) is not None]
     shown = gallery(runs)
@@ -120,9 +123,9 @@ def render(runs: Sequence[Run]) -> str:
         .render(
             runs=runs,
             heads=aligned([heads(run) for run in runs]),
-            headlines=headlines(runs),
+            headlines=headlines(results),
             between=between(runs),
-            tables=tables(runs),
+            tables=results,
             habits=habit_rows(runs),
             kinds=list(KINDS.values()),
             ceiling_title=CEILING_TITLE,

@@ -130,7 +130,8 @@ def tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for kind, title in KINDS.items():
         if rows := _rows(runs, kind):
-            table = {"title": f"{title.capitalize()} captions", "rows": rows, "counts": _counts(runs, kind)}
+            table = {"kind": title, "title": f"{title.capitalize()} captions", "rows": rows}
+            table["counts"] = _counts(runs, kind)
             found.append(table | {"closed": [_closed_of(run) for run in runs] if kind == "greedy" else []})
     return found
 
@@ -161,19 +162,19 @@ def _span(run: Run, kind: str, row: Row, delta: float | None) -> Change | None:
     return change(*(run.judged[kind].get(label, {}) for label in run.labels), row, delta)
 
 
-def headlines(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The figures that a reader looks for first: of each row {"name", "kinds"}, greedy beside sampled.
+def headlines(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of `tables` that a reader looks for first: of each row {"name", "kinds"}, greedy beside sampled.
 
     An entry of a kind is {"kind", "runs"}, and of a run that has both values {"before", "after", "delta", "span",
     "verdict"}, else None. Rows are BalCap's, or of a run without those its own rewards.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for kind, title in KINDS.items():
-        for row in _rows(runs, kind):
+    for table in found:
+        for row in table["rows"]:
             entries = [_headline(entry) for entry in row["runs"]]
             if row["key"] not in _LATER and any(entries):
                 named = rows.setdefault(row["key"], {"name": row["name"], "kinds": []})
-                named["kinds"].append({"kind": title, "runs": entries})
+                named["kinds"].append({"kind": table["kind"], "runs": entries})
     first = [rows[key] for key in ("b_capscore", "precision", "recall", "linguistic") if key in rows]
     return first or list(rows.values())[:4]
 

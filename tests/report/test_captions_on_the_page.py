@@ -15,7 +15,7 @@ from balcap_jax.report.gallery import gallery
 from balcap_jax.report.marks import pieces
 from balcap_jax.report.page import row_starts, write_report
 from balcap_jax.report.run import JudgedImage, Row, load_run
-from balcap_jax.report.tables import between, headlines
+from balcap_jax.report.tables import between, headlines, tables
 
 # --- marks in a caption's text ---
 
@@ -121,7 +121,7 @@ def test_no_interval_where_there_is_nothing_to_resample_or_other_captions_were_c
 
 def test_greedy_and_sampled_stand_on_the_cards_with_their_intervals(tmp_path):
     run = load_run(make_run(tmp_path / "run"))
-    rows = headlines([run])
+    rows = headlines(tables([run]))
     assert [row["name"] for row in rows] == ["b-CapScore", "precision", "recall", "linguistic"]
     text = page_of(run.path).text
     for row in rows:

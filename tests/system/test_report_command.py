@@ -25,7 +25,7 @@ def test_captions_of_before_and_after(finished):
     assert done.stderr == ""
     # Captions are there as they are, but for the marks of what their judge said.
     text, written_by_training = (
-        re.sub(r"<sup>\d+</sup>|</?mark[^>]*>", "", markup) for markup in (page.read_text(), written_by_training)
+        re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]*</mark>|<mark[^>]*>", "", markup) for markup in (page.read_text(), written_by_training)
     )
     assert str(page.relative_to(elsewhere)) in done.stdout
     for label, (kind, count) in itertools.product(("sft", "rl"), (("greedy", 1), ("eval", 3))):
