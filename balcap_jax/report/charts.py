@@ -208,11 +208,11 @@ def _records(run: Run, curve: Curve) -> list[dict[str, Any]]:
 
 
 def _start(run: Run, curve: Curve) -> float:
-    """The step that the chart of a curve of RL alone begins with: RL counts its own steps, whatever came before."""
-    if curve.stage != "rl":
-        return 0
-    boundary = _boundary(run)
-    return 0 if boundary is None else boundary
+    """The step before the first of a curve of one stage: its chart counts the stage's own steps."""
+    for before, after in itertools.pairwise(run.records):
+        if curve.stage is not None and before.get("stage") != curve.stage == after.get("stage"):
+            return before["step"]
+    return 0
 
 
 def _series(run: Run, curve: Curve, key: str | None = None) -> list[tuple[float, float]]:
@@ -309,7 +309,7 @@ def _chart(
     for index, (run, points, mark) in enumerate(zip(runs, series, marks, strict=True)):
         if not points:
             continue
-        colour, boundary = index % RUN_COLOURS + 1, _boundary(run) if curve.stage != "rl" else None
+        colour, boundary = index % RUN_COLOURS + 1, None if curve.stage else _boundary(run)
         if boundary is not None and axes.first <= boundary <= axes.last:
             boundaries.append({"x": axes.x(boundary), "colour": colour})
         for step, value, label in mark:

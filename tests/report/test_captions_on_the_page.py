@@ -8,7 +8,7 @@ import pytest
 from made_runs import HOSTILE, OBJECTIVES, Page, captions_of, make_run, page_of
 
 from balcap_jax.judges.schema import Assertion
-from balcap_jax.report import rollouts
+from balcap_jax.report import charts, rollouts
 from balcap_jax.report.changes import change, means_of
 from balcap_jax.report.facts import heads
 from balcap_jax.report.gallery import gallery
@@ -318,6 +318,31 @@ def test_a_wrong_judge_is_drawn_beside_the_truth(tmp_path):
     found = float(re.search(r"the truth, ends at ([0-9.]+)", both[0]).group(1))
     assert found == pytest.approx(100 * (0.6 - 0.2 * t), abs=0.3)  # of a curve that is smoothed over its end
     assert "the truth" not in page_of(make_run(tmp_path / "exact", images=2)).text
+
+
+def test_a_chart_of_one_stage_counts_its_steps(tmp_path):
+    run = load_run(make_run(tmp_path / "run", sft=60, rl=120))
+    groups = charts.chart_groups([run], [])
+    found = {chart["title"]: chart for group in reversed(groups) for chart in group["charts"]}
+    ends = {title: [text for _, text in chart["x_ticks"]][-1] for title, chart in found.items()}
+    assert [ends[title] for title in ("SFT loss", "precision", "Gradient norm")] == ["60", "100", "150"]
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    # The evaluations of sft and of rl stand at the ends of the curve, whose first step is 1.
+    assert [mark["x"] for mark in found["precision"]["diamonds"]] == [left, right]
+    assert found["Gradient norm"]["boundaries"]
+    assert not found["SFT loss"]["boundaries"]
+
+
+@pytest.mark.parametrize("high", [4.0, 500.0])
+def test_a_few_high_points_leave_the_axis_and_are_named(tmp_path, high):
+    path = make_run(tmp_path / "run", sft=60, rl=60)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["grad_norm"] = high
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups = charts.chart_groups([load_run(path)], [])
+    (chart,) = (one for group in groups for one in group["charts"] if one["title"] == "Gradient norm")
+    assert chart["peak"] == ("500.0" if high == 500.0 else "")
+    assert float(chart["y_ticks"][-1][1]) <= 10
 
 
 @pytest.mark.parametrize("columns", [2, 3, 4])
