@@ -52,11 +52,9 @@ for setting in MODEL DATA BENCH JUDGE; do
 done
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 recipe="${RECIPE:-qwen25vl_3b}"
-config="$root/configs/${recipe%%:*}.py"
-[[ "$recipe" == *:* ]] && config="$config:${recipe#*:}"
 references="${REFERENCES:-}"
 case ",${recipe#*:}," in
-  *,scenes,*) fail "RECIPE=$recipe needs no data and no judge: python -m balcap_jax.train --config=$config --workdir=DIR" ;;
+  *,scenes,*) fail "RECIPE=$recipe needs no data and no judge: balcap train --config=$recipe --workdir=DIR" ;;
   *,caprl,* | *,rubicap,*) [[ -n "$references" ]] || fail "RECIPE=$recipe: set REFERENCES to a file with what it asks" ;;
 esac
 annotations="${ANNOTATIONS:-sharegpt4v_instruct_gpt4-vision_cap100k.json}"
@@ -82,14 +80,14 @@ read -r -a training <<<"${TRAIN:-}"
 read -r -a judging <<<"${JUDGING:-}"
 
 step() {
-  printf 'python -m balcap_jax.%s\n' "$(printf '%q ' "$@" | sed 's/ $//')"
+  printf 'balcap %s\n' "$(printf '%q ' "$@" | sed 's/ $//')"
   if [[ "$dry_run" == 0 ]]; then
     (cd "$root" && PYTHONUNBUFFERED=1 "$python" -m "balcap_jax.$1" "${@:2}")
   fi
 }
 
 if [[ "$dry_run" == 0 ]]; then
-  (cd "$root" && "$python" -m balcap_jax.config "--config=$config" >/dev/null)  # It names an unknown variant.
+  (cd "$root" && "$python" -m balcap_jax.config "--config=$recipe" >/dev/null)  # It names an unknown variant.
   if [[ "$workdir" != gs://* ]]; then
     mkdir -p "$workdir"
     workdir="$(cd "$workdir" && pwd -P)"
@@ -99,7 +97,7 @@ if [[ "$dry_run" == 0 ]]; then
 fi
 units="${references:-$workdir/references.jsonl}"
 writing=(--images="$DATA/$annotations" --root="$DATA" --out="$units" --judge.endpoints="$JUDGE")
-run=(--config="$config" --workdir="$workdir/run" --config.model.path="$MODEL" --config.data.manual_dir="$DATA"
+run=(--config="$recipe" --workdir="$workdir/run" --config.model.path="$MODEL" --config.data.manual_dir="$DATA"
   --config.data.units="$units" --config.judge.endpoints="$JUDGE")
 [[ "$annotations" == sharegpt4v_instruct_gpt4-vision_cap100k.json ]] || run+=(--config.data.annotations="$annotations")
 

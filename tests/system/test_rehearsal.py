@@ -255,7 +255,7 @@ def test_the_script_has_the_commands_of_the_page():
     script = ["bash", str(ROOT / "launch" / "reproduce.sh"), environment["WORK"], "--dry_run"]
     done = subprocess.run(script, env=environment, text=True, capture_output=True, check=True)
     shown = [line.replace(f"{ROOT}/", "") for line in done.stdout.splitlines()]
-    theirs = [line for line in commands_of_the_page() if line.startswith("python ")]
+    theirs = [line for line in commands_of_the_page() if line.startswith("balcap ")]
     assert len(theirs) == 7
     assert [shlex.split(line) for line in shown] == expanded(theirs, environment)
 
