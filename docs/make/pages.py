@@ -110,8 +110,8 @@ def outputs() -> str:
         "dot is an object inside another, `[]` each entry of a list. A run's other files: `config.json` holds its",
         "settings, `model/` and `best/` are Hugging Face directories, `checkpoints/` are Orbax's.",
         "",
-        "Rewards, shares and rates lie in 0 to 1, b-CapScore and metrics in 0 to 100, times are seconds, lengths words",
-        "unless a key says tokens.",
+        "Rewards, shares and rates lie in 0 to 1, b-CapScore and metrics in 0 to 100. Times are seconds. Lengths are",
+        "words, unless a key says tokens.",
     ]
     for output in OUTPUTS:
         commands = " and ".join(code(name) for name in output.command.split(", "))
