@@ -1,6 +1,6 @@
 """The keys of the files that commands write: what each means, its type, its unit, and when it is there.
 
-    python -m balcap_jax.config --outputs      prints them
+    balcap config --outputs      prints them
 
 No writer reads this. The tests look at what every run in them writes, and fail for a key that is not here.
 """
@@ -121,6 +121,9 @@ _CAPTION = (
     Key("in_band", "bool", "whether its length lies inside the band of the gate"),
     Key(f"rewards.{_OBJECTIVE}", "float or null", "score; null where the judge gave none"),
     Key("b_capscore", "float or null", "b-CapScore, 0 to 100; null where one of its three scores is missing"),
+    Key("advantage", "float", "combined advantage that the update used", "updates"),
+    Key(f"advantages.{_OBJECTIVE}", "float", "that of each objective, before weights", "updates"),
+    Key("contributes", "bool", "whether the caption has a part in the loss", "updates"),
     Key("failures", "object", "why a score is missing, by objective"),
     Key("left_out", "list", "objectives that were not asked about", "judge.ask"),
     Key("judge", "object", "model of the judge, and the prompt behind each question", _REMOTE),
