@@ -25,6 +25,9 @@ _PACKAGE = re.compile(r'^PACKAGE = "(.*)"$', re.MULTILINE)
 _COLAB = re.compile(r"(https://colab\.research\.google\.com/github/)[^/]+/[^/]+(/blob/[^/]+/notebooks/)")
 _GITHUB = re.compile(r"https://github\.com/([^/@]+/[^/@]+?)(?:\.git|/|@|$)")
 _SECONDS = re.compile(r"\b\d+(?:\.\d+)? s\b")
+# Of a progress line: which ones are printed depends on the time, but for the last, and so does what they say of speed.
+_UNDER_WAY = re.compile(r"^\w+ \d+/\d+ .*\beta .*\n|^\w+ \d+/\d+  .*/s  \d+ s left\n", re.MULTILINE)
+_SPEED = re.compile(r"  \S+ s/step(?: \([^)]*\))?|  \S+ tok/s|  use [\d/]+%")
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -72,9 +75,9 @@ def keep(notebook: nbformat.NotebookNode, folder: Path) -> None:
 
 
 def anonymous(text: str, folder: Path) -> str:
-    """`text` with paths from `folder`, "~" for the home directory, and "… s" for seconds."""
+    """`text` with paths from `folder`, "~" for home, "… s" for seconds, and of progress lines only the last."""
     text = text.replace(f"{folder}/", "").replace(str(folder), ".").replace(str(Path.home()), "~")
-    return _SECONDS.sub("… s", text)
+    return _SECONDS.sub("… s", _SPEED.sub("", _UNDER_WAY.sub("", text)))
 
 
 def set_package(package: str) -> None:

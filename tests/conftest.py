@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_collection_modifyitems(items):
     """Files of one or two minutes come first: at the end they would leave the other processes waiting."""
-    first = [Path(__file__).parent / name for name in ("launch/test_notebook.py", "system", "aot")]
+    first = [Path(__file__).parent / name for name in ("notebooks", "system", "aot")]
     items.sort(key=lambda item: [not item.path.is_relative_to(path) for path in first])
 
 
