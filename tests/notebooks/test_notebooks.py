@@ -40,9 +40,7 @@ def test_it_is_short_and_begins_with_the_badge_and_the_install_cell(notebook):
     assert notebook.cells[1].source == (NOTEBOOKS / "install.py").read_text().strip()
 
 
-def test_its_outputs_are_those_of_one_whole_run_small_and_of_no_machine(notebook, request):
-    if "your_model_and_images" in request.node.name:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its outputs are still to be stored"))
+def test_its_outputs_are_those_of_one_whole_run_small_and_of_no_machine(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     shown = [output for cell in cells for output in cell.outputs]
