@@ -189,7 +189,7 @@ def test_no_json_that_we_write_holds_nan(tmp_path):
 
 def test_all_json_that_is_kept_is_written_by_one_function():
     """Beside it: digests and what is sent to servers, and the data of scenes, which holds whole numbers."""
-    others = {"client.py", "endpoint.py", "replies.py", "page.py", "world.py", "builder.py"}
+    others = {"client.py", "endpoint.py", "replies.py", "facts.py", "world.py", "builder.py"}
     files = Path(balcap_jax.__file__).parent.rglob("*.py")
     found = {path.name for path in files if "json.dump" in path.read_text().replace("json_text.dump", "")}
     assert found - others == {"json_text.py"}

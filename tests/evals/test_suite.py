@@ -169,14 +169,14 @@ def test_the_commands_of_the_page_can_be_given():
     """Each with the arguments that it needs, as far as that can be said without its files."""
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     page = page.replace("$J", "http://judge:8000/v1")
-    commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("python -m balcap_jax.")]
-    evaluations = [given for name, *given in commands if name == "balcap_jax.evaluate" and "..." not in given]
+    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("balcap ")]
+    evaluations = [given for name, *given in commands if name == "evaluate" and "..." not in given]
     assert len(evaluations) >= 12
     for given in evaluations:
         rest, _ = take_judge(given)
         args = evaluate.make_parser().parse_args(rest)
         evaluate.check_arguments(evaluate.make_parser(), args)
-    for given in ([*given] for name, *given in commands if name == "balcap_jax.caption"):
+    for given in ([*given] for name, *given in commands if name == "caption"):
         caption.make_parser().parse_args(given)
 
 

@@ -1,6 +1,9 @@
 """configs/photos.py on generated pictures of many sizes: the lexical reward, one trace, a report with the pictures."""
 
+import base64
+import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -62,6 +65,8 @@ def test_what_was_left_out_is_named(run):
 
 def test_the_report_shows_the_photographs(run):
     page = (run[0] / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    for path in (run[0] / "samples" / "images").iterdir():
-        assert max(Image.open(path).size) <= 512
+    shown = {base64.b64decode(text) for text in re.findall(r"data:image/(?:png|jpeg);base64,([A-Za-z0-9+/=]+)", page)}
+    kept = [Image.open(path) for path in (run[0] / "samples" / "images").iterdir()]
+    assert max(max(picture.size) for picture in kept) <= 512
+    ratios = {round(picture.width / picture.height, 1) for picture in kept}
+    assert {round(one.width / one.height, 1) for one in (Image.open(io.BytesIO(data)) for data in shown)} == ratios
