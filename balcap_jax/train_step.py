@@ -126,7 +126,12 @@ class RLObjective:
     temperature: float = 1.0
 
     def advantages_of(
-        self, rewards, valid, words, reference_words, truncated
+        self,
+        rewards: jax.Array,
+        valid: jax.Array,
+        words: jax.Array,
+        reference_words: jax.Array,
+        truncated: jax.Array,
     ) -> tuple[advantages.Advantages, jax.Array]:
         """Advantages of a whole batch, and which of its captions [B, G] are in the length band; fields of `RLBatch`."""
         # 1. Length gate: only the gated objectives lose their reward outside the band (method, section 1).
@@ -152,7 +157,9 @@ class RLObjective:
         )
         return advantage, in_band
 
-    def surrogate(self, log_probs, old_log_probs, advantages) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def surrogate(
+        self, log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`losses.clipped_surrogate` with these settings."""
         clips = self.clip_low, self.clip_high, self.log_ratio_clamp
         return losses.clipped_surrogate(log_probs, old_log_probs, advantages, *clips)

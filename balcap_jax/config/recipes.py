@@ -229,9 +229,8 @@ def _run_recipe(path: str, variant: str | None) -> ConfigDict:
         raise UserError(f"recipe {path}: {error}") from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(
-            f"recipe {path} has no function get_config; `python -m balcap_jax.config --source=forkme` prints one to copy"
-        )
+        hint = "`python -m balcap_jax.config --source=forkme` prints one to copy"
+        raise UserError(f"recipe {path} has no function get_config; {hint}")
     accepts_variant = bool(inspect.signature(get_config).parameters)
     if variant is not None and not accepts_variant:
         raise UserError(f"recipe {path} has no variants (its get_config takes no argument), got {variant!r}")
@@ -274,7 +273,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
         metavar="RECIPE[:VARIANT]",
         required=required,
         help="a recipe of the project by name, or a Python file; any field of it is overridden by "
-        "--config.FIELD=VALUE, for example --config.rollout.temperature=0.8 (`python -m balcap_jax.config` lists the fields)",
+        "--config.FIELD=VALUE, for example --config.rollout.temperature=0.8 (`python -m balcap_jax.config` lists "
+        "the fields)",
     )
 
 

@@ -42,6 +42,7 @@ from balcap_jax.training.logging import MetricsWriter
 from balcap_jax.training.machine import device_text, use_compilation_cache, versions
 from balcap_jax.training.programs import LORA_STAGES, check_mesh
 from balcap_jax.training.progress import PhaseClock, ProfileWindow, Progress
+from balcap_jax.training.weights_and_biases import import_wandb
 from balcap_jax.training.workdir import claim, dump_samples, model_alone, read_left_out, read_summary, readable
 
 # Values of a step that are for the run itself and not for the log.

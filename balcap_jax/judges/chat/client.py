@@ -297,9 +297,7 @@ class ChatClient(contextlib.AbstractContextManager):
                     return answer
             except CallError as caught:
                 error = caught
-                if (
-                    error.kind != "busy"
-                ):  # What that endpoint turns away is asked elsewhere, still one before the others.
+                if error.kind != "busy":  # What one turns away is asked elsewhere, still before the others.
                     release()
             except BaseException:
                 endpoint.breaker.abandoned()
