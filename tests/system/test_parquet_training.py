@@ -29,6 +29,7 @@ def given(source, workdir):
         "stages.sft.steps": 8,
         "stages.sft.batch_size": 8,
         "checkpoint.every": 2,
+        "log.eval_images": 48,  # more than the split has
     }
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     return [f"--config={ROOT / 'configs/photos.py'}", f"--workdir={workdir}", *arguments]
