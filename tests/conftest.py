@@ -47,9 +47,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # noqa: E402
 import output_keys  # noqa: E402
+import pytest  # noqa: E402
 
 # Through jax's own setting and not XLA_FLAGS: commands that the tests start see one device, as on a user's machine.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The emulator of Google Cloud Storage with the bucket "bucket"; a file with another server has its own."""
+    from fake_bucket import serving  # Here: it imports what few files need.
+
+    with serving() as found:
+        yield found
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -639,7 +639,7 @@ def test_programs_that_do_not_fit(monkeypatch):
 
 @pytest.mark.slow
 def test_a_small_slice_that_is_compiled_for(tmp_path):
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="the compiler for TPUs is in the extra [aot]")
     given = [f"--config={ROOT / 'configs' / 'scenes.py'}:tiny"]
     finding, planned = devices.look(given, "v5e:1x1", 1)
     assert finding.verdict == OK, finding

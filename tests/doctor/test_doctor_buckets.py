@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from doctor.set_up import ANNOTATIONS, ROOT, assert_fault, write_lines
-from fake_bucket import Refused, serving
+from fake_bucket import Refused
 
 from balcap_jax.cli import bucket, bucket_lock, storage
 from balcap_jax.cli.errors import UserError
@@ -24,12 +24,6 @@ from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding
 
 RUN = "gs://bucket/runs/a"
 ROLES = "give this account the roles storage.objectUser and storage.legacyBucketReader on gs://bucket"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

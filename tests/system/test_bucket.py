@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_runs import arguments, assert_same_run, finish, start, start_script, the_one_line
-from fake_bucket import serving
 
 from balcap_jax import caption, compare, convert, evaluate, recaption
 from balcap_jax.cli import bucket, storage
@@ -17,12 +16,6 @@ from balcap_jax.training.checkpoint import Checkpointer
 
 RUN, DATA = "gs://bucket/runs/a", "gs://bucket/data"
 POINTS = 20
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

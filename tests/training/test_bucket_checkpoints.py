@@ -6,7 +6,6 @@ import logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_bucket import serving
 
 from balcap_jax.cli import bucket, storage
 from balcap_jax.cli.errors import UserError
@@ -16,12 +15,6 @@ from balcap_jax.training.checksums import find_damage
 
 URL = "gs://bucket/run/checkpoints"
 FOLDER = "run/checkpoints"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)
