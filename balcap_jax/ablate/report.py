@@ -71,7 +71,7 @@ def values_of(found: Results, kind: str = "greedy") -> dict[str, dict[int, dict[
 
 def section(study: Study, found: Results, figure: str = "") -> str:
     """Markdown of a study: how it was made, its tables, its comparisons, what is missing, and the figure's link."""
-    command = f"```bash\npython -m balcap_jax.ablate --study={study.name} --out=DIR\n```\n"
+    command = f"```bash\nbalcap ablate --study={study.name} --out=DIR\n```\n"
     if not any(found.values()):
         return f"{study.question}\n\n{command}\nNot yet run.\n"
     values = values_of(found)

@@ -126,7 +126,7 @@ def test_judges_are_compared_with_the_exact_one():
 
 def test_a_study_without_results_says_how_to_run_it():
     text = report.section(RIVALS, {arm: {} for arm in RIVALS.arms})
-    assert "python -m balcap_jax.ablate --study=rivals --out=DIR" in text
+    assert "balcap ablate --study=rivals --out=DIR" in text
     assert text.rstrip().endswith("Not yet run.")
     assert drawings.draw(RIVALS, {arm: {} for arm in RIVALS.arms}, {}) == ""
 
