@@ -6,6 +6,7 @@ reaction to signals.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         end(_unknown(command))
     prepare_import(command)
+    # As with `python -m`, a reward of one's own may lie in the current folder. Last, so that it hides no other module.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     # What the command's own messages call it, see `cli.arguments.called`.
     sys.argv = ["balcap", *rest]
     importlib.import_module(f"balcap_jax.{command}{'.__main__' if command in _FOLDERS else ''}").main(rest)

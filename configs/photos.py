@@ -4,7 +4,11 @@
 
 FOLDER holds a.jpg and its caption a.txt, or captions.jsonl; see `balcap_jax/data/photos.py`. A policy of the Qwen2.5-VL
 family of a million parameters is trained from random numbers, in 20 supervised and 20 reinforced steps: it shows that
-everything runs, and learns next to nothing. For a model that captions, set model.path to its Hugging Face directory.
+everything runs, and learns next to nothing. A model that captions needs other sizes of prompts, captions and steps:
+take the recipe of a published model, which reads the same folder with data.name=photos:
+
+    python -m balcap_jax.train --config=configs/qwen25vl_3b.py:lexical --workdir=runs/photos \\
+        --config.data.name=photos --config.data.data_dir=FOLDER
 
 Variants: other rewards, of a judge behind judge.endpoints (`docs/judges.md`); what they read beside a caption is in
 captions.jsonl, and `recaption` writes most of it.
@@ -59,7 +63,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.rope_theta = 1e6
     config.model.norm_eps = 1e-6
     config.model.qkv_bias = True
-    config.model.template = "{image} {prompt}"
     config.model.prompt_tokens = 40
     config.rollout.group_size = 4
     config.rollout.max_tokens = 64

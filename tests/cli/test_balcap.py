@@ -1,6 +1,7 @@
 """The command `balcap`: what it lists, what it imports, and that it is the command that it starts."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_exit_status_and_message_are_those_of_the_command():
     assert (by_name.returncode, by_name.stderr) == (by_module.returncode, by_module.stderr)
     assert by_name.returncode == 2
     assert by_name.stderr.startswith("error: config field 'seed' must be an integer, got 'x' (seed of ")
+
+
+def test_a_reward_of_ones_own_lies_in_the_current_folder(tmp_path):
+    """An installed command, other than `python -m`, has only its own folder and the packages to import from."""
+    folder, scripts = tmp_path / "mine", tmp_path / "bin"
+    folder.mkdir()
+    scripts.mkdir()
+    (folder / "myrewards.py").write_text(
+        "from balcap_jax.rewards.base import RewardFn\n\n\nclass Colours(RewardFn):\n    names = ('colours',)\n"
+        "    gated = (False,)\n    __call__ = None\n"
+    )
+    (folder / "numpy.py").write_text("raise ImportError('a file of the user, which hides no package')\n")
+    (scripts / "balcap").write_text("from balcap_jax.__main__ import main\nmain()\n")
+    fields = ["--config.rewards.name=myrewards:Colours", "--config.rewards.weights=1"]
+    command = [sys.executable, str(scripts / "balcap"), "config", "--config=scenes", *fields]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (0, "")
+    elsewhere = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert elsewhere.returncode == 2
+    assert "No module named 'myrewards'" in elsewhere.stderr
 
 
 def test_ctrl_c_during_imports_ends_in_a_line():
