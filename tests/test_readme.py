@@ -176,6 +176,9 @@ def test_commands_are_commands():
             continue
         if words[:2] == ["hf", "download"]:
             continue
+        if words[0] == "cp":
+            assert (ROOT / words[1]).is_file(), words
+            continue
         if words[:2] == ["python", "-m"]:
             module, arguments = words[2], words[3:]
         else:  # the command that the package installs
@@ -277,8 +280,6 @@ def test_what_fits_is_what_was_compiled():
     for _, peer, ratio in rows(section("How fast"))[1:]:
         assert re.search(rf"\*\*{re.escape(ratio)}x?\*\*", measured), ratio
         assert peer in measured or f"google-{peer.lower()}" in measured
-    shares = re.search(r"takes ([\d.]+) of transformers'\s+time and ([\d.]+) of Tunix's", section("How fast")).groups()
-    assert "That is {} of transformers' time and {} of Tunix's.".format(*shares) in measured
     for name, version in zip(*[row[2:] for row in rows(section("Beside other projects"))[:2]], strict=True):
         if f"{name} " in measured and name != "MaxText":
             assert f"{name} {version}" in measured or f"google-{name.lower()} {version}" in measured, name
