@@ -37,6 +37,9 @@ ENVIRONMENT = {
 LARGEST = 2**17
 """Chips in all slices. The largest slices have some thousand; a list of many millions of devices would take hours."""
 
+_SIDES = {"1": "1x1", "4": "2x2", "8": "2x4", "16": "4x4", "32": "4x8", "64": "8x8", "128": "8x16", "256": "16x16"}
+"""Chips of a slice of v5e or v6e -> how they lie (cloud.google.com/tpu/docs/v5e, v6e)."""
+
 
 def prepare_environment() -> None:
     """Sets what libtpu needs. Must run before jax is imported. Raises UserError where there is no libtpu."""
@@ -53,7 +56,7 @@ def devices_of(topology: str, slices: int) -> list[Any]:
     from jax.experimental import topologies
 
     if not re.fullmatch(r"\w+:\d{1,9}(x\d{1,9})+", topology):
-        raise UserError(f"--topology is {topology!r}; name one as v5e:4x8 or v5p:2x2x2")
+        raise UserError(f"--topology is {topology!r}; {_as_topology(topology) or 'name one as v5e:4x8 or v5p:2x2x2'}")
     sizes = [int(size) for size in topology.partition(":")[2].split("x")]
     if (chips := math.prod(sizes) * slices) > LARGEST:
         what = f"--topology={topology}" + (f" --slices={slices}" if slices > 1 else "")
@@ -68,6 +71,14 @@ def devices_of(topology: str, slices: int) -> list[Any]:
         raise UserError(
             f"--topology={topology}: libtpu knows no such topology ({reason}); name one as v5e:4x8 or v5p:2x2x2"
         ) from error
+
+
+def _as_topology(accelerator: str) -> str:
+    """What to write for the name that Cloud TPU gives a slice of one layer, such as v5litepod-32; "" for others."""
+    named = re.fullmatch(r"(v5e|v5litepod|v6e)-(\d{1,3})", accelerator)
+    if not named or named[2] not in _SIDES:
+        return ""
+    return f"{named[2]} of its chips are {named[1].replace('v5litepod', 'v5e')}:{_SIDES[named[2]]}"
 
 
 def gib(size: float) -> str:

@@ -138,8 +138,10 @@ def split_recipe(recipe: str) -> tuple[str, str | None]:
         return str(own[name[1]]), name[2]
     if os.path.isfile(recipe):
         return recipe, None
-    names = ", ".join(own_recipes()) or "none here"
-    raise UserError(f"there is no recipe {shown(name[1])}; give the path of a Python file, or one of: {names}")
+    known = own_recipes()
+    near = difflib.get_close_matches(name[1], known, 1) if len(name[1]) <= _LONGEST_NAME else []
+    hint, names = f" (did you mean {near[0]}?)" if near else "", ", ".join(known) or "none here"
+    raise UserError(f"there is no recipe {shown(name[1])}{hint}; give the path of a Python file, or one of: {names}")
 
 
 def own_recipes() -> list[str]:

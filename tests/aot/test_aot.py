@@ -71,6 +71,8 @@ TOO_LARGE = ["--config=configs/scenes.py", "--topology=v5e:2x2", "--program=layo
              "--config.mesh.sampling=1"]  # fmt: skip
 REFUSED_IN_A_LINE = {
     "--topology=h100": "error: --topology is 'h100'; name one as v5e:4x8",
+    "--topology=v5litepod-32": "error: --topology is 'v5litepod-32'; 32 of its chips are v5e:4x8",
+    "--topology=v6e-3": "error: --topology is 'v6e-3'; name one as v5e:4x8",
     "--topology=v9z:2x2": "error: --topology=v9z:2x2: libtpu knows no such topology",
     "--topology=v5e:9999x9999": "error: --topology=v5e:9999x9999: 99,980,001 chips in all, at most 131,072",
     "--topology=v5e:2x4 --config.mesh.fsdp=3": "error: the mesh (replica 1 x data -1 x fsdp 3 x tensor 1)",

@@ -797,9 +797,10 @@ def test_a_name_that_no_recipe_has(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = error_of(config_lib.load, "scense:tiny")
     assert line.startswith(
-        "there is no recipe 'scense'; give the path of a Python file, or one of: forkme, llava15_7b, "
+        "there is no recipe 'scense' (did you mean scenes?); give the path of a Python file, or one of: forkme, "
     )
     assert "vlm" not in line.split(", ")
+    assert error_of(config_lib.load, "vlmm").startswith("there is no recipe 'vlmm'; give the path")
     assert "--config takes a Python file or a name such as scenes" in error_of(config_lib.load, "configs/scenes.py")
     (tmp_path / "mine").write_text("from balcap_jax.config import default_config as get_config\n")
     assert config_lib.load("mine").seed == 0  # A path without an ending still works.
