@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from balcap_jax.aot import hlo
-from balcap_jax.models.decoder import CACHE_BLOCK
+from balcap_jax.models.attention import block_of
 from balcap_jax.models.packed_attention import TILE
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import sharding
@@ -154,7 +154,7 @@ def _rollout_programs(programs: Programs, params: Params, held: int, hbm: float)
             programs.lower_rollout(params, fit).program,
             # A refilled rollout is one loop, in which no response need end before the others.
             open_turns=(tokens - 1) * (fit.parts if programs.sampling.refill else 1),
-            inner_turns=-(-tokens // CACHE_BLOCK),
+            inner_turns=-(-tokens // block_of(tokens)),
             resident=held + moved - bytes_per_device(params),
             note=str(fit),
             otherwise=functools.partial(planned, *others) if others else None,

@@ -15,6 +15,18 @@ from balcap_jax.parallel.sharding import constrain
 # Finite, so that a row without any allowed key (a padding query) stays finite instead of becoming NaN.
 MASKED = -1e30
 
+CACHE_BLOCK = 128  # most positions of the branches' cache that a decoding step reads at once
+
+
+def block_of(length: int) -> int:
+    """Positions that are read at once of a cache of `length`: a quarter of it, so that half of a short one is left.
+
+    On a CPU each read copies its block, and what is not written yet would be copied too. Blocks of fewer than 16
+    positions cost more in turns of the loop than they save.
+    """
+    quarter = -(-length // 32) * 8
+    return min(CACHE_BLOCK, max(16, quarter), length)
+
 
 def bias(allowed: jax.Array) -> jax.Array:
     """The addend of fp32 attention logits: 0 where `allowed`, else MASKED, which swallows any logit.

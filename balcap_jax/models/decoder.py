@@ -21,8 +21,6 @@ from balcap_jax.parallel.sharding import batch_parts, constrain
 
 Params = dict[str, Any]
 
-CACHE_BLOCK = 128  # positions of the branches' cache that a decoding step reads at once
-
 
 class Sizes:
     """Base of a configuration whose fields are fields of the config group `model`, PREFIXED ones with "vision_"."""
@@ -281,7 +279,8 @@ def prefill(
 def empty_branch(config: DecoderConfig, batch: int, group: int, length: int) -> Branch:
     """An unwritten Branch for `length` response tokens, in whole blocks."""
     parts = batch_parts(batch)
-    length = -(-length // CACHE_BLOCK) * CACHE_BLOCK if length > CACHE_BLOCK else length
+    span = attention.block_of(length)
+    length = -(-length // span) * span
     shape = (config.layers, parts, batch // parts * group, config.kv_heads, length, config.head_size)
     empty = jnp.zeros(shape, jnp.dtype(config.dtype))
     return Branch(*(constrain(empty, None, "batch", None, "heads") for _ in Branch._fields))
@@ -306,7 +305,7 @@ def decode(
     block = Block(config)
     lines, group = x.shape[:2]
     _, parts, _, kv_heads, length, size = branch.keys.shape
-    span = min(CACHE_BLOCK, length)
+    span = attention.block_of(length)
     seats = t if isinstance(t, Seats) else None
     if seats is None:
         start, at, first, blocks = prefix.next_position + t, t, 0, -(-t // span)
@@ -364,7 +363,7 @@ def regroup(
 
     prefix = Prefix(take(prefix.keys, 1), take(prefix.values, 1), take(prefix.mask, 0), take(prefix.next_position, 0))
     layers, length = branch.keys.shape[0], branch.keys.shape[4]
-    span = min(CACHE_BLOCK, length)
+    span = attention.block_of(length)
 
     def move(turn: jax.Array, array: jax.Array) -> jax.Array:
         """Layer by layer and block by block, so that no second cache exists."""

@@ -22,7 +22,7 @@ from test_packed_update import (
     with_adapters,
 )
 
-from balcap_jax.models import decoder, lora, packing
+from balcap_jax.models import attention, lora, packing
 from balcap_jax.models.packing import UNIT
 from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import make_reordering
@@ -44,7 +44,7 @@ FREEZE = "^(vision|merger|deepstack)/"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """The cache of R positions is nine blocks, the last of them not whole."""
-    monkeypatch.setattr(decoder, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
 
 
 @functools.cache

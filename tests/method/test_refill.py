@@ -11,7 +11,7 @@ from test_packed_update import with_adapters
 from test_staging import POLICY, P, R, branch_keys, drawn, lengths_of, make_prompt, mesh_named, start
 
 from balcap_jax import refill
-from balcap_jax.models import decoder
+from balcap_jax.models import attention
 from balcap_jax.parallel import sharding
 from balcap_jax.rollout import Sampling, refilled, sample
 from balcap_jax.staging import Stage
@@ -20,7 +20,7 @@ from balcap_jax.staging import Stage
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """The ring of R positions is five blocks."""
-    monkeypatch.setattr(decoder, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
 
 
 # --- the queue, by a slow replay ---

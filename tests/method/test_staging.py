@@ -12,7 +12,7 @@ from tiny_llava import BOS, EOS, IMAGE, PAD
 
 from balcap_jax import staging
 from balcap_jax.aot import hlo
-from balcap_jax.models import decoder
+from balcap_jax.models import attention
 from balcap_jax.models.decoder import DecoderConfig
 from balcap_jax.models.policy import Prompt, TextPolicy
 from balcap_jax.parallel import sharding
@@ -27,7 +27,7 @@ POLICY = TextPolicy(DecoderConfig(V, 24, 2, 4, 4, 6, 32), pad_token=PAD, end_tok
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """The cache of R positions is five blocks, the last of them not whole."""
-    monkeypatch.setattr(decoder, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
 
 
 # --- which stages there are ---
