@@ -13,7 +13,7 @@ from balcap_jax import rewards
 from balcap_jax.ablate import results
 from balcap_jax.ablate.leave_one_out import arguments_of, order_before, with_variant
 from balcap_jax.ablate.running import Run, Scheduler, cost, is_finished
-from balcap_jax.ablate.studies import FIELDS, QUIET, Arm, Study, World
+from balcap_jax.ablate.studies import FIELDS, PARTS, QUIET, Arm, Study, World
 from balcap_jax.cli.files import AppendedLines
 from balcap_jax.cli.process import PreemptionFlag
 from balcap_jax.config import recipes as configuration
@@ -56,6 +56,9 @@ class Plan:
             path = results.path_of(self.results, study.label(arm.inverse_std_of), seed)
             fields["rewards.weights"] = results.inverse_std(needed, path)
         recipe = with_variant(self.recipe, arm.recipe)
+        update = self._config(recipe, fields).stages.rl
+        if update.micro_batches == 1 and update.batch_size % PARTS == 0:
+            fields["stages.rl.micro_batches"] = str(PARTS)
         return recipe, fields, self._config(recipe, fields)
 
     def _config(self, recipe: str, fields: Mapping[str, str]) -> ConfigDict:

@@ -31,7 +31,8 @@ from balcap_jax.report.run import CEILING, KINDS
 
 TRAJECTORY = 5  # updates of a point
 _DIGITS = 4
-_PLACES = ("data.data_dir",)  # where things lie changes no result
+# Where things lie changes no result, and how a batch is cut changes no more of it than rounding does.
+_UNCOUNTED = re.compile(r"data\.data_dir|stages\.\w+\.micro_batches")
 _REMEDY = "delete it, and the study makes that run anew"
 _NAME = re.compile(r"(?P<label>.+)-seed(?P<seed>[0-9]{1,10})\.json")
 
@@ -44,7 +45,7 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     fields = (
         (name, value)
         for name, value in configuration.leaves(config)
-        if not FIELDS[name].resumable and name not in _PLACES
+        if not FIELDS[name].resumable and not _UNCOUNTED.fullmatch(name)
     )
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(fields)}
 
@@ -59,7 +60,8 @@ def difference(result: Mapping[str, Any], config: ConfigDict) -> str | None:
 
     A field that the code has got since then is no difference while it is at its default: then the run is as it was.
     """
-    saved, wanted = result["config"], identity(config)
+    wanted = identity(config)
+    saved = {name: value for name, value in result["config"].items() if not _UNCOUNTED.fullmatch(name)}
     if result["config_digest"] == digest(wanted):
         return None
     defaults = identity(configuration.default_config())

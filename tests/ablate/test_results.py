@@ -22,8 +22,13 @@ def other(**fields):
 
 def test_a_run_is_what_decides_its_result():
     assert results.difference(result_of(CONFIG), CONFIG) is None
-    for same in ({"data.data_dir": "/elsewhere"}, {"log.tensorboard": "False"}, {"checkpoint.every": "7"}):
+    neutral = ({"data.data_dir": "/elsewhere"}, {"log.tensorboard": "False"}, {"checkpoint.every": "7"})
+    for same in (*neutral, {"stages.rl.micro_batches": "4"}):
         assert results.digest(results.identity(other(**same))) == results.digest(results.identity(CONFIG))
+    # A result that names a field which counted once is not one of another config.
+    older = result_of(CONFIG)
+    older |= {"config": older["config"] | {"stages.rl.micro_batches": 2}, "config_digest": "older"}
+    assert results.difference(older, CONFIG) is None
     for fields, said in (
         ({"seed": "1"}, "seed: 0 -> 1"),
         ({"rewards.weights": "1,2,1"}, "rewards.weights: [1.0, 1.0, 1.0] -> [1.0, 2.0, 1.0]"),

@@ -12,6 +12,7 @@ from balcap_jax.ablate.studies import (
     FLAWS,
     JUDGED,
     JUDGES,
+    PARTS,
     PILOT_SEEDS,
     RECIPE,
     SCALES,
@@ -48,6 +49,18 @@ def test_the_studies_are_those_asked_for():
         assert study.against in study.arms
         assert max(study.seeds) < min(PILOT_SEEDS)
         assert all(arm.about and "\n" not in arm.about for arm in study.arms.values())
+
+
+def test_updates_are_cut_where_the_batch_allows_it(plan, tmp_path):
+    def stage(fields):
+        return Plan(RECIPE, fields, tmp_path, tmp_path).of(SPREAD, "full", 0)[2].stages.rl
+
+    assert stage({}).micro_batches == PARTS
+    assert stage({"stages.rl.batch_size": "4"}).micro_batches == 1
+    assert stage({"stages.rl.micro_batches": "2"}).micro_batches == 2
+    base = plan.missing([SPREAD], [0])[0]
+    assert base.is_base
+    assert base.config.stages.rl.micro_batches == 1  # A base is the same for all.
 
 
 def test_all_arms_have_configs_and_one_name_is_one_run(plan):
