@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_llava import P, make_params, make_policy, make_prompt
 
 from balcap_jax.aot import hlo
+from balcap_jax.models.attention import block_of
 from balcap_jax.parallel import sharding
 from balcap_jax.rollout import Sampling, make_rollout
 
@@ -112,17 +113,19 @@ def test_what_a_turn_reads_and_moves():
 
 
 def test_a_rollout_reads_its_matrices_and_its_cache_once_a_step():
-    """By hand: kernels of all layers and of the output; keys and values of each branch to its limit, and of prompts."""
+    """By hand: kernels of all layers and of the output; keys and values of each branch's blocks, and of prompts."""
     batch, group, length = 4, 2, 40
+    block, blocks = 16, 3
+    assert block_of(length) == block
     policy = make_policy()
     sampling, rows = Sampling(group, length), (make_prompt(policy, batch=batch), np.zeros(batch, np.uint32))
     lowered = make_rollout(policy, sampling).lower(make_params(policy), *rows, np.uint32(0), np.uint32(0))
-    (turn,) = hlo.Program(lowered.compile().as_text()).analyse(length - 1).turns
+    (turn,) = hlo.Program(lowered.compile().as_text()).analyse(length - 1, blocks).turns
     c = policy.decoder
     layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_size + 3 * c.width * c.mlp
     assert turn.weights == 4 * (c.layers * layer + c.width * c.vocab)
     keys = 4 * 2 * c.layers * c.kv_heads * c.head_size
-    assert turn.cache == keys * batch * (P + group * length)
+    assert turn.cache == keys * batch * (P + group * blocks * block)
     assert (turn.moved, turn.collectives) == (0, 0)
 
 
