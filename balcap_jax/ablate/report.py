@@ -297,7 +297,7 @@ def _number(value: float | None) -> str:
 
 
 def sections(plan: Plan, studies: Sequence[Study], figures: Path, *, whole: bool = False) -> dict[str, str]:
-    """{name: Markdown for a page beside the folder `figures`}; writes figures/NAME.svg of each study with a result.
+    """{name: Markdown for a page beside the folder `figures`}; writes figures/study_NAME.svg where there is one.
 
     whole: the primary claims and the pilots too, which take all studies.
     """
@@ -307,8 +307,9 @@ def sections(plan: Plan, studies: Sequence[Study], figures: Path, *, whole: bool
     for study in studies:
         drawing = drawings.draw(study, found[study.name], values[study.name])
         if drawing:
-            write_text(figures / f"{study.name}.svg", drawing)
-        made[study.name] = section(study, found[study.name], f"{figures.name}/{study.name}.svg" if drawing else "")
+            write_text(figures / f"study_{study.name}.svg", drawing)
+        figure = f"{figures.name}/study_{study.name}.svg" if drawing else ""
+        made[study.name] = section(study, found[study.name], figure)
     if whole:
         pilots = {study.name: values_of(load(plan, study, pilot=True)) for study in studies}
         made |= {"primary": primary(values), "pilot": pilot(pilots)}

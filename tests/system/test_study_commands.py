@@ -102,6 +102,6 @@ def test_a_study_that_was_killed_goes_on_with_what_is_missing(tmp_path, data_dir
     assert digests["full"]["greedy"]["base"] == digests["ask_0.5"]["greedy"]["base"]
     assert digests["full"]["greedy"]["ceiling"] == digests["ask_0.5"]["greedy"]["ceiling"]
     assert "| share asked |" in (out / "budget.md").read_text()
-    assert (out / "figures" / "budget.svg").read_text().startswith("<svg")
+    assert (out / "figures" / "study_budget.svg").read_text().startswith("<svg")
     again = finish(start("balcap_jax.ablate", *given))
     assert again.stdout == f"table: {out / 'budget.md'}\n"
