@@ -280,6 +280,10 @@ def test_what_fits_is_what_was_compiled():
     for _, peer, ratio in rows(section("How fast"))[1:]:
         assert re.search(rf"\*\*{re.escape(ratio)}x?\*\*", measured), ratio
         assert peer in measured or f"google-{peer.lower()}" in measured
+    times = re.search(r"\| balcap_jax \| ([\d.]+) .*\n\| transformers \| ([\d.]+) .*\n\| tunix \| ([\d.]+) ", measured)
+    ours, *peers = map(float, times.groups())
+    told = [row[2] for row in rows(section("How fast")) if "#rollout-beside-transformers-and-tunix" in row[0]]
+    assert told == [f"{peer / ours:.2f}" for peer in peers]
     for name, version in zip(*[row[2:] for row in rows(section("Beside other projects"))[:2]], strict=True):
         if f"{name} " in measured and name != "MaxText":
             assert f"{name} {version}" in measured or f"google-{name.lower()} {version}" in measured, name

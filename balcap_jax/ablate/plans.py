@@ -58,7 +58,7 @@ class Plan:
         recipe = with_variant(self.recipe, arm.recipe)
         update = self._config(recipe, fields).stages.rl
         if update.micro_batches == 1 and update.batch_size % PARTS == 0:
-            fields["stages.rl.micro_batches"] = str(PARTS)
+            fields = {"stages.rl.micro_batches": str(PARTS), **fields}  # A user's own number counts, 1 too.
         return recipe, fields, self._config(recipe, fields)
 
     def _config(self, recipe: str, fields: Mapping[str, str]) -> ConfigDict:

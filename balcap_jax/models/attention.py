@@ -19,10 +19,9 @@ CACHE_BLOCK = 128  # most positions of the branches' cache that a decoding step 
 
 
 def block_of(length: int) -> int:
-    """Positions that are read at once of a cache of `length`: a quarter of it, so that half of a short one is left.
+    """Positions that are read at once of a cache of `length`: a quarter of it, at least 16 and at most CACHE_BLOCK.
 
-    On a CPU each read copies its block, and what is not written yet would be copied too. Blocks of fewer than 16
-    positions cost more in turns of the loop than they save.
+    On a CPU each read copies its block, and what is not written yet would be copied too (docs/performance.md).
     """
     quarter = -(-length // 32) * 8
     return min(CACHE_BLOCK, max(16, quarter), length)

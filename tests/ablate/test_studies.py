@@ -57,7 +57,8 @@ def test_updates_are_cut_where_the_batch_allows_it(plan, tmp_path):
 
     assert stage({}).micro_batches == PARTS
     assert stage({"stages.rl.batch_size": "4"}).micro_batches == 1
-    assert stage({"stages.rl.micro_batches": "2"}).micro_batches == 2
+    for own in (1, 2):
+        assert stage({"stages.rl.micro_batches": str(own)}).micro_batches == own
     base = plan.missing([SPREAD], [0])[0]
     assert base.is_base
     assert base.config.stages.rl.micro_batches == 1  # A base is the same for all.
