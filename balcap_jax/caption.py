@@ -57,8 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     sizes = mesh_sizes(arguments.mesh)
-    use_compilation_cache()
     with distributed.session():
+        use_compilation_cache()
         provenance.existing(arguments.model)
         options = of_command(arguments, models.read_fields(arguments.model))
         retry, mesh = arguments.retry_errors, sharding.make_mesh(sizes)

@@ -135,8 +135,8 @@ def write_captions(args: argparse.Namespace, source: Path, out: Path, **fixed: A
 
     if problem := memory_problem("caption"):
         raise UserError(problem)
-    use_compilation_cache()
     with distributed.session():
+        use_compilation_cache()
         provenance.existing(args.model)
         options = of_command(argparse.Namespace(**{**vars(args), **fixed}), models.read_fields(args.model))
         mesh = sharding.make_mesh(mesh_sizes(args.mesh))
