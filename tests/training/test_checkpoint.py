@@ -73,8 +73,9 @@ def assert_same(a, b):
 def run_script(body: str, *arguments: object, wait: bool = True):
     """Runs a script in a process of its own that sees one device, as a user's does."""
     command = [sys.executable, "-c", textwrap.dedent(body), *map(str, arguments)]
-    # As commands set it: where PyTorch is not installed, transformers says so on stderr.
-    environment = os.environ | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    # Commands keep both quiet: transformers misses PyTorch, and XLA raises false alarms about programs from the cache.
+    quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = os.environ | quiet
     options = {"text": True, "cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **options)
     if not wait:
