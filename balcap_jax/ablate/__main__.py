@@ -19,6 +19,7 @@ ran. The same command goes on with a study that was stopped or killed: finished 
 that fails the others still run; the command names it at the end, and the exit status is 1.
 """
 
+import argparse
 import os
 import shlex
 import sys
@@ -26,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from balcap_jax import rewards
-from balcap_jax.ablate import plans, report
+from balcap_jax.ablate import plans, report, results
 from balcap_jax.ablate.claims import piloted
 from balcap_jax.ablate.leave_one_out import plan, write_tables
 from balcap_jax.ablate.plans import Plan
@@ -55,6 +56,22 @@ def _names(text: str) -> list[str]:
     if not all(names) or len(set(names)) < len(names) or BASE in names:
         raise UserError(f"--variants takes different names of variants, comma-separated; got {text!r}")
     return names
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for an option that the others leave without effect."""
+    if args.report:
+        without = {"--seeds": args.seeds, "--pilot": args.pilot, "--variants": args.variants, "--keep": args.keep}
+        mode = "--report"
+    elif args.study is not None:
+        without, mode = {"--variants": args.variants}, "--study"
+    else:
+        without, mode = {"--pilot": args.pilot, "--results": args.results, "--keep": args.keep}, "a recipe of one's own"
+    for name, value in without.items():
+        if value:
+            raise UserError(f"{name} says nothing beside {mode}; leave it out")
+    if args.pilot and args.seeds is not None:
+        raise UserError("--pilot has seeds of its own; leave --seeds out")
 
 
 def _is_of_studies(recipe: str) -> bool:
@@ -106,6 +123,7 @@ def run_studies(
 ) -> None:
     """Makes the runs of studies that have no result, and writes OUT/NAME.md and its figure for each."""
     made.missing(studies, seeds)  # What cannot be run leaves nothing behind.
+    results.check_folder(made.results)
     with PreemptionFlag() as stop, AppendedLines(made.out / "study.jsonl") as log:
         failed = plans.conduct(made, studies, seeds, jobs=jobs, keep=keep, log=log, stop=stop)
     left = plans.left(made, studies, seeds)
@@ -140,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     configuration.add_arguments(parser, required=False)
     parser.add_argument("--study", metavar="A,B", help="studies of the embedded world by name; list prints them")
     parser.add_argument("--out", type=disk_place, metavar="DIR", help="where runs are made, and tables written")
-    variants_help = "without --study: comma-separated; default: %(default)s"
-    parser.add_argument("--variants", metavar="A,B", help=variants_help, default=",".join(LEAVE_ONE_OUTS))
+    variants_help = f"without --study: comma-separated; default: {','.join(LEAVE_ONE_OUTS)}"
+    parser.add_argument("--variants", metavar="A,B", help=variants_help)
     parser.add_argument("--seeds", metavar="N,N", help="default: those of the study; without --study 0,1,2")
     parser.add_argument(
         "--pilot", action="store_true", help="run what a primary claim compares on other seeds, and plan the study's"
@@ -162,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {args.jobs}")
+    if args.out and Path(args.out).is_file():
+        raise UserError(f"--out={args.out} is a file; name a directory")
+    _check_options(args)
     for name in ("seed", "stages.order"):
         if name in overrides:
             raise UserError(f"--config.{name} is the study's own to set; use --seeds, or a recipe with that order")
@@ -171,9 +192,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.study is None and not args.report:
         if not args.config:
             parser.error("one of the arguments --config, --study, --report is required")
-        seeds = _seeds(args.seeds or "0,1,2")
+        seeds = _seeds("0,1,2" if args.seeds is None else args.seeds)
         command = shlex.join(["python", "-m", "balcap_jax.ablate", *arguments])
-        compare_variants(args.config, overrides, _names(args.variants), seeds, out, args.jobs, command)
+        variants = [*LEAVE_ONE_OUTS] if args.variants is None else _names(args.variants)
+        compare_variants(args.config, overrides, variants, seeds, out, args.jobs, command)
         return
     is_own = bool(overrides) or not _is_of_studies(args.config or RECIPE)
     if args.report and is_own and not args.results:
@@ -181,14 +203,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = args.results or (out / "results" if is_own else PAGE.parent / "results")
     made, studies = Plan(args.config or RECIPE, overrides, out, Path(own).absolute()), _studies(args.study)
     if args.report:
+        if not any(made.results.glob("*-seed*.json")):
+            raise UserError(f"{made.results} holds no result of a study; name the folder with --results, or run one")
         page = Path(args.page).absolute()
         contents = report.sections(made, studies, page.parent / "figures", whole=args.study is None)
         report.rewrite(page, contents)
         print(f"page: {page}")
         return
-    if args.pilot and args.seeds:
-        raise UserError("--pilot has seeds of its own; leave --seeds out")
-    seeds = PILOT_SEEDS if args.pilot else _seeds(args.seeds) if args.seeds else None
+    seeds = PILOT_SEEDS if args.pilot else None if args.seeds is None else _seeds(args.seeds)
     studies = list(map(piloted, studies)) if args.pilot else studies
     run_studies(made, studies, seeds, args.jobs, args.keep, args.pilot)
 

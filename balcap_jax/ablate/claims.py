@@ -1,7 +1,8 @@
 """The four primary claims of the studies, stated with their tests before the runs, and what the seeds say to them.
 
 A claim holds where every part of it does (intersection-union: its p value is the largest of its parts'). A part is a
-paired t test over seeds, of greedy captions. Over the claims p values are adjusted by Holm's rule.
+paired t test over the study's seeds, of greedy captions: others do not count, and before the last of them nothing is
+said. Over the claims p values are adjusted by Holm's rule.
 """
 
 import dataclasses
@@ -9,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from balcap_jax.ablate.statistics import ALPHA, POWER, Paired, detectable, holm, paired, seeds_needed
-from balcap_jax.ablate.studies import CHECKED_SCALES, GATE, PILOT_EFFECT, POINTABILITY, RIVALS, SPREAD, Study, scaled
+from balcap_jax.ablate.studies import (
+    CHECKED_SCALES,
+    GATE,
+    PILOT_EFFECT,
+    PILOT_SEEDS,
+    POINTABILITY,
+    RIVALS,
+    SPREAD,
+    Study,
+    scaled,
+)
 from balcap_jax.ablate.variants import FULL
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # arm -> seed -> metric -> points
@@ -29,11 +40,11 @@ class Part:
     arms: tuple[str, ...] = (FULL,)
     margin: float = 0.0
 
-    def differences(self, values: Values) -> dict[int, float]:
-        """{seed: lowest of arms - lowest of against} of the seeds that all of them have."""
+    def differences(self, values: Values, seeds: Sequence[int]) -> dict[int, float]:
+        """{seed: lowest of arms - lowest of against} of those `seeds` that all of them have."""
         shared = [
             seed
-            for seed in sorted(values.get(self.arms[0], {}))
+            for seed in seeds
             if all(self.metric in values.get(arm, {}).get(seed, {}) for arm in (*self.arms, *self.against))
         ]
 
@@ -112,8 +123,8 @@ def piloted(study: Study) -> Study:
 class Assessment:
     """A claim beside its seeds. parts: what was compared, one each; None where no seed has both.
 
-    p: the largest of the parts' p values; None where one is missing or has one seed. adjusted: by Holm. verdict: "yes",
-    "no" (a part goes the other way, by the same rule), "not told apart", or what is missing.
+    p: the largest of the parts' p values; None where a part has none. adjusted: by Holm. verdict: "yes", "no" (a part
+    goes the other way, by the same rule), "not told apart", or why nothing is said: "2 of 5 seeds", "no spread".
     """
 
     claim: Claim
@@ -122,31 +133,35 @@ class Assessment:
     adjusted: float | None
     verdict: str
 
-    def detectable(self) -> float | None:
-        """The smallest effect that all parts' tests could have seen: the largest of theirs."""
-        found = [part.detectable() for part in self.parts if part is not None and part.sd is not None]
-        return max(found) if len(found) == len(self.parts) else None
-
 
 def assess(values: Mapping[str, Values], claims: Sequence[Claim] = PRIMARY) -> list[Assessment]:
     """The claims beside `values`, {study: values of its arms}. Holm's rule counts all claims, with or without seeds."""
-    parts = [tuple(_compare(part, values.get(part.study.name, {})) for part in claim.parts) for claim in claims]
+    parts = [tuple(_compare(part, values, part.study.seeds) for part in claim.parts) for claim in claims]
     supports = [_largest(claim, found) for claim, found in zip(claims, parts, strict=True)]
     opposes = [_against(claim, found) for claim, found in zip(claims, parts, strict=True)]
     adjusted, opposed = (holm([1.0 if p is None else p for p in column]) for column in (supports, opposes))
     result = []
     for claim, found, p, up, down in zip(claims, parts, supports, adjusted, opposed, strict=True):
-        if p is None:
-            verdict = "no seeds yet" if None in found else "one seed"
+        seeds, planned = _fewest(claim, found)
+        if seeds < planned:
+            verdict = f"{seeds} of {planned} seeds"
+        elif p is None:
+            verdict = "no spread"
         else:
             verdict = "yes" if up <= ALPHA else "no" if down <= ALPHA else "not told apart"
         result.append(Assessment(claim, found, p, None if p is None else up, verdict))
     return result
 
 
-def _compare(part: Part, values: Values) -> Paired | None:
-    differences = part.differences(values)
+def _compare(part: Part, values: Mapping[str, Values], seeds: Sequence[int]) -> Paired | None:
+    differences = part.differences(values.get(part.study.name, {}), seeds)
     return paired(list(differences.values())) if differences else None
+
+
+def _fewest(claim: Claim, found: Sequence[Paired | None]) -> tuple[int, int]:
+    """(seeds, planned seeds) of the part of which most are missing."""
+    counts = [(one.n if one else 0, len(part.study.seeds)) for part, one in zip(claim.parts, found, strict=True)]
+    return min(counts, key=lambda count: count[0] - count[1])
 
 
 def _largest(claim: Claim, found: Sequence[Paired | None]) -> float | None:
@@ -169,7 +184,7 @@ def planned_seeds(values: Mapping[str, Values], claims: Sequence[Claim] = PRIMAR
     found = []
     for claim in claims:
         for part in claim.parts:
-            one = _compare(part, values.get(part.study.name, {}))
+            one = _compare(part, values, PILOT_SEEDS)
             if one is None or one.sd is None:
                 continue
             levels = [ALPHA, ALPHA / len(claims)]

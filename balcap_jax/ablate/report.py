@@ -2,12 +2,13 @@
 
     <!-- ablate: NAME -->   ...   <!-- end: NAME -->
 
-In a page, what stands between these two lines is written anew for each study NAME, for "primary" (the primary claims)
-and for "pilot"; all else is the writer's.
+In a page, what stands between these two lines is written anew for each study NAME, for "primary" (the primary claims),
+"pilot" and "cost"; all else is the writer's.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from balcap_jax.ablate.studies import (
     JUDGES,
     LEAVE_ONE_OUT,
     PILOT_EFFECT,
+    RECIPE,
     SHARES,
     SPREAD,
     VOTED,
@@ -42,12 +44,18 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> result
 
 
 def load(plan: Plan, study: Study, *, pilot: bool = False) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results of a study's arms that are of today's configs, those of pilots or the others."""
+    """The results of a study's arms that are of today's configs, those of pilots or the others.
+
+    Raises:
+      UserError: a file is no result of a study, or lacks evaluations.
+    """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in study.arms:
         seeds = results.seeds_of(plan.results, study.label(name), pilot=pilot)
         by_seed = {seed: plan.result(study, name, seed, warn=True) for seed in seeds}
         found[name] = {seed: result for seed, result in by_seed.items() if result}
+        for seed, result in found[name].items():
+            results.check_evaluated(result, results.path_of(plan.results, study.label(name), seed))
     return found
 
 
@@ -69,9 +77,13 @@ def values_of(found: Results, kind: str = "greedy") -> dict[str, dict[int, dict[
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def section(study: Study, found: Results, figure: str = "") -> str:
-    """Markdown of a study: how it was made, its tables, its comparisons, what is missing, and the figure's link."""
-    command = f"```bash\nbalcap ablate --study={study.name} --out=DIR\n```\n"
+def section(study: Study, found: Results, figure: str = "", arguments: Sequence[str] = ()) -> str:
+    """Markdown of a study: how it was made, its tables, its comparisons, what is missing, and the figure's link.
+
+    arguments: of the command that made it, beside --study and --out.
+    """
+    command = shlex.join(["balcap", "ablate", f"--study={study.name}", "--out=DIR", *arguments])
+    command = f"```bash\n{command}\n```\n"
     if not any(found.values()):
         return f"{study.question}\n\n{command}\nNot yet run.\n"
     values = values_of(found)
@@ -113,22 +125,26 @@ def made(study: Study, found: Results) -> str:
 
 
 def lacking(study: Study, found: Results) -> str:
-    """Which runs of the study have no result: " Missing: ...", or "" where all have."""
+    """Which runs of the study have no result, and which seeds are not the study's; "" where all is as planned."""
     gaps = {arm: [seed for seed in study.seeds if seed not in by_seed] for arm, by_seed in found.items()}
     everywhere = [seed for seed in study.seeds if all(seed in gap for gap in gaps.values())]
     texts = [f"seeds {', '.join(map(str, everywhere))} of all"] if everywhere else []
     for arm, gap in gaps.items():
         if rest := [str(seed) for seed in gap if seed not in everywhere]:
             texts.append(f"{arm} ({', '.join(rest)})")
-    return f" Missing: {'; '.join(texts)}." if texts else ""
+    beyond = sorted({seed for by_seed in found.values() for seed in by_seed} - {*study.seeds})
+    text = f" Missing: {'; '.join(texts)}." if texts else ""
+    if beyond:
+        text += f" Beside the plan, hence in no primary claim: seeds {', '.join(map(str, beyond))}."
+    return text
 
 
 def comparisons(study: Study, values: Values) -> str:
     """The study's metric of each arm against one: difference, 95% interval, and what could have been seen."""
     unit = METRICS[study.metric]
     lines = [
-        f"{unit} against `{study.against}` (exploratory but for the [primary claims](#primary-claims); ± half of the "
-        "95% interval; seen: the effect that these seeds find with 80% probability):",
+        f"{unit} against `{study.against}` (exploratory but for the primary claims; ± half of the 95% interval; seen: "
+        "the effect that these seeds find with 80% probability):",
         "",
         f"| variant | what it is | {unit}, difference | p | seen |",
         "|---|---|---|---|---|",
@@ -142,7 +158,7 @@ def comparisons(study: Study, values: Values) -> str:
 
 
 def worst_cases(values: Values, metric: str = "b_capscore") -> str:
-    """Of each estimator the lowest value over the scales, by seed."""
+    """Of each estimator the lowest value over the scales, by the seeds that have a run at each of them."""
     lines = [
         f"Worst case over the scales {', '.join(f'{scale:g}' for scale in CHECKED_SCALES)}, by seed (the lowest of as "
         "many runs for c-GDPO, in which the scale cancels, as for GRPO; with fixed weights it cancels too, in one "
@@ -156,9 +172,11 @@ def worst_cases(values: Values, metric: str = "b_capscore") -> str:
         ("grpo", [scaled("grpo", scale) for scale in CHECKED_SCALES]),
         ("grpo_fixed", ["grpo_fixed"]),
     ):
-        arms = [arm for arm in arms if arm in values]
-        seeds = [seed for seed in values.get(name, {}) if all(seed in values[arm] for arm in arms)]
+        seeds = [
+            seed for seed in values.get(name, {}) if all(metric in values.get(arm, {}).get(seed, {}) for arm in arms)
+        ]
         if not seeds:
+            lines.append(f"| {name} | - | - |")
             continue
         each = [[values[arm][seed][metric] for arm in arms] for seed in seeds]
         ones = [values[name][seed][metric] for seed in seeds]
@@ -227,9 +245,10 @@ def judges_tables(found: Results, values: Values, metric: str = "b_capscore") ->
 
 def primary(values: Mapping[str, Values]) -> str:
     """The table of the primary claims; `values` by study."""
+    strict = ALPHA / len(PRIMARY)
     lines = [
-        "| claim | compared | mean difference | p | p, Holm | holds | could have been seen |",
-        "|---|---|---|---|---|---|---|",
+        f"| claim | compared | seeds | mean difference | p | p, Holm | holds | seen at {ALPHA:g} | at {strict:g} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in assess(values):
         for part, found in zip(one.claim.parts, one.parts, strict=True):
@@ -237,17 +256,43 @@ def primary(values: Mapping[str, Values]) -> str:
             cells = [
                 one.claim.statement if first else "",
                 f"{METRICS[part.metric]}: {part.text()}",
+                f"{found.n if found else 0} of {len(part.study.seeds)}",
                 _interval(found) if found else "-",
                 _p(found.p_above(-part.margin)) if found else "-",
                 _p(one.adjusted) if first else "",
                 one.verdict if first else "",
-                _number(one.detectable()) if first else "",
+                *(_number(found.detectable(alpha=level) if found else None) for level in (ALPHA, strict)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return (
+    text = (
         "Paired t tests over seeds of greedy captions; a claim of several parts has the largest of their p values; "
-        f"Holm over the {len(PRIMARY)} claims at {ALPHA:g}. The last column is the effect that these seeds find with "
-        "80% probability.\n\n" + "\n".join(lines) + "\n"
+        f"Holm over the {len(PRIMARY)} claims at {ALPHA:g}, and nothing is said before the last planned seed. Seen: "
+        f"the effect that these seeds find with 80% probability, at {ALPHA:g} and at {strict:g}, which Holm's rule "
+        "asks of the first claim; all parts of a claim together are found less often than each."
+    )
+    return "\n".join([text, "", *lines, ""])
+
+
+def whole_cost(plan: Plan, found: Mapping[str, Results], studies: Sequence[Study]) -> str:
+    """What all results together cost, a run of several studies and the bases once each."""
+    runs = {
+        (study.label(arm), seed): result
+        for study in studies
+        for arm, by_seed in found[study.name].items()
+        for seed, result in by_seed.items()
+    }
+    planned = {(study.label(arm), seed) for study in studies for arm in study.arms for seed in study.seeds}
+    runs = {key: result for key, result in runs.items() if key in planned}
+    bases = results.bases(plan.results)
+
+    def hours(of: Iterable[Mapping[str, Any]]) -> str:
+        each = [(result["seconds"], result["jobs"]) for result in of]
+        on_the_clock = sum(seconds / jobs for seconds, jobs in each)
+        return f"{sum(seconds for seconds, _ in each) / 3600:.1f} h, about {on_the_clock / 3600:.1f} h on the clock"
+
+    return (
+        f"All studies: {len(runs)} of {len(planned)} planned runs, each counted once: "
+        f"{hours(runs.values())}. Their {len(bases)} bases: {hours(bases)}.\n"
     )
 
 
@@ -266,7 +311,7 @@ def pilot(values: Mapping[str, Values]) -> str:
     ]
     for one in planned:
         part = one["part"]
-        seeds = " | ".join(map(str, one["seeds"]))
+        seeds = " | ".join("> 1000" if count is None else str(count) for count in one["seeds"])
         compared = f"{METRICS[part.metric]}: {part.text()}"
         sd, seen = one["sd"], one["detectable"]
         lines.append(f"| {part.study.name} | {compared} | {sd:.2f} | {one['n']} | {seeds} | {seen:.1f} |")
@@ -299,9 +344,11 @@ def _number(value: float | None) -> str:
 def sections(plan: Plan, studies: Sequence[Study], figures: Path, *, whole: bool = False) -> dict[str, str]:
     """{name: Markdown for a page beside the folder `figures`}; writes figures/study_NAME.svg where there is one.
 
-    whole: the primary claims and the pilots too, which take all studies.
+    whole: the primary claims, the pilots and the cost too, which take all studies.
     """
     found = {study.name: load(plan, study) for study in studies}
+    arguments = [] if plan.recipe == RECIPE else [f"--config={plan.recipe}"]
+    arguments += [f"--config.{name}={value}" for name, value in plan.overrides.items()]
     values = {name: values_of(one) for name, one in found.items()}
     made = {}
     for study in studies:
@@ -309,10 +356,11 @@ def sections(plan: Plan, studies: Sequence[Study], figures: Path, *, whole: bool
         if drawing:
             write_text(figures / f"study_{study.name}.svg", drawing)
         figure = f"{figures.name}/study_{study.name}.svg" if drawing else ""
-        made[study.name] = section(study, found[study.name], figure)
+        made[study.name] = section(study, found[study.name], figure, arguments)
     if whole:
         pilots = {study.name: values_of(load(plan, study, pilot=True)) for study in studies}
-        made |= {"primary": primary(values), "pilot": pilot(pilots)}
+        cost = whole_cost(plan, found, studies)
+        made |= {"primary": primary(values), "pilot": pilot(pilots), "cost": cost}
     return made
 
 

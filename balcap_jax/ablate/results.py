@@ -14,17 +14,19 @@ seconds, jobs, device, versions  what it cost, how many ran at a time, and where
 import hashlib
 import re
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from ml_collections import ConfigDict
 
 from balcap_jax.ablate.studies import PILOT_SEEDS, WARM_UP
 from balcap_jax.ablate.table import METRICS, points
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
-from balcap_jax.cli.files import read_json_object, read_jsonl, write_text
+from balcap_jax.cli.files import make_directory, read_json_object, read_jsonl, write_text
 from balcap_jax.config import recipes as configuration
 from balcap_jax.config.schema import FIELDS
 from balcap_jax.report.run import CEILING, KINDS
@@ -74,6 +76,25 @@ def difference(result: Mapping[str, Any], config: ConfigDict) -> str | None:
     return None
 
 
+_STRICT = pydantic.ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+_Means = pydantic.create_model("_Means", __config__=_STRICT, **dict.fromkeys(METRICS, (float, 0.0)))
+
+
+class _Result(pydantic.BaseModel):
+    """What readers of a result take for granted."""
+
+    model_config = _STRICT
+
+    config: dict[str, Any]
+    config_digest: str
+    greedy: dict[str, _Means]
+    sampled: dict[str, _Means]
+    seconds: Annotated[float, pydantic.Field(ge=0)]
+    jobs: Annotated[int, pydantic.Field(ge=1)]
+    device: str
+    versions: dict[str, str]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -89,10 +110,31 @@ def read(path: Path) -> dict[str, Any]:
       UserError: it is none that `write` wrote.
     """
     result = read_json_object(path, _REMEDY)
-    for name, kind in (("config", dict), ("config_digest", str), ("greedy", dict), ("sampled", dict)):
-        if not isinstance(result.get(name), kind):
-            raise UserError(f"{path} is no result of a study ({name} is missing or odd); {_REMEDY}")
+    try:
+        _Result.model_validate(result)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is no result of a study ({where}: {first['msg']}); {_REMEDY}") from None
     return result
+
+
+def check_evaluated(result: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError where a run's result lacks the scores after training, which a base's may."""
+    for kind in KINDS.values():
+        if "b_capscore" not in result[kind].get("after", {}):
+            raise UserError(f"{path} is no result of a study ({kind}.after.b_capscore: missing); {_REMEDY}")
+
+
+def check_folder(results: Path) -> None:
+    """Makes the folder of results, before anything is trained. Raises UserError where no file can be written there."""
+    try:
+        make_directory(results)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{results} cannot hold results ({reason}); name another --results") from error
 
 
 def fresh(path: Path, config: ConfigDict) -> tuple[dict[str, Any] | None, str | None]:
@@ -110,6 +152,17 @@ def seeds_of(results: Path, label: str, *, pilot: bool = False) -> list[int]:
     found = (_NAME.fullmatch(path.name) for path in results.glob("*.json"))
     seeds = sorted(int(match["seed"]) for match in found if match and match["label"] == label)
     return [seed for seed in seeds if (seed >= PILOT_SEEDS[0]) == pilot]
+
+
+def bases(results: Path) -> list[dict[str, Any]]:
+    """The results of what runs went on from, but for pilots'."""
+    names = ((path, _NAME.fullmatch(path.name)) for path in sorted(results.glob("*.json")))
+    return [
+        read(path)
+        for path, match in names
+        if match and (match["label"] == CEILING or match["label"].endswith("-base"))
+        if int(match["seed"]) < PILOT_SEEDS[0]
+    ]
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

@@ -142,7 +142,7 @@ class Scheduler:
             self._say(f"{run.name} finished in {time.time() - started:.0f} s")
         else:
             status = "stopped"
-            self._fail(run, "it was asked to stop; the same command goes on with it")
+            self._fail(run, "it was asked to stop; the same command goes on with it", "stopped")
         self._log.append([{"run": run.name, "status": status, "started": started, "ended": time.time()}])
         if status == "finished":
             self._end_well(run)
@@ -166,9 +166,9 @@ class Scheduler:
                 process.wait()
             self._end(run)
 
-    def _fail(self, run: Run, reason: str) -> None:
+    def _fail(self, run: Run, reason: str, how: str = "failed") -> None:
         self.failed[run.name] = reason
-        self._say(f"{run.name} failed: {reason}")
+        self._say(f"{run.name} {how}: {reason}")
 
     def _say(self, text: str) -> None:
         ended = self.total - len(self.waiting) - len(self._running)

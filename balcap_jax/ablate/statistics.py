@@ -17,7 +17,10 @@ _MOST_SEEDS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """n differences of paired runs; one difference alone has no standard deviation (None)."""
+    """n differences of paired runs; one difference alone has no standard deviation (None).
+
+    Without a spread there is no test: one difference, or several equal ones, as of a saturated metric, have no p value.
+    """
 
     mean: float
     sd: float | None
@@ -30,7 +33,7 @@ class Paired:
         return float(stdtrit(self.n - 1, 1 - alpha / 2)) * self.sd / math.sqrt(self.n)
 
     def p(self, null: float = 0.0) -> float | None:
-        """Two-sided p value of the t test that the mean is `null`; None of one difference."""
+        """Two-sided p value of the t test that the mean is `null`; None without a spread."""
         t = self._t(null)
         return None if t is None else 2 * float(stdtr(self.n - 1, -abs(t)))
 
@@ -44,15 +47,11 @@ class Paired:
         return Paired(-self.mean, self.sd, self.n).p_above(-null)
 
     def detectable(self, power: float = POWER, alpha: float = ALPHA) -> float | None:
-        """`detectable` at this sd and number of seeds; None of one difference."""
-        return None if self.sd is None else detectable(self.sd, self.n, power, alpha)
+        """`detectable` at this sd and number of seeds; None without a spread."""
+        return detectable(self.sd, self.n, power, alpha) if self.sd else None
 
     def _t(self, null: float) -> float | None:
-        if self.sd is None:
-            return None
-        if self.sd == 0:
-            return math.copysign(math.inf, self.mean - null) if self.mean != null else 0.0
-        return (self.mean - null) / (self.sd / math.sqrt(self.n))
+        return (self.mean - null) / (self.sd / math.sqrt(self.n)) if self.sd else None
 
 
 def paired(differences: Sequence[float]) -> Paired:

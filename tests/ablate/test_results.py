@@ -13,7 +13,8 @@ CONFIG = recipes.load("configs/scenes.py", {"stages.rl.steps": "80"})
 
 def result_of(config, **more):
     identity = results.identity(config)
-    return {"config": identity, "config_digest": results.digest(identity), "greedy": {}, "sampled": {}} | more
+    made = {"config": identity, "config_digest": results.digest(identity), "greedy": {}, "sampled": {}}
+    return made | {"seconds": 1.5, "jobs": 2, "device": "cpu", "versions": {}} | more
 
 
 def other(**fields):
@@ -74,6 +75,39 @@ def test_a_file_that_is_no_result_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=r"x-seed0\.json.*delete it, and the study makes that run anew"):
         results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seconds", None),
+        ("seconds", -1.0),
+        ("jobs", 0),
+        ("device", 3),
+        ("versions", ["jax"]),
+        ("greedy", {"after": []}),
+        ("greedy", {"after": {"arena": "12"}}),
+        ("sampled", {"base": {"b_capscore": None}}),
+    ],
+)
+def test_a_damaged_field_is_named(tmp_path, field, value):
+    path = tmp_path / "x-seed0.json"
+    results.write(path, result_of(CONFIG) | {field: value})
+    with pytest.raises(UserError, match=rf"x-seed0\.json is no result of a study \({field}.*delete it"):
+        results.read(path)
+    path.write_text(path.read_text().replace('"seconds": 1.5', '"seconds": NaN'))
+    with pytest.raises(UserError, match=r"x-seed0\.json"):
+        results.read(path)
+
+
+def test_a_folder_of_results_is_tried_before_anything_is_trained(tmp_path):
+    results.check_folder(tmp_path / "a" / "b")
+    assert [*(tmp_path / "a" / "b").iterdir()] == []
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"file/results cannot hold results \(Not a directory\); name another --results"
+    ):
+        results.check_folder(tmp_path / "file" / "results")
 
 
 def test_means_of_an_evaluation():

@@ -32,9 +32,10 @@ def test_a_pair_and_equal_differences_have_their_limits():
     one = paired([2.5])
     assert (one.mean, one.sd, one.n) == (2.5, None, 1)
     assert [one.half(), one.p(), one.p_above(), one.p_below(), one.detectable()] == [None] * 5
+    # Three equal differences, as two saturated metrics have, are no proof of a difference.
     same = Paired(1.0, 0.0, 3)
-    assert (same.p(), same.p_above(), same.p_below(), same.p(1.0), same.half()) == (0.0, 0.0, 1.0, 1.0, 0.0)
-    assert same.detectable() == 0.0
+    assert [same.p(), same.p_above(), same.p_below(), same.p(1.0), same.detectable()] == [None] * 5
+    assert same.half() == 0.0
 
 
 def test_power_is_the_probability_to_reject():

@@ -23,6 +23,13 @@ def test_the_list_names_every_study_and_arm(capsys):
         (["--study=budget,list"], "--study knows no 'list'"),
         (["--study=budget", "--pilot", "--seeds=3"], "--pilot has seeds of its own"),
         (["--study=budget", "--seeds=1,1"], "--seeds takes different whole numbers"),
+        (["--study=budget", "--seeds="], "--seeds takes different whole numbers"),
+        (["--study=budget", "--variants=full"], "--variants says nothing beside --study"),
+        (["--report", "--seeds=1"], "--seeds says nothing beside --report"),
+        (["--report", "--results={tmp}/typo"], "typo holds no result of a study"),
+        (["--config=scenes", "--pilot"], "--pilot says nothing beside a recipe of one's own"),
+        (["--study=budget", "--results={tmp}/file/results"], "file/results cannot hold results (Not a directory)"),
+        (["--study=budget", "--out={tmp}/file"], "file is a file; name a directory"),
         (["--study=budget", "--config.seed=1"], "--config.seed is the study's own to set"),
         (["--study=budget", "--config.rewards.weight=1"], "did you mean 'rewards.weights'"),
         (["--study=leave_one_out", "--config.rewards.gate=maybe"], "rewards.gate"),
@@ -35,6 +42,7 @@ def test_the_list_names_every_study_and_arm(capsys):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, given, message):
     out = tmp_path / "out"
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:
         ablate.main([f"--out={out}", *(one.format(tmp=tmp_path) for one in given)])
     [line] = capsys.readouterr().err.splitlines()
@@ -58,6 +66,7 @@ def test_weights_come_from_the_run_that_they_depend_on(tmp_path):
     assert left(plan, [study], None) == ["habits-grpo-seed4", "habits-fixed-seed4"]
     identity = results.identity(plan.of(study, "grpo", 4)[2])
     result = {"config": identity, "config_digest": results.digest(identity), "greedy": {}, "sampled": {}}
+    result |= {"seconds": 1.0, "jobs": 1, "device": "cpu", "versions": {}}
     result["group_std"] = {"precision": 0.1, "recall": 0.2, "linguistic": 0.05}
     results.write(results.path_of(plan.results, "habits-grpo", 4), result)
     [run] = [run for run in plan.missing([study]) if not run.is_base]

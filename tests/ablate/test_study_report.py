@@ -70,9 +70,24 @@ def test_worst_cases_over_the_scales():
     del found["grpo"][1], found["full"][0]
     assert report.lacking(SPREAD, found) == " Missing: seeds 3, 4 of all; full (0); grpo (1)."
     assert report.lacking(SPREAD, of(SPREAD, lambda arm, seed: 1.0, seeds=SPREAD.seeds)) == ""
+    seven = {arm: by_seed | {7: by_seed[2]} for arm, by_seed in found.items()}
+    assert report.lacking(SPREAD, seven).endswith(" Beside the plan, hence in no primary claim: seeds 7.")
     assert "![" in text
     assert table(text, "variant")["base"][0] == "60.0 ± 0.0"
     assert table(text, "variant")["grpo_s3"][0] == "**52.0 ± 1.0**"
+
+
+def test_a_worst_case_without_one_of_its_scales_is_none():
+    """GRPO's worst scale has no result yet: the lowest of the others would turn the headline round."""
+    found = of(SPREAD, lambda arm, seed: 80.0 - arm)
+    del found["grpo_s10"], found["full_s0.1"][1], found["grpo_fixed"]
+    rows = table(report.worst_cases(report.values_of(found)), "estimator")
+    assert rows == {"full": ["78.0 ± 0.0", "1.0"], "grpo": ["-", "-"], "grpo_fixed": ["-", "-"]}
+
+
+def test_a_study_with_own_fields_names_them():
+    text = report.section(POINTABILITY, {"full": {}}, "", ["--config=my.py", "--config.rewards.weights=1,1,2"])
+    assert "balcap ablate --study=pointability --out=DIR --config=my.py --config.rewards.weights=1,1,2\n" in text
 
 
 def test_comparisons_have_intervals_and_what_could_be_seen():
@@ -132,15 +147,19 @@ def test_a_study_without_results_says_how_to_run_it():
 
 
 def test_the_table_of_the_primary_claims():
-    found = of(POINTABILITY, lambda arm, seed: 80 - 20 * arm + seed * (1 + arm), seeds=(0, 1, 2, 3))
+    found = of(POINTABILITY, lambda arm, seed: 80 - 20 * arm + seed * (1 + arm), seeds=(0, 1, 2, 3, 4))
     text = report.primary({POINTABILITY.name: report.values_of(found)})
     line = next(line for line in text.split("\n") if "no_pointability" in line)
-    # Differences 20, 19, 18, 17: t = 18.5 / (1.291 / 2) = 28.7, p = 9.3e-5, times four by Holm's rule.
+    # Differences 20, 19, 18, 17, 16: t = 18 / (1.581 / sqrt(5)) = 25.5, p = 1.4e-5, times four by Holm's rule.
     assert line == (
         "| with pointability the arena score is higher where captions pad | arena (mini): full - no_pointability "
-        "| +18.5 ± 2.1 | < 0.0001 | 0.00037 | yes | 2.7 |"
+        "| 5 of 5 | +18.0 ± 2.0 | < 0.0001 | < 0.0001 | yes | 2.7 | 3.9 |"
     )
-    assert sum("no seeds yet" in line for line in text.split("\n")) == 3
+    assert sum("| 0 of 5 seeds |" in line for line in text.split("\n")) == 3
+    del found["full"][3]
+    text = report.primary({POINTABILITY.name: report.values_of(found)})
+    assert "| 4 of 5 | " in text
+    assert "| 4 of 5 seeds | " in text
 
 
 def test_the_pilot_plans_seeds():
@@ -148,6 +167,27 @@ def test_the_pilot_plans_seeds():
     text = report.pilot({POINTABILITY.name: report.values_of(found)})
     assert table(text, "study")["pointability"][1:] == ["2.00", "3", "6", "9", "3.4"]
     assert "No pilot has two seeds" in report.pilot({})
+    wide = of(POINTABILITY, lambda arm, seed: 80.0 + 60 * seed * (arm == 0), seeds=(100, 101, 102))
+    assert table(report.pilot({POINTABILITY.name: report.values_of(wide)}), "study")["pointability"][3:5] == [
+        "> 1000",
+        "> 1000",
+    ]
+
+
+def test_the_whole_cost_counts_shared_runs_once(tmp_path):
+    plan = Plan(RECIPE, {}, tmp_path, tmp_path / "results")
+    studies = [SPREAD, RIVALS]
+    found = {study.name: of(study, lambda arm, seed: 70.0, seeds=(0, 1, 9), seconds=360.0) for study in studies}
+    base = {"config": {}, "config_digest": "", "greedy": {}, "sampled": {}} | COST | {"seconds": 1800.0, "jobs": 1}
+    for name, seed in (("align", 0), ("habits-base", 0), ("align", 100), ("habits-full", 0)):
+        results.write(results.path_of(plan.results, name, seed), base)
+    shared = {*SPREAD.arms} & {*RIVALS.arms}
+    assert shared
+    arms = len(SPREAD.arms) + len(RIVALS.arms) - len(shared)
+    assert report.whole_cost(plan, found, studies) == (
+        f"All studies: {2 * arms} of {5 * arms} planned runs, each counted once: {arms / 5:.1f} h, about "
+        f"{arms / 10:.1f} h on the clock. Their 2 bases: 1.0 h, about 1.0 h on the clock.\n"
+    )
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -229,7 +269,7 @@ def test_a_page_keeps_what_is_not_generated():
 def test_the_page_of_results_has_a_place_for_every_section():
     page = Path(__file__).parents[2] / "docs" / "results.md"
     text = page.read_text()
-    for name in (*STUDIES, "primary", "pilot"):
+    for name in (*STUDIES, "primary", "pilot", "cost"):
         assert "new" in report.replaced(text, name, "new", page)
     for link in re.findall(r"\]\((figures/[^)]*)\)", text):
         assert (page.parent / link).exists(), link
@@ -243,6 +283,7 @@ def test_results_of_another_config_do_not_count(tmp_path, capsys):
         config = recipes.load(RECIPE, plan.fields(study.world, seed) | {"stages.rl.steps": steps})
         identity = results.identity(config)
         saved = result(70.0) | {"config": identity, "config_digest": results.digest(identity)}
+        saved |= {"judge_calls": 1}
         results.write(results.path_of(plan.results, study.label("full"), seed), saved)
     found = report.load(plan, study)
     assert [*found["full"]] == [0]
@@ -257,3 +298,9 @@ def test_results_of_another_config_do_not_count(tmp_path, capsys):
     missing = [run.name for run in plan.missing([study], [0, 1])]
     assert "habits-full-seed0" not in missing
     assert "habits-full-seed1" in missing
+    path = results.path_of(plan.results, study.label("full"), 0)
+    results.write(path, results.read(path) | {"greedy": {}})
+    with pytest.raises(
+        UserError, match=r"full-seed0\.json is no result of a study \(greedy\.after\.b_capscore: missing"
+    ):
+        report.load(plan, study)
