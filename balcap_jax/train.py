@@ -33,9 +33,8 @@ from balcap_jax.models.policy import Params
 from balcap_jax.parallel import distributed, sharding
 from balcap_jax.report.page import write_report
 from balcap_jax.report.tables import result_text
-from balcap_jax.rewards.miniature import with_miniature
 from balcap_jax.training import announce, judge_trial, required
-from balcap_jax.training.evaluation import HeldOut, check_best_metric, held_out, references_as_samples
+from balcap_jax.training.evaluation import HeldOut, check_best_metric, held_out, measured, references_as_samples
 from balcap_jax.training.job import Job
 from balcap_jax.training.programs import LORA_STAGES, adapted, check_freezes, model_fields, params_of
 from balcap_jax.training.run import Run
@@ -151,10 +150,7 @@ def build(
         params = jax.jit(drawn, out_shardings=placed)() | brought
     check_freezes(config, params)
     reward = rewards.build(config.rewards, run.judge, config.seed, references_as_samples(shown))
-    # Evaluations ask everything, and no judge that is wrong on purpose.
-    exact = run.judge.exact()
-    measured = reward if exact is run.judge else rewards.build(config.rewards, exact, config.seed)
-    measure = with_miniature(rewards.measure(measured, exact, splits.fields), exact, splits.fields)
+    measure = measured(config, run.judge, reward, splits.fields)
     check_best_metric(config.checkpoint.best_metric, measure.names, len(splits.validation))
     reward, truth = rewards.in_training(reward, config.judge, config.seed), rewards.truth(run.judge, splits.fields)
     job = Job(config, mesh, adapted(config, policy), processor, reward, run.clock, measure, run.settle, truth)

@@ -22,6 +22,10 @@ REWARDED = ("reference_units", "questions", "rubrics")
 EMPTY = ("", (), "[]")
 """What a field holds that a picture does not have."""
 
+UNITS = "config field 'data.units': ", "give the JSONL file that `recaption` wrote"
+"""What stands before the file's name in an error about it, and what to do."""
+MEND_LINE = "mend or remove that line"
+
 Key = TypeVar("Key", bound=Hashable)
 _LARGEST_WEIGHT = 1000.0  # of a criterion
 _LOOKED_AT = 2**14  # bytes of a file that tell it from another of its size
@@ -181,9 +185,9 @@ def lines_about(
     lines: dict[Key, dict[str, Any]] = {}
     hashes: dict[Key, Hash] = {}
     strangers = []
-    for number, line in lines_of(file, "config field 'data.units': ", "give the JSONL file that `recaption` wrote"):
+    for number, line in lines_of(file, *UNITS):
         where = f"{file}, line {number}"
-        entry = json_text.parse_object(line, where, "mend or remove that line")
+        entry = json_text.parse_object(line, where, MEND_LINE)
         fields = read_record(entry, where, needs_caption=False)
         image = fields.pop("image")
         picture = find(os.path.join(file.parent, image), image)

@@ -46,8 +46,10 @@ def examine(
     found = [_settings(config)]
     is_random = not (config.model.path or config.model.decoder_path)
     of_data, seen = pictures.look(config, _image_size(config), tokenizer=is_random)
-    finding, built = checkpoint.look(config, seen.splits.tokenizer if seen else None)
-    found += [finding, of_data[0], pictures.prompts(config, seen, built and built.processor), *of_data[1:]]
+    of_model, built = checkpoint.look(config, seen.splits.tokenizer if seen else None)
+    found += [*of_model, *(finding for finding in of_data if finding.check == pictures.DATA)]
+    found.append(pictures.prompts(config, seen, built and built.processor))
+    found += [finding for finding in of_data if finding.check != pictures.DATA]
     of_judge, heard = judge.look(config, seen)
     found += of_judge
     weights = built.file_bytes if built and config.model.path else 0

@@ -18,7 +18,7 @@ from balcap_jax.doctor.pictures import Seen
 from balcap_jax.judges.chat import probe
 from balcap_jax.judges.chat.client import ChatClient
 from balcap_jax.judges.chat_judge import RemoteJudge, make_client
-from balcap_jax.judges.schema import Failure, Judge, PrecisionQuestion, PrecisionVerdict, RecallQuestion
+from balcap_jax.judges.schema import Failure, Judge, PrecisionQuestion, PrecisionVerdict, RecallQuestion, Usage
 from balcap_jax.rewards.base import Scores
 from balcap_jax.training import judge_trial
 from balcap_jax.training.evaluation import batches
@@ -27,15 +27,16 @@ from balcap_jax.training.job import to_samples
 CHECK = "judge"
 PATIENCE = 15.0  # seconds that an answer may take here: the whole is to end within a minute
 _LOOKED_AT = 3  # pictures whose references are checked against them, and against grey
-_RETRIES = 1
 _GREY = 128  # of a picture in which nothing can be seen
 _LEAST_COVERED = 0.5  # share of units that are found in a caption which consists of them
+_NO_DATA = "the data come first"
 _MARKS = ("clarity", "fluency", "coherency")
 # By what a failure says: what to do about it.
 _REMEDIES = (
+    (r"HTTP 429|asks to wait", "set judge.rpm and judge.tpm to what the server allows, or lower judge.concurrency"),
     (r"no answer within", "give the server more room or fewer requests at once, and raise judge.timeout above that"),
     (r"HTTP 4\d\d", "see what the server's log says of these requests; mend judge.model or judge.max_tokens"),
-    (r"HTTP 5\d\d|connection", "see the server's log; start it again with more memory, or take another server"),
+    (r"HTTP 5\d\d|connection|is down", "see the server's log; start it again with more memory, or take another server"),
     (r"cut off|max_tokens", "raise judge.max_tokens"),
 )
 _UNUSABLE = "take a model that keeps to a JSON schema, or a server that holds it to one (vLLM does)"
@@ -59,28 +60,30 @@ class Named(Judge):
 def look(config: ConfigDict, seen: Seen | None, patience: float = PATIENCE) -> tuple[list[Finding], Heard]:
     """A finding for each endpoint, or for the judge that has none, and what was heard of it.
 
-    patience: seconds that an answer may take.
+    Without held-out pictures that can be shown, a remote judge is connected to alone. patience: seconds that an answer
+    may take.
     """
     asks = rewards.resolve(config.rewards.name).asks
     if not asks:
         return [Finding(CHECK, OK, f"the reward {config.rewards.name!r} asks no judge")], Heard({})
     if config.judge.name == "policy":
-        return [_on_the_mesh(config)], Heard({})
+        return _on_the_mesh(config), Heard({})
     if config.judge.name == "remote" and not config.judge.endpoints.strip():
         return [Finding(CHECK, UNCHECKED, "judge.endpoints is empty")], Heard({})
-    if seen is None or not seen.shown:
-        return [Finding(CHECK, UNCHECKED, "the data come first: it is asked about one of their pictures")], Heard({})
-    if config.judge.name == "oracle":
-        return _oracle(config, seen)
-    return _remote(config, seen, min(patience, config.judge.timeout))
+    patience, seen = min(patience, config.judge.timeout), seen if seen and seen.shown else None
+    if config.judge.name == "remote":
+        return _remote(config, seen, patience)
+    if seen is None:
+        return [Finding(CHECK, UNCHECKED, f"{_NO_DATA}: it is asked about one of their pictures")], Heard({})
+    return _oracle(config, seen)
 
 
-def _on_the_mesh(config: ConfigDict) -> Finding:
+def _on_the_mesh(config: ConfigDict) -> list[Finding]:
     try:
         checkpoint.whole(config.judge.path)
     except UserError as error:
-        return fault(CHECK, error)
-    return Finding(CHECK, UNCHECKED, f"{config.judge.path} is whole; it answers on the devices that train alone")
+        return checkpoint.faults(CHECK, config.judge.path, error)
+    return [Finding(CHECK, UNCHECKED, f"{config.judge.path} is whole; it answers on the devices that train alone")]
 
 
 def _oracle(config: ConfigDict, seen: Seen) -> tuple[list[Finding], Heard]:
@@ -93,7 +96,7 @@ def _oracle(config: ConfigDict, seen: Seen) -> tuple[list[Finding], Heard]:
     return [_answered(CHECK, config, seen, judge, scores)], Heard(judge.about)
 
 
-def _remote(config: ConfigDict, seen: Seen, patience: float) -> tuple[list[Finding], Heard]:
+def _remote(config: ConfigDict, seen: Seen | None, patience: float) -> tuple[list[Finding], Heard]:
     endpoints = parse_endpoints(config.judge.endpoints)
     with ThreadPoolExecutor(len(endpoints)) as pool:
         asked = list(pool.map(lambda endpoint: _endpoint(config, seen, endpoint[0], patience), endpoints))
@@ -106,14 +109,47 @@ def _remote(config: ConfigDict, seen: Seen, patience: float) -> tuple[list[Findi
             findings[at] = dataclasses.replace(findings[at], verdict=FAULT, found=found, remedy=remedy)
     if any(finding.verdict == FAULT for finding in findings):
         return findings, Heard({"model": served} if served else {}, problem="the judge comes first")
+    if seen is None:
+        return findings, Heard({"model": served}, problem=_NO_DATA)
+    unanswered, trial = "", few[0]
     if config.judge.rpm or config.judge.tpm:  # A hundred questions would take minutes: those so far must do.
-        return findings, Heard({"model": served}, few[0] and dataclasses.replace(few[0], servers=len(endpoints)))
-    try:
-        samples = judge_trial.samples_of([_with_units(example) for example in seen.shown])
-        trial = judge_trial.ask(_patient(config, patience), samples, _fields(config, seen))
-        return findings, Heard({"model": served}, trial)
-    except UserError as error:
-        return findings, Heard({"model": served}, problem=str(error))
+        usage, trial = sum((each.usage for each in few), Usage()), dataclasses.replace(trial, servers=len(endpoints))
+    else:
+        try:
+            samples = judge_trial.samples_of([_with_units(example) for example in seen.shown])
+            trial = judge_trial.ask(_patient(config, patience), samples, _fields(config, seen))
+            usage = trial.usage
+        except judge_trial.Unanswered as error:
+            usage, unanswered = error.usage, error.method
+        except UserError as error:
+            at = next((at for at, (url, _) in enumerate(endpoints) if url.rstrip("/") in str(error)), 0)
+            findings[at] = fault(findings[at].check, error)
+            return findings, Heard({"model": served}, problem="the judge comes first")
+    if _failing(config, findings, [url for url, _ in endpoints], usage, unanswered):
+        return findings, Heard({"model": served}, problem="the judge comes first")
+    return findings, Heard({"model": served}, trial)
+
+
+def _failing(config: ConfigDict, findings: list[Finding], urls: Sequence[str], usage: Usage, unanswered: str) -> bool:
+    """Whether more questions have failed than a run lets pass: the finding on the endpoint of most of them says so.
+
+    unanswered: the method by which no question at all was answered, if any.
+    """
+    failed, asked, most = usage.failures.total(), usage.calls - usage.cached, config.judge.max_failure_rate
+    too_many = failed > most * asked
+    if not (too_many or unanswered):
+        return False
+    of = [sum(n for reason, n in usage.failures.items() if reason.startswith(f"{url.rstrip('/')}: ")) for url in urls]
+    at, (reason, count) = int(np.argmax(of)), usage.failures.most_common(1)[0]
+    so = f"a run stops above {most:g} (judge.max_failure_rate)" if too_many else f"none by {unanswered} was answered"
+    found = f"{failed} of {asked} questions failed ({count} x {reason}); {so}"
+    findings[at] = dataclasses.replace(findings[at], verdict=FAULT, found=found, remedy=_remedy(reason))
+    return True
+
+
+def _remedy(reason: str) -> str:
+    """What to do about a failure."""
+    return next((todo for pattern, todo in _REMEDIES if re.search(pattern, reason)), _UNUSABLE)
 
 
 def _fields(config: ConfigDict, seen: Seen) -> frozenset[str]:
@@ -130,20 +166,25 @@ def _with_units(example: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _patient(config: ConfigDict, seconds: float, url: str = "") -> ConfigDict:
-    """The configuration with a judge that may take `seconds`, at `url` alone where one is given, and no cache."""
+    """The configuration with a judge that may take `seconds`, at `url` alone where one is given, and no cache.
+
+    It asks again as often as a run does: what a run gets answered in the end is no failure here.
+    """
     bounded = config.copy_and_resolve_references()
     with bounded.unlocked():
         judge = bounded.judge
-        judge.timeout, judge.deadline = seconds, 2 * seconds
-        judge.retries, judge.cache_dir = min(judge.retries, _RETRIES), ""
+        judge.timeout, judge.deadline, judge.cache_dir = seconds, min(judge.deadline, 2 * seconds), ""
         judge.endpoints = url or judge.endpoints
     return bounded
 
 
 def _endpoint(
-    config: ConfigDict, seen: Seen, url: str, patience: float
+    config: ConfigDict, seen: Seen | None, url: str, patience: float
 ) -> tuple[Finding, str, judge_trial.Trial | None]:
-    """The finding on one endpoint, the name of its model ("" = not known), and what the questions to it took."""
+    """The finding on one endpoint, the name of its model ("" = not known), and what the questions to it took.
+
+    Without data it is connected to, which shows whether it is up, takes the key and knows the model.
+    """
     check = f"{CHECK} {url}"
     asks, bounded = rewards.resolve(config.rewards.name).asks, _patient(config, patience, url)
     try:
@@ -154,9 +195,13 @@ def _endpoint(
         judge = RemoteJudge(client, config.judge.max_tokens)
         try:
             client.connect(sees=judges.sees(asks))
-            rewards.check(config.rewards, judge, _fields(config, seen), config.data.name)
-            scores = _scores(config, seen, judge)
-            finding = _answered(check, config, seen, judge, scores)
+            if seen is None:
+                found = f"{client.model} answers; {_NO_DATA}: the reward's questions are about their pictures"
+                finding = Finding(check, UNCHECKED, found)
+            else:
+                rewards.check(config.rewards, judge, _fields(config, seen), config.data.name)
+                scores = _scores(config, seen, judge)
+                finding = _answered(check, config, seen, judge, scores)
             if finding.verdict == OK and "precision" in asks:
                 finding = _seeing(finding, seen, judge)
             if finding.verdict == OK and "recall" in asks:
@@ -187,8 +232,7 @@ def _answered(check: str, config: ConfigDict, seen: Seen, judge: Judge, scores: 
     if failures := dict(detail.get("failures", {})):
         name, reason = next(iter(failures.items()))
         more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
-        remedy = next((todo for pattern, todo in _REMEDIES if re.search(pattern, reason)), _UNUSABLE)
-        return Finding(check, FAULT, f"no answer about {name}{more}: {reason}", remedy)
+        return Finding(check, FAULT, f"no answer about {name}{more}: {reason}", _remedy(reason))
     objectives = rewards.objectives(config.rewards)
     given = zip(objectives, scores.rewards[0, 0], strict=False)
     means = ", ".join(f"{name} {reward:.2f}" for name, reward in given)

@@ -12,24 +12,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from balcap_jax import data, rewards
-from balcap_jax.cli import storage
+from balcap_jax.cli import json_text, storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_jsonl, resolved
 from balcap_jax.config.groups import DATA_DIR
 from balcap_jax.config.recipes import stage_order
 from balcap_jax.data.input import NO_CAPTION, NO_PICTURE, Data, LeftOut, examples
+from balcap_jax.data.listing import lines_of
+from balcap_jax.data.records import MEND_LINE, UNITS, read_record
 from balcap_jax.data.words import count_words
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
 from balcap_jax.doctor.places import existing, try_objects
 from balcap_jax.models.prompting import PromptProcessor, PromptTooLong
 from balcap_jax.training import judge_trial
-from balcap_jax.training.evaluation import check_best_metric
+from balcap_jax.training.evaluation import check_best_metric, measured_names
 from balcap_jax.training.workdir import readable
 
 DATA, PROMPTS, REFERENCES = "data", "prompts", "references"
 _SHOWN = 3  # held-out pictures that are opened at least
 _SPREAD, _LONGEST = 32, 16  # samples that are opened: evenly spaced, and those with the longest prompts
 _MOST_LEFT_OUT = 0.1  # share of the pictures that may be left out, or lack what the reward needs
+_SIZES = ("train_size", "validation_size", "test_size")
 _FEW_SCENES = 16  # of a split that are made to look at
 _NAMED = 2  # pictures that a finding names
 _NO_LINE = "no line in "  # how `records.join` begins the reason of a picture without a line
@@ -52,11 +55,11 @@ def look(config: ConfigDict, image_size: int, tokenizer: bool) -> tuple[list[Fin
     needs = rewards.resolve(config.rewards.name).needs
     if config.data.name in ("photos", "parquet") and config.data.data_dir == DATA_DIR:
         missing = "the settings come first: they say where the pictures are (data.data_dir)"
-        return [Finding(name, UNCHECKED, missing) for name in (DATA, REFERENCES)], None
+        return [Finding(DATA, UNCHECKED, missing), lines_alone(config, missing)], None
     try:
         with _quiet(), _opened(config, image_size, tokenizer, needs) as (splits, to_make):
             seen, damaged = _seen(config, splits, to_make)
-            return [_found(config, seen, damaged), _beside(config, seen)], seen
+            return [*_found(config, seen, damaged), *_beside(config, seen)], seen
     except UserError as error:
         return _without_units(config, image_size, tokenizer, error)
 
@@ -64,10 +67,13 @@ def look(config: ConfigDict, image_size: int, tokenizer: bool) -> tuple[list[Fin
 def _without_units(
     config: ConfigDict, image_size: int, tokenizer: bool, error: UserError
 ) -> tuple[list[Finding], Seen | None]:
-    """As `look`, where that raised `error`: of the data alone, if they can be read without what belongs to them."""
-    unknown = Finding(REFERENCES, UNCHECKED, "the data come first")
+    """As `look`, where that raised `error`: of the data alone, if they can be read without what belongs to them.
+
+    Else of the lines about them alone.
+    """
+    lines = lines_alone(config, "the data come first")
     if config.data.name == "scenes":
-        return [fault(DATA, error), unknown], None
+        return [fault(DATA, error), lines], None
     alone = config.copy_and_resolve_references()
     with alone.unlocked():
         alone.data.units = ""
@@ -75,8 +81,34 @@ def _without_units(
         with _quiet(), _opened(alone, image_size, tokenizer, ()) as (splits, to_make):
             seen, damaged = _seen(config, splits, to_make)
     except UserError as own:
-        return [fault(DATA, own if not config.data.units else error), unknown], None
-    return [_found(config, seen, damaged), fault(REFERENCES, error)], seen
+        if config.data.units and any(reason in str(own) for reason in NO_CAPTION):  # The lines are to bring them.
+            first = Finding(DATA, UNCHECKED, "the references come first: the pictures have no captions of their own")
+            return [first if lines.verdict == FAULT else fault(DATA, error), lines], None
+        if lines.verdict != FAULT and str(error) != str(own):
+            lines = fault(REFERENCES, error)
+        return [fault(DATA, own), lines], None
+    return [*_found(config, seen, damaged), fault(REFERENCES, error)], seen
+
+
+def lines_alone(config: ConfigDict, missing: str) -> Finding:
+    """Whether data.units can be read, where the data cannot: whether its lines fit them is not known.
+
+    missing: what comes first.
+    """
+    if not config.data.units or config.data.name == "scenes":
+        return Finding(REFERENCES, UNCHECKED, missing)
+    try:
+        file, count = storage.fetch(resolved(config.data.units)), 0
+        for number, line in lines_of(file, *UNITS):
+            where = f"{file}, line {number}"
+            read_record(json_text.parse_object(line, where, MEND_LINE), where, needs_caption=False)
+            count += 1
+    except UserError as error:
+        return fault(REFERENCES, error)
+    if not count:
+        return Finding(REFERENCES, FAULT, f"{file} (data.units) has no line", "run the same `recaption` again")
+    found = f"{missing}; {file.name} has {count:,} line{'s' * (count > 1)} that can be read"
+    return Finding(REFERENCES, UNCHECKED, found)
 
 
 @contextlib.contextmanager
@@ -94,15 +126,14 @@ def _opened(
     elif not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
         raise UserError(f"the data set cannot be made in {folder}: {place} is not to be written to; set data.data_dir")
     few = config.data.copy_and_resolve_references()
-    sizes = ("train_size", "validation_size", "test_size")
     with tempfile.TemporaryDirectory(prefix="balcap-doctor-") as aside:
         with few.unlocked():
             few.data_dir = aside
-            for name in sizes:
+            for name in _SIZES:
                 few[name] = min(few[name], _FEW_SCENES)
         splits = data.load(few, image_size, tokenizer=tokenizer, needs=needs)
         size = sum(path.stat().st_size for path in Path(aside).rglob("*") if path.is_file())
-        share = sum(config.data[name] for name in sizes) / sum(few[name] for name in sizes)
+        share = sum(config.data[name] for name in _SIZES) / sum(few[name] for name in _SIZES)
         yield splits, (folder, int(size * share))
 
 
@@ -132,38 +163,57 @@ def _places(source: Sequence[Any]) -> list[int]:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _found(config: ConfigDict, seen: Seen, damaged: Sequence[LeftOut]) -> Finding:
-    splits, order = seen.splits, stage_order(config)
+def _found(config: ConfigDict, seen: Seen, damaged: Sequence[LeftOut]) -> list[Finding]:
+    """All faults, or what there is."""
+    splits = seen.splits
     left_out = [entry for entry in splits.left_out if not entry.reason.startswith(_NO_LINE)]
-    used = sum(map(len, splits[:3]))
-    if seen.to_make:
-        names = ("train_size", "validation_size", "test_size")
-        sizes = " + ".join(f"{config.data[name]:,}" for name in names)
-        return Finding(DATA, OK, f"scenes: {sizes} pictures will be made in {seen.to_make[0]}")
+    used, rows = sum(map(len, splits[:3])), []
     if len(left_out) > _MOST_LEFT_OUT * (used + len(left_out)):
-        found = f"{len(left_out):,} of {used + len(left_out):,} pictures are left out: {_named(left_out)}"
-        return Finding(DATA, FAULT, found, _remedy(config, left_out))
+        found = f"{len(left_out):,} of {used + len(left_out):,} pictures {_are(left_out)} left out: {_named(left_out)}"
+        rows.append(Finding(DATA, FAULT, found, _remedy(config, left_out)))
     opened, empty = len(seen.looked_at) + len(seen.shown) + len(damaged), [one for one in damaged if is_empty(one)]
     if broken := [one for one in damaged if not is_empty(one)]:
-        found = f"of {opened} pictures that were opened {len(broken)} are damaged: {_named(broken)}"
-        return Finding(DATA, FAULT, found, "fetch these pictures again: others would be trained on in their place")
+        found = f"of {opened} pictures that were opened {len(broken)} {_are(broken)} damaged: {_named(broken)}"
+        remedy = "fetch these pictures again: others would be trained on in their place"
+        rows.append(Finding(DATA, FAULT, found, remedy))
     if len(empty) > _MOST_LEFT_OUT * opened:
-        found = f"{len(empty)} of {opened} samples that were opened are left out: {_named(empty)}"
-        return Finding(DATA, FAULT, found, _remedy(config, empty))
-    for name in order:
-        if config.stages[name].steps and config.stages[name].batch_size > len(splits.train):
-            size = config.stages[name].batch_size
-            found = f"{len(splits.train):,} samples to train on, and a batch of {name} takes {size:,}"
-            return Finding(DATA, FAULT, found, f"lower stages.{name}.batch_size, or add pictures")
-    try:
-        metric = config.checkpoint.best_metric
-        check_best_metric(metric, [metric], len(splits.validation))
-    except UserError as error:
-        return fault(DATA, error)
-    if not seen.shown:
-        return Finding(DATA, FAULT, "no picture is held out to be evaluated on", "raise data.test_share")
+        found = f"{len(empty)} of {opened} samples that were opened {_are(empty)} left out: {_named(empty)}"
+        rows.append(Finding(DATA, FAULT, found, _remedy(config, empty)))
+    rows += _sizes(config, seen)
+    if rows:
+        return rows
+    if seen.to_make:
+        sizes = " + ".join(f"{config.data[name]:,}" for name in _SIZES)
+        return [Finding(DATA, OK, f"scenes: {sizes} pictures will be made in {seen.to_make[0]}")]
     without = f", {len(empty)} of them left out: {_named(empty)}" if empty else ""
-    return Finding(DATA, OK, f"{_counts(config, splits)}; {opened} opened{without}")
+    return [Finding(DATA, OK, f"{_counts(config, splits)}; {opened} opened{without}")]
+
+
+def _sizes(config: ConfigDict, seen: Seen) -> list[Finding]:
+    """The faults of splits that are too small for what the config does with them."""
+    rows = []
+    train, validation, test = map(len, seen.splits[:3])
+    if seen.to_make:
+        train, validation, test = (config.data[name] for name in _SIZES)
+    for name in stage_order(config):
+        stage = config.stages[name]
+        if stage.steps and stage.batch_size > train:
+            found = f"{train:,} sample{'s' * (train != 1)} to train on, and a batch of {name} takes"
+            remedy = f"lower stages.{name}.batch_size, or add pictures"
+            rows.append(Finding(DATA, FAULT, f"{found} {stage.batch_size:,}", remedy))
+    metric = config.checkpoint.best_metric
+    try:
+        check_best_metric(metric, measured_names(config, seen.splits.fields), validation)
+    except UserError as error:
+        rows.append(fault(DATA, error, "name one of these, or leave the field empty"))
+    if not test:
+        remedy = f"raise data.{'test_size' if config.data.name == 'scenes' else 'test_share'}"
+        rows.append(Finding(DATA, FAULT, "no picture is held out to be evaluated on", remedy))
+    return rows
+
+
+def _are(entries: Sequence[Any]) -> str:
+    return "is" if len(entries) == 1 else "are"
 
 
 def is_empty(entry: LeftOut) -> bool:
@@ -215,8 +265,8 @@ def prompts(config: ConfigDict, seen: Seen | None, processor: PromptProcessor | 
     room, count = config.model.prompt_tokens, len(lengths) + len(too_long)
     room = getattr(processor, "prompt_tokens", room)
     if too_long:
-        name = max(too_long, key=too_long.get)
-        found = f"{len(too_long)} of {count} prompts that were looked at need more than model.prompt_tokens ({room})"
+        name, needs = max(too_long, key=too_long.get), "needs" if len(too_long) == 1 else "need"
+        found = f"{len(too_long)} of {count} prompts that were looked at {needs} more than model.prompt_tokens ({room})"
         remedy = f"set model.prompt_tokens to {too_long[name]} or more, or shorten the prompts"
         return Finding(PROMPTS, FAULT, f"{found}, up to {too_long[name]} with the picture ({name})", remedy)
     if problem := _too_short(config, seen, processor):
@@ -250,40 +300,42 @@ def _too_short(config: ConfigDict, seen: Seen, processor: PromptProcessor) -> Fi
 # ---- what the reward reads -------------------------------------------------------------------------------------------
 
 
-def _beside(config: ConfigDict, seen: Seen) -> Finding:
-    """What the reward needs beside a picture, and how many pictures data.units has a line about."""
-    splits, settings = seen.splits, config.rewards
+def _beside(config: ConfigDict, seen: Seen) -> list[Finding]:
+    """What the reward needs beside a picture, and how many pictures data.units has a line about: all faults, or one."""
+    splits, settings, rows = seen.splits, config.rewards, []
     try:
         rewards.check_fields(settings, splits.fields, config.data.name)
     except UserError as error:
-        return fault(REFERENCES, error)
+        rows.append(fault(REFERENCES, error))
     used = sum(map(len, splits[:3]))
     without = sum(entry.reason.startswith(_NO_LINE) for entry in splits.left_out)
     units = Path(config.data.units).name
     if without > _MOST_LEFT_OUT * (used + without):
-        found = f"{units} has no line about {without:,} of {used + without:,} samples, which are left out"
+        which = "which is" if without == 1 else "which are"
+        found = f"{units} has no line about {without:,} of {used + without:,} samples, {which} left out"
         more, remedy = _failures(storage.fetch(resolved(config.data.units)))
-        return Finding(REFERENCES, FAULT, found + more, remedy)
+        rows.append(Finding(REFERENCES, FAULT, found + more, remedy))
     needs = rewards.resolve(settings.name).needs
     examined = [*seen.looked_at, *seen.shown]
-    for field in needs:
+    for field in (field for field in needs if field in splits.fields):
         lacking = [example["id"] for example in examined if _is_empty(example, field)]
         if len(lacking) > _MOST_LEFT_OUT * len(examined):
-            found = (
-                f"{len(lacking)} of {len(examined)} samples that were looked at have no {field}, such as {lacking[0]}"
-            )
-            return Finding(
-                REFERENCES, FAULT, found, "have `recaption` write it, or choose another reward (rewards.name)"
-            )
+            have = "has" if len(lacking) == 1 else "have"
+            found = f"{len(lacking)} of {len(examined)} samples that were looked at {have} no {field}"
+            remedy = "have `recaption` write it, or choose another reward (rewards.name)"
+            rows.append(Finding(REFERENCES, FAULT, f"{found}, such as {lacking[0]}", remedy))
     empty = [example["id"] for example in examined if not str(example["reference"]).strip()]
     if empty:
-        found = f"{len(empty)} of {len(examined)} references that were looked at are empty, such as that of {empty[0]}"
-        return Finding(REFERENCES, FAULT, found, "write them with `recaption`, or remove these pictures")
+        found = f"{len(empty)} of {len(examined)} references that were looked at {_are(empty)} empty"
+        remedy = "write them with `recaption`, or remove these pictures"
+        rows.append(Finding(REFERENCES, FAULT, f"{found}, such as that of {empty[0]}", remedy))
+    if rows:
+        return rows
     words = np.mean([count_words(example["reference"]) for example in examined])
     found = f"{', '.join(('reference', *needs))} there; references have {words:.0f} words on average"
     if config.data.units and config.data.name != "scenes":
         found += f"; {units} has lines about {used:,} of {used + without:,} samples"
-    return Finding(REFERENCES, OK, found)
+    return [Finding(REFERENCES, OK, found)]
 
 
 def _failures(units: Path) -> tuple[str, str]:

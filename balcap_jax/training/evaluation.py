@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
+from balcap_jax import judges, rewards
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import write_bytes, write_text
@@ -21,11 +23,13 @@ from balcap_jax.config.recipes import stage_order
 from balcap_jax.data.input import as_columns, examples
 from balcap_jax.data.scenes.habits import HABITS
 from balcap_jax.data.words import count_words
+from balcap_jax.judges.schema import Judge
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import sharding
 from balcap_jax.parallel.host_batch import Rows, take
-from balcap_jax.rewards.base import Samples
+from balcap_jax.rewards.base import RewardFn, Samples
 from balcap_jax.rewards.bcapscore import OBJECTIVES, b_capscore, corpus_b_capscore
+from balcap_jax.rewards.miniature import with_miniature
 from balcap_jax.rollout import Sampling
 from balcap_jax.training.job import Examples, Job, picture_file, to_samples
 from balcap_jax.training.programs import Programs
@@ -105,6 +109,28 @@ def held_out(source: Sequence[Mapping[str, Any]], limit: int, split: str) -> lis
         text = f"held out: {len(found)} of {wanted} pictures of {split} can be read"
         print(f"{text}; evaluations are of these", flush=True)
     return found
+
+
+def measured(config: ConfigDict, judge: Judge, reward: RewardFn, fields: Collection[str]) -> RewardFn:
+    """What evaluations score, for the `reward` of the config by its `judge`; `fields` are those of the examples.
+
+    They ask everything, and no judge that is wrong on purpose.
+    """
+    exact = judge.exact()
+    reward = reward if exact is judge else rewards.build(config.rewards, exact, config.seed)
+    return with_miniature(rewards.measure(reward, exact, fields), exact, fields)
+
+
+def measured_names(config: ConfigDict, fields: Collection[str]) -> tuple[str, ...]:
+    """The names of what evaluations score, without a judge that is connected.
+
+    Raises:
+      UserError: there is no such reward.
+    """
+    if config.judge.name != "oracle":  # Only what is exact is asked for more than the reward's own objectives.
+        return rewards.objectives(config.rewards)
+    judge = judges.build(config.judge, config.seed)
+    return tuple(measured(config, judge, rewards.build(config.rewards, judge, config.seed), fields).names)
 
 
 def check_best_metric(metric: str, measured: Sequence[str], images: int) -> None:

@@ -41,6 +41,14 @@ class Trial:
         return self.usage.calls - self.usage.cached
 
 
+class Unanswered(UserError):
+    """All questions by one `method` of the judge failed; `usage` has what became of all questions."""
+
+    def __init__(self, text: str, usage: Usage, method: str):
+        super().__init__(text)
+        self.usage, self.method = usage, method
+
+
 def trial(config: ConfigDict, rollout: float = 0.0) -> str:
     """The table of `cost.sizing`, from questions about pictures of the data set, whose references stand for captions.
 
@@ -72,7 +80,7 @@ def ask(config: ConfigDict, samples: Samples, fields: Collection[str]) -> Trial:
     """Asks all that the reward asks about `samples`, of a data set with `fields`; no answer is cached.
 
     Raises:
-      UserError: the judge is down, or answers no question of one kind.
+      UserError: the judge is down; Unanswered: it answers no question of one kind.
     """
     asks = rewards.resolve(config.rewards.name).asks
     judge = config.judge.copy_and_resolve_references()
@@ -90,7 +98,7 @@ def ask(config: ConfigDict, samples: Samples, fields: Collection[str]) -> Trial:
 
 
 def taken(client: ChatClient, asks: Collection[str]) -> Trial:
-    """What all questions of a client have taken. Raises UserError where none by one of the methods `asks` is answered.
+    """What all questions of a client have taken. Raises Unanswered where none by one of the methods `asks` is answered.
 
     As many are reckoned to have been under way at once as the client allows.
     """
@@ -99,7 +107,8 @@ def taken(client: ChatClient, asks: Collection[str]) -> Trial:
     asked = usage.calls - usage.cached
     if len(named) < len(asks):
         reasons = "; ".join(f"{count} x {reason}" for reason, count in usage.failures.most_common(2))
-        raise UserError(f"of {asked} questions {usage.failures.total()} were not answered ({reasons})")
+        method = next(method for method in asks if method not in named)
+        raise Unanswered(f"of {asked} questions {usage.failures.total()} were not answered ({reasons})", usage, method)
     return Trial(usage, named, min(client.settings.concurrency, asked), len(client.settings.endpoints))
 
 

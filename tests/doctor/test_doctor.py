@@ -183,18 +183,18 @@ def test_faults_of_a_checkpoint(sound, tmp_path, name):
     plant, found, remedy = CHECKPOINT_FAULTS[name]
     shutil.copytree(sound.folder / "model", tmp_path / "model")
     plant(tmp_path / "model")
-    finding, _ = checkpoint.look(sound.config(model__path=tmp_path / "model"), None)
+    (finding,), _ = checkpoint.look(sound.config(model__path=tmp_path / "model"), None)
     assert_fault(finding, "checkpoint", found, remedy)
 
 
 def test_a_checkpoint_of_another_family(sound, tmp_path):
     hub_directory("llava", tmp_path / "model", torch.bfloat16)
-    finding, _ = checkpoint.look(sound.config(model__path=tmp_path / "model"), None)
+    (finding,), _ = checkpoint.look(sound.config(model__path=tmp_path / "model"), None)
     assert_fault(finding, "checkpoint", "is of the family llava, the recipe 'qwen25vl_3b' is one of qwen2_5_vl", "take")
 
 
 def test_a_frozen_part_that_is_not_there(sound):
-    finding, _ = checkpoint.look(sound.config(stages__rl__freeze="^projector/"), None)
+    (finding,), _ = checkpoint.look(sound.config(stages__rl__freeze="^projector/"), None)
     assert_fault(finding, "checkpoint", "'stages.rl.freeze' ('^projector/') matches no parameter", "paths begin with")
 
 

@@ -245,9 +245,9 @@ def test_a_checkpoint_in_a_bucket_without_a_shard(server, sound):
     send(server, sound.folder / "model", "model")
     name = server.names("model/model-")[1]
     del server.buckets["bucket"][name]
-    finding, _ = checkpoint.look(sound.config(model__path="gs://bucket/model"), None)
+    (finding,), _ = checkpoint.look(sound.config(model__path="gs://bucket/model"), None)
     assert_fault(finding, "checkpoint", f"{bucket.SCHEME}bucket/{name} is missing", "download this shard")
-    finding, _ = checkpoint.look(sound.config(model__path="gs://nowhere/model"), None)
+    (finding,), _ = checkpoint.look(sound.config(model__path="gs://nowhere/model"), None)
     assert_fault(finding, "checkpoint", "there is no bucket gs://nowhere", "make it, or mend its name")
 
 

@@ -17,7 +17,8 @@ ROWS = 60
 
 def of_data(sound, name: str, source, **more: object) -> dict[str, Finding]:
     fields = {"data__name": name, "data__data_dir": source, "data__manual_dir": "", "data__units": ""} | more
-    config: ConfigDict = sound.config(rewards__name="lexical", rewards__weights="1", **fields)
+    lexical = {"rewards__name": "lexical", "rewards__weights": "1", "checkpoint__best_metric": "rouge_l"}
+    config: ConfigDict = sound.config(**lexical, **fields)
     return {finding.check: finding for finding in check.look(config, 96, tokenizer=False)[0]}
 
 

@@ -40,6 +40,7 @@ _STAY = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 PassedOver = Callable[[str, tuple[int, ...]], bool]
 """Whether a tensor of this name and shape is none of the model's."""
 
+_NAMED = 8  # shards that an error names; it counts the others
 _LONGEST_NAME = 255  # bytes; file systems take no more
 # The reference implementation refuses longer headers too.
 _LONGEST_HEADER = 100_000_000
@@ -186,13 +187,9 @@ def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape
       UserError: no weights, or pickled weights only. A shard that is missing, cut short or no safetensors file. A
         tensor of a type other than fp32, fp16 and bf16, in two shards, or that the index places elsewhere.
     """
-    index = _read_index(directory)
-    if WEIGHTS not in index.values() and storage.is_file(directory / WEIGHTS):
-        index = {}
-    files = sorted(set(index.values())) if index else [WEIGHTS]
-    for file in files:
-        if not storage.is_file(directory / file):
-            raise _no_weights(directory, file, INDEX if index else "")
+    index, files = _shards(directory)
+    if missing := [file for file in files if not storage.is_file(directory / file)]:
+        raise _no_weights(directory, missing, INDEX if index else "")
     tensors: dict[str, Tensor] = {}
     for file in files:
         for tensor in read_file(directory / file, passed_over):
@@ -206,6 +203,31 @@ def read_directory(directory: Path, passed_over: PassedOver = lambda name, shape
         if name not in tensors or tensors[name].file.name != file:
             raise UserError(f"{directory / file} lacks tensor {name}, which {INDEX} places there; {_DOWNLOAD_AGAIN}")
     return {name: tensor for name, tensor in tensors.items() if not passed_over(name, tensor.shape)}
+
+
+def problems(directory: Path, passed_over: PassedOver = lambda name, shape: False) -> list[UserError]:
+    """What is wrong with the files of weights of a directory, each taken alone; `read_directory` raises the first."""
+    try:
+        index, files = _shards(directory)
+    except UserError as error:
+        return [error]
+    missing = [file for file in files if not storage.is_file(directory / file)]
+    found = [_no_weights(directory, missing, INDEX if index else "")] if missing else []
+    for file in files:
+        if file not in missing:
+            try:
+                read_file(directory / file, passed_over)
+            except UserError as error:
+                found.append(error)
+    return found
+
+
+def _shards(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """(the index, {} = there is none that counts; the files of weights that there should be)."""
+    index = _read_index(directory)
+    if WEIGHTS not in index.values() and storage.is_file(directory / WEIGHTS):
+        index = {}
+    return index, sorted(set(index.values())) if index else [WEIGHTS]
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -234,9 +256,14 @@ def _is_beside(file: Any) -> bool:
     return plain and file.isprintable() and len(os.fsencode(file)) <= _LONGEST_NAME
 
 
-def _no_weights(directory: Path, file: str, index: str) -> UserError:
+def _no_weights(directory: Path, missing: Sequence[str], index: str) -> UserError:
+    first, *others = missing
+    if index and others:
+        named = f"{directory / first}, {', '.join(others[: _NAMED - 1])}"
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        return UserError(f"{named}{more} are missing, though {index} names them; download these shards too")
     if index:
-        return UserError(f"{directory / file} is missing, though {index} names it; download this shard too")
+        return UserError(f"{directory / first} is missing, though {index} names it; download this shard too")
     shards = [path.name for path in storage.files_in(directory, ".safetensors")]
     if shards:
         return UserError(f"{directory / INDEX} is missing beside {shards[0]}; download the index too")
@@ -246,7 +273,7 @@ def _no_weights(directory: Path, file: str, index: str) -> UserError:
                 f"{path} is a pickle, which can run code when it is read, and there is no {WEIGHTS}; take the "
                 f"checkpoint's safetensors files, or save it again with transformers"
             )
-    return UserError(f"{directory} holds no weights: {file} is missing; give the directory of a whole checkpoint")
+    return UserError(f"{directory} holds no weights: {first} is missing; give the directory of a whole checkpoint")
 
 
 def refuse_pointer(path: Path) -> None:
