@@ -25,9 +25,9 @@ from ml_collections import ConfigDict
 
 from balcap_jax import judges, rewards
 from balcap_jax.cli import json_text
-from balcap_jax.cli.arguments import CommandParser, place, split_overrides
+from balcap_jax.cli.arguments import CommandParser, disk_place, place, split_overrides
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import write_text
+from balcap_jax.cli.files import try_out, write_text
 from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config.recipes import check, default_config
 from balcap_jax.judges.schema import Failure, Judge, Usage
@@ -415,10 +415,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", type=place, default=str(SET), metavar="FILE", help="the labelled scenes")
     parser.add_argument("--scenes", type=int, default=0, metavar="N", help="ask about the first N of them alone")
     parser.add_argument("--photos", type=place, metavar="FOLDER", help="captions.jsonl and checklists.jsonl")
-    parser.add_argument("--out", type=place, metavar="DIR", help="write agreement.json and agreement.md there")
+    parser.add_argument("--out", type=disk_place, metavar="DIR", help="write agreement.json and agreement.md there")
     args = parser.parse_args(rest)
     if args.scenes < 0 or args.scenes == 1:
         raise UserError(f"--scenes={args.scenes}: intervals need at least 2 scenes (0 = all)")
+    if args.out:
+        try_out(Path(args.out))  # Before hundreds of questions are asked.
     config = config_of(args.judge, overrides)
     if args.photos and args.judge == "oracle":
         raise UserError("--photos: the oracle knows the scenes alone; leave it out, or name another --judge")

@@ -14,7 +14,6 @@ import fcntl
 import functools
 import importlib.util
 import logging
-import math
 import os
 import re
 import shutil
@@ -36,6 +35,7 @@ _FIELDS = "nextPageToken,prefixes,items(name,size,crc32c,generation)"
 # The second is for Orbax, which asks what kind of bucket it is.
 _ROLES = "the roles storage.objectUser and storage.legacyBucketReader"
 MAKE_ROOM = "make room there, or set TMPDIR to a directory on another disk"
+_LOOK_AT = "look at this machine's network, at the bucket's name, and at STORAGE_EMULATOR_HOST if that is set"
 _INSTALL = "a gs:// path needs gcsfs; install it with `pip install 'balcap-jax[gcs]'`, or mount the bucket"
 
 
@@ -170,18 +170,31 @@ def _remove_dead(folder: Path) -> None:
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
-_most_patience = math.inf
+_CONNECT, _SILENCE = 5.0, 15.0  # seconds in a block of `patience`: to reach the server, and without a byte of it
+
+
+class _Block:
+    """Of `patience`: how long a request is repeated, and the error of the first that was given up."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.given_up = seconds, None
+
+
+_block: _Block | None = None
 
 
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """For the block: a bucket that fails is asked again for at most so many seconds, beyond gcsfs's own tries."""
-    global _most_patience
-    before, _most_patience = _most_patience, seconds
+    """For the block: a request that fails is repeated for at most so many seconds, without gcsfs's own tries.
+
+    After the first that is given up none is sent again: each fails at once, for the same reason.
+    """
+    global _block
+    before, _block = _block, _Block(seconds)
     try:
         yield
     finally:
-        _most_patience = before
+        _block = before
 
 
 @functools.cache
@@ -199,7 +212,21 @@ def _client() -> Any:
             settings["token"] = "anon"  # As Google's own client does: to look for credentials takes seconds.
     for name in ("gcsfs", "gcsfs.retry", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # They log what is raised, too.
-    return GCSFileSystem(use_listings_cache=False)
+    client = GCSFileSystem(use_listings_cache=False)
+    client._request = functools.partial(_request, client)
+    return client
+
+
+async def _request(client: Any, *args: Any, **query: Any) -> Any:
+    """As gcsfs sends a request; in a block of `patience` once, and within seconds."""
+    if _block is None:
+        client.requests_timeout = None
+        return await type(client)._request(client, *args, **query)
+    import aiohttp
+
+    # gcsfs tries six times with pauses of half a minute in all, and each lasts until the system gives up.
+    client.requests_timeout = aiohttp.ClientTimeout(connect=_CONNECT, sock_read=_SILENCE)
+    return await type(client)._request.__wrapped__(client, *args, **query)
 
 
 def _asked(url: str, ask: Callable[[Any], Any]) -> Any:
@@ -209,7 +236,11 @@ def _asked(url: str, ask: Callable[[Any], Any]) -> Any:
       FileNotFoundError: the object is not there. Changed: a precondition does not hold.
       BucketError: the bucket is not there, refuses, or has not answered.
     """
-    client, deadline = _client(), time.monotonic() + min(_PATIENCE, _most_patience)
+    client, block = _client(), _block
+    if block is not None and block.given_up is not None:
+        raise _failure(url, block.given_up) from block.given_up
+    seconds, pause = (_PATIENCE, _PAUSE) if block is None else (block.seconds, min(_PAUSE, 1.0))
+    start = time.monotonic()
     while True:
         try:
             return ask(client)
@@ -218,9 +249,12 @@ def _asked(url: str, ask: Callable[[Any], Any]) -> Any:
         except FileNotFoundError:
             raise
         except Exception as error:
-            if not _is_passing(error) or time.monotonic() > deadline:
+            is_passing = _is_passing(error)
+            if not is_passing or time.monotonic() - start >= seconds:
+                if block is not None and is_passing:
+                    block.given_up = error
                 raise _failure(url, error) from error
-        time.sleep(_PAUSE)
+        time.sleep(pause)
 
 
 def _is_passing(error: Exception) -> bool:
@@ -244,10 +278,8 @@ def _failure(url: str, error: Exception) -> BucketError:
         return BucketError(f"{url}: access is denied; give this account {_ROLES} on {where} ({text[-200:]})")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BucketError(f"{url}: a copy of it has no room in {copies()} ({error.strerror}); {MAKE_ROOM}")
-    return BucketError(
-        f"{url} cannot be reached ({type(error).__name__}: {text[:200]}); what is in the bucket is whole, run the same "
-        "command again"
-    )
+    remedy = "what is in the bucket is whole, run the same command again" if _block is None else _LOOK_AT
+    return BucketError(f"{url} cannot be reached ({type(error).__name__}: {text[:200]}); {remedy}")
 
 
 def _missing(bucket: str) -> BucketError:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from balcap_jax.cli.errors import UserError
 _NOTHING_TO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)  # from fsync of a directory on some network disks
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre and NFS, as they are often mounted.
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/")  # With one slash too: it is what pathlib makes of two.
+_SLIP = re.compile(r"\s*gs:/+(?=[^/])", re.IGNORECASE)  # how a gs:// path is misspelt
 _LONGEST_SHOWN = 80  # characters of a path in a message
 LARGEST = 1 << 31  # bytes of a file that is read whole
 _LONGEST_LINE = 1 << 26  # bytes: a line may hold pictures
@@ -42,9 +44,12 @@ def resolved(path: str | os.PathLike, what: str = "the path") -> Path:
     if bucket.is_url(text):
         return bucket.local(text)
     if _URL.match(text):
+        remedy = "mount it and give the path there (a folder of that name is ./...)"
+        if slip := _SLIP.match(text):
+            remedy = f"did you mean gs://{text[slip.end() :]}?"
         raise UserError(
             f"{what} is a URL, and files are read and written on mounted disks and in gs:// buckets only, got "
-            f"{quoted}; mount it and give the path there (a folder of that name is ./...)"
+            f"{quoted}; {remedy}"
         )
     if "\0" in text:
         raise UserError(f"{what} holds a character 0, which no name has, got {quoted}")
@@ -173,6 +178,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         replace_file(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space there or name another directory") from error
+
+
+def try_out(folder: Path) -> None:
+    """Raises UserError where `write_bytes` cannot write into a folder. Nothing stays, and no folder is made."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".try-", dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror} ({place}); name another directory") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ EVERY = 60.0  # seconds between uploads of what grows
 _SHARE = 20  # An upload that takes a second is repeated after this many at the earliest.
 _THREADS = 16
 LOCK = ".lock"
+_POINTER = b"version https://git-lfs.github.com/spec/"  # github.com/git-lfs/git-lfs, docs/spec.md: the first line
 _ASIDE = (".tmp", ".writing")  # ends of names of what is about to be renamed
 
 # Objects that were listed and not fetched, and the generations of those that were fetched or sent, by their paths here.
@@ -104,6 +105,15 @@ def read_range(path: Path, start: int, size: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         return file.read(size)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError where git has left what stands for a large file in its place. Raises OSError as `open` does."""
+    if read_range(path, 0, len(_POINTER)) == _POINTER:
+        raise UserError(
+            f"{path} is a pointer of Git LFS, a few lines in place of the file; run `git lfs pull` there, or "
+            "fetch the file with `hf download`"
+        )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from balcap_jax.cli.errors import UserError
+
 SUFFIXES = (".parquet", ".pq")
+_TARS = (".tar", ".tar.gz", ".tgz")
 _ADDRESS = re.compile(rf"(.+(?:{'|'.join(map(re.escape, SUFFIXES))}))#(\d+)(?:#([^#]+))?", re.IGNORECASE | re.DOTALL)
 
 
@@ -31,6 +34,19 @@ def is_parquet(source: str | os.PathLike) -> bool:
     if path.is_dir():
         return any(next(path.rglob(f"*{suffix}"), None) for suffix in SUFFIXES)
     return path.name.lower().endswith(SUFFIXES)
+
+
+def refuse_tars(source: Path, name: str) -> None:
+    """Raises UserError for a .tar, or a folder with some, which `data.name` = `name` cannot read; webdataset has such.
+
+    Folders with pictures or parquet files besides are the caller's to read.
+    """
+    files = (path for path in source.rglob("*") if not path.is_dir()) if source.is_dir() else (source,)
+    if tar := next((path for path in files if path.name.lower().endswith(_TARS)), None):
+        raise UserError(
+            f"{tar} is a .tar file, and data.name={name} reads none; unpack the .tar files (`tar -xf`), and give the "
+            "folder of their pictures and texts with --config.data.name=photos"
+        )
 
 
 def folder_of(source: str | os.PathLike) -> Path:

@@ -157,6 +157,20 @@ def _remedy(schema: pa.Schema) -> str:
     return f"its columns are {listed}; give --config.data.columns={text}{meant} (recaption: --columns)"
 
 
+def likeliest(field: str, schema: pa.Schema) -> str:
+    """The column that is likely meant by a field; "" where none is."""
+    return _likeliest(field, {name: kind_of(schema.field(name).type) for name in schema.names})
+
+
+def addresses(schema: pa.Schema) -> list[str]:
+    """The column that may say where the pictures are, of paths or URLs, in a list; none where there are pictures."""
+    if picture_column(schema):
+        return []
+    texts = [name for name in schema.names if kind_of(schema.field(name).type) == TEXT]
+    likely = likeliest("image", schema)
+    return [likely] if likely else [name for name in texts if "url" in name.lower()][:1]
+
+
 def _likeliest(field: str, kinds: Mapping[str, str]) -> str:
     """The column that is likely meant by a field; "" where none is."""
     fitting = {name: kind for name, kind in kinds.items() if kind in _TAKES[field]}

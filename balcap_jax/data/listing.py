@@ -168,6 +168,11 @@ def files_below(folder: Path, what: str) -> list[tuple[str, str]]:
     return sorted(pictures)
 
 
+def has_picture(folder: Path) -> bool:
+    """Whether a file below the folder ends as pictures do."""
+    return any(path.suffix.lower() in images.SUFFIXES for path in folder.rglob("*"))
+
+
 def lines_of(source: Path, what: str = "", remedy: str = "give a folder or a JSONL file") -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a JSONL file that are not empty; `what` comes before its name in an error.
 

@@ -23,7 +23,7 @@ from balcap_jax.data import images, photos, same_pictures
 from balcap_jax.data.addresses import address, with_column
 from balcap_jax.data.columns import Columns
 from balcap_jax.data.input import NO_CAPTION, Data, LeftOut
-from balcap_jax.data.listing import Item, real_path, with_ending
+from balcap_jax.data.listing import Item, has_picture, real_path, with_ending
 from balcap_jax.data.parquet_files import ParquetFiles, RowError, Rows, find
 from balcap_jax.data.readable import Readable
 from balcap_jax.data.records import REWARDED, endings, lines_about, nowhere, read_record
@@ -140,26 +140,38 @@ def open_table(source: str, chosen: str, root: str, what: str, *, needs_caption:
     Raises:
       UserError: as `find`, `ParquetFiles` and `columns.choose` do, there is no row, or pictures are URLs.
     """
-    paths, folder = find(source, what)
+    try:
+        paths, folder = find(source, what)
+    except UserError as error:
+        if resolved(source).is_dir() and has_picture(resolved(source)):
+            raise UserError(
+                f"{what}: {source} has pictures and no parquet file; give --config.data.name=photos"
+            ) from error
+        raise
     files = ParquetFiles(paths, folder)
     if not len(files):
         raise UserError(f"no row in {source}: {len(paths)} parquet files without rows; give others")
     if not needs_caption and not chosen and "image" not in files.schema.names:
         chosen = f"image={choices.picture_column(files.schema)}"
-    columns = choices.choose(chosen, files.schema, str(paths[0]), needs_caption=needs_caption)
+    try:
+        columns = choices.choose(chosen, files.schema, str(paths[0]), needs_caption=needs_caption)
+    except UserError:
+        if "image" not in choices.parse(chosen):
+            for column in choices.addresses(files.schema):  # To name these columns would only bring the next error.
+                _refuse_urls(files, column, choices.likeliest("caption", files.schema), source)
+        raise
     files.kinds_differ(list(dict.fromkeys(columns.values())), choices.kind_of)
     place = resolved(root).absolute() if root else folder.absolute()
     table = Table(files, columns, place, needs_caption=needs_caption)
-    _refuse_urls(table, source)
+    _refuse_urls(files, columns["image"], columns.get("caption", ""), source)
     return table
 
 
-def _refuse_urls(table: Table, source: str) -> None:
-    """Raises UserError where the first path among the pictures is a URL; nothing is read where there are no paths."""
-    column = table.columns["image"]
-    if choices.kind_of(choices.field_of(table.files.schema, column).type) != choices.TEXT:
+def _refuse_urls(files: ParquetFiles, column: str, caption: str, source: str) -> None:
+    """Raises UserError where the first path in a column of pictures is a URL; other kinds of columns are not read."""
+    if choices.kind_of(choices.field_of(files.schema, column).type) != choices.TEXT:
         return
-    reader = Rows(table.files, [column])
+    reader = Rows(files, [column])
     for row in range(min(len(reader), _LOOKED_AT)):
         try:
             value = reader[row][column]
@@ -168,10 +180,9 @@ def _refuse_urls(table: Table, source: str) -> None:
         if value and not choices.is_url(value):
             return
         if value:
-            caption = table.columns.get("caption", "caption")
             raise UserError(
                 f"the column {column!r} of {source} holds URLs, not pictures; download them with `img2dataset "
-                f"--url_list={source} --input_format=parquet --url_col={column} --caption_col={caption} "
+                f"--url_list={source} --input_format=parquet --url_col={column} --caption_col={caption or 'caption'} "
                 "--resize_mode=no --output_format=files --output_folder=DIR`, and train on them with data.name=photos "
                 "and data.data_dir=DIR"
             )

@@ -5,6 +5,7 @@ the row, in blocks; the last blocks stay, and so does the place that reading cam
 """
 
 import collections
+import contextlib
 import glob
 import os
 import threading
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import open_regular, resolved
-from balcap_jax.data.addresses import SUFFIXES, folder_of, is_parquet
+from balcap_jax.data.addresses import SUFFIXES, folder_of, is_parquet, refuse_tars
 
 _BUFFER = 1 << 20  # bytes that are read of a column at once
 _BLOCK = 8 << 20  # bytes of rows that are decoded at once, by the footer
@@ -129,6 +130,8 @@ def find(source: str | os.PathLike, what: str) -> tuple[list[Path], Path]:
         found = [Path(path) for path in glob.glob(str(place), recursive=True)]
     else:
         found = [place]
+    if not found or found == [place]:
+        refuse_tars(place, "parquet")
     if not found or not all(path.is_file() for path in found):
         raise UserError(f"{what}: no parquet file at {source}; give a file, a folder or a glob such as 'DIR/train-*'")
     return sorted(found), folder_of(place)
@@ -143,6 +146,8 @@ def _footer(path: Path) -> pq.FileMetaData:
             footer.schema.to_arrow_schema()  # Not all that other writers can write can be read.
             return footer
     except _FAILURES as error:
+        with contextlib.suppress(OSError):
+            storage.refuse_pointer(path)
         remedy = "download it again" if is_parquet(path) else "give others, or data.name=photos for a JSONL file"
         raise UserError(f"{path} is no whole parquet file ({_reason(error)}); {remedy}") from error
 

@@ -27,7 +27,7 @@ from balcap_jax.cli.bucket import is_url
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.files import read_bytes, resolved
 from balcap_jax.data import images, picture_index, same_pictures
-from balcap_jax.data.addresses import SUFFIXES, is_parquet
+from balcap_jax.data.addresses import SUFFIXES, is_parquet, refuse_tars
 from balcap_jax.data.input import NO_CAPTION, Data, LeftOut
 from balcap_jax.data.listing import PictureNames, RealPaths, files_below, lines_of, renamed, spelt
 from balcap_jax.data.readable import Readable
@@ -111,7 +111,11 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
         records, left_out = _beside(source, index.with_suffix(".captions.json"), needs_caption=not config.get("units"))
         if not records and not left_out and is_parquet(source):
             raise UserError(f"{source} has parquet files and no picture; give --config.data.name=parquet")
+        if not records and not left_out:
+            refuse_tars(source, "photos")
     elif source.is_file() or source.is_dir():
+        if source.is_file():
+            refuse_tars(source, "photos")
         listed = source if source.is_file() else source / CAPTIONS
         folder = resolved(config["manual_dir"]) if config.get("manual_dir") else folder
         records, left_out = _listed(listed, folder, columns, needs_caption=not config.get("units")), []

@@ -221,4 +221,6 @@ def prepare(data_dir: str, manual_dir: str, annotations: str, needs: Sequence[st
             input.prepare(builder, manual_dir=folder)
         return builder
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot prepare the data set sharegpt4v in {place}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        remedy = "; set data.data_dir to a disk that can be written to" if isinstance(error, OSError) else ""
+        raise UserError(f"cannot prepare the data set sharegpt4v in {place}: {reason}{remedy}") from error

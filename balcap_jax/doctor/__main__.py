@@ -10,6 +10,7 @@ compiles the programs as well (`aot`), which takes minutes.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -22,12 +23,14 @@ from balcap_jax.cli.process import exit_on_user_error
 from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import Data
 from balcap_jax.doctor import checkpoint, devices, findings, judge, outlay, pictures, places
-from balcap_jax.doctor.findings import FAULT, OK, Finding
+from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding
 from balcap_jax.training import announce, required
 from balcap_jax.training.programs import model_fields
 
 SETTINGS = "settings"
-UNPLACED = "ready, but for the place of the run: without --workdir neither that nor the room on its disk was looked at"
+BUCKET_SECONDS = 10.0  # in which a request to a bucket may fail and be repeated
+UNPLACED = "for the place of the run: without --workdir neither that nor the room on its disk was looked at"
+UNMESHED = "for the devices: without --topology neither their number nor their memory was held against the mesh"
 
 
 def examine(
@@ -53,14 +56,27 @@ def examine(
     of_judge, heard = judge.look(config, seen)
     found += of_judge
     weights = built.file_bytes if built and config.model.path else 0
-    found += [places.workdir(config, workdir), places.disk(config, workdir, seen and seen.to_make, weights)]
-    of_devices, planned = devices.look(aot, topology, slices)
+    found.append(places.workdir(config, workdir))
+    found.append(_disk(config, workdir, [finding, found[-1]], seen and seen.to_make, weights))
+    of_devices, planned = devices.mesh(config, built and built.params), None
+    if topology and of_devices.verdict != FAULT:
+        of_devices, planned = devices.look(aot, topology, slices)
     found += [*outlay.look(config, heard, planned, limits), of_devices]
     block = ""
     if seen and built and (heard.about or config.judge.name != "remote"):
         splits = _to_be_made(config, seen.splits) if seen.to_make else seen.splits
         block = announce.block(config, built.family, built.params, splits, seen.shown, judge.Named(heard.about))
     return found, block
+
+
+def _disk(
+    config: ConfigDict, workdir: str, first: Sequence[Finding], to_make: tuple[Path, int] | None, weights: int
+) -> Finding:
+    """Sizes and places are known where those of `first`, of checkpoint and workdir, have no fault."""
+    faulty = [finding.check for finding in first if finding.verdict == FAULT]
+    if faulty and workdir:
+        return Finding(places.DISK, UNCHECKED, f"the {faulty[0]} comes first")
+    return places.disk(config, workdir, to_make, weights)
 
 
 def _to_be_made(config: ConfigDict, few: Data) -> Data:
@@ -138,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # No chip of this machine is taken: shapes are all that is computed.
     given = [f"--config={args.config}", *(f"{OVERRIDE}{n}={v}" for n, v in split_overrides(arguments)[1].items())]
     limits = outlay.Limits(args.chip_hour_price, args.step_seconds, args.max_hours, args.budget)
-    with bucket.patience(0.0):  # A bucket that is down is a finding, and not to be waited for.
+    with bucket.patience(BUCKET_SECONDS):  # A bucket that is down is a finding, and not to be waited for.
         found, block = examine(
             config, args.workdir or "", aot=given, topology=args.topology, slices=args.slices, limits=limits
         )
@@ -150,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"not ready: {first}", file=sys.stderr, flush=True)
         raise SystemExit(1)
     if not args.json:
-        print("ready" if args.workdir else UNPLACED, flush=True)
+        unseen = [UNPLACED] * (not args.workdir) + [UNMESHED] * (devices.is_given(config) and not args.topology)
+        print(f"ready, but {'; '.join(unseen)}" if unseen else "ready", flush=True)
 
 
 if __name__ == "__main__":

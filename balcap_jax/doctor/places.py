@@ -257,7 +257,8 @@ def disk(config: ConfigDict, place: str, to_make: tuple[Path, int] | None = None
         largest, needed = max(on_disk, key=lambda part: part.size), sum(part.size for part in on_disk)
         free = shutil.disk_usage(existing(largest.place)).free
         if needed > free:
-            found = f"{_gb(free)} are free at {largest.place}, {_gb(needed)} are needed, most of it for {largest.what}"
+            found = f"{_gb(free, needed)} are free at {largest.place}, {_gb(needed)} are needed, most of it for "
+            found += largest.what
             return Finding(DISK, FAULT, found, largest.remedy)
     free = f"{_gb(shutil.disk_usage(existing(folder)).free)} are free at {folder}"
     if url:
@@ -270,5 +271,6 @@ def _used(folder: Path) -> int:
     return sum(os.lstat(path).st_size for path in folder.rglob("*") if not path.is_dir()) if folder.is_dir() else 0
 
 
-def _gb(count: float) -> str:
-    return f"{count / GB:,.2f} GB" if count >= GB / 100 else f"{count / 1e6:,.2f} MB"
+def _gb(count: float, beside: float = 0) -> str:
+    """In GB, or in MB where neither it nor what it stands beside has a hundredth of one."""
+    return f"{count / GB:,.2f} GB" if max(count, beside) >= GB / 100 else f"{count / 1e6:,.2f} MB"

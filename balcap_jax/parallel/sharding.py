@@ -203,6 +203,16 @@ def possible_splits(mesh: Mesh) -> list[int]:
     return [mesh.shape["tensor"] * size for size in range(1, others + 1) if others % size == 0]
 
 
+def check_split(mesh: Mesh, split: int) -> None:
+    """Raises UserError where matrices cannot be split over `split` devices of the mesh while sampling."""
+    if split not in (possible := possible_splits(mesh)):
+        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        raise UserError(
+            f"mesh.sampling is {split}, but on the mesh {shape} a matrix can be split over {_listed(possible)} devices "
+            "while sampling; set it to one of these, or to auto"
+        )
+
+
 def sampling_mesh(mesh: Mesh, split: int) -> Mesh:
     """The same devices in the same order, with `fsdp` x `tensor` = `split`: what is left of `fsdp` goes to `data`.
 
@@ -211,12 +221,7 @@ def sampling_mesh(mesh: Mesh, split: int) -> Mesh:
     Raises:
       UserError: the mesh has no such split.
     """
-    if split not in (possible := possible_splits(mesh)):
-        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        raise UserError(
-            f"mesh.sampling is {split}, but on the mesh {shape} a matrix can be split over {_listed(possible)} devices "
-            "while sampling; set it to one of these, or to auto"
-        )
+    check_split(mesh, split)
     fsdp = split // mesh.shape["tensor"]
     if fsdp == mesh.shape["fsdp"]:
         return mesh

@@ -318,7 +318,7 @@ def check_mesh(config: ConfigDict, mesh: Mesh, stage: str) -> None:
     if stage == "rl" and parts != "auto":
         sharding.check_parts(mesh, settings.batch_size, parts)
     if split != "auto":
-        sharding.sampling_mesh(mesh, split)
+        sharding.check_split(mesh, split)
 
 
 def of_last_stage(config: ConfigDict, mesh: Mesh | None = None) -> tuple[Programs, Params]:

@@ -157,3 +157,11 @@ def test_a_run_is_resumed_by_another_spelling_of_its_paths(tmp_path, monkeypatch
         assert recipes.differences(saved, now) == []
     now.data.data_dir = "other"
     assert recipes.differences(saved, now) == ["data.data_dir: 'x/../data' -> 'other'"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("gs:/bucket/x", "gs://bucket/x"), (" gs://b", "gs://b"), ("GS://b/x", "gs://b/x")]
+)
+def test_a_gs_path_that_is_misspelt(given, meant):
+    with pytest.raises(UserError, match=rf"; did you mean {meant}\?$"):
+        resolved(given)

@@ -68,7 +68,7 @@ def test_a_key_of_the_card_keeps_rows_of_a_picture_together(tmp_path, name, caps
     assert "parquet: 6 pictures;" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("chosen", ["pixmo_cap", "image=image_url,caption=caption"])
+@pytest.mark.parametrize("chosen", ["pixmo_cap", "image=image_url,caption=caption", "caption=caption", ""])
 def test_urls_are_refused_with_what_downloads_them(tmp_path, chosen):
     table = {name: values for name, values in CARDS["pixmo_cap"].items() if name != "image"}
     with pytest.raises(UserError, match=r"the column 'image_url' of .*a\.parquet holds URLs, not pictures") as caught:
@@ -78,6 +78,18 @@ def test_urls_are_refused_with_what_downloads_them(tmp_path, chosen):
     given = f"--url_list={source} --input_format=parquet --url_col=image_url --caption_col=caption"
     assert f"`img2dataset {given} --resize_mode=no --output_format=files --output_folder=DIR`" in line
     assert "data.name=photos and data.data_dir=DIR" in line
+
+
+@pytest.mark.parametrize("name", ["url", "photo", "image_path"])
+def test_a_column_of_texts_that_is_not_named(tmp_path, name):
+    """URLs are refused as such; where there are none, what may be meant is proposed, and nothing for a mere URL."""
+    table = {name: ["https://host/a.jpg"] * COUNT, "text": TEXTS}
+    with pytest.raises(UserError, match=rf"the column '{name}' of .*a\.parquet holds URLs, .* --caption_col=text "):
+        found(tmp_path, table)
+    with pytest.raises(UserError, match=r"nothing says where the pictures are in .*; its columns are "):
+        found(tmp_path, table | {name: ["a.jpg"] * COUNT})
+    with pytest.raises(UserError, match=r"has no column 'nope'"):
+        found(tmp_path, table, columns="image=nope,caption=text")
 
 
 @pytest.mark.parametrize(

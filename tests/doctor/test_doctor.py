@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -491,6 +492,24 @@ def test_a_disk_without_renames(sound, tmp_path, monkeypatch):
     finding = places.workdir(sound.config(), str(tmp_path / "run"))
     assert_fault(finding, "workdir", "does not take what training does to it: Operation not supported", "renames")
     assert os.listdir(tmp_path) == []
+
+
+def test_room_is_not_guessed_for_a_model_or_a_place_that_is_not_known(sound, tmp_path):
+    path, place = sound.folder / "none", "/proc/nope/x"
+    for workdir, given, first in (
+        (tmp_path / "run", {"model__path": path}, "checkpoint"),
+        (place, {}, "workdir"),
+    ):
+        found = {finding.check: finding for finding in doctor.examine(sound.config(**given), str(workdir))[0]}
+        assert [name for name, finding in found.items() if finding.verdict == FAULT] == [first]
+        assert found["disk"] == Finding("disk", UNCHECKED, f"the {first} comes first")
+
+
+def test_both_amounts_have_one_unit(sound, tmp_path, monkeypatch):
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=3_150_000))
+    finding = places.disk(sound.config(judge__cache_gb=0.02), str(tmp_path / "run"))
+    assert finding.found.startswith("0.00 GB are free at ")
+    assert " 0.02 GB are needed" in finding.found
 
 
 def test_too_many_checkpoints_for_the_disk(sound, tmp_path):

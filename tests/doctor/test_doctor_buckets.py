@@ -1,10 +1,12 @@
 """What `doctor` finds of places in a bucket, against a server of its API in this process."""
 
+import asyncio
 import errno
 import importlib.util
 import json
 import os
 import shutil
+import time
 import types
 from pathlib import Path
 
@@ -75,6 +77,15 @@ def test_a_new_workdir_is_tried_and_nothing_stays(server, sound):
     assert server.names() == []
 
 
+def test_a_bucket_as_a_whole_is_a_place(server, sound):
+    assert places.workdir(sound.config(), "gs://bucket").verdict == OK
+    assert server.names() == []
+    send(server, sound.folder / "model", "")
+    for name in server.names():
+        server.buckets["bucket"][name.lstrip("/")] = server.buckets["bucket"].pop(name)
+    assert checkpoint.look(sound.config(model__path="gs://bucket"), None)[0].verdict == OK
+
+
 def test_the_run_of_another_config(server, sound):
     server.put("runs/a/config.json", recipes.to_text(sound.config(seed=7)).encode())
     server.put("runs/a/metrics.jsonl", b"{}\n")
@@ -112,7 +123,7 @@ REFUSED = {
     "no name of a bucket": ("gs://B/run", None, "'gs://B/run' is no place in a bucket", "write gs://BUCKET/FOLDER"),
     "credentials": (RUN, (401, "Anonymous caller"), "gs://bucket asks for credentials", "run `gcloud auth applicat"),
     "access": (RUN, (403, "no objects.list"), f"{RUN}: access is denied", ROLES),
-    "down": (RUN, (503, "Backend Error"), f"{RUN} cannot be reached", "run the same command again"),
+    "down": (RUN, (503, "Backend Error"), f"{RUN} cannot be reached", "look at this machine's network"),
 }
 
 
@@ -123,6 +134,40 @@ def test_a_bucket_that_cannot_be_used(server, sound, capfd, name):
         finding = places.workdir(sound.config(), place)
     assert_fault(finding, "workdir", found, remedy)
     assert capfd.readouterr() == ("", "")
+
+
+UNREACHABLE = {"a closed port": "http://127.0.0.1:9", "no such host": "http://balcap-no-such-host.invalid:80"}
+
+
+@pytest.mark.parametrize("name", UNREACHABLE)
+def test_a_server_that_cannot_be_reached_is_told_within_seconds(sound, capsys, monkeypatch, name):
+    """With gcsfs's own pauses, and a bucket in all places that take one."""
+    import gcsfs.retry
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", asyncio)
+    monkeypatch.setattr(bucket, "_PAUSE", 5.0)
+    monkeypatch.setattr(doctor, "BUCKET_SECONDS", 1.5)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", UNREACHABLE[name])
+    given = {"model.path": "gs://bucket/model", "data.units": "gs://bucket/u.jsonl", "data.data_dir": "gs://bucket/d"}
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([*sound.command(RUN, **given), "--json"])
+    assert time.monotonic() - start < 25
+    assert ended.value.code == 1
+    told = {entry["check"]: entry for entry in json.loads(capsys.readouterr().out)["checks"]}
+    assert {check for check, entry in told.items() if entry["verdict"] == FAULT} == {"checkpoint", "data", "workdir"}
+    for check, place in (("checkpoint", "gs://bucket/model"), ("workdir", RUN)):
+        assert told[check]["found"].startswith(f"{place} cannot be reached (Client")
+        remedy = "look at this machine's network, at the bucket's name, and at STORAGE_EMULATOR_HOST if that is set"
+        assert told[check]["remedy"] == remedy
+
+
+def test_a_request_that_is_lost_is_sent_again_in_a_hurry_too(server, sound):
+    with server.failing(share=0.3), bucket.patience(10.0):
+        for _ in range(3):
+            assert places.workdir(sound.config(), RUN).verdict == OK
+    assert server.failed > 5
+    assert server.names() == []
 
 
 def without_gcsfs(monkeypatch) -> None:

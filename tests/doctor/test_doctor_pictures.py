@@ -1,13 +1,16 @@
 """What `doctor` says of folders, JSONL and parquet files that cannot be trained on as they are."""
 
+import errno
 import json
+import os
+import tarfile
 
 import pytest
 from data.parquet_tables import pictures, png, write
 from doctor.set_up import assert_fault
 from ml_collections import ConfigDict
 
-from balcap_jax.data import images
+from balcap_jax.data import images, sharegpt4v
 from balcap_jax.data.same_pictures import fields_of
 from balcap_jax.doctor import pictures as check
 from balcap_jax.doctor.findings import OK, UNCHECKED, Finding
@@ -123,6 +126,41 @@ def test_the_wrong_form_names_the_right_one(sound, tmp_path):
     assert_fault(finding, "data", "has pictures beside their captions", "leave it empty, or give data.name=parquet")
     finding = of_data(sound, "photos", tmp_path / "none")["data"]
     assert_fault(finding, "data", "no such folder or file", "name the folder of your photographs")
+
+
+def test_folders_of_another_form_say_what_they_are(sound, tmp_path):
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "00000.tar", "w"):
+        pass
+    for name in ("photos", "parquet"):
+        for source in (tmp_path / "set", tmp_path / "set" / "00000.tar"):
+            finding = of_data(sound, name, source)["data"]
+            found = f"00000.tar is a .tar file, and data.name={name} reads none"
+            assert_fault(finding, "data", found, "unpack the .tar files (`tar -xf`), and give the folder")
+    (tmp_path / "set" / "a.png").write_bytes(png(0))
+    (tmp_path / "set" / "a.txt").write_text("A.")
+    finding = of_data(sound, "photos", tmp_path / "set")["data"]
+    assert ".tar" not in finding.found + finding.remedy, "a picture is there, and so the tar is something else"
+    (tmp_path / "set" / "00000.tar").unlink()
+    finding = of_data(sound, "parquet", tmp_path / "set")["data"]
+    assert_fault(finding, "data", "has pictures and no parquet file", "give --config.data.name=photos")
+
+
+def test_a_pointer_in_place_of_a_parquet_file(sound, tmp_path):
+    (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 496721\n")
+    finding = of_data(sound, "parquet", tmp_path)["data"]
+    assert_fault(finding, "data", "a.parquet is a pointer of Git LFS", "run `git lfs pull` there, or fetch the file")
+
+
+def test_an_index_that_cannot_be_written(sound, tmp_path, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(sharegpt4v, "make_directory", refused)
+    config = sound.config(data__data_dir=tmp_path / "new")
+    finding = check.look(config, 96, tokenizer=False)[0][0]
+    found = f"cannot prepare the data set sharegpt4v in {tmp_path / 'new'}: [Errno 30] Read-only file system"
+    assert_fault(finding, "data", found, "set data.data_dir to a disk that can be written to")
 
 
 def test_a_place_that_nobody_named_is_not_looked_at(sound):

@@ -240,6 +240,21 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert [line.split(" | ")[2] for line in last if line.startswith("| ")][2:] == ["not measured yet"] * 5
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge_agreement, "measure", lambda *_: pytest.fail("the judge was asked"))
+    (tmp_path / "file").touch()
+    for place, reason in ((tmp_path / "file", "Not a directory"), ("/proc/nope/x", "No such file or directory")):
+        with pytest.raises(SystemExit) as ended:
+            judge_agreement.main(["--judge=oracle", "--scenes=8", f"--out={place}"])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: cannot write to {place}: {reason} (")
+        assert line.endswith("; name another directory")
+    with pytest.raises(pytest.fail.Exception):
+        judge_agreement.main(["--judge=oracle", "--scenes=8", f"--out={tmp_path / 'new' / 'out'}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing stays of the try"
+
+
 def test_a_judge_behind_an_endpoint(tmp_path, capsys, monkeypatch):
     """Its costs are those of its requests; photographs' criteria are asked where a folder is named."""
     captions = [{"id": name, "caption": f"A {name} is here."} for name in ("dog", "cat")]

@@ -17,13 +17,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from balcap_jax.cli import storage
 from balcap_jax.cli.errors import UserError, shown
 from balcap_jax.cli.files import read_json_object, resolved
 from balcap_jax.models import fields as model_fields
 from balcap_jax.models import llava, lora, qwen2_5_vl, qwen3_vl
 from balcap_jax.models.fields import DEFAULTS, OWN
 from balcap_jax.models.formats import hf, peft, safetensors
-from balcap_jax.models.formats.safetensors import refuse_pointer
 from balcap_jax.models.formats.slices import Index, read_slice
 from balcap_jax.models.llava import hf as llava_hf
 from balcap_jax.models.policy import Params, Policy
@@ -258,7 +258,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         if file.suffix in CARRIED and file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"the tokenizer at {path} cannot be read: {file.name} is no regular file; copy it there")
         if file.suffix in CARRIED and file.is_file():
-            refuse_pointer(file)
+            storage.refuse_pointer(file)
     try:
         # The import is here because it imports torch wherever that is installed: most commands can spare that second.
         from transformers import AutoTokenizer

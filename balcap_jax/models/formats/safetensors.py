@@ -45,7 +45,6 @@ _LONGEST_NAME = 255  # bytes; file systems take no more
 # The reference implementation refuses longer headers too.
 _LONGEST_HEADER = 100_000_000
 _DOWNLOAD_AGAIN = "download or copy it again"
-_POINTER = b"version https://git-lfs.github.com/spec/"  # github.com/git-lfs/git-lfs, docs/spec.md: the first line
 
 
 class Tensor(NamedTuple):
@@ -276,19 +275,10 @@ def _no_weights(directory: Path, missing: Sequence[str], index: str) -> UserErro
     return UserError(f"{directory} holds no weights: {first} is missing; give the directory of a whole checkpoint")
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raises UserError where git has left what stands for a large file in its place. Raises OSError as `open` does."""
-    if storage.read_range(path, 0, len(_POINTER)) == _POINTER:
-        raise UserError(
-            f"{path} is a pointer of Git LFS, a few lines in place of the file; run `git lfs pull` there, or "
-            "fetch the file with `hf download`"
-        )
-
-
 def read_file(path: Path, passed_over: PassedOver = lambda name, shape: False) -> list[Tensor]:
     """The tensors of one file, from its header. Raises UserError as `read_directory` does."""
     try:
-        refuse_pointer(path)
+        storage.refuse_pointer(path)
         size = storage.size_of(path)
         length = int.from_bytes(storage.read_range(path, 0, 8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
