@@ -57,7 +57,7 @@ def examine(
     found += of_judge
     weights = built.file_bytes if built and config.model.path else 0
     found.append(places.workdir(config, workdir))
-    found.append(_disk(config, workdir, [finding, found[-1]], seen and seen.to_make, weights))
+    found.append(_disk(config, workdir, [*of_model, found[-1]], seen and seen.to_make, weights))
     of_devices, planned = devices.mesh(config, built and built.params), None
     if topology and of_devices.verdict != FAULT:
         of_devices, planned = devices.look(aot, topology, slices)
