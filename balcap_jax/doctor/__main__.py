@@ -28,7 +28,7 @@ from balcap_jax.training import announce, required
 from balcap_jax.training.programs import model_fields
 
 SETTINGS = "settings"
-BUCKET_SECONDS = 10.0  # in which a request to a bucket may fail and be repeated
+BUCKET_SECONDS = 6.0  # in which a request to a bucket may fail and be repeated
 UNPLACED = "for the place of the run: without --workdir neither that nor the room on its disk was looked at"
 UNMESHED = "for the devices: without --topology neither their number nor their memory was held against the mesh"
 

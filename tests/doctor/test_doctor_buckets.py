@@ -83,7 +83,8 @@ def test_a_bucket_as_a_whole_is_a_place(server, sound):
     send(server, sound.folder / "model", "")
     for name in server.names():
         server.buckets["bucket"][name.lstrip("/")] = server.buckets["bucket"].pop(name)
-    assert checkpoint.look(sound.config(model__path="gs://bucket"), None)[0].verdict == OK
+    [found], _ = checkpoint.look(sound.config(model__path="gs://bucket"), None)
+    assert found.verdict == OK
 
 
 def test_the_run_of_another_config(server, sound):
@@ -152,10 +153,11 @@ def test_a_server_that_cannot_be_reached_is_told_within_seconds(sound, capsys, m
     start = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         doctor.main([*sound.command(RUN, **given), "--json"])
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 60  # With gcsfs's own pauses it would be minutes.
     assert ended.value.code == 1
     told = {entry["check"]: entry for entry in json.loads(capsys.readouterr().out)["checks"]}
-    assert {check for check, entry in told.items() if entry["verdict"] == FAULT} == {"checkpoint", "data", "workdir"}
+    faults = {check for check, entry in told.items() if entry["verdict"] == FAULT}
+    assert faults == {"checkpoint", "data", "references", "workdir"}
     for check, place in (("checkpoint", "gs://bucket/model"), ("workdir", RUN)):
         assert told[check]["found"].startswith(f"{place} cannot be reached (Client")
         remedy = "look at this machine's network, at the bucket's name, and at STORAGE_EMULATOR_HOST if that is set"
