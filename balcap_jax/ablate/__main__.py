@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from balcap_jax import rewards
-from balcap_jax.ablate import plans, report, results
+from balcap_jax.ablate import plans, report
 from balcap_jax.ablate.claims import piloted
 from balcap_jax.ablate.leave_one_out import plan, write_tables
 from balcap_jax.ablate.plans import Plan
@@ -37,7 +37,7 @@ from balcap_jax.ablate.table import BASE
 from balcap_jax.ablate.variants import LEAVE_ONE_OUTS
 from balcap_jax.cli.arguments import CommandParser, called, disk_place, split_overrides
 from balcap_jax.cli.errors import UserError
-from balcap_jax.cli.files import AppendedLines, write_text
+from balcap_jax.cli.files import AppendedLines, try_out, write_text
 from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
 from balcap_jax.config import recipes as configuration
 
@@ -68,7 +68,7 @@ def _check_options(args: argparse.Namespace) -> None:
     else:
         without, mode = {"--pilot": args.pilot, "--results": args.results, "--keep": args.keep}, "a recipe of one's own"
     for name, value in without.items():
-        if value:
+        if value not in (None, False):
             raise UserError(f"{name} says nothing beside {mode}; leave it out")
     if args.pilot and args.seeds is not None:
         raise UserError("--pilot has seeds of its own; leave --seeds out")
@@ -123,7 +123,7 @@ def run_studies(
 ) -> None:
     """Makes the runs of studies that have no result, and writes OUT/NAME.md and its figure for each."""
     made.missing(studies, seeds)  # What cannot be run leaves nothing behind.
-    results.check_folder(made.results)
+    try_out(made.results)
     with PreemptionFlag() as stop, AppendedLines(made.out / "study.jsonl") as log:
         failed = plans.conduct(made, studies, seeds, jobs=jobs, keep=keep, log=log, stop=stop)
     left = plans.left(made, studies, seeds)

@@ -14,7 +14,6 @@ seconds, jobs, device, versions  what it cost, how many ran at a time, and where
 import hashlib
 import re
 import statistics
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,7 @@ from balcap_jax.ablate.studies import PILOT_SEEDS, WARM_UP
 from balcap_jax.ablate.table import METRICS, points
 from balcap_jax.cli import json_text
 from balcap_jax.cli.errors import UserError, shown
-from balcap_jax.cli.files import make_directory, read_json_object, read_jsonl, write_text
+from balcap_jax.cli.files import read_json_object, read_jsonl, write_text
 from balcap_jax.config import recipes as configuration
 from balcap_jax.config.schema import FIELDS
 from balcap_jax.report.run import CEILING, KINDS
@@ -124,17 +123,6 @@ def check_evaluated(result: Mapping[str, Any], path: Path) -> None:
     for kind in KINDS.values():
         if "b_capscore" not in result[kind].get("after", {}):
             raise UserError(f"{path} is no result of a study ({kind}.after.b_capscore: missing); {_REMEDY}")
-
-
-def check_folder(results: Path) -> None:
-    """Makes the folder of results, before anything is trained. Raises UserError where no file can be written there."""
-    try:
-        make_directory(results)
-        with tempfile.TemporaryFile(dir=results):
-            pass
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{results} cannot hold results ({reason}); name another --results") from error
 
 
 def fresh(path: Path, config: ConfigDict) -> tuple[dict[str, Any] | None, str | None]:

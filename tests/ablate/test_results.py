@@ -100,16 +100,6 @@ def test_a_damaged_field_is_named(tmp_path, field, value):
         results.read(path)
 
 
-def test_a_folder_of_results_is_tried_before_anything_is_trained(tmp_path):
-    results.check_folder(tmp_path / "a" / "b")
-    assert [*(tmp_path / "a" / "b").iterdir()] == []
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"file/results cannot hold results \(Not a directory\); name another --results"
-    ):
-        results.check_folder(tmp_path / "file" / "results")
-
-
 def test_means_of_an_evaluation():
     evaluation = {
         "precision": {"mean": 0.8123456, "std": 0.1},

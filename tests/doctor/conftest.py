@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 
@@ -8,3 +10,14 @@ def sound(tmp_path_factory):
 
     with sound_in(tmp_path_factory.mktemp("sound")) as found:
         yield found
+
+
+@pytest.fixture
+def own(sound, tmp_path):
+    """A set-up whose data and lines a test may spoil: a copy of the sound one."""
+    from doctor.set_up import SetUp
+
+    shutil.copytree(sound.folder / "data", tmp_path / "data")
+    shutil.copy(sound.folder / "units.jsonl", tmp_path)
+    (tmp_path / "model").symlink_to(sound.folder / "model")
+    return SetUp(tmp_path, sound.server)

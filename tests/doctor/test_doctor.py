@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from doctor.set_up import ANNOTATIONS, RECIPE, ROOT, SetUp, assert_fault, seeing, write_lines
+from doctor.set_up import ANNOTATIONS, RECIPE, ROOT, assert_fault, seeing, write_lines
 from ml_collections import ConfigDict
 
 from balcap_jax.config import recipes
@@ -200,15 +200,6 @@ def test_a_frozen_part_that_is_not_there(sound):
 
 
 # ---- data, prompts, references ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own(sound, tmp_path) -> SetUp:
-    """A copy whose data and lines a test may spoil."""
-    shutil.copytree(sound.folder / "data", tmp_path / "data")
-    shutil.copy(sound.folder / "units.jsonl", tmp_path)
-    (tmp_path / "model").symlink_to(sound.folder / "model")
-    return SetUp(tmp_path, sound.server)
 
 
 def of_data(config: ConfigDict) -> dict[str, Finding]:

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from doctor.set_up import ANNOTATIONS, ROOT, SetUp, assert_fault, seeing, write_lines
+from doctor.set_up import ANNOTATIONS, ROOT, assert_fault, seeing, write_lines
 
 from balcap_jax import rewards
 from balcap_jax.cli.errors import UserError
@@ -27,15 +27,6 @@ from misbehaving import JudgeServer, Reply, blocks_of, kind_of
 @pytest.fixture(scope="module")
 def seen(sound) -> pictures.Seen:
     return pictures.look(sound.config(), 96, tokenizer=False)[1]
-
-
-@pytest.fixture
-def own(sound, tmp_path) -> SetUp:
-    """A copy whose data and lines a test may spoil."""
-    shutil.copytree(sound.folder / "data", tmp_path / "data")
-    shutil.copy(sound.folder / "units.jsonl", tmp_path)
-    (tmp_path / "model").symlink_to(sound.folder / "model")
-    return SetUp(tmp_path, sound.server)
 
 
 def faults_of(found: list[Finding]) -> list[tuple[str, str]]:
