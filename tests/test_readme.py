@@ -212,8 +212,8 @@ def test_rewards_estimators_and_aggregations_are_all_there_are():
     assert set(re.findall(r"`(\w+)`", told[1])) == set(advantages.ESTIMATORS) - {advantages.BEST_OF}
     assert set(re.findall(r"`(\w+)`", told[2])) == set(advantages.AGGREGATIONS)
     # As long as no study has trained them, tests are all there is.
-    has_run = "Not yet run." not in re.search(r"<!-- ablate: rivals -->.*?<!-- end", page("results"), re.DOTALL)[0]
-    assert has_run == ("tests only" not in text), "docs/results.md has other rewards trained whole: say so in README.md"
+    has_run = "Not yet run." not in re.search(r"<!-- ablate: rivals -->.*?<!-- end", page("studies"), re.DOTALL)[0]
+    assert has_run == ("tests only" not in text), "docs/studies.md has other rewards trained whole: say so in README.md"
 
 
 def test_metrics_are_all_there_are_and_compared_where_it_says():
@@ -257,11 +257,14 @@ def test_extras_are_those_of_the_package():
 def test_the_table_is_that_of_the_results():
     told = rows(TEXT.partition("```\n\n")[2])
     assert told[0][1:] == ["before RL", "after RL", "change", "ceiling"]
-    text = page("results").partition("Greedy captions (128):")[2]
+    text = page("studies").partition("Greedy captions (128):")[2]
     measured = {row[0]: row[-4:] for row in rows(text)}
     assert len(told) == 6
     for name, *row in told[1:]:
         assert row == measured[name], name
+    samples = {row[0]: row[-4:] for row in rows(page("studies").partition("Sampled captions, 2 per image (256):")[2])}
+    for name, *row in rows(page("results").partition("Greedy captions (128)")[2])[1:]:
+        assert row == [*measured[name], *samples[name]], name
     assert rows(text)[0][1:-4] == [f"seed {seed}" for seed in range(5)]
     assert "All 128 test scenes." in page("results")
     # The picture is of the seed whose change is the median one, of the run that is in the table.

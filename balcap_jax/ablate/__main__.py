@@ -3,7 +3,7 @@
     python -m balcap_jax.ablate --study=list                         the studies of the embedded world, and their sizes
     python -m balcap_jax.ablate --study=spread --out=runs/studies    runs what has no result yet in docs/results
     python -m balcap_jax.ablate --study=spread --out=D --pilot       on the pilot's seeds: how many seeds it takes
-    python -m balcap_jax.ablate --report                             docs/results.md and its figures, from results alone
+    python -m balcap_jax.ablate --report                             tables and figures of docs, from results alone
     python -m balcap_jax.ablate --config=configs/scenes.py --out=runs/ablation --variants=full,grpo --seeds=0,1
 
 A study (`ablate/studies.py`) leaves one small JSON file for each run (`ablate/results.py`), by which no run is made
@@ -41,7 +41,7 @@ from balcap_jax.cli.files import AppendedLines, try_out, write_text
 from balcap_jax.cli.process import INTERRUPTED, PreemptionFlag, exit_on_user_error
 from balcap_jax.config import recipes as configuration
 
-PAGE = Path("docs/results.md")
+PAGES = (Path("docs/results.md"), Path("docs/studies.md"))
 
 
 def _seeds(text: str) -> list[int]:
@@ -164,11 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--pilot", action="store_true", help="run what a primary claim compares on other seeds, and plan the study's"
     )
-    results_help = f"where results of studies lie; default: {PAGE.parent}/results, with own fields OUT/results"
+    results_help = f"where results of studies lie; default: {PAGES[0].parent}/results, with own fields OUT/results"
     parser.add_argument("--results", type=disk_place, metavar="DIR", help=results_help)
     parser.add_argument("--keep", action="store_true", help="keep the directories of a study's finished runs")
-    parser.add_argument("--report", action="store_true", help="run nothing; write the page's tables and figures")
-    parser.add_argument("--page", type=disk_place, metavar="FILE", default=str(PAGE), help="default: %(default)s")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the pages' tables and figures")
+    page_help = f"of --report, may be repeated: a table goes where its marks are; default: {PAGES[0]} and {PAGES[1]}"
+    parser.add_argument("--page", type=disk_place, metavar="FILE", action="append", help=page_help)
     cores = len(os.sched_getaffinity(0))
     jobs_help = "runs at a time, which share the cores; default: one per core (%(default)s); 1 on an accelerator"
     parser.add_argument("--jobs", type=int, default=cores, metavar="N", help=jobs_help)
@@ -200,15 +201,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_own = bool(overrides) or not _is_of_studies(args.config or RECIPE)
     if args.report and is_own and not args.results:
         raise UserError("--report of runs with own fields needs --results=DIR, where they are")
-    own = args.results or (out / "results" if is_own else PAGE.parent / "results")
+    own = args.results or (out / "results" if is_own else PAGES[0].parent / "results")
     made, studies = Plan(args.config or RECIPE, overrides, out, Path(own).absolute()), _studies(args.study)
     if args.report:
         if not any(made.results.glob("*-seed*.json")):
             raise UserError(f"{made.results} holds no result of a study; name the folder with --results, or run one")
-        page = Path(args.page).absolute()
-        contents = report.sections(made, studies, page.parent / "figures", whole=args.study is None)
-        report.rewrite(page, contents)
-        print(f"page: {page}")
+        pages = [page.absolute() for page in map(Path, args.page or PAGES)]
+        contents = report.sections(made, studies, pages[0].parent / "figures", whole=args.study is None)
+        report.rewrite(pages, contents)
+        print(*(f"page: {page}" for page in pages), sep="\n")
         return
     seeds = PILOT_SEEDS if args.pilot else None if args.seeds is None else _seeds(args.seeds)
     studies = list(map(piloted, studies)) if args.pilot else studies

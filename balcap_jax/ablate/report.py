@@ -2,8 +2,8 @@
 
     <!-- ablate: NAME -->   ...   <!-- end: NAME -->
 
-In a page, what stands between these two lines is written anew for each study NAME, for "primary" (the primary claims),
-"pilot" and "cost"; all else is the writer's.
+What stands between these two lines is written anew for each study NAME, for "primary" (the primary claims), "pilot" and
+"cost", in the one page that has them; all else is the writer's.
 """
 
 import re
@@ -364,25 +364,29 @@ def sections(plan: Plan, studies: Sequence[Study], figures: Path, *, whole: bool
     return made
 
 
-def rewrite(page: Path, contents: Mapping[str, str]) -> None:
-    """Puts each section in its place in the page.
+def rewrite(pages: Sequence[Path], contents: Mapping[str, str]) -> None:
+    """Puts each section in its place, which one of the pages has; before all have one, nothing is written.
 
     Raises:
-      UserError: the page cannot be read, or has no place for a section.
+      UserError: a page cannot be read, or a section has no place or several.
     """
-    try:
-        text = read_bytes(page).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{page} cannot be read ({error}); name another --page") from error
+    texts = {}
+    for page in pages:
+        try:
+            texts[page] = read_bytes(page).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{page} cannot be read ({error}); name another --page") from error
     for name, content in contents.items():
-        text = replaced(text, name, content, page)
-    write_text(page, text)
+        texts = replaced(texts, name, content)
+    for page, text in texts.items():
+        write_text(page, text)
 
 
-def replaced(text: str, name: str, content: str, page: Path) -> str:
-    """The text with `content` between the lines of `name`. Raises UserError where they are not there once."""
+def replaced(texts: Mapping[Path, str], name: str, content: str) -> dict[Path, str]:
+    """{page: text} with `content` between the lines of `name`. Raises UserError where they are not there once."""
     first, last = f"<!-- ablate: {name} -->\n", f"<!-- end: {name} -->"
     place = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
-    if len(place.findall(text)) != 1:
-        raise UserError(f"{page} must have the lines {first.strip()} and {last} once; add them where the table belongs")
-    return place.sub(lambda _: f"{first}{content}{last}", text)
+    if sum(len(place.findall(text)) for text in texts.values()) != 1:
+        where = f"{' or '.join(map(str, texts))} must have"
+        raise UserError(f"{where} the lines {first.strip()} and {last} once; add them where the table belongs")
+    return {page: place.sub(lambda _: f"{first}{content}{last}", text) for page, text in texts.items()}

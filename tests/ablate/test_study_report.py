@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from balcap_jax.ablate import drawings, figures, report, results
+from balcap_jax.ablate.__main__ import PAGES
 from balcap_jax.ablate.figures import Panel, Series
 from balcap_jax.ablate.plans import Plan
 from balcap_jax.ablate.studies import (
@@ -256,23 +257,42 @@ def test_every_study_has_a_figure():
 
 
 def test_a_page_keeps_what_is_not_generated():
-    page = "# A\n<!-- ablate: x -->\nold\n<!-- end: x -->\ntext\n<!-- ablate: y -->\n<!-- end: y -->\n"
-    once = report.replaced(page, "x", "new \\1\n", Path("p.md"))
-    assert once == page.replace("old", "new \\1")
-    assert report.replaced(once, "x", "new \\1\n", Path("p.md")) == once
+    text = "# A\n<!-- ablate: x -->\nold\n<!-- end: x -->\ntext\n<!-- ablate: y -->\n<!-- end: y -->\n"
+    page, other = Path("p.md"), Path("q.md")
+    once = report.replaced({page: text, other: "# B\n"}, "x", "new \\1\n")
+    assert once == {page: text.replace("old", "new \\1"), other: "# B\n"}
+    assert report.replaced(once, "x", "new \\1\n") == once
     with pytest.raises(UserError, match=r"p\.md must have the lines <!-- ablate: z --> and <!-- end: z --> once"):
-        report.replaced(page, "z", "new", Path("p.md"))
-    with pytest.raises(UserError, match="once"):
-        report.replaced(page + page, "x", "new", Path("p.md"))
+        report.replaced({page: text}, "z", "new")
+    for twice in ({page: text + text}, {page: text, other: text}):
+        with pytest.raises(UserError, match="once"):
+            report.replaced(twice, "x", "new")
 
 
-def test_the_page_of_results_has_a_place_for_every_section():
-    page = Path(__file__).parents[2] / "docs" / "results.md"
-    text = page.read_text()
+def test_a_page_that_lacks_a_place_leaves_the_others_as_they_are(tmp_path):
+    pages = [tmp_path / "a.md", tmp_path / "b.md"]
+    for page, name in zip(pages, "xy", strict=True):
+        page.write_text(f"<!-- ablate: {name} -->\nold\n<!-- end: {name} -->\n")
+    with pytest.raises(UserError, match=r"a\.md or .*b\.md must have the lines <!-- ablate: z -->"):
+        report.rewrite(pages, {"x": "new\n", "z": "new\n"})
+    assert all("old" in page.read_text() for page in pages)
+    report.rewrite(pages, {"y": "new\n", "x": "newer\n"})
+    assert [page.read_text().splitlines()[1] for page in pages] == ["newer", "new"]
+
+
+def test_the_pages_of_results_have_a_place_for_every_section():
+    texts = {page: page.read_text() for page in (Path(__file__).parents[2] / page for page in PAGES)}
     for name in (*STUDIES, "primary", "pilot", "cost"):
-        assert "new" in report.replaced(text, name, "new", page)
-    for link in re.findall(r"\]\((figures/[^)]*)\)", text):
-        assert (page.parent / link).exists(), link
+        assert any("new" in text.splitlines() for text in report.replaced(texts, name, "new\n").values())
+    for page, text in texts.items():
+        for link in re.findall(r"\]\((figures/[^)]*)\)", text):
+            assert (page.parent / link).exists(), link
+
+
+def test_results_shows_the_figure_of_every_study_that_has_one():
+    page = Path(__file__).parents[2] / PAGES[0]
+    told = set(re.findall(r"\]\(figures/study_(\w+)\.svg\)", page.read_text()))
+    assert told == {path.stem.removeprefix("study_") for path in (page.parent / "figures").glob("study_*.svg")}
 
 
 def test_results_of_another_config_do_not_count(tmp_path, capsys):
