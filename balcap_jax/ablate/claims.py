@@ -82,12 +82,12 @@ PRIMARY = (
     ),
     Claim(
         "pointability",
-        "with pointability the arena score is higher where captions pad",
+        "With pointability the arena score is higher where captions pad",
         (Part(POINTABILITY, "arena", ("no_pointability",)),),
     ),
     Claim(
         "gate",
-        "the gate raises the share in band, and lowers DCScore and CaptionQA by at most 1 point",
+        "The gate raises the share in band, and lowers DCScore and CaptionQA by at most 1 point",
         (
             Part(GATE, "in_band", ("no_gate",)),
             Part(GATE, "dcscore", ("no_gate",), margin=1.0),

@@ -1,6 +1,7 @@
 """A study drawn as one SVG: a row per variant, a panel per metric, a dot per seed, the mean with ± one sd."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ from balcap_jax.ablate.table import METRICS
 from balcap_jax.ablate.variants import FULL
 from balcap_jax.report.charts import scale, short_number, ticks
 
-LABELS, PANEL, GAP, ROW, TOP, BOTTOM = 132, 128, 18, 20, 34, 26  # pixels
+LABELS, PANEL, GAP, ROW, TOP, BOTTOM = 132, 128, 30, 20, 34, 26  # pixels
+COLUMNS = 5  # Panels beside each other: more are too small to read on a page.
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#333}.t{font-weight:600}.n{text-anchor:end}"
     ".k{text-anchor:middle;fill:#666}.g{stroke:#e3e3e3}"
@@ -18,18 +20,22 @@ STYLE = (
 
 
 def svg(table: Sequence[Mapping[str, Any]], title: str) -> str:
-    """The figure of `ablate.table.rows`; the dashed line is the mean of the full method."""
+    """The figure of `ablate.table.rows`, in rows of COLUMNS panels; the dashed line is the mean of the full method."""
     metrics = [name for name in METRICS if any(name in row["metrics"] for row in table)]
-    width, height = LABELS + len(metrics) * (PANEL + GAP), TOP + len(table) * ROW + BOTTOM
+    columns, high = min(COLUMNS, len(metrics)), TOP + len(table) * ROW + BOTTOM
+    width, height = LABELS + columns * (PANEL + GAP), math.ceil(len(metrics) / COLUMNS) * high
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img"><title>{html.escape(title)}</title><style>{STYLE}</style>'
         f'<rect width="{width}" height="{height}" fill="#fff"/>'
     ]
-    for index, row in enumerate(table):
-        parts.append(_text("n", LABELS - 10, _middle(index) + 4, row["variant"]))
-    for number, metric in enumerate(metrics):
-        parts += _panel(table, metric, LABELS + number * (PANEL + GAP))
+    for start in range(0, len(metrics), COLUMNS):
+        parts.append(f'<g transform="translate(0 {start // COLUMNS * high})">')
+        for index, row in enumerate(table):
+            parts.append(_text("n", LABELS - 10, _middle(index) + 4, row["variant"]))
+        for number, metric in enumerate(metrics[start : start + COLUMNS]):
+            parts += _panel(table, metric, LABELS + number * (PANEL + GAP))
+        parts.append("</g>")
     return "".join(parts) + "</svg>\n"
 
 

@@ -244,23 +244,23 @@ def judges_tables(found: Results, values: Values, metric: str = "b_capscore") ->
 
 
 def primary(values: Mapping[str, Values]) -> str:
-    """The table of the primary claims; `values` by study."""
+    """The primary claims with their verdicts, and the table of what they compare; `values` by study."""
     strict = ALPHA / len(PRIMARY)
+    claims = []
     lines = [
-        f"| claim | compared | seeds | mean difference | p | p, Holm | holds | seen at {ALPHA:g} | at {strict:g} |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| claim | compared | seeds | mean difference | p | seen at {ALPHA:g} | at {strict:g} |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for one in assess(values):
+    for number, one in enumerate(assess(values), 1):
+        p = f" (p by Holm's rule {_p(one.adjusted)})" if one.adjusted is not None else ""
+        claims.append(f"{number}. {one.claim.statement}: **{one.verdict}**{p}.")
         for part, found in zip(one.claim.parts, one.parts, strict=True):
-            first = part is one.claim.parts[0]
             cells = [
-                one.claim.statement if first else "",
+                str(number),
                 f"{METRICS[part.metric]}: {part.text()}",
                 f"{found.n if found else 0} of {len(part.study.seeds)}",
                 _interval(found) if found else "-",
                 _p(found.p_above(-part.margin)) if found else "-",
-                _p(one.adjusted) if first else "",
-                one.verdict if first else "",
                 *(_number(found.detectable(alpha=level) if found else None) for level in (ALPHA, strict)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -270,7 +270,7 @@ def primary(values: Mapping[str, Values]) -> str:
         f"the effect that these seeds find with 80% probability, at {ALPHA:g} and at {strict:g}, which Holm's rule "
         "asks of the first claim; all parts of a claim together are found less often than each."
     )
-    return "\n".join([text, "", *lines, ""])
+    return "\n".join([*claims, "", text, "", *lines, ""])
 
 
 def whole_cost(plan: Plan, found: Mapping[str, Results], studies: Sequence[Study]) -> str:

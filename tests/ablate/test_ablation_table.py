@@ -137,3 +137,21 @@ def test_the_plot_is_whole_and_places_values_in_order():
     # b-CapScore runs from 40 to 80 on one panel: equal steps are equally far apart.
     assert (full[2] - full[1]) == pytest.approx(full[1] - full[0], abs=0.15)
     assert (full[0] - seeds[0][0]) / (full[2] - full[0]) == pytest.approx((78 - 40) / 2, rel=0.05)
+
+
+def test_more_panels_than_a_row_takes_go_below():
+    every = dict.fromkeys(METRICS, 50.0)
+    values = {name: {seed: {key: value + seed for key, value in every.items()} for seed in (0, 1)} for name in VALUES}
+    root = xml.etree.ElementTree.fromstring(plot.svg(rows(values), "t"))
+    space = "{http://www.w3.org/2000/svg}"
+    blocks = root.findall(f"{space}g")
+    assert len(blocks) == -(-len(METRICS) // plot.COLUMNS) == 2
+    width, height = float(root.get("width")), float(root.get("height"))
+    tops = [float(block.get("transform").split()[1].rstrip(")")) for block in blocks]
+    assert tops == [0, height / 2]
+    told = [[text.text for text in block.iter(f"{space}text")] for block in blocks]
+    assert [texts[: len(VALUES)] for texts in told] == [[*VALUES]] * 2
+    assert [text for texts in told for text in texts if text in METRICS.values()] == [*METRICS.values()]
+    for circle in root.iter(f"{space}circle"):
+        assert 0 < float(circle.get("cx")) < width
+        assert 0 < float(circle.get("cy")) < height / 2
