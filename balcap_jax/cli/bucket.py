@@ -279,7 +279,8 @@ def _failure(url: str, error: Exception) -> BucketError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BucketError(f"{url}: a copy of it has no room in {copies()} ({error.strerror}); {MAKE_ROOM}")
     remedy = "what is in the bucket is whole, run the same command again" if _block is None else _LOOK_AT
-    return BucketError(f"{url} cannot be reached ({type(error).__name__}: {text[:200]}); {remedy}")
+    reason = ": ".join(filter(None, (type(error).__name__, text[:200])))  # A time limit has no text.
+    return BucketError(f"{url} cannot be reached ({reason}); {remedy}")
 
 
 def _missing(bucket: str) -> BucketError:

@@ -37,11 +37,16 @@ def is_parquet(source: str | os.PathLike) -> bool:
 
 
 def refuse_tars(source: Path, name: str) -> None:
-    """Raises UserError for a .tar, or a folder with some, which `data.name` = `name` cannot read; webdataset has such.
+    """Raises UserError for .tar files, which `data.name` = `name` cannot read: one, those of a glob, or in a folder.
 
-    Folders with pictures or parquet files besides are the caller's to read.
+    Webdataset has such. Folders with pictures or parquet files besides are the caller's to read.
     """
-    files = (path for path in source.rglob("*") if not path.is_dir()) if source.is_dir() else (source,)
+    if source.is_dir():
+        files = (path for path in source.rglob("*") if not path.is_dir())
+    elif glob.has_magic(str(source)) and not source.exists():
+        files = iter([*map(Path, sorted(glob.glob(str(source), recursive=True))), source])
+    else:
+        files = iter([source])
     if tar := next((path for path in files if path.name.lower().endswith(_TARS)), None):
         raise UserError(
             f"{tar} is a .tar file, and data.name={name} reads none; unpack the .tar files (`tar -xf`), and give the "

@@ -130,7 +130,7 @@ def find(source: str | os.PathLike, what: str) -> tuple[list[Path], Path]:
         found = [Path(path) for path in glob.glob(str(place), recursive=True)]
     else:
         found = [place]
-    if not found or found == [place]:
+    if not any(map(is_parquet, found)):
         refuse_tars(place, "parquet")
     if not found or not all(path.is_file() for path in found):
         raise UserError(f"{what}: no parquet file at {source}; give a file, a folder or a glob such as 'DIR/train-*'")

@@ -120,6 +120,7 @@ def load(config: Mapping[str, Any], needs: Sequence[str] = ()) -> Data:
         folder = resolved(config["manual_dir"]) if config.get("manual_dir") else folder
         records, left_out = _listed(listed, folder, columns, needs_caption=not config.get("units")), []
     else:
+        refuse_tars(source, "photos")
         raise UserError(
             f"config field 'data.data_dir': no such folder or file: {source}; name the folder of your photographs, or "
             "a JSONL file about them"

@@ -117,6 +117,11 @@ def write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def cut(path: Path) -> None:
+    """Leaves the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def assert_fault(finding: Finding, check: str, found: str, remedy: str) -> None:
     assert (finding.verdict, finding.check) == (FAULT, check), finding
     assert found in finding.found

@@ -1,13 +1,14 @@
 """What `doctor` finds of places in a bucket, against a server of its API in this process."""
 
-import asyncio
 import errno
 import importlib.util
 import json
 import os
 import shutil
-import time
+import socket
+import threading
 import types
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -140,28 +141,79 @@ def test_a_bucket_that_cannot_be_used(server, sound, capfd, name):
 UNREACHABLE = {"a closed port": "http://127.0.0.1:9", "no such host": "http://balcap-no-such-host.invalid:80"}
 
 
-@pytest.mark.parametrize("name", UNREACHABLE)
-def test_a_server_that_cannot_be_reached_is_told_within_seconds(sound, capsys, monkeypatch, name):
-    """With gcsfs's own pauses, and a bucket in all places that take one."""
-    import gcsfs.retry
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as `bucket` has it: pauses alone pass it, at once."""
+    passed = [0.0]
 
-    monkeypatch.setattr(gcsfs.retry, "asyncio", asyncio)
-    monkeypatch.setattr(bucket, "_PAUSE", 5.0)
-    monkeypatch.setattr(doctor, "BUCKET_SECONDS", 1.5)
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", UNREACHABLE[name])
+    def sleep(seconds: float) -> None:
+        passed[0] += seconds
+
+    monkeypatch.setattr(bucket, "time", types.SimpleNamespace(monotonic=lambda: passed[0], sleep=sleep))
+    return passed
+
+
+@pytest.fixture
+def connections(monkeypatch) -> list[str]:
+    """The hosts that gcsfs tries to connect to, each time anew."""
+    import aiohttp
+
+    tried: list[str] = []
+    connect = aiohttp.BaseConnector.connect
+
+    async def counted(self, request, *more, **query):
+        tried.append(request.url.host)
+        return await connect(self, request, *more, **query)
+
+    monkeypatch.setattr(aiohttp.BaseConnector, "connect", counted)
+    return tried
+
+
+def told_of_a_bucket_everywhere(sound, capsys) -> dict[str, dict[str, str]]:
+    """What doctor says, by check, where all places that take a bucket have one and the server is not to be reached."""
     given = {"model.path": "gs://bucket/model", "data.units": "gs://bucket/u.jsonl", "data.data_dir": "gs://bucket/d"}
-    start = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         doctor.main([*sound.command(RUN, **given), "--json"])
-    assert time.monotonic() - start < 60  # With gcsfs's own pauses it would be minutes.
     assert ended.value.code == 1
     told = {entry["check"]: entry for entry in json.loads(capsys.readouterr().out)["checks"]}
     faults = {check for check, entry in told.items() if entry["verdict"] == FAULT}
     assert faults == {"checkpoint", "data", "references", "workdir"}
     for check, place in (("checkpoint", "gs://bucket/model"), ("workdir", RUN)):
-        assert told[check]["found"].startswith(f"{place} cannot be reached (Client")
+        assert told[check]["found"].startswith(f"{place} cannot be reached (")
         remedy = "look at this machine's network, at the bucket's name, and at STORAGE_EMULATOR_HOST if that is set"
         assert told[check]["remedy"] == remedy
+    return told
+
+
+@pytest.mark.parametrize("name", UNREACHABLE)
+def test_a_server_that_cannot_be_reached_is_tried_for_seconds_in_all(
+    sound, capsys, monkeypatch, clock, connections, name
+):
+    """Once a second, by the first of all places that have a bucket; gcsfs by itself tries six times for each."""
+    monkeypatch.setattr(bucket, "_PAUSE", 5.0)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", UNREACHABLE[name])
+    told = told_of_a_bucket_everywhere(sound, capsys)
+    assert told["checkpoint"]["found"].startswith("gs://bucket/model cannot be reached (Client")
+    seconds = int(doctor.BUCKET_SECONDS)
+    assert clock == [seconds]
+    assert connections.count(urllib.parse.urlsplit(UNREACHABLE[name]).hostname) == seconds + 1
+
+
+def test_a_server_that_never_answers_is_asked_once(sound, capsys, monkeypatch, connections):
+    """It takes connections and keeps them: a silence that is longer than the seconds of a bucket is the last.
+
+    Who would wait for ever is let go after a while, and says so.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        letting_go = threading.Timer(30.0, silent.close)
+        letting_go.start()
+        monkeypatch.setattr(bucket, "_SILENCE", 0.2)
+        monkeypatch.setattr(doctor, "BUCKET_SECONDS", 0.1)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        told = told_of_a_bucket_everywhere(sound, capsys)
+        letting_go.cancel()
+    assert told["workdir"]["found"] == f"{RUN} cannot be reached (FSTimeoutError)"
+    assert len(connections) == 1
 
 
 def test_a_request_that_is_lost_is_sent_again_in_a_hurry_too(server, sound):

@@ -10,6 +10,8 @@ from data.parquet_tables import pictures, png, write
 from doctor.set_up import assert_fault
 from ml_collections import ConfigDict
 
+from balcap_jax import data
+from balcap_jax.cli.errors import UserError
 from balcap_jax.data import images, sharegpt4v
 from balcap_jax.data.same_pictures import fields_of
 from balcap_jax.doctor import pictures as check
@@ -144,6 +146,29 @@ def test_folders_of_another_form_say_what_they_are(sound, tmp_path):
     (tmp_path / "set" / "00000.tar").unlink()
     finding = of_data(sound, "parquet", tmp_path / "set")["data"]
     assert_fault(finding, "data", "has pictures and no parquet file", "give --config.data.name=photos")
+
+
+@pytest.mark.parametrize("place", ["*.tar", "0000?.tar", "0000*", "{00000..00001}.tar"])
+@pytest.mark.parametrize("name", ["photos", "parquet"])
+def test_patterns_of_tar_files_say_what_they_are(sound, tmp_path, name, place):
+    """As webdataset names its parts; training says the same line."""
+    for number in range(2):
+        with tarfile.open(tmp_path / f"0000{number}.tar", "w"):
+            pass
+    finding = of_data(sound, name, tmp_path / place)["data"]
+    assert_fault(finding, "data", f".tar is a .tar file, and data.name={name} reads none", "unpack the .tar files")
+    config = sound.config(data__name=name, data__manual_dir="", data__data_dir=tmp_path / place)
+    with pytest.raises(UserError) as raised:
+        data.load(config.data, 96, tokenizer=False)
+    assert str(raised.value) == f"{finding.found}; {finding.remedy}"
+
+
+def test_a_parquet_file_beside_a_tar_file_is_read(sound, tmp_path):
+    table(tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    for place in (tmp_path, tmp_path / "*.parquet"):
+        assert of_data(sound, "parquet", place)["data"].verdict == OK
 
 
 def test_a_pointer_in_place_of_a_parquet_file(sound, tmp_path):
