@@ -9,9 +9,7 @@ Exit status 1 says that a program does not fit, and names its largest part.
 import argparse
 import importlib.util
 import itertools
-import math
 import os
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from balcap_jax.cli import json_text
 from balcap_jax.cli.arguments import CommandParser, called, disk_place
 from balcap_jax.cli.errors import UserError
 from balcap_jax.cli.process import exit_on_user_error
+from balcap_jax.parallel.topology import check_topology, sides
 
 # What libtpu reads when jax is imported; it takes these for the machine's own facts.
 ENVIRONMENT = {
@@ -33,12 +32,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Nothing here holds a chip that another process could want.
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-
-LARGEST = 2**17
-"""Chips in all slices. The largest slices have some thousand; a list of many millions of devices would take hours."""
-
-_SIDES = {"1": "1x1", "4": "2x2", "8": "2x4", "16": "4x4", "32": "4x8", "64": "8x8", "128": "8x16", "256": "16x16"}
-"""Chips of a slice of v5e or v6e -> how they lie (cloud.google.com/tpu/docs/v5e, v6e)."""
 
 
 def prepare_environment() -> None:
@@ -55,14 +48,9 @@ def devices_of(topology: str, slices: int) -> list[Any]:
     """The devices of a topology such as "v5e:4x4". Raises UserError where libtpu knows none of that name."""
     from jax.experimental import topologies
 
-    if not re.fullmatch(r"\w+:\d{1,9}(x\d{1,9})+", topology):
-        raise UserError(f"--topology is {topology!r}; {_as_topology(topology) or 'name one as v5e:4x8 or v5p:2x2x2'}")
-    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
-    if (chips := math.prod(sizes) * slices) > LARGEST:
-        what = f"--topology={topology}" + (f" --slices={slices}" if slices > 1 else "")
-        raise UserError(f"{what}: {chips:,} chips in all, at most {LARGEST:,} can be planned for; name fewer")
+    check_topology(topology, slices)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if set(sizes) == {1}:
+    if set(sides(topology)) == {1}:
         options["chips_per_host_bounds"] = (1, 1, 1)  # Or libtpu wants a multiple of a host with all of its chips.
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
@@ -71,14 +59,6 @@ def devices_of(topology: str, slices: int) -> list[Any]:
         raise UserError(
             f"--topology={topology}: libtpu knows no such topology ({reason}); name one as v5e:4x8 or v5p:2x2x2"
         ) from error
-
-
-def _as_topology(accelerator: str) -> str:
-    """What to write for the name that Cloud TPU gives a slice of one layer, such as v5litepod-32; "" for others."""
-    named = re.fullmatch(r"(v5e|v5litepod|v6e)-(\d{1,3})", accelerator)
-    if not named or named[2] not in _SIDES:
-        return ""
-    return f"{named[2]} of its chips are {named[1].replace('v5litepod', 'v5e')}:{_SIDES[named[2]]}"
 
 
 def gib(size: float) -> str:

@@ -24,6 +24,7 @@ from balcap_jax.config import recipes as configuration
 from balcap_jax.data.input import Data
 from balcap_jax.doctor import checkpoint, devices, findings, judge, outlay, pictures, places
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding
+from balcap_jax.parallel.topology import check_topology
 from balcap_jax.training import announce, required
 from balcap_jax.training.programs import model_fields
 
@@ -153,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             config.judge.price_in, config.judge.price_out = args.judge_price
     if args.slices < 1 or (args.slices > 1 and not args.topology):
         raise UserError(f"--slices is {args.slices}: it is the number of slices of --topology, at least 1; name both")
+    if args.topology:
+        check_topology(args.topology, args.slices)
     jax.config.update("jax_platforms", "cpu")  # No chip of this machine is taken: shapes are all that is computed.
     given = [f"--config={args.config}", *(f"{OVERRIDE}{n}={v}" for n, v in split_overrides(arguments)[1].items())]
     limits = outlay.Limits(args.chip_hour_price, args.step_seconds, args.max_hours, args.budget)

@@ -17,6 +17,7 @@ from balcap_jax.config.recipes import stage_order
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding, fault
 from balcap_jax.models.policy import Params
 from balcap_jax.parallel import sharding
+from balcap_jax.parallel.topology import sides
 from balcap_jax.training.programs import check_mesh
 
 CHECK = "devices"
@@ -80,8 +81,7 @@ def look(given: Sequence[str], topology: str, slices: int) -> tuple[Finding, Sli
             last = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
             return fault(CHECK, UserError(last or f"aot ended with {done.returncode}"), "run aot itself"), None
         programs = json.loads(figures.read_text())
-    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
-    chips = math.prod(sizes) * slices
+    chips = math.prod(sides(topology)) * slices
     room = f"{topology}: {chips} chips of {programs[0]['hbm'] / _GIB:.2f} GiB"
     if too_large := [program for program in programs if not program["fits"]]:
         first = too_large[0]

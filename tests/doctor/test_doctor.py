@@ -112,6 +112,15 @@ def test_a_number_of_slices_that_says_nothing(capsys, given):
     )
 
 
+def test_no_topology_is_told_before_anything_is_looked_at(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([f"--config={RECIPE}", f"--workdir={tmp_path}/run", "--topology=v5litepod-16"])
+    assert ended.value.code == 2
+    written = capsys.readouterr()
+    assert written.err == "error: --topology is 'v5litepod-16'; 16 of its chips are v5e:4x4\n"
+    assert written.out == ""
+
+
 def test_what_a_recipe_leaves_to_its_user(capsys):
     finding = doctor._settings(recipes.load(RECIPE))
     assert_fault(finding, "settings", "the recipe 'qwen25vl_3b' leaves to you: --config.data.manual_dir=FOLDER", "give")
