@@ -193,7 +193,8 @@ def test_a_server_that_cannot_be_reached_is_tried_for_seconds_in_all(
     monkeypatch.setattr(bucket, "_PAUSE", 5.0)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", UNREACHABLE[name])
     told = told_of_a_bucket_everywhere(sound, capsys)
-    assert told["checkpoint"]["found"].startswith("gs://bucket/model cannot be reached (Client")
+    for check, place in (("checkpoint", "gs://bucket/model"), ("workdir", RUN)):
+        assert told[check]["found"].startswith(f"{place} cannot be reached (Client")
     seconds = int(doctor.BUCKET_SECONDS)
     assert clock == [seconds]
     assert connections.count(urllib.parse.urlsplit(UNREACHABLE[name]).hostname) == seconds + 1
