@@ -169,8 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = configuration.parse_command_line(arguments, parser)
     rewards.check_settings(config)
 
-    if args.slices < 1:
-        raise UserError(f"--slices must be at least 1, got {args.slices}")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):  # Before all compilation.
         raise UserError(f"cannot write --json={args.json}: name a file in a directory that exists")
     devices = devices_of(args.topology, args.slices)

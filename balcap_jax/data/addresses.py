@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -41,12 +42,11 @@ def refuse_tars(source: Path, name: str) -> None:
 
     Webdataset has such. Folders with pictures or parquet files besides are the caller's to read.
     """
+    files: Iterable[Path] = (source,)
     if source.is_dir():
         files = (path for path in source.rglob("*") if not path.is_dir())
     elif glob.has_magic(str(source)) and not source.exists():
-        files = iter([*map(Path, sorted(glob.glob(str(source), recursive=True))), source])
-    else:
-        files = iter([source])
+        files = [*map(Path, sorted(glob.glob(str(source), recursive=True))), source]
     if tar := next((path for path in files if path.name.lower().endswith(_TARS)), None):
         raise UserError(
             f"{tar} is a .tar file, and data.name={name} reads none; unpack the .tar files (`tar -xf`), and give the "

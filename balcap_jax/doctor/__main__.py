@@ -152,10 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.judge_price:
         with config.unlocked():
             config.judge.price_in, config.judge.price_out = args.judge_price
-    if args.slices < 1 or (args.slices > 1 and not args.topology):
-        raise UserError(f"--slices is {args.slices}: it is the number of slices of --topology, at least 1; name both")
     if args.topology:
         check_topology(args.topology, args.slices)
+    elif args.slices != 1:
+        raise UserError(f"--slices is {args.slices}: it is the number of slices of --topology, at least 1; name both")
     jax.config.update("jax_platforms", "cpu")  # No chip of this machine is taken: shapes are all that is computed.
     given = [f"--config={args.config}", *(f"{OVERRIDE}{n}={v}" for n, v in split_overrides(arguments)[1].items())]
     limits = outlay.Limits(args.chip_hour_price, args.step_seconds, args.max_hours, args.budget)

@@ -18,9 +18,11 @@ def sides(topology: str) -> list[int]:
 
 
 def check_topology(topology: str, slices: int) -> None:
-    """Raises UserError for what is no name of a topology, and for more chips than can be planned for."""
+    """Raises UserError for what is no name of a topology, no number of slices, or more than can be planned for."""
     if not re.fullmatch(r"\w+:\d{1,9}(x\d{1,9})+", topology):
         raise UserError(f"--topology is {topology!r}; {_as_topology(topology) or 'name one as v5e:4x8 or v5p:2x2x2'}")
+    if slices < 1:
+        raise UserError(f"--slices is {slices}: it is the number of slices of --topology, at least 1")
     if (chips := math.prod(sides(topology)) * slices) > LARGEST:
         what = f"--topology={topology}" + (f" --slices={slices}" if slices > 1 else "")
         raise UserError(f"{what}: {chips:,} chips in all, at most {LARGEST:,} can be planned for; name fewer")

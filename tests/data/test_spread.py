@@ -56,7 +56,7 @@ print(next(results), next(results), flush=True)
 {ending}
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, timeout=60)
     pids = done.stdout.split()
     assert len(pids) == 2
     deadline = time.monotonic() + 30

@@ -12,6 +12,22 @@ def sound(tmp_path_factory):
         yield found
 
 
+@pytest.fixture(scope="session")
+def seen(sound):
+    """`pictures.Seen` of the sound set-up."""
+    from balcap_jax.doctor import pictures
+
+    return pictures.look(sound.config(), 96, tokenizer=False)[1]
+
+
+@pytest.fixture(scope="session")
+def built(sound):
+    """`checkpoint.Built` of the sound set-up."""
+    from balcap_jax.doctor import checkpoint
+
+    return checkpoint.look(sound.config(), None)[1]
+
+
 @pytest.fixture
 def own(sound, tmp_path):
     """A set-up whose data and lines a test may spoil: a copy of the sound one."""

@@ -2,22 +2,11 @@
 
 import json
 
-import pytest
 from doctor.set_up import ANNOTATIONS, assert_fault, cut, write_lines
 from ml_collections import ConfigDict
 
 from balcap_jax.doctor import checkpoint, pictures
 from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding
-
-
-@pytest.fixture(scope="module")
-def seen(sound) -> pictures.Seen:
-    return pictures.look(sound.config(), 96, tokenizer=False)[1]
-
-
-@pytest.fixture(scope="module")
-def built(sound) -> checkpoint.Built:
-    return checkpoint.look(sound.config(), None)[1]
 
 
 def of_data(config: ConfigDict) -> dict[str, Finding]:

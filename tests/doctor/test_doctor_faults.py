@@ -24,11 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judges"))
 from misbehaving import JudgeServer, Reply, blocks_of, kind_of
 
 
-@pytest.fixture(scope="module")
-def seen(sound) -> pictures.Seen:
-    return pictures.look(sound.config(), 96, tokenizer=False)[1]
-
-
 def faults_of(found: list[Finding]) -> list[tuple[str, str]]:
     return [(finding.check, finding.found) for finding in found if finding.verdict == FAULT]
 

@@ -16,11 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judges"))
 from misbehaving import JudgeServer, Reply, kind_of, well_behaved
 
 
-@pytest.fixture(scope="module")
-def seen(sound) -> pictures.Seen:
-    return pictures.look(sound.config(), 96, tokenizer=False)[1]
-
-
 def of_judge(config: ConfigDict, seen: pictures.Seen, patience: float = 5.0) -> list[Finding]:
     return judge.look(config, seen, patience)[0]
 

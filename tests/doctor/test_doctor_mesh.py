@@ -4,15 +4,10 @@ import pytest
 from doctor.set_up import assert_fault
 
 from balcap_jax.doctor import __main__ as doctor
-from balcap_jax.doctor import checkpoint, devices
+from balcap_jax.doctor import devices
 from balcap_jax.doctor.findings import UNCHECKED
 
 NAME = "name the slice with --topology, such as v5e:4x4; it takes minutes"
-
-
-@pytest.fixture(scope="module")
-def built(sound) -> checkpoint.Built:
-    return checkpoint.look(sound.config(), None)[1]
 
 
 MESHES = {

@@ -14,11 +14,6 @@ from balcap_jax.doctor.findings import FAULT, OK, UNCHECKED, Finding
 from balcap_jax.training.workdir import claim
 
 
-@pytest.fixture(scope="module")
-def built(sound) -> checkpoint.Built:
-    return checkpoint.look(sound.config(), None)[1]
-
-
 def test_the_workdir_of_another_config(sound, tmp_path):
     (tmp_path / "config.json").write_text(recipes.to_text(sound.config(seed=7)))
     finding = places.workdir(sound.config(), str(tmp_path))
